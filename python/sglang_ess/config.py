@@ -1,0 +1,132 @@
+"""ESS's own options: one frozen record, its command-line flags, its environment variable.
+
+A new option is one field of `EssConfig`: the flag, the help text and the checks all come
+from that field's metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any
+
+ENV_VAR = "SGLANG_ESS_CONFIG"
+
+
+def _option(default: Any, flag: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with its flag. A bool field's flag switches it away from its default."""
+    return field(default=default, metadata={"flag": flag, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class EssConfig:
+    """What the operator asked of ESS; every process of one server reads the same record.
+
+    Raises: ValueError, in one line that holds every reason, for a value of a wrong type
+    or outside its choices.
+    """
+
+    enabled: bool = _option(
+        True,
+        "--disable-ess",
+        "Serve one-tier: SGLang without ESS, with any model. On a host with no accelerator "
+        "the CPU platform stays.",
+    )
+    platform: str = _option(
+        "auto",
+        "--ess-platform",
+        "auto: ESS's CPU platform when there is no accelerator; cpu: that platform even if "
+        "there is one; native: never.",
+        choices=("auto", "cpu", "native"),
+    )
+    index_dtype: str = _option(
+        "fp8",
+        "--ess-index-dtype",
+        "Format of the indexer's keys. float32 is the exact reference for parity tests, on "
+        "the CPU platform only.",
+        choices=("fp8", "float32"),
+    )
+
+    def __post_init__(self) -> None:
+        if reasons := _reasons(type(self), vars(self)):
+            raise ValueError(" ".join(reasons))
+
+    def to_env(self) -> dict[str, str]:
+        """{ENV_VAR: JSON}, ready for os.environ.update()."""
+        return {ENV_VAR: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> EssConfig | None:
+        """The record in ENV_VAR, or None when it is not set.
+
+        Raises: ValueError (one line) for malformed JSON, unknown keys and bad values.
+        """
+        text = environ.get(ENV_VAR)
+        if text is None:
+            return None
+        keys = tuple(f.name for f in fields(cls))
+        remedy = f"Valid keys: {', '.join(keys)}. Correct {ENV_VAR} or unset it."
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{ENV_VAR} must be JSON: got {text!r} ({error}). {remedy}") from None
+        if not isinstance(values, dict):
+            raise ValueError(  # noqa: TRY004 (the operator's value)
+                f"{ENV_VAR} must be a JSON object: got {text!r}. {remedy}"
+            )
+        reasons = []
+        if unknown := sorted(set(values).difference(keys)):
+            reasons.append(f"{ENV_VAR} must hold known keys: got {unknown}. {remedy}")
+        reasons += _reasons(cls, {**asdict(cls()), **values})
+        if reasons:
+            raise ValueError(" ".join(reasons))
+        return cls(**values)
+
+    @classmethod
+    def flags(cls) -> tuple[str, ...]:
+        """ESS's command-line flags, in the order of the fields."""
+        return tuple(f.metadata["flag"] for f in fields(cls))
+
+    @classmethod
+    def add_cli_args(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the argument group "ESS (sglang-ess)". Values are checked by from_cli_args."""
+        group = parser.add_argument_group("ESS (sglang-ess)")
+        for f in fields(cls):
+            flag, text, choices = (f.metadata[key] for key in ("flag", "help", "choices"))
+            if isinstance(f.default, bool):
+                action = "store_false" if f.default else "store_true"
+                group.add_argument(flag, dest=_dest(f), action=action, help=text)
+                continue
+            group.add_argument(
+                flag,
+                dest=_dest(f),
+                default=f.default,
+                type=type(f.default),
+                metavar="{" + ",".join(choices) + "}" if choices else None,
+                help=f"{text} (default: {f.default})",
+            )
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> EssConfig:
+        """Raises: ValueError (one line, every reason) for a value outside its choices."""
+        return cls(**{f.name: getattr(args, _dest(f)) for f in fields(cls)})
+
+
+def _dest(f: Field) -> str:
+    # A prefix, because SGLang's parser has fields of its own named like ours (`platform`).
+    return f"ess_{f.name}"
+
+
+def _reasons(cls: type[EssConfig], values: Mapping[str, Any]) -> list[str]:
+    reasons = []
+    for f in fields(cls):
+        value, kind, choices = values[f.name], type(f.default), f.metadata["choices"]
+        if type(value) is not kind or (choices and value not in choices):
+            limit = f"one of {', '.join(choices)}" if choices else f"a {kind.__name__}"
+            reasons.append(
+                f"ESS option {f.name} ({f.metadata['flag']}) must be {limit}: got {value!r}."
+            )
+    return reasons

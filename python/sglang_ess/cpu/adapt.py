@@ -1,0 +1,38 @@
+"""Hook bodies that let SGLang's own code run on a CPU; declared in patches/ess_patches."""
+
+
+def device_capability(original, device=None):
+    """torch.cuda.get_device_capability: (0, 0), "older than any", where it would raise."""
+    return 0, 0
+
+
+def dsa_kv_cache_dtype(original, view) -> dict:
+    """_dsa_kv_cache_dtype_default: "auto" stays, so that KV rows follow the model's dtype.
+
+    Upstream forces bfloat16 before Blackwell, which would round the rows of a float32 model.
+    """
+    return {} if view.kv_cache_dtype == "auto" else original(view)
+
+
+def rope_without_scaling(original, *args, **kwargs):
+    """get_rope_cpu: plain rope where the model has no scaling; upstream asserts one."""
+    from sglang.srt.layers.rotary_embedding.factory import get_rope
+
+    bound = dict(zip(_ROPE_PARAMETERS, args), **kwargs)
+    if bound.get("rope_scaling") is not None:
+        return original(**bound)
+    bound.pop("device", None)
+    return get_rope(**bound)
+
+
+_ROPE_PARAMETERS = (
+    "head_size",
+    "rotary_dim",
+    "max_position",
+    "base",
+    "is_neox_style",
+    "rope_scaling",
+    "dtype",
+    "partial_rotary_factor",
+    "device",
+)

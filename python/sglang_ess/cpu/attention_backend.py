@@ -1,0 +1,111 @@
+"""SGLang attention backend of the CPU platform: sparse MLA over the selected slots."""
+
+from dataclasses import dataclass
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+from sglang_ess.cpu.ops.rows import LATENT_DIM, PAGE
+from sglang_ess.cpu.ops.sparse_mla import sparse_mla
+
+
+@dataclass(frozen=True)
+class SparseMetadata:
+    """What every layer of one forward pass needs to know of its queries.
+
+    req_to_token [requests, max context] int32: SGLang's table, not a copy
+    req_rows [T] int64: the row of req_to_token each query belongs to
+    lengths [T] int32: positions each query sees, itself included
+    max_length: the largest of lengths
+    page_table [B, P] int32: index-key pages of each request (decode only, else None)
+    spans: (row, prefix, tokens) of each request in query order (extend only, else None)
+    """
+
+    req_to_token: torch.Tensor
+    req_rows: torch.Tensor
+    lengths: torch.Tensor
+    max_length: int
+    page_table: torch.Tensor | None
+    spans: tuple[tuple[int, int, int], ...] | None
+
+    @staticmethod
+    def for_decode(req_to_token, req_rows, seq_lens) -> "SparseMetadata":
+        """One query a request."""
+        lengths = seq_lens.to(torch.int32)
+        max_length = int(lengths.max()) if len(lengths) else 0
+        first_slots = req_to_token[req_rows, :max_length:PAGE]
+        return SparseMetadata(
+            req_to_token, req_rows, lengths, max_length, (first_slots // PAGE).contiguous(), None
+        )
+
+    @staticmethod
+    def for_extend(req_to_token, req_rows, prefix_lens, extend_lens) -> "SparseMetadata":
+        """extend_lens[i] queries of request i, after prefix_lens[i] cached positions."""
+        prefixes = torch.tensor(prefix_lens, dtype=torch.int32)
+        tokens = torch.tensor(extend_lens)
+        starts = torch.cumsum(tokens, 0) - tokens
+        index = torch.arange(int(tokens.sum()), dtype=torch.int32)
+        lengths = index + 1 + torch.repeat_interleave(prefixes - starts.int(), tokens)
+        spans = tuple(zip(req_rows.tolist(), prefix_lens, extend_lens))
+        max_length = max((p + n for p, n in zip(prefix_lens, extend_lens)), default=0)
+        rows = torch.repeat_interleave(req_rows, tokens)
+        return SparseMetadata(req_to_token, rows, lengths.int(), max_length, None, spans)
+
+
+class CpuSparseMlaBackend(AttentionBackend):
+    """Absorbed MLA on the CPU, reading only the rows that the indexer selected.
+
+    The indexer hands over slots, not positions, as SGLang's fused top-k does on CUDA.
+    """
+
+    def __init__(self, model_runner):
+        super().__init__()
+        self.req_to_token = model_runner.req_to_token_pool.req_to_token
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.kv_cache_dtype = model_runner.kv_cache_dtype
+        self.forward_metadata: SparseMetadata | None = None
+
+    def init_forward_metadata(self, forward_batch) -> None:
+        req_rows = forward_batch.req_pool_indices.long()
+        if forward_batch.forward_mode.is_decode_or_idle():
+            self.forward_metadata = SparseMetadata.for_decode(
+                self.req_to_token, req_rows, forward_batch.seq_lens
+            )
+        else:
+            self.forward_metadata = SparseMetadata.for_extend(
+                self.req_to_token,
+                req_rows,
+                list(forward_batch.extend_prefix_lens_cpu),
+                list(forward_batch.extend_seq_lens_cpu),
+            )
+
+    def get_indexer_metadata(self, layer_id, forward_batch) -> SparseMetadata:
+        return self.forward_metadata
+
+    def forward_extend(
+        self,
+        q,
+        k,
+        v,
+        layer,
+        forward_batch,
+        save_kv_cache=True,
+        q_rope=None,
+        k_rope=None,
+        topk_indices=None,
+        **kwargs,
+    ):
+        """Write this pass's rows, then attend. Returns [T, heads * 512] in q's dtype.
+
+        q [T, heads, 512] absorbed, q_rope [T, heads, 64]; k [T, 1, 512], k_rope [T, 1, 64]
+        topk_indices [T, top-k] int32 slots, -1 pads
+        """
+        pool = self.token_to_kv_pool
+        if save_kv_cache:
+            pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
+        heads = layer.tp_q_head_num
+        query = torch.cat([q.view(-1, heads, LATENT_DIM), q_rope.view(q.shape[0], heads, -1)], -1)
+        out, _ = sparse_mla(query, pool.latent_rows(layer.layer_id), topk_indices, layer.scaling)
+        return out.to(q.dtype).view(-1, heads * LATENT_DIM)
+
+    forward_decode = forward_extend

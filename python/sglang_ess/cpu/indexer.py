@@ -1,0 +1,113 @@
+"""The DSA indexer on the CPU: keys into the pool, scores over the context, top-k slots."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.model_executor.forward_context import (
+    get_attn_backend,
+    get_token_to_kv_pool,
+)
+from sglang.srt.state_capturer.indexer_topk import maybe_capture_indexer_topk
+
+from sglang_ess.cpu.ops.index_scores import (
+    gather_context_keys,
+    index_scores_dense,
+    index_scores_paged,
+)
+from sglang_ess.cpu.ops.rows import GROUP, index_page_bytes, quantize_index
+from sglang_ess.cpu.ops.topk_select import topk_select
+
+# Floats of intermediate products in prefill: 16 MiB, half of this class of machine's L3.
+PREFILL_PRODUCTS = 4 << 20
+
+
+@cache
+def _hadamard() -> torch.Tensor:
+    """Orthonormal 128 x 128 Hadamard matrix (Sylvester), float32."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < GROUP:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix * GROUP**-0.5
+
+
+def _rotate(x: torch.Tensor) -> torch.Tensor:
+    """Spread outliers before quantising, as SGLang's rotate_activation: same dtype out."""
+    return (x.float() @ _hadamard()).to(x.dtype)
+
+
+def _project(indexer, x, q_lora, positions):
+    """(query [T, H, 128], key [T, 128]) after norm and rope, in the model's dtype."""
+    query = indexer.wq_b(q_lora)[0].view(-1, indexer.n_heads, indexer.head_dim)
+    key = indexer.k_norm(indexer.wk(x)[0])
+    rope = indexer.rope_head_dim
+    q_rope, k_rope = indexer.rotary_emb(positions, query[..., :rope], key[..., :rope].unsqueeze(1))
+    # SGLang's torch-native yarn rope puts a dimension of 1 in front of half-split results.
+    query = torch.cat([q_rope.view(-1, indexer.n_heads, rope), query[..., rope:]], dim=-1)
+    key = torch.cat([k_rope.view(-1, rope), key[..., rope:]], dim=-1)
+    return query, key
+
+
+def _prefill_slots(metadata, query, weights, pages, topk) -> torch.Tensor:
+    """Top-k slots of an extend batch [T, topk]: by request, in blocks of queries."""
+    out = torch.empty(query.shape[0], topk, dtype=torch.int32)
+    start = 0
+    for row, prefix, tokens in metadata.spans:
+        total = prefix + tokens
+        slots = metadata.req_to_token[row, :total]
+        keys = gather_context_keys(pages, slots) if total > topk else query.new_empty(0, GROUP)
+        block = max(1, PREFILL_PRODUCTS // (query.shape[1] * total))
+        for first in range(start, start + tokens, block):
+            last = min(first + block, start + tokens)
+            seen = prefix + last - start
+            scores = query.new_empty(last - first, 0)
+            if seen > topk:
+                scores = index_scores_dense(query[first:last], weights[first:last], keys[:seen])
+            out[first:last] = topk_select(
+                scores,
+                metadata.lengths[first:last],
+                metadata.req_rows[first:last],
+                metadata.req_to_token,
+                topk,
+            )
+        start += tokens
+    return out
+
+
+def _decode_slots(metadata, query, weights, pages, topk) -> torch.Tensor:
+    """Top-k slots of a decode batch [B, topk]; no Python loop over requests."""
+    scores = query.new_empty(query.shape[0], 0)
+    if metadata.max_length > topk:
+        scores = index_scores_paged(query, weights, pages, metadata.page_table, metadata.lengths)
+    return topk_select(scores, metadata.lengths, metadata.req_rows, metadata.req_to_token, topk)
+
+
+def indexer_forward(
+    indexer, x, q_lora, positions, forward_batch, layer_id, return_indices=True
+) -> torch.Tensor | None:
+    """Forward of SGLang's Indexer on this platform (its forward_native raises).
+
+    x [T, hidden], q_lora [T, q_lora_rank], positions [T]
+    Effect: the T new index keys are in the pool.
+    Returns [T, index_topk] int32 slots, -1 pads; None if return_indices is False.
+    Source: DeepSeek-V3.2-Exp's indexer; quantisation as SGLang does it on CUDA.
+    """
+    pool = get_token_to_kv_pool()
+    metadata = get_attn_backend().get_indexer_metadata(layer_id, forward_batch)
+    pages = pool.get_index_k_with_scale_buffer(layer_id)
+    query, key = _project(indexer, x, q_lora, positions)
+    # float32 out, as CUDA's torch.mm(out_dtype=float32); the weight is bf16 in any model.
+    gates = F.linear(x.float(), indexer.weights_proj.weight.float())
+    weights = gates * (indexer.n_heads**-0.5 * indexer.softmax_scale)
+    if pages.shape[1] == index_page_bytes(fp32=True):
+        query = query.float()
+    else:
+        key = _rotate(key)
+        quantised, scale = quantize_index(_rotate(query), power_of_two=True)
+        query, weights = quantised.float(), weights * scale
+    pool.store_index_k(layer_id, forward_batch.out_cache_loc, key)
+    if not return_indices:
+        return None
+    select = _prefill_slots if metadata.page_table is None else _decode_slots
+    slots = select(metadata, query, weights, pages, indexer.index_topk)
+    return maybe_capture_indexer_topk(layer_id, slots)

@@ -1,0 +1,192 @@
+"""Sparse MLA over index lists: o[t] = softmax(scale * q[t] . K[slots[t]]) . V[slots[t]].
+
+K is the whole 576-wide latent row, V its first 512 columns (absorbed MLA). Each query
+reads its own rows once: rows x 656 B (fp8) or x 1152 B (bf16), whatever the context.
+"""
+
+import numpy as np
+import torch
+from numba import prange
+
+from sglang_ess.cpu.ops._numba import bf16_to_float, e4m3_to_float, jit, parallel_jit
+from sglang_ess.cpu.ops.rows import (
+    FORMAT_BF16,
+    FORMAT_FP8,
+    FP8_ROW_BYTES,
+    GROUP,
+    LATENT_DIM,
+    ROW_DIM,
+    row_format,
+    unpack_rows,
+)
+
+# Rows decoded at a time: 16 x 576 floats (36 KiB) leave room in a 48 KiB L1 for the
+# query; the dot products then run four rows abreast.
+BLOCK = 16
+
+
+@jit
+def _load_row(row, fmt, out, bits):
+    """out [576] float32 = latent row [row_bytes] uint8 in the given format."""
+    if fmt == FORMAT_FP8:
+        scales = row[LATENT_DIM : LATENT_DIM + 16].view(np.float32)
+        for group in range(LATENT_DIM // GROUP):
+            start = group * GROUP
+            e4m3_to_float(row[start : start + GROUP], scales[group], bits, out, start)
+        bf16_to_float(row[LATENT_DIM + 16 : FP8_ROW_BYTES].view(np.uint16), bits, LATENT_DIM)
+    elif fmt == FORMAT_BF16:
+        bf16_to_float(row.view(np.uint16), bits, 0)
+    else:
+        values = row.view(np.float32)
+        for i in range(ROW_DIM):
+            out[i] = values[i]
+
+
+@jit
+def _scores(q, keys, count, scale, scores):
+    """scores[:count] = scale * keys[:count] . q, four keys abreast. q [576]."""
+    j = 0
+    while j + 4 <= count:
+        s0 = s1 = s2 = s3 = np.float32(0)
+        k0, k1, k2, k3 = keys[j], keys[j + 1], keys[j + 2], keys[j + 3]
+        for d in range(ROW_DIM):
+            s0 += q[d] * k0[d]
+            s1 += q[d] * k1[d]
+            s2 += q[d] * k2[d]
+            s3 += q[d] * k3[d]
+        scores[j], scores[j + 1] = s0 * scale, s1 * scale
+        scores[j + 2], scores[j + 3] = s2 * scale, s3 * scale
+        j += 4
+    while j < count:
+        s0 = np.float32(0)
+        k0 = keys[j]
+        for d in range(ROW_DIM):
+            s0 += q[d] * k0[d]
+        scores[j] = s0 * scale
+        j += 1
+
+
+@jit
+def _accumulate(acc, keys, weights, count):
+    """acc [512] += weights[:count] . keys[:count, :512], four rows abreast."""
+    j = 0
+    while j + 4 <= count:
+        p0, p1, p2, p3 = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
+        k0, k1, k2, k3 = keys[j], keys[j + 1], keys[j + 2], keys[j + 3]
+        for d in range(LATENT_DIM):
+            acc[d] += p0 * k0[d] + p1 * k1[d] + p2 * k2[d] + p3 * k3[d]
+        j += 4
+    while j < count:
+        p0 = weights[j]
+        k0 = keys[j]
+        for d in range(LATENT_DIM):
+            acc[d] += p0 * k0[d]
+        j += 1
+
+
+@jit
+def _fold_block(q, keys, count, scale, peak, total, acc, scores):
+    """Online softmax: fold count decoded rows into one head's running state.
+
+    q [576]; peak, total: running maximum and sum; acc [512] running numerator, written
+    """
+    _scores(q, keys, count, scale, scores)
+    block_peak = peak
+    for j in range(count):
+        block_peak = max(block_peak, scores[j])
+    correction = np.exp(peak - block_peak) if total > 0 else np.float32(0)
+    total *= correction
+    for j in range(count):
+        scores[j] = np.exp(scores[j] - block_peak)
+        total += scores[j]
+    if correction != np.float32(1):
+        for d in range(LATENT_DIM):
+            acc[d] *= correction
+    _accumulate(acc, keys, scores, count)
+    return block_peak, total
+
+
+@parallel_jit
+def _sparse_mla_kernel(q, rows, fmt, slots, scale, out, lse):
+    num_queries, num_heads = q.shape[0], q.shape[1]
+    for t in prange(num_queries):
+        keys = np.empty((BLOCK, ROW_DIM), np.float32)
+        bits = keys.view(np.uint32)
+        scores = np.empty(BLOCK, np.float32)
+        peak = np.full(num_heads, -np.inf, np.float32)
+        total = np.zeros(num_heads, np.float32)
+        acc = np.zeros((num_heads, LATENT_DIM), np.float32)
+        position, last = 0, slots.shape[1]
+        while position < last:
+            count = 0
+            while position < last and count < BLOCK:
+                slot = slots[t, position]
+                position += 1
+                if slot >= 0:
+                    _load_row(rows[slot], fmt, keys[count], bits[count])
+                    count += 1
+            for h in range(num_heads):
+                if count > 0:
+                    peak[h], total[h] = _fold_block(
+                        q[t, h], keys, count, scale, peak[h], total[h], acc[h], scores
+                    )
+        for h in range(num_heads):
+            if total[h] > 0:
+                inverse = np.float32(1) / total[h]
+                lse[t, h] = peak[h] + np.log(total[h])
+                for d in range(LATENT_DIM):
+                    out[t, h, d] = acc[h, d] * inverse
+            else:
+                lse[t, h] = -np.inf
+                for d in range(LATENT_DIM):
+                    out[t, h, d] = np.float32(0)
+
+
+def sparse_mla_reference(q, rows, slots, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 definition of sparse_mla; same arguments and results."""
+    valid = slots >= 0
+    keys = unpack_rows(rows[slots.clamp_min(0).long().flatten()].contiguous())
+    keys = keys.double().view(*slots.shape, ROW_DIM)
+    scores = torch.einsum("thd,tkd->thk", q.double(), keys) * scale
+    scores = scores.masked_fill(~valid.unsqueeze(1), float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.unsqueeze(-1)).nan_to_num(0.0)
+    return torch.einsum("thk,tkd->thd", weights, keys[..., :LATENT_DIM]), lse
+
+
+def sparse_mla(
+    q: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each query over its own list of latent rows.
+
+    q [T, heads, 576] floating point, rope part last
+    rows [num_slots, 656] uint8 (fp8), or [num_slots, 576] bfloat16 or float32; contiguous
+    slots [T, K] int32, -1 pads anywhere
+    Returns (out [T, heads, 512] float32, lse [T, heads] float32, natural log); a query
+    without a row gets zeros and -inf, so that partial results merge by log-sum-exp.
+    Raises: TypeError for a row dtype, ValueError for shapes that do not fit.
+    Source: DeepSeek-V3.2 sparse attention; FlashMLA's sparse decode interface.
+    """
+    fmt = row_format(rows)
+    width = FP8_ROW_BYTES if fmt == FORMAT_FP8 else ROW_DIM
+    if q.shape[-1] != ROW_DIM or rows.shape[-1] != width or not rows.is_contiguous():
+        raise ValueError(
+            f"sparse_mla needs q [T, heads, {ROW_DIM}] and contiguous rows [slots, {width}]: "
+            f"got q {tuple(q.shape)}, rows {tuple(rows.shape)} of {rows.dtype}."
+        )
+    if slots.shape[0] != q.shape[0] or slots.dtype != torch.int32:
+        raise ValueError(
+            f"sparse_mla needs slots [{q.shape[0]}, K] int32: got {tuple(slots.shape)} {slots.dtype}."
+        )
+    out = torch.empty(q.shape[0], q.shape[1], LATENT_DIM)
+    lse = torch.empty(q.shape[0], q.shape[1])
+    _sparse_mla_kernel(
+        q.float().contiguous().numpy(),
+        rows.view(torch.uint8).view(rows.shape[0], -1).numpy(),
+        fmt,
+        slots.contiguous().numpy(),
+        np.float32(scale),
+        out.numpy(),
+        lse.numpy(),
+    )
+    return out, lse

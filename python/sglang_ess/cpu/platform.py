@@ -1,0 +1,67 @@
+"""SGLang platform for hosts without an accelerator.
+
+Upstream has no CPU path for DeepSeek sparse attention. Registered as an out-of-tree
+platform, ours makes every layer take its torch-native path and supplies the pieces that
+have none: the indexer, the sparse MLA backend and the KV pool's write paths.
+"""
+
+import logging
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+logger = logging.getLogger(__name__)
+
+DISPATCH_KEY = "ess_cpu"
+
+
+class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
+    """CPU as an out-of-tree platform. Chosen by sglang_ess.plugin, not by SGLang."""
+
+    _enum = PlatformEnum.OOT
+
+    def get_device(self, device_id: int = 0) -> str:
+        """SGLang's argument resolution splits this as a string ("cuda:0")."""
+        return "cpu"
+
+    def get_dispatch_key_name(self) -> str:
+        return DISPATCH_KEY
+
+    def get_kv_pool_cls(self, *, kind):
+        if kind != "dsa":
+            return None
+        from sglang_ess.cpu.pool import CpuDsaTokenToKVPool
+
+        return CpuDsaTokenToKVPool
+
+    def apply_server_args_defaults(self, server_args) -> None:
+        """Replace what SGLang chose for an Intel AMX host; a backend the user named stays."""
+        from sglang.srt.arg_groups.model_override_base import model_config_of
+        from sglang.srt.configs.model_config import is_deepseek_dsa
+
+        if server_args.attention_backend in (None, "intel_amx"):
+            is_sparse = is_deepseek_dsa(model_config_of(server_args).hf_config)
+            server_args.attention_backend = "dsa" if is_sparse else "torch_native"
+
+    def init_backend(self) -> None:
+        """Register the sparse path; runs once in each worker, before the model is built."""
+        import numba
+        import torch._dynamo
+        from sglang.kernels.fused_op import BaseFusedOp
+        from sglang.srt.layers.attention.attention_registry import (
+            register_attention_backend,
+        )
+        from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+
+        from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend
+        from sglang_ess.cpu.indexer import indexer_forward
+
+        # SGLang compiles small functions (MoE top-k, samplers) by inductor, which needs a
+        # C++ compiler on the host and 10 s at the first request; eager costs microseconds.
+        torch._dynamo.config.disable = True
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        BaseFusedOp.register_oot_forward(Indexer, indexer_forward, DISPATCH_KEY)
+        # Same name, so that every "dsa" rule of the model code holds; last one wins.
+        register_attention_backend("dsa")(CpuSparseMlaBackend)

@@ -1,0 +1,194 @@
+"""`python -m sglang_ess.doctor [--json]`: what this host has and what ESS can do on it.
+
+Exit status 1 when something required is off (SGLang's version, the contract, a package).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from sglang_ess.config import EssConfig
+
+REQUIRED = ("sglang", "torch", "numba", "transformers", "psutil")
+OPTIONAL = ("triton", "flashinfer-python")
+# What the CPU platform's kernels gain from, as LLVM (numba's code generator) names it.
+CPU_FEATURES = ("avx2", "avx512f", "avx512bw", "avx512bf16", "amx-bf16")
+GIB = 1 << 30
+
+
+def examine() -> dict[str, Any]:
+    """Everything the report prints; "problems" holds one line per required thing that is off.
+
+    Effect: imports SGLang as a server would, so SGLANG_ESS_CONFIG is set when it was not.
+    Raises: SystemExit if SGLANG_ESS_CONFIG is malformed.
+    """
+    versions = {name: _version(name) for name in REQUIRED + OPTIONAL}
+    problems = [
+        f"{name} must be installed: got none. Run pip install {name}."
+        for name in REQUIRED
+        if versions[name] is None
+    ]
+    report: dict[str, Any] = {"versions": {"python": platform.python_version(), **versions}}
+    if not problems:
+        for key, value in EssConfig().to_env().items():
+            os.environ.setdefault(key, value)
+        report |= {"device": device(), "host": host()}
+        rows, problems = contract_rows(report["device"]["platform"])
+        report |= {"contract": rows, "summary": summary(report["device"]["platform"])}
+    return report | {"problems": problems}
+
+
+def device() -> dict[str, Any]:
+    """Which platform SGLang will run on, and whether host memory can be pinned."""
+    import torch
+
+    from sglang_ess import plugin
+
+    kind = plugin.accelerator()
+    name = getattr(torch, kind).get_device_name() if kind else None
+    try:
+        torch.empty(1, pin_memory=True)
+        pinned = "yes"
+    except RuntimeError as error:
+        pinned = f"no ({str(error).splitlines()[0]})"
+    return {
+        "platform": plugin.active_platform(),
+        "accelerator": f"{kind}: {name}" if kind else None,
+        "pinned_memory": pinned,
+        "memlock_limit_bytes": _memlock_limit_bytes(),
+    }
+
+
+def host() -> dict[str, Any]:
+    """Cores and memory this process may use; the cgroup limit is None when there is none."""
+    import llvmlite.binding as llvm
+    import psutil
+
+    memory = psutil.virtual_memory()
+    features = llvm.get_host_cpu_features()
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_total_bytes": memory.total,
+        "memory_available_bytes": memory.available,
+        "memory_cgroup_limit_bytes": cgroup_limit_bytes(),
+        "cpu_features": [name for name in CPU_FEATURES if features.get(name)],
+    }
+
+
+def cgroup_limit_bytes(
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """The tightest memory limit over this process's cgroup and its parents, v1 or v2.
+
+    Source: kernel docs, cgroup-v2 `memory.max` ("max" is none) and cgroup-v1
+    `memory.limit_in_bytes` (a value near 2^63 is none).
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return None
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            continue
+        base = root / "memory" if controllers else root
+        file = "memory.limit_in_bytes" if controllers else "memory.max"
+        # In a container the path may be the host's: then only the mount's root exists.
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(base) and (folder / file).is_file():
+                text = (folder / file).read_text().strip()
+                limits += [int(text)] if text.isdigit() and int(text) < 1 << 60 else []
+    return min(limits, default=None)
+
+
+def contract_rows(active: str) -> tuple[list[dict[str, str]], list[str]]:
+    """(a row per hook with its state, the problems among rows in force on this platform)."""
+    from ess_patches import all_hooks, contract
+
+    hooks = all_hooks()
+    problems = [str(mismatch) for mismatch in contract.check(())]  # the version alone
+    rows = []
+    for hook in hooks:
+        mismatch = contract.check_hook(hook)
+        if mismatch and hook.applies(active):
+            problems.append(str(mismatch))
+        rows.append(
+            {
+                "state": mismatch.state if mismatch else "ok",
+                "kind": hook.kind,
+                "when": hook.when,
+                "target": hook.target,
+                "detail": mismatch.found if mismatch else hook.reason,
+            }
+        )
+    return rows, problems
+
+
+def summary(active: str) -> str:
+    """One line: what ESS can do on this host now."""
+    if active == "cpu":
+        return "CPU platform: DSA models run in full, for function and tests, not for speed."
+    if active == "cuda":
+        return "CUDA: SGLang serves one-tier; ESS's hot tier is not in this version yet."
+    return f"Nothing: ESS must have the CPU platform or CUDA: got {active}."
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text, one fact a line."""
+    lines = []
+    for section in ("versions", "device", "host"):
+        lines.append(section)
+        for name, value in report.get(section, {}).items():
+            lines.append(f"  {name:<26} {_shown(name, value)}")
+    rows = report.get("contract", [])
+    lines.append(f"contract ({len(rows)} rows)")
+    for row in rows:
+        lines.append(f"  {row['state']:<8} {row['kind']:<9} {row['when']:<7} {row['target']}")
+        lines.append(f"           {row['detail']}")
+    lines.append(f"ESS here: {report.get('summary', 'nothing, see the problems')}")
+    lines += [f"problem: {line}" for line in report["problems"]] or ["no problems"]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report; 1 if it holds problems."""
+    parser = argparse.ArgumentParser(prog="python -m sglang_ess.doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    report = examine()
+    print(json.dumps(report, indent=2) if args.json else render(report))
+    return 1 if report["problems"] else 0
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _memlock_limit_bytes() -> int | None:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "none"
+    if name.endswith("_bytes"):
+        return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / (1 << 20):.0f} MiB"
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""`python -m sglang_ess.launch_server`: SGLang's server with ESS; takes every SGLang flag.
+
+SGLang spawns its processes, and a spawned child imports this module again: nothing heavy
+and no effect at import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sglang_ess.config import EssConfig
+from sglang_ess.cpu import set_thread_defaults
+
+PROG = "python -m sglang_ess.launch_server"
+REFUSED = 2  # exit status, as argparse's own
+NOT_LOADED = (
+    "sglang-ess must be among SGLang's plugins: got no entry point of that name. "
+    "Run pip install -e . in its repository."
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the server until it ends: 0, or 2 with one line on stderr per refused option.
+
+    Effect: sets SGLANG_ESS_CONFIG for this process and its children, over an older value.
+    Raises: SystemExit from SGLang's argument parser and from a broken contract; whatever
+    SGLang raises while it starts.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in argv or "--help" in argv:
+        _full_parser().print_help()
+        return 0
+    try:
+        config, rest = split_args(argv)
+    except ValueError as error:
+        return _refuse([str(error)])
+    # `import sglang` already picks the platform, so the children's variable comes before it.
+    os.environ.update(config.to_env())
+    set_thread_defaults()
+
+    from sglang_ess import preflight
+
+    reasons = preflight.environment_reasons(config, os.environ) + preflight.early_reasons(rest)
+    if reasons:
+        return _refuse(reasons)
+    return _serve(config, rest)
+
+
+def _serve(config: EssConfig, rest: list[str]) -> int:
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.utils import kill_process_tree
+
+    from sglang_ess import plugin, preflight
+
+    load_plugins()
+    if not plugin.registered:
+        return _refuse([NOT_LOADED])
+    server_args = _prepare(rest)
+    on_cpu = plugin.activate_cpu_platform() is not None
+    if reasons := preflight.server_reasons(server_args, config, on_cpu):
+        return _refuse(reasons)
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+    return 0
+
+
+def split_args(argv: list[str]) -> tuple[EssConfig, list[str]]:
+    """(ESS's options, SGLang's arguments). ESS's flags may stand in --config's file too.
+
+    Raises: ValueError (one line) for a bad value, a misspelt ESS flag or a bad file.
+    """
+    argv = [part for arg in argv for part in _config_parts(arg)]
+    parser = _OneLineParser(prog=PROG, add_help=False, allow_abbrev=False)
+    EssConfig.add_cli_args(parser)
+    # The last one wins: the command line before the file.
+    args, rest = parser.parse_known_args(_file_flags(argv) + argv)
+    for arg in rest:
+        _refuse_misspelt(arg.partition("=")[0])
+    return EssConfig.from_cli_args(args), rest
+
+
+def _prepare(rest: list[str]) -> Any:
+    """SGLang's ServerArgs. It refuses ESS's keys in a --config file, so it reads a copy."""
+    from sglang.srt.server_args import prepare_server_args
+
+    place = rest.index("--config") + 1 if "--config" in rest else None
+    options = _yaml_mapping(Path(rest[place])) if place else {}
+    theirs = {key: options[key] for key in options if _flag(key) not in EssConfig.flags()}
+    if theirs == options:
+        return prepare_server_args(rest)
+    import yaml
+
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(theirs, file, sort_keys=False)
+        file.flush()
+        return prepare_server_args([*rest[:place], file.name, *rest[place + 1 :]])
+
+
+def _config_parts(arg: str) -> list[str]:
+    # SGLang reads the file only for "--config FILE" and drops "--config=FILE" unread.
+    return arg.split("=", 1) if arg.startswith("--config=") else [arg]
+
+
+def _file_flags(argv: list[str]) -> list[str]:
+    """ESS's flags in the file that --config names, as command-line arguments."""
+    if "--config" not in argv:
+        return []
+    if argv.count("--config") > 1 or argv[-1] == "--config":
+        raise ValueError(f"--config must be given once, with a file: got {' '.join(argv)}.")
+    flags: list[str] = []
+    for key, value in _yaml_mapping(Path(argv[argv.index("--config") + 1])).items():
+        flag = _flag(key)
+        if flag in EssConfig.flags():
+            flags += [flag] * value if isinstance(value, bool) else [flag, str(value)]
+        else:
+            _refuse_misspelt(flag)
+    return flags
+
+
+def _flag(key: Any) -> str:
+    return "--" + str(key).replace("_", "-")
+
+
+def _yaml_mapping(path: Path) -> dict[Any, Any]:
+    import yaml
+
+    if path.suffix.lower() not in (".yaml", ".yml") or not path.is_file():
+        raise ValueError(f"--config must name a .yaml file: got '{path}'. Correct the path.")
+    try:
+        options = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"--config must hold YAML: got '{path}' ({line}). Correct it.") from None
+    if not isinstance(options, dict):
+        raise ValueError(  # noqa: TRY004 (the operator's value)
+            f"--config must hold a mapping: got '{path}'. Write flag: value lines."
+        )
+    return options
+
+
+def _refuse_misspelt(flag: str) -> None:
+    """Raises: ValueError if this is no SGLang flag but nearly one of ours."""
+    ours = EssConfig.flags()
+    cutoff = 0.0 if flag.startswith("--ess") else 0.9  # none of SGLang's is so near: tested
+    if near := difflib.get_close_matches(flag, ours, n=1, cutoff=cutoff):
+        raise ValueError(
+            f"ESS's flags must be among {', '.join(ours)}: got {flag}. Did you mean {near[0]}?"
+        )
+
+
+def _full_parser() -> argparse.ArgumentParser:
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser(prog=PROG)
+    EssConfig.add_cli_args(parser)
+    ServerArgs.add_cli_args(parser)
+    return parser
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message[0].upper()}{message[1:]}. See {PROG} --help.")
+
+
+def _refuse(reasons: list[str]) -> int:
+    for reason in reasons:
+        print(f"sglang-ess: {reason}", file=sys.stderr)
+    return REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

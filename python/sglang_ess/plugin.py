@@ -1,0 +1,102 @@
+"""SGLang's two entry points into ESS; both run in every SGLang process, so imports are lazy.
+
+SGLang logs an Exception from a plugin and goes on without it, but lets SystemExit through
+(sglang/srt/plugins/__init__.py, `except Exception`). When ESS was asked for and cannot be
+had, the process must stop: every failure here is a SystemExit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from sglang_ess.config import ENV_VAR, EssConfig
+
+logger = logging.getLogger(__name__)
+
+CPU_PLATFORM = "sglang_ess.cpu.platform.CpuDsaPlatform"
+PLUGIN_NAMES = ("sglang_ess", "ess_cpu")  # our entry points in pyproject.toml
+
+registered = False  # whether register() has armed this process; the launcher checks it
+
+
+def register() -> None:
+    """Entry point of group sglang.srt.plugins: check the contract, register the hooks.
+
+    Raises: SystemExit if ENV_VAR is set and malformed, or the contract does not hold.
+    """
+    global registered
+    config = _config()
+    if config is None:
+        logger.info("sglang-ess: inert, %s is not set", ENV_VAR)
+        return
+    try:
+        targets = _arm(config)
+    except Exception as error:
+        logger.exception("sglang-ess: registering the hooks failed")
+        raise SystemExit(
+            f"sglang-ess: hooks must register: got {type(error).__name__}: {error}. "
+            "Run python -m sglang_ess.doctor."
+        ) from error
+    registered = True
+    logger.info("sglang-ess: %s, %d hooks", config, len(targets))
+
+
+def _arm(config: EssConfig) -> list[str]:
+    from ess_patches import all_hooks, contract
+
+    platform = active_platform()
+    # "cpu" rows make the CPU platform work, with or without ESS; the others are ESS itself.
+    hooks = [
+        hook
+        for hook in all_hooks()
+        if hook.applies(platform) and (config.enabled or hook.when == "cpu")
+    ]
+    if mismatches := contract.check(hooks):
+        for mismatch in mismatches:
+            print(f"sglang-ess: {mismatch}", file=sys.stderr)
+        names = ", ".join(mismatch.target for mismatch in mismatches)
+        raise SystemExit(f"sglang-ess: the contract with SGLang is broken at {names}. Stopping.")
+    return contract.register(hooks, platform)
+
+
+def activate_cpu_platform() -> str | None:
+    """Entry point of group sglang.srt.platforms: the CPU platform's class path, or None.
+
+    It is taken when the launcher set ENV_VAR and asked for it (`cpu`, or `auto` with no
+    accelerator), or when SGLANG_PLATFORM=ess_cpu names it. `import sglang` calls this, so
+    ENV_VAR has to be set before that import.
+    Raises: SystemExit if ENV_VAR is malformed.
+    """
+    config = _config()
+    if os.environ.get("SGLANG_PLATFORM") == "ess_cpu":
+        taken = config is None or config.platform != "native"
+    elif config is None:
+        taken = False
+    else:
+        taken = config.platform == "cpu" or (config.platform == "auto" and accelerator() is None)
+    return CPU_PLATFORM if taken else None
+
+
+def accelerator() -> str | None:
+    """Name of the first torch device type that is there ("cuda" stands for HIP too)."""
+    import torch
+
+    for name in ("cuda", "xpu", "npu", "musa"):
+        backend = getattr(torch, name, None)
+        if backend is not None and backend.is_available():
+            return name
+    return None
+
+
+def active_platform() -> str:
+    """The name for Hook.when: "cpu" on the CPU platform, else accelerator() or "none"."""
+    return "cpu" if activate_cpu_platform() else accelerator() or "none"
+
+
+def _config() -> EssConfig | None:
+    try:
+        return EssConfig.from_env()
+    except ValueError as error:
+        raise SystemExit(f"sglang-ess: {error}") from None

@@ -1,0 +1,304 @@
+"""What the launcher refuses before anything slow: every function returns all its reasons.
+
+A reason is one line: what was wrong, with the value, and what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sglang_ess.config import EssConfig
+from sglang_ess.plugin import PLUGIN_NAMES
+
+# What the CPU platform serves. (ServerArgs field, flag, allowed values)
+CPU_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("device", "--device", (None, "cpu")),
+    ("tp_size", "--tp-size", (1,)),
+    ("pp_size", "--pp-size", (1,)),
+    ("dp_size", "--dp-size", (1,)),
+    ("ep_size", "--ep-size", (1,)),
+    ("attn_dp_size", "--attn-dp-size", (1,)),
+    ("attn_cp_size", "--attn-cp-size", (1,)),
+    ("dcp_size", "--dcp-size", (1,)),
+    ("moe_dp_size", "--moe-dp-size", (1,)),
+    ("nnodes", "--nnodes", (1,)),
+    ("enable_dp_attention", "--enable-dp-attention", (False,)),
+    ("speculative_algorithm", "--speculative-algorithm", (None,)),
+    ("quantization", "--quantization", (None, "unquant")),
+    ("enable_hierarchical_cache", "--enable-hierarchical-cache", (False,)),
+    ("enable_lmcache", "--enable-lmcache", (False,)),
+    ("enable_flexkv", "--enable-flexkv", (False,)),
+    ("enable_lora", "--enable-lora", (None, False)),
+    ("lora_paths", "--lora-paths", (None, [])),
+    ("enable_two_batch_overlap", "--enable-two-batch-overlap", (False,)),
+    ("enable_single_batch_overlap", "--enable-single-batch-overlap", (False,)),
+    ("cpu_offload_gb", "--cpu-offload-gb", (0,)),
+)
+# The same, for models with sparse attention only: others take SGLang's own paths.
+CPU_SPARSE_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("kv_cache_dtype", "--kv-cache-dtype", ("auto", "bf16", "bfloat16", "fp8_e4m3")),
+    ("page_size", "--page-size", (None, 64)),
+    ("attention_backend", "--attention-backend", (None, "dsa", "nsa")),
+    ("prefill_attention_backend", "--prefill-attention-backend", (None, "dsa", "nsa")),
+    ("decode_attention_backend", "--decode-attention-backend", (None, "dsa", "nsa")),
+)
+
+
+class Refusal(ValueError):
+    """One line for the operator: what must hold, what was got, what to do."""
+
+
+def environment_reasons(config: EssConfig, environ: Mapping[str, str]) -> list[str]:
+    """SGLang's own plugin selectors that would leave ESS out without a word."""
+    reasons = []
+    allowed = {name.strip() for name in environ.get("SGLANG_PLUGINS", "").split(",")} - {""}
+    if allowed and not allowed.issuperset(PLUGIN_NAMES):
+        reasons.append(
+            f"SGLANG_PLUGINS must list {' and '.join(PLUGIN_NAMES)}: got {sorted(allowed)}. "
+            "Add them or unset it."
+        )
+    platform = environ.get("SGLANG_PLATFORM", "")
+    if platform not in ("", "ess_cpu"):
+        reasons.append(
+            f"SGLANG_PLATFORM must be unset or ess_cpu: got {platform!r}, with which SGLang "
+            "skips ESS's hooks. Unset it, or start python -m sglang.launch_server."
+        )
+    if platform == "ess_cpu" and config.platform == "native":
+        reasons.append(
+            "--ess-platform must not be native under SGLANG_PLATFORM=ess_cpu: got native. "
+            "Drop one of the two."
+        )
+    return reasons
+
+
+def early_reasons(rest: list[str]) -> list[str]:
+    """A model path or port on the command line that is wrong whatever else was given.
+
+    Known before `import sglang`, which takes seconds; server_reasons sees the whole.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flags in (("--model-path", "--model"), ("--host",), ("--port",)):
+        parser.add_argument(*flags, nargs="?")  # SGLang's parser refuses a missing value
+    args = parser.parse_known_args(rest)[0]
+    reasons = []
+    if args.model_path:
+        try:
+            _model_source(args.model_path)
+        except Refusal as refusal:
+            reasons.append(str(refusal))
+    if args.port and re.fullmatch(r"-?\d+", args.port):
+        reasons += port_reasons(args.host or "127.0.0.1", int(args.port))  # SGLang's default
+    return reasons
+
+
+def server_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[str]:
+    """Every reason to refuse a ServerArgs (raw, not resolved yet) and its checkpoint.
+
+    Effect: reads config.json (fetched from the Hub for an org/name); binds the port briefly.
+    """
+    reasons = []
+    try:
+        model = read_model_config(server_args)
+    except Refusal as refusal:
+        reasons.append(str(refusal))
+    else:
+        if model is not None:
+            reasons += model_reasons(server_args, model, config, on_cpu)
+    if server_args.enable_hisparse and (config.enabled or on_cpu):
+        reasons.append(
+            "--enable-hisparse must be off with ESS and on the CPU platform: got on. "
+            "Drop it, or on a GPU add --disable-ess."
+        )
+    if config.index_dtype != "fp8" and not on_cpu:
+        reasons.append(
+            f"--ess-index-dtype must be fp8 off the CPU platform: got {config.index_dtype}. "
+            "Drop the flag or add --ess-platform cpu."
+        )
+    if on_cpu:
+        reasons += _rule_reasons(server_args, CPU_RULES)
+    return reasons + port_reasons(server_args.host, server_args.port)
+
+
+def read_model_config(server_args: Any) -> dict[str, Any] | None:
+    """config.json of --model-path with --json-model-override-args applied.
+
+    None where only SGLang can tell: see _model_source.
+    Raises: Refusal if there is no such model or its config.json cannot be read.
+    """
+    file = _model_source(str(server_args.model_path))
+    if isinstance(file, str):
+        file = _fetch_config(file, server_args)
+    if file is None:
+        return None
+    model = _json_object(_text(file), str(file))
+    override = _json_object(server_args.json_model_override_args, "--json-model-override-args")
+    return {**_mapping(model.get("text_config")), **model, **override}
+
+
+def _model_source(path: str) -> Path | str | None:
+    """The config.json of a local model, a Hub name, or None for what only SGLang can tell:
+    remote URLs, GGUF files, "dummy" and ModelScope names.
+
+    Raises: Refusal for anything else.
+    """
+    if path.lower() in ("none", "dummy") or "://" in path or ".gguf" in path.lower():
+        return None
+    if os.path.exists(path):
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            raise Refusal(
+                f"--model-path must be a directory with config.json: got {path!r} without one. "
+                "Name the checkpoint's own directory."
+            )
+        return file
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
+        raise Refusal(
+            f"--model-path must be a directory or a Hugging Face name org/name: got {path!r}, "
+            "which does not exist. Correct the path."
+        )
+    in_modelscope = os.environ.get("SGLANG_USE_MODELSCOPE", "").lower() in ("1", "true", "yes")
+    return None if in_modelscope else path
+
+
+def model_reasons(
+    server_args: Any, model: Mapping[str, Any], config: EssConfig, on_cpu: bool
+) -> list[str]:
+    """Why this checkpoint cannot be served in this way."""
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    reasons = []
+    sparse = is_deepseek_dsa(dict(model))
+    if config.enabled and not sparse:
+        reasons.append(
+            "--model-path must name a model with DeepSeek sparse attention: got architectures "
+            f"{model.get('architectures')}, index_topk {model.get('index_topk')}. "
+            "Add --disable-ess to serve it one-tier."
+        )
+    latent, rope = model.get("kv_lora_rank"), model.get("qk_rope_head_dim")
+    if sparse and server_args.kv_cache_dtype == "fp8_e4m3" and (latent, rope) != (512, 64):
+        reasons.append(
+            "--kv-cache-dtype fp8_e4m3 must have kv_lora_rank 512 and qk_rope_head_dim 64 "
+            f"(the 656-byte row): got {latent} and {rope}. Use --kv-cache-dtype bfloat16."
+        )
+    if on_cpu and sparse:
+        reasons += _rule_reasons(server_args, CPU_SPARSE_RULES)
+    stored = _mapping(model.get("quantization_config")).get("quant_method")
+    if on_cpu and stored:
+        reasons.append(
+            f"--model-path must not be quantized on the CPU platform: got quant_method {stored!r} "
+            "in config.json. Use a bfloat16 checkpoint."
+        )
+    return reasons
+
+
+def port_reasons(host: str, port: int) -> list[str]:
+    """Whether uvicorn could bind host:port now."""
+    if not 1 <= port <= 65535:
+        return [f"--port must be 1 to 65535: got {port}. Choose a free port."]
+    try:
+        _bind(host, port)
+    except (socket.gaierror, UnicodeError) as error:
+        return [f"--host must be a name or address: got {host!r} ({error}). Correct it."]
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            free = _free_port(host, port)
+            return [f"--port must be free on {host}: got {port}, in use. Try --port {free}."]
+        got = f"{host}:{port} ({error.strerror})"
+        return [f"--host and --port must be open to this process: got {got}. Choose others."]
+    return []
+
+
+def _bind(host: str, port: int) -> None:
+    """Bind every address of host for a moment, with the socket options asyncio uses.
+
+    Raises: OSError if one cannot be bound, socket.gaierror if host has none.
+    """
+    for family, kind, proto, _, address in socket.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        try:
+            listener = socket.socket(family, kind, proto)
+        except OSError:  # a family this kernel lacks; asyncio passes over it too
+            continue
+        with listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+
+
+def _free_port(host: str, taken: int) -> int:
+    for port in range(taken + 1, min(taken + 100, 65536)):
+        try:
+            _bind(host, port)
+        except OSError:
+            continue
+        return port
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def _fetch_config(name: str, server_args: Any) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(
+            name, "config.json", revision=server_args.revision, cache_dir=server_args.download_dir
+        )
+    except Exception as error:  # noqa: BLE001 (the Hub's own errors, its HTTP client's, OSError)
+        line = (str(error).splitlines() or [""])[0]
+        raise Refusal(
+            f"--model-path must name a model on the Hugging Face Hub or a directory: got {name!r} "
+            f"({type(error).__name__}: {line}). Check the name, HF_TOKEN and the network."
+        ) from None
+    return Path(file)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"{file} must be readable text: got {error}. Correct the file.") from None
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise Refusal(f"{where} must be JSON: got {error}. Correct the file or flag.") from None
+    if not isinstance(value, dict):
+        raise Refusal(f"{where} must be a JSON object: got {type(value).__name__}. Correct it.")
+    return value
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _rule_reasons(
+    server_args: Any, rules: tuple[tuple[str, str, tuple[Any, ...]], ...]
+) -> list[str]:
+    return [
+        f"{flag} must be {_shown(allowed)} on the CPU platform: "
+        f"got {_shown((value,))}. Drop or change it."
+        for name, flag, allowed in rules
+        if (value := getattr(server_args, name)) not in allowed
+    ]
+
+
+def _shown(values: tuple[Any, ...]) -> str:
+    words = {None: "unset", True: "on", False: "off"}
+    return " or ".join(
+        words[value] if value is None or isinstance(value, bool) else str(value)
+        for value in values
+        if value != []
+    )

@@ -1,0 +1,279 @@
+"""Writes a random-weight DSA checkpoint small enough for a laptop: `python -m sglang_ess.tiny_model`.
+
+The directory loads with SGLang's ordinary loader and with transformers
+(`AutoModelForCausalLM`, `AutoTokenizer`), so the two can be compared on one set of weights.
+Everything that costs bytes is small; everything a DSA kernel fixes keeps its real size:
+index_head_dim 128, kv_lora_rank 512 and qk_rope_head_dim 64 give SGLang's 656-byte fp8 row.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+KV_LORA_RANK, QK_ROPE_HEAD_DIM, INDEX_HEAD_DIM = 512, 64, 128
+QK_NOPE_HEAD_DIM, V_HEAD_DIM = 64, 64
+ROUTED_SCALING_FACTOR = 2.5  # DeepSeek-V3.2 and GLM-5
+YARN_FACTOR = 4  # DeepSeek-V3.2 has 40; 4 keeps the unscaled part of a 16k context at 4k
+# transformers norms the two MLA latents and the indexer key with 1e-6 whatever the config says;
+# SGLang uses rms_norm_eps for the latents. GLM-5's 1e-5 would make the two differ.
+RMS_NORM_EPS = 1e-6
+MARKER = "tiny_model.json"  # the recipe; its presence is what makes a directory ours to overwrite
+
+
+@dataclass(frozen=True)
+class _Arch:
+    architecture: str
+    model_type: str
+    rope: str
+    rope_theta: int
+    groups: int
+    topk_groups: int
+    topk_freq: int
+
+
+ARCHS = {
+    "v32": _Arch("DeepseekV32ForCausalLM", "deepseek_v32", "yarn", 10_000, 2, 1, 1),
+    "glm": _Arch("GlmMoeDsaForCausalLM", "glm_moe_dsa", "plain", 1_000_000, 1, 1, 2),
+}
+
+
+@dataclass(frozen=True)
+class TinyModelConfig:
+    """Shape of a tiny model; None means "as the architecture has it" and is resolved on creation.
+
+    topk_freq (glm) is index_topk_freq: from layer 1 on, only every topk_freq-th layer runs an
+    indexer; the others reuse the choice of the layer before.
+    rope "yarn" is needed to run on SGLang's CPU backend, whose rope knows nothing else.
+    Raises: ValueError, one line, naming every field that is out of range.
+    """
+
+    arch: str = "v32"
+    layers: int = 4
+    dense_layers: int = 1
+    heads: int = 8
+    hidden: int = 256
+    intermediate: int = 512
+    moe_intermediate: int = 128
+    experts: int = 8
+    experts_per_token: int = 2
+    groups: int | None = None
+    topk_groups: int | None = None
+    index_heads: int = 8
+    index_topk: int = 128
+    topk_freq: int | None = None
+    q_lora_rank: int = 128
+    context: int = 16_384
+    rope: str | None = None
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.arch not in ARCHS:
+            raise ValueError(f"arch must be one of {', '.join(ARCHS)}: got {self.arch!r}")
+        for name in ("rope", "groups", "topk_groups", "topk_freq"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(ARCHS[self.arch], name))
+        problems = [*self._range_problems()] or [*self._routing_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _range_problems(self):
+        # The multiples are those of SGLang's packed CPU GEMM and 64-token KV pages.
+        limits = {"layers": (1, 1), "heads": (1, 1), "hidden": (64, 64), "intermediate": (32, 32),
+                  "moe_intermediate": (32, 32), "experts": (2, 1), "experts_per_token": (1, 1),
+                  "groups": (1, 1), "topk_groups": (1, 1), "index_heads": (1, 1),
+                  "index_topk": (1, 1), "topk_freq": (1, 1), "q_lora_rank": (32, 32),
+                  "context": (256, 64), "dense_layers": (0, 1), "seed": (0, 1)}  # fmt: skip
+        for name, (low, step) in limits.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < low or value % step:
+                rule = f"a multiple of {step} >= {low}" if step > 1 else f"an integer >= {low}"
+                yield f"{name} must be {rule}: got {value}"
+        for name, allowed in (("rope", ("yarn", "plain")), ("dtype", ("bfloat16", "float32"))):
+            if getattr(self, name) not in allowed:
+                yield f"{name} must be {' or '.join(allowed)}: got {getattr(self, name)!r}"
+
+    def _routing_problems(self):
+        per_group = self.experts // self.groups
+        reachable = per_group * self.topk_groups
+        if self.experts % self.groups or per_group < 2:
+            yield (f"experts must split into groups of 2 or more: "
+                   f"got {self.experts} experts in {self.groups} groups")  # fmt: skip
+        elif self.topk_groups > self.groups:
+            yield f"topk_groups must be <= groups {self.groups}: got {self.topk_groups}"
+        elif self.experts_per_token > reachable:
+            yield (f"experts_per_token must be <= {reachable} (topk_groups {self.topk_groups} "
+                   f"x {per_group} experts): got {self.experts_per_token}")  # fmt: skip
+        if self.index_topk > self.context:
+            yield f"index_topk must be <= context {self.context}: got {self.index_topk}"
+        if self.dense_layers > self.layers:
+            yield f"dense_layers must be <= layers {self.layers}: got {self.dense_layers}"
+        if self.arch == "v32" and self.topk_freq != 1:
+            yield f"topk_freq must be 1 for arch v32 (every layer has an indexer): got {self.topk_freq}"
+
+    @property
+    def indexer_types(self) -> list[str]:
+        """Per layer "full" or "shared", for index_skip_topk_offset 2 (both libraries' default)."""
+        return ["shared" if max(i - 1, 0) % self.topk_freq else "full" for i in range(self.layers)]
+
+    @property
+    def attention_mscale(self) -> float:
+        """What yarn multiplies the softmax scale by, in both libraries: (0.1 ln factor + 1)^2."""
+        return (0.1 * math.log(YARN_FACTOR) + 1) ** 2 if self.rope == "yarn" else 1.0
+
+
+def rope_parameters(config: TinyModelConfig) -> dict:
+    """config.json's rope block, in the form transformers 5 and (through it) SGLang read.
+
+    mscale == mscale_all_dim, as DeepSeek-V3.2 has it: cos and sin then stay unscaled and the
+    softmax scale alone carries the factor. With mscale_all_dim 0 or absent transformers and
+    SGLang compute different cos. factor x original length is exactly the context, because
+    SGLang's table ends there.
+    """
+    theta = ARCHS[config.arch].rope_theta
+    if config.rope == "plain":
+        return {"rope_type": "default", "rope_theta": theta}
+    return {
+        "rope_type": "yarn",
+        "rope_theta": theta,
+        "factor": YARN_FACTOR,
+        "original_max_position_embeddings": config.context // YARN_FACTOR,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+
+
+def model_config(config: TinyModelConfig, vocab_size: int, token_ids: dict[str, int]) -> dict:
+    """config.json. token_ids: bos_token_id, eos_token_id, pad_token_id."""
+    arch = ARCHS[config.arch]
+    result = {
+        "architectures": [arch.architecture],
+        "model_type": arch.model_type,
+        "dtype": config.dtype,
+        "vocab_size": vocab_size,
+        **token_ids,
+        "hidden_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "intermediate_size": config.intermediate,
+        "hidden_act": "silu",
+        "rms_norm_eps": RMS_NORM_EPS,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": config.context,
+        "rope_parameters": rope_parameters(config),
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.heads,
+        "attention_bias": False,
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": KV_LORA_RANK,
+        "qk_rope_head_dim": QK_ROPE_HEAD_DIM,
+        "qk_nope_head_dim": QK_NOPE_HEAD_DIM,
+        "v_head_dim": V_HEAD_DIM,
+        "index_head_dim": INDEX_HEAD_DIM,
+        "index_n_heads": config.index_heads,
+        "index_topk": config.index_topk,
+        "first_k_dense_replace": config.dense_layers,
+        "moe_layer_freq": 1,
+        "moe_intermediate_size": config.moe_intermediate,
+        "n_routed_experts": config.experts,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": config.experts_per_token,
+        "n_group": config.groups,
+        "topk_group": config.topk_groups,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": ROUTED_SCALING_FACTOR,
+        "ep_size": 1,
+    }
+    if config.arch == "glm":
+        # transformers hard-codes GLM's interleaved indexer rope; SGLang asks the config.
+        result["indexer_rope_interleave"] = True
+        result["index_topk_freq"] = config.topk_freq
+        result["index_skip_topk_offset"] = 2
+        result["indexer_types"] = config.indexer_types
+    return result
+
+
+def write_tiny_model(out_dir: str | os.PathLike, config: TinyModelConfig) -> Path:
+    """Writes config, weights, tokenizer and chat template into out_dir (created if need be).
+
+    Equal configs give equal bytes. An earlier tiny model in out_dir is overwritten.
+    Returns: out_dir.  Raises: ValueError if out_dir holds anything else.
+    """
+    out = Path(out_dir)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a directory: {out} is a file")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise ValueError(f"out must be empty or an earlier tiny model: {out} has no {MARKER}")
+    # Imported here: a refused command line should not wait for torch.
+    from sglang_ess.tiny_tokenizer import TOKEN_IDS, VOCAB_SIZE, write_tokenizer
+    from sglang_ess.tiny_weights import write_weights
+
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / MARKER, asdict(config))  # first: an interrupted write stays ours
+    write_weights(out / "model.safetensors", config, VOCAB_SIZE)
+    write_tokenizer(out, model_max_length=config.context)
+    _write_json(out / "config.json", model_config(config, VOCAB_SIZE, TOKEN_IDS))
+    _write_json(out / "generation_config.json", TOKEN_IDS)
+    return out
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+_HELP = {
+    "arch": "v32: DeepSeek-V3.2; glm: GLM-5, with shared-indexer layers",
+    "dense_layers": "leading layers with a dense MLP",
+    "groups": "expert groups",
+    "topk_groups": "expert groups a token may use",
+    "index_topk": "KV rows each query attends to",
+    "topk_freq": "glm: one indexer every N layers",
+    "context": "max_position_embeddings, in tokens",
+    "rope": "yarn or plain; SGLang's CPU backend needs yarn",
+    "dtype": "bfloat16 or float32",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_ess.tiny_model",
+        description="Write a random-weight DSA model that SGLang and transformers load.",
+    )
+    parser.add_argument("--out", required=True, help="directory to write")
+    for field in fields(TinyModelConfig):
+        kind = str if isinstance(field.default, str) or field.name == "rope" else int
+        default = "as the arch has it" if field.default is None else field.default
+        text = f"{_HELP.get(field.name, '')} [{default}]".strip()
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default,
+                            metavar=kind.__name__.upper(), help=text)  # fmt: skip
+    parser.error = lambda message: _fail(message)
+    return parser
+
+
+def _fail(message: str):
+    print(f"tiny_model: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; a refusal is one line on stderr and exit status 2."""
+    options = vars(_parser().parse_args(argv))
+    out = options.pop("out")
+    try:
+        path = write_tiny_model(out, TinyModelConfig(**options))
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    size_mib = (path / "model.safetensors").stat().st_size / 2**20
+    print(f"wrote {path} ({size_mib:.1f} MiB of weights)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""A real SGLang engine for tests: scheduler, radix cache, pool and model, in seconds.
+
+Each engine runs in processes of its own, forked from a server that imported SGLang once.
+Faults and recorders are installed in the engine's process before it starts its scheduler.
+"""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from sglang_ess.config import EssConfig
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.support.preload"])
+
+RECORD_VAR = "ESS_TEST_RECORD"
+
+
+@dataclass
+class Output:
+    """What one request gave back.
+
+    prompt_logprobs[i] is the logprob of prompt token start + 1 + i, where start is the
+    logprob_start_len of the request; logprobs[i] that of output token i.
+    """
+
+    rid: str
+    token_ids: list[int]
+    logprobs: np.ndarray
+    prompt_logprobs: np.ndarray
+    cached_tokens: int
+    meta: dict = field(repr=False)
+
+
+class EngineProcess:
+    """One engine; use as a context manager.
+
+    model: checkpoint directory; ess: fields of EssConfig; server_args: SGLang's own
+    patches: "module:function" run in the engine's process before anything else
+    """
+
+    def __init__(self, model, ess=None, patches=(), **server_args):
+        self._record = Path(tempfile.mkdtemp(prefix="ess-test-")) / "topk.pickle"
+        args = {"model_path": str(model), "log_level": "error", "random_seed": 1}
+        args |= {"skip_tokenizer_init": True, "max_total_tokens": 40000} | server_args
+        env = EssConfig(**(ess or {})).to_env() | {RECORD_VAR: str(self._record)}
+        self._pipe, child = _context.Pipe()
+        self._process = _context.Process(target=_serve, args=(child, args, env, tuple(patches)))
+        self._process.start()
+        child.close()
+        self._receive(timeout=180)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _receive(self, timeout=300):
+        if not self._pipe.poll(timeout):
+            raise TimeoutError(f"the engine gave no answer in {timeout} s")
+        status, value = self._pipe.recv()
+        if status == "error":
+            raise RuntimeError(value)
+        return value
+
+    def call(self, name, *args, **kwargs):
+        """Run a function of this module in the engine's process: f(engine, *args)."""
+        self._pipe.send((name, args, kwargs))
+        return self._receive()
+
+    def generate(self, prompts, max_new_tokens=1, start=0, **sampling) -> list[Output]:
+        """Submit the prompts (lists of token ids) together, as one batch."""
+        params = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        return self.call("_generate", prompts, params | sampling, start)
+
+    def flush(self) -> None:
+        """Empty the radix cache."""
+        self.call("_flush")
+
+    def selections(self) -> dict[tuple[str, int], dict[int, np.ndarray]]:
+        """{(rid, layer): {query position: selected positions}} of all passes so far.
+
+        Needs the patch "tests.support.recorder:install". A position computed twice (after
+        a retraction, or by another request that shares it) keeps the last.
+        """
+        found: dict = {}
+        with self._record.open("rb") as file:
+            while True:
+                try:
+                    layer, rid, first, positions = pickle.load(file)
+                except EOFError:
+                    return found
+                rows = found.setdefault((rid, layer), {})
+                for offset, row in enumerate(positions):
+                    rows[first + offset] = row[row >= 0]
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            try:
+                self._pipe.send(("_shutdown", (), {}))
+            except BrokenPipeError:
+                pass
+            self._process.join(20)
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+def _serve(pipe, server_args, env, patches) -> None:
+    """Body of the engine's process: build the engine, then run calls from the pipe."""
+    os.environ.update(env)
+    import sglang.srt.entrypoints.engine as engine_module
+
+    multiprocessing.set_start_method("fork", force=True)
+    # The engine would choose "spawn", which imports everything again in its children.
+    engine_module.mp.set_start_method = lambda *args, **kwargs: None
+    signal.signal(signal.SIGQUIT, lambda *_: os._exit(1))
+    try:
+        for patch in patches:
+            module, function = patch.split(":")
+            getattr(import_module(module), function)()
+        engine = engine_module.Engine(**server_args)
+        pipe.send(("ok", None))
+        while True:
+            name, args, kwargs = pipe.recv()
+            if name == "_shutdown":
+                break
+            pipe.send(("ok", globals()[name](engine, *args, **kwargs)))
+        engine.shutdown()
+    except BaseException as error:
+        pipe.send(("error", f"{type(error).__name__}: {error}"))
+        raise
+    os._exit(0)
+
+
+def _generate(engine, prompts, params, start) -> list[Output]:
+    answers = engine.generate(
+        input_ids=prompts, sampling_params=params, return_logprob=True, logprob_start_len=start
+    )
+    return [_output(answer) for answer in answers]
+
+
+def _output(answer) -> Output:
+    meta = answer["meta_info"]
+    prompt = [value for value, *_ in meta["input_token_logprobs"] if value is not None]
+    return Output(
+        rid=meta["id"],
+        token_ids=list(answer["output_ids"]),
+        logprobs=np.array([value for value, *_ in meta["output_token_logprobs"]]),
+        prompt_logprobs=np.array(prompt),
+        cached_tokens=meta["cached_tokens"],
+        meta={k: v for k, v in meta.items() if "logprobs" not in k},
+    )
+
+
+def _flush(engine) -> None:
+    engine.flush_cache()

@@ -1,0 +1,119 @@
+"""The doctor: what it reports, and when it says that something is wrong."""
+
+import json
+
+import pytest
+
+from ess_patches.contract import Hook, signature_text
+from sglang_ess import doctor
+from sglang_ess.config import ENV_VAR, EssConfig
+
+GOOD = Hook("os.path.join", "call", signature_text("os.path.join"), "us", "It is there.")
+
+
+@pytest.fixture(autouse=True)
+def rows(monkeypatch):
+    """rows(*hooks) sets the contract; the CPU platform is asked for, so no GPU matters."""
+    monkeypatch.setenv(ENV_VAR, EssConfig(platform="cpu").to_env()[ENV_VAR])
+
+    def put(*hooks):
+        monkeypatch.setattr("ess_patches.all_hooks", lambda: hooks)
+
+    put(GOOD)
+    return put
+
+
+def run(capsys, *argv):
+    status = doctor.main(list(argv))
+    return status, capsys.readouterr().out
+
+
+def test_json_report(capsys):
+    status, out = run(capsys, "--json")
+    report = json.loads(out)
+    assert status == 0 and report["problems"] == []
+    assert report["versions"]["sglang"] == "0.5.23"
+    assert report["device"]["platform"] == "cpu" and report["summary"].startswith("CPU platform")
+    host = report["host"]
+    assert host["cores"] >= 1
+    assert 0 < host["memory_available_bytes"] < host["memory_total_bytes"]
+    assert report["contract"] == [
+        {
+            "state": "ok",
+            "kind": "call",
+            "when": "always",
+            "target": "os.path.join",
+            "detail": "It is there.",
+        }
+    ]
+
+
+def test_text_report(capsys):
+    status, out = run(capsys)
+    assert status == 0
+    for part in ("sglang  ", "0.5.23", "GiB", "contract (1 rows)", "ok ", "ESS here: CPU platform"):
+        assert part in out
+    assert out.endswith("no problems\n")
+
+
+@pytest.mark.parametrize(
+    ("target", "signature", "state"),
+    [("os.path.gone", "()", "missing"), ("os.path.join", "(a)", "changed")],
+)
+def test_a_mismatch_is_a_problem(capsys, rows, target, signature, state):
+    rows(GOOD, Hook(target, "call", signature, "us", "A test."))
+    status, out = run(capsys)
+    assert status == 1
+    assert f"  {state:<8} call" in out and f"problem: {target} must be as in SGLang" in out
+
+
+def test_a_row_of_another_platform_is_shown_but_no_problem(capsys, rows):
+    rows(Hook("os.path.gone", "call", "()", "us", "A test.", when="cuda"))
+    status, out = run(capsys)
+    assert status == 0 and "missing  call      cuda" in out
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "part"),
+    [("numba", None, "numba must be installed"), ("sglang", "0.5.24", "got 0.5.24")],
+)
+def test_a_wrong_package_is_a_problem(capsys, monkeypatch, package, version, part):
+    from importlib import metadata
+
+    real = metadata.version
+
+    def fake(name):
+        if name != package:
+            return real(name)
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", fake)
+    status, out = run(capsys)
+    assert status == 1 and part in out
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "limit"),
+    [
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "4096"}, 4096),
+        ("0::/a/b", {"a/b/memory.max": "1024", "a/memory.max": "4096"}, 1024),
+        ("0::/host/only", {"memory.max": "512"}, 512),
+        ("0::/", {}, None),
+        ("4:memory:/job", {"memory/job/memory.limit_in_bytes": "2048"}, 2048),
+        ("4:cpu,memory:/job", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+        ("3:cpuset:/job", {"memory/job/memory.limit_in_bytes": "2048"}, None),
+    ],
+)
+def test_cgroup_limit(tmp_path, line, files, limit):
+    (tmp_path / "membership").write_text(line + "\n")
+    for name, text in files.items():
+        file = tmp_path / "root" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    assert doctor.cgroup_limit_bytes(tmp_path / "membership", tmp_path / "root") == limit
+
+
+def test_no_cgroup_at_all(tmp_path):
+    assert doctor.cgroup_limit_bytes(tmp_path / "gone", tmp_path) is None
