@@ -12,9 +12,9 @@ from sglang_ess.cpu import set_thread_defaults
 os.environ.update(EssConfig().to_env())
 set_thread_defaults()
 
-import sglang.srt.entrypoints.engine  # noqa: E402, F401
-import sglang.srt.entrypoints.http_server  # noqa: E402, F401
-import sglang.srt.managers.detokenizer_manager  # noqa: E402, F401
+import sglang.srt.entrypoints.engine  # noqa: E402
+import sglang.srt.entrypoints.http_server  # noqa: E402
+import sglang.srt.managers.detokenizer_manager  # noqa: E402
 import sglang.srt.managers.scheduler  # noqa: E402, F401
 from sglang.srt.models.registry import ModelRegistry  # noqa: E402, F401
 from sglang.srt.plugins import load_plugins  # noqa: E402
