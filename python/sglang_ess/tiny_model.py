@@ -1,4 +1,4 @@
-"""Writes a random-weight DSA checkpoint small enough for a laptop: `python -m sglang_ess.tiny_model`.
+"""`python -m sglang_ess.tiny_model`: writes a random-weight DSA checkpoint, small and complete.
 
 The directory loads with SGLang's ordinary loader and with transformers
 (`AutoModelForCausalLM`, `AutoTokenizer`), so the two can be compared on one set of weights.
@@ -11,8 +11,9 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, NoReturn
 
 KV_LORA_RANK, QK_ROPE_HEAD_DIM, INDEX_HEAD_DIM = 512, 64, 128
 QK_NOPE_HEAD_DIM, V_HEAD_DIM = 64, 64
@@ -41,79 +42,89 @@ ARCHS = {
 }
 
 
+def _count(default: int | None, low: int = 1, step: int = 1, help: str = "") -> Any:
+    """An integer field that must be a multiple of step and at least low."""
+    return field(default=default, metadata={"low": low, "step": step, "help": help})
+
+
+def _choice(default: str | None, choices: tuple[str, ...], help: str) -> Any:
+    return field(default=default, metadata={"choices": choices, "help": help})
+
+
 @dataclass(frozen=True)
 class TinyModelConfig:
     """Shape of a tiny model; None means "as the architecture has it" and is resolved on creation.
 
     topk_freq (glm) is index_topk_freq: from layer 1 on, only every topk_freq-th layer runs an
     indexer; the others reuse the choice of the layer before.
-    rope "yarn" is needed to run on SGLang's CPU backend, whose rope knows nothing else.
+    rope: SGLang's own CPU backend knows only "yarn"; this project's CPU platform serves both.
+    dtype: a float32 checkpoint is served as float16 unless SGLang is told --dtype float32.
     Raises: ValueError, one line, naming every field that is out of range.
     """
 
-    arch: str = "v32"
-    layers: int = 4
-    dense_layers: int = 1
-    heads: int = 8
-    hidden: int = 256
-    intermediate: int = 512
-    moe_intermediate: int = 128
-    experts: int = 8
-    experts_per_token: int = 2
-    groups: int | None = None
-    topk_groups: int | None = None
-    index_heads: int = 8
-    index_topk: int = 128
-    topk_freq: int | None = None
-    q_lora_rank: int = 128
-    context: int = 16_384
-    rope: str | None = None
-    dtype: str = "bfloat16"
-    seed: int = 0
+    # Multiples of 32 and 64 are what SGLang's packed CPU GEMM and KV pages want. Two indexer
+    # heads are the least that keep scores from tying at 0.
+    arch: str = _choice("v32", tuple(ARCHS), "v32: DeepSeek-V3.2; glm: GLM-5")
+    layers: int = _count(4)
+    dense_layers: int = _count(1, low=0, help="leading layers with a dense MLP")
+    heads: int = _count(8)
+    hidden: int = _count(256, low=64, step=64)
+    intermediate: int = _count(512, low=32, step=32)
+    moe_intermediate: int = _count(128, low=32, step=32)
+    experts: int = _count(8, low=2)
+    experts_per_token: int = _count(2)
+    groups: int | None = _count(None, help="expert groups")
+    topk_groups: int | None = _count(None, help="expert groups a token may use")
+    index_heads: int = _count(8, low=2)
+    index_topk: int = _count(128, help="KV rows each query attends to")
+    topk_freq: int | None = _count(None, help="glm: one indexer every N layers")
+    q_lora_rank: int = _count(128, low=32, step=32)
+    context: int = _count(16_384, low=256, step=64, help="max_position_embeddings, in tokens")
+    rope: str | None = _choice(None, ("yarn", "plain"), "yarn or plain")
+    dtype: str = _choice("bfloat16", ("bfloat16", "float32"), "bfloat16 or float32")
+    seed: int = _count(0, low=0)
 
     def __post_init__(self):
-        if self.arch not in ARCHS:
-            raise ValueError(f"arch must be one of {', '.join(ARCHS)}: got {self.arch!r}")
         for name in ("rope", "groups", "topk_groups", "topk_freq"):
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and self.arch in ARCHS:
                 object.__setattr__(self, name, getattr(ARCHS[self.arch], name))
-        problems = [*self._range_problems()] or [*self._routing_problems()]
+        problems = [*self._field_problems()] or [*self._relation_problems()]
         if problems:
             raise ValueError("; ".join(problems))
 
-    def _range_problems(self):
-        # The multiples are those of SGLang's packed CPU GEMM and 64-token KV pages.
-        limits = {"layers": (1, 1), "heads": (1, 1), "hidden": (64, 64), "intermediate": (32, 32),
-                  "moe_intermediate": (32, 32), "experts": (2, 1), "experts_per_token": (1, 1),
-                  "groups": (1, 1), "topk_groups": (1, 1), "index_heads": (1, 1),
-                  "index_topk": (1, 1), "topk_freq": (1, 1), "q_lora_rank": (32, 32),
-                  "context": (256, 64), "dense_layers": (0, 1), "seed": (0, 1)}  # fmt: skip
-        for name, (low, step) in limits.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < low or value % step:
-                rule = f"a multiple of {step} >= {low}" if step > 1 else f"an integer >= {low}"
-                yield f"{name} must be {rule}: got {value}"
-        for name, allowed in (("rope", ("yarn", "plain")), ("dtype", ("bfloat16", "float32"))):
-            if getattr(self, name) not in allowed:
-                yield f"{name} must be {' or '.join(allowed)}: got {getattr(self, name)!r}"
+    def _field_problems(self):
+        for one in fields(self):
+            value, rule = getattr(self, one.name), one.metadata
+            if value is None:
+                continue  # arch is unknown, which is reported
+            if "choices" in rule:
+                if value not in rule["choices"]:
+                    yield f"{one.name} must be {' or '.join(rule['choices'])}: got {value!r}"
+            elif type(value) is not int or value < rule["low"] or value % rule["step"]:
+                kind = f"a multiple of {rule['step']}" if rule["step"] > 1 else "an integer"
+                yield f"{one.name} must be {kind} >= {rule['low']}: got {value!r}"
 
-    def _routing_problems(self):
+    def _relation_problems(self):
         per_group = self.experts // self.groups
         reachable = per_group * self.topk_groups
         if self.experts % self.groups or per_group < 2:
-            yield (f"experts must split into groups of 2 or more: "
-                   f"got {self.experts} experts in {self.groups} groups")  # fmt: skip
+            yield (
+                f"experts must split into groups of 2 or more: "
+                f"got {self.experts} experts in {self.groups} groups"
+            )
         elif self.topk_groups > self.groups:
             yield f"topk_groups must be <= groups {self.groups}: got {self.topk_groups}"
         elif self.experts_per_token > reachable:
-            yield (f"experts_per_token must be <= {reachable} (topk_groups {self.topk_groups} "
-                   f"x {per_group} experts): got {self.experts_per_token}")  # fmt: skip
+            yield (
+                f"experts_per_token must be <= {reachable} (topk_groups {self.topk_groups} "
+                f"x {per_group} experts): got {self.experts_per_token}"
+            )
         if self.index_topk > self.context:
             yield f"index_topk must be <= context {self.context}: got {self.index_topk}"
         if self.dense_layers > self.layers:
             yield f"dense_layers must be <= layers {self.layers}: got {self.dense_layers}"
         if self.arch == "v32" and self.topk_freq != 1:
-            yield f"topk_freq must be 1 for arch v32 (every layer has an indexer): got {self.topk_freq}"
+            yield f"topk_freq must be 1 for arch v32 (it shares no indexer): got {self.topk_freq}"
 
     @property
     def indexer_types(self) -> list[str]:
@@ -203,7 +214,7 @@ def model_config(config: TinyModelConfig, vocab_size: int, token_ids: dict[str, 
 def write_tiny_model(out_dir: str | os.PathLike, config: TinyModelConfig) -> Path:
     """Writes config, weights, tokenizer and chat template into out_dir (created if need be).
 
-    Equal configs give equal bytes. An earlier tiny model in out_dir is overwritten.
+    Equal configs give equal bytes on one machine. An earlier tiny model in out_dir is overwritten.
     Returns: out_dir.  Raises: ValueError if out_dir holds anything else.
     """
     out = Path(out_dir)
@@ -228,36 +239,25 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-_HELP = {
-    "arch": "v32: DeepSeek-V3.2; glm: GLM-5, with shared-indexer layers",
-    "dense_layers": "leading layers with a dense MLP",
-    "groups": "expert groups",
-    "topk_groups": "expert groups a token may use",
-    "index_topk": "KV rows each query attends to",
-    "topk_freq": "glm: one indexer every N layers",
-    "context": "max_position_embeddings, in tokens",
-    "rope": "yarn or plain; SGLang's CPU backend needs yarn",
-    "dtype": "bfloat16 or float32",
-}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sglang_ess.tiny_model",
         description="Write a random-weight DSA model that SGLang and transformers load.",
     )
     parser.add_argument("--out", required=True, help="directory to write")
-    for field in fields(TinyModelConfig):
-        kind = str if isinstance(field.default, str) or field.name == "rope" else int
-        default = "as the arch has it" if field.default is None else field.default
-        text = f"{_HELP.get(field.name, '')} [{default}]".strip()
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default,
-                            metavar=kind.__name__.upper(), help=text)  # fmt: skip
-    parser.error = lambda message: _fail(message)
+    for one in fields(TinyModelConfig):
+        default = "as the arch has it" if one.default is None else one.default
+        parser.add_argument(
+            f"--{one.name.replace('_', '-')}",
+            type=str if "choices" in one.metadata else int,
+            default=one.default,
+            help=f"{one.metadata['help']} [{default}]".strip(),
+        )
+    parser.error = _fail  # argparse would print its usage as well
     return parser
 
 
-def _fail(message: str):
+def _fail(message: str) -> NoReturn:
     print(f"tiny_model: {message}", file=sys.stderr)
     raise SystemExit(2)
 
