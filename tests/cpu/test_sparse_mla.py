@@ -93,7 +93,7 @@ def test_merging_halves_by_lse_is_the_whole():
     whole, lse = sparse_mla(q, rows, slots, 0.1)
     parts = [sparse_mla(q, rows, half.contiguous(), 0.1) for half in slots.split(48, dim=1)]
     merged_lse = torch.logaddexp(parts[0][1], parts[1][1])
-    merged = sum(o * torch.exp(l - merged_lse).unsqueeze(-1) for o, l in parts)
+    merged = sum(o * torch.exp(part_lse - merged_lse).unsqueeze(-1) for o, part_lse in parts)
     assert torch.allclose(merged, whole, atol=2e-6) and torch.allclose(merged_lse, lse, atol=2e-6)
 
 

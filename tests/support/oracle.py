@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.linalg import hadamard
 from transformers import AutoModelForCausalLM
 
 from sglang_ess.cpu.ops.rows import (
+    GROUP,
     LATENT_DIM,
     ROPE_DIM,
     pack_fp8_rows,
@@ -102,20 +104,84 @@ def _forcing(indexer, selection: Selection, ranks, layer, topk):
     return forced
 
 
+class _RoundingTorch:
+    """torch, but the indexer's query-key product rounds both sides to e4m3 first.
+
+    interleaved: transformers rotates pairs by sorting them into halves and leaves them there.
+    Products do not mind, rounding does, so the model's own order comes back first.
+    """
+
+    def __init__(self, interleaved: bool):
+        self.interleaved = interleaved
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def matmul(self, a, b):
+        # The indexer's keys have one head where MLA's have as many as its queries.
+        if a.dim() == 4 and b.dim() == 4 and b.shape[1] == 1 and a.shape[-1] == GROUP:
+            a = self._fake_quantize(a, power_of_two=True)
+            b = self._fake_quantize(b.transpose(-1, -2), power_of_two=False).transpose(-1, -2)
+        return torch.matmul(a, b)
+
+    def _fake_quantize(self, x, power_of_two):
+        if self.interleaved:
+            pairs = torch.stack(x[..., :ROPE_DIM].chunk(2, dim=-1), dim=-1).flatten(-2)
+            x = torch.cat([pairs, x[..., ROPE_DIM:]], dim=-1)
+        return _fake_quantize(x, power_of_two)
+
+
+def _fake_quantize(x, power_of_two):
+    rotated = x.float() @ torch.from_numpy(hadamard(GROUP)).float() * GROUP**-0.5
+    values, scale = quantize_index(rotated, power_of_two)
+    return values.float() * scale.unsqueeze(-1)
+
+
+@contextmanager
+def fp8_index(oracle: Oracle):
+    """The oracle's indexer with queries and keys rotated and rounded as in fp8."""
+    module = inspect.getmodule(type(oracle.model))
+    interleaved = oracle.model.config.model_type == "glm_moe_dsa"
+    module.torch = _RoundingTorch(interleaved)
+    try:
+        yield
+    finally:
+        module.torch = torch
+
+
+@contextmanager
+def bf16_rows(oracle: Oracle):
+    """The oracle with latent rows rounded to bfloat16."""
+    with _rounded_rows(oracle, lambda module, inputs, output: output.bfloat16().to(output.dtype)):
+        yield
+
+
 @contextmanager
 def fp8_rows(oracle: Oracle):
     """The oracle with latent rows rounded as the 656-byte format rounds them."""
+    with _rounded_rows(oracle, _round_latent):
+        yield
+
+
+def _round_latent(module, inputs, output):
+    latent = output.reshape(-1, LATENT_DIM)
+    rows = pack_fp8_rows(latent, torch.zeros(latent.shape[0], ROPE_DIM))
+    return unpack_rows(rows)[:, :LATENT_DIM].to(output.dtype).view_as(output)
+
+
+@contextmanager
+def _rounded_rows(oracle, round_latent):
+    """Round latents by a hook on their norm, rope keys to bfloat16 where they are rotated."""
     module = inspect.getmodule(type(oracle.model))
     hooks = [
-        block.self_attn.kv_a_layernorm.register_forward_hook(_round_latent)
+        block.self_attn.kv_a_layernorm.register_forward_hook(round_latent)
         for block in oracle.model.model.layers
     ]
     original = module.apply_rotary_pos_emb_interleave
 
     def rounding(q, k, cos, sin, *args, **kwargs):
         q, k = original(q, k, cos, sin, *args, **kwargs)
-        # GLM's indexer rotates by the same function; its keys are 4-D with one head too,
-        # but come [batch, tokens, 1, dim] where MLA's come [batch, 1, tokens, dim].
+        # GLM's indexer rotates by the same function, with heads in another dimension.
         is_latent = kwargs.get("unsqueeze_dim", 1) == 1
         return q, k.bfloat16().to(k.dtype) if is_latent else k
 
@@ -126,15 +192,3 @@ def fp8_rows(oracle: Oracle):
         module.apply_rotary_pos_emb_interleave = original
         for hook in hooks:
             hook.remove()
-
-
-def _round_latent(module, inputs, output):
-    latent = output.reshape(-1, LATENT_DIM)
-    rows = pack_fp8_rows(latent, torch.zeros(latent.shape[0], ROPE_DIM))
-    return unpack_rows(rows)[:, :LATENT_DIM].to(output.dtype).view_as(output)
-
-
-def fake_quantize_index(x: torch.Tensor, power_of_two: bool) -> torch.Tensor:
-    """x rounded to e4m3 with its scale, as the index keys and queries are."""
-    values, scale = quantize_index(x, power_of_two)
-    return values.float() * scale.unsqueeze(-1)

@@ -37,7 +37,9 @@ def _rows(forward_batch, slots):
     table = get_attn_backend().req_to_token.numpy()
     decode = forward_batch.forward_mode.is_decode()
     start = 0
-    for i, (rid, row) in enumerate(zip(forward_batch.rids, forward_batch.req_pool_indices)):
+    for i, (rid, row) in enumerate(
+        zip(forward_batch.rids, forward_batch.req_pool_indices, strict=True)
+    ):
         total = int(forward_batch.seq_lens[i])
         tokens = 1 if decode else int(forward_batch.extend_seq_lens_cpu[i])
         of_slot = np.full(table[row, :total].max() + 2, -1, np.int32)
