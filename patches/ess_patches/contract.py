@@ -135,7 +135,7 @@ def check_hook(hook: Hook) -> Mismatch | None:
     try:
         found = signature_text(hook.target)
         is_class = isinstance(resolve(hook.target), type)
-    except Exception as error:  # noqa: BLE001 (an upstream import may fail in any way)
+    except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         problem = f"{type(error).__name__}: {first_line}"
         return Mismatch(hook.target, "missing", hook.signature, problem)
@@ -184,7 +184,7 @@ def main(argv: list[str]) -> int:
     for dotted in argv:
         try:
             print(f"{dotted}\n    {signature_text(dotted)}")
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             print(f"{dotted}\n    {type(error).__name__}: {error}", file=sys.stderr)
             failed = 1
     return failed

@@ -74,7 +74,7 @@ class EssConfig:
         except ValueError as error:
             raise ValueError(f"{ENV_VAR} must be JSON: got {text!r} ({error}). {remedy}") from None
         if not isinstance(values, dict):
-            raise ValueError(  # noqa: TRY004 (the operator's value)
+            raise ValueError(
                 f"{ENV_VAR} must be a JSON object: got {text!r}. {remedy}"
             )
         reasons = []

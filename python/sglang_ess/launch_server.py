@@ -11,9 +11,11 @@ import difflib
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sglang_ess import startup
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu import set_thread_defaults
 
@@ -53,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(config: EssConfig, rest: list[str]) -> int:
+    since = time.monotonic()
+    startup.progress("importing SGLang (10 to 20 s)")
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.utils import kill_process_tree
@@ -62,12 +66,20 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
     load_plugins()
     if not plugin.registered:
         return _refuse([NOT_LOADED])
+    startup.progress("checking the options and the model")
     server_args = _prepare(rest)
     on_cpu = plugin.activate_cpu_platform() is not None
     if reasons := preflight.server_reasons(server_args, config, on_cpu):
         return _refuse(reasons)
+    if warning := startup.one_tier_warning(config.enabled, on_cpu):
+        startup.progress(warning)
+    startup.progress(
+        "starting the scheduler and the detokenizer: each imports SGLang (10 to 20 s), then "
+        "the model is loaded and the KV pool allocated"
+    )
     try:
-        run_server(server_args)
+        with startup.announced(server_args, since):
+            run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0
@@ -141,7 +153,7 @@ def _yaml_mapping(path: Path) -> dict[Any, Any]:
         line = " ".join(str(error).split())
         raise ValueError(f"--config must hold YAML: got '{path}' ({line}). Correct it.") from None
     if not isinstance(options, dict):
-        raise ValueError(  # noqa: TRY004 (the operator's value)
+        raise ValueError(
             f"--config must hold a mapping: got '{path}'. Write flag: value lines."
         )
     return options

@@ -254,7 +254,7 @@ def _fetch_config(name: str, server_args: Any) -> Path:
         file = hf_hub_download(
             name, "config.json", revision=server_args.revision, cache_dir=server_args.download_dir
         )
-    except Exception as error:  # noqa: BLE001 (the Hub's own errors, its HTTP client's, OSError)
+    except Exception as error:
         line = (str(error).splitlines() or [""])[0]
         raise Refusal(
             f"--model-path must name a model on the Hugging Face Hub or a directory: got {name!r} "

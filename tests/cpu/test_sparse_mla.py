@@ -38,9 +38,9 @@ def inputs(case, fmt, num_slots=500, seed=0):
     g = torch.Generator().manual_seed(seed)
     latent = torch.randn(num_slots, 512, generator=g) * case.magnitude
     rope = torch.randn(num_slots, 64, generator=g) * case.magnitude
-    q = torch.randn(case.queries, case.heads, 576, generator=g)
+    q_nope, q_rope = torch.randn(case.queries, case.heads, 576, generator=g).split([512, 64], -1)
     slots = torch.randint(0, num_slots, (case.queries, case.topk), generator=g).int()
-    return q, FORMATS[fmt](latent, rope), slots
+    return (q_nope, q_rope), FORMATS[fmt](latent, rope), slots
 
 
 def assert_close(got, expected, magnitude=1.0):
@@ -59,8 +59,18 @@ def assert_close(got, expected, magnitude=1.0):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_float64(case, fmt):
     q, rows, slots = inputs(case, fmt)
-    got = sparse_mla(q, rows, slots, case.scale)
-    assert_close(got, sparse_mla_reference(q, rows, slots, case.scale), case.magnitude)
+    got = sparse_mla(*q, rows, slots, case.scale)
+    assert_close(got, sparse_mla_reference(*q, rows, slots, case.scale), case.magnitude)
+
+
+def test_bfloat16_queries_round_only_the_result():
+    """bf16 in and out is the float32 result of the same bf16 values, rounded once."""
+    q, rows, slots = inputs(Case(7, 5, 40), "fp8")
+    q = [part.bfloat16().transpose(0, 1).contiguous().transpose(0, 1) for part in q]
+    out, lse = sparse_mla(*q, rows, slots, 0.1)
+    wide, wide_lse = sparse_mla(*(part.float() for part in q), rows, slots, 0.1)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, wide.bfloat16())
+    assert torch.equal(lse, wide_lse)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -71,8 +81,8 @@ def test_pads_anywhere_and_queries_without_rows(fmt):
     slots[1, ::2] = -1
     slots[2, 5:] = -1
     slots[3, :-1] = -1
-    out, lse = sparse_mla(q, rows, slots, 0.1)
-    assert_close((out, lse), sparse_mla_reference(q, rows, slots, 0.1))
+    out, lse = sparse_mla(*q, rows, slots, 0.1)
+    assert_close((out, lse), sparse_mla_reference(*q, rows, slots, 0.1))
     assert (out[0] == 0).all() and (lse[0] == float("-inf")).all()
 
 
@@ -83,15 +93,16 @@ def test_output_is_written_whole():
     out = torch.full((5, 3, 512), float("nan"))
     lse = torch.full((5, 3), float("nan"))
     u8 = rows.view(torch.uint8).numpy()
-    _sparse_mla_kernel(q.numpy(), u8, 2, slots.numpy(), 0.1, out.numpy(), lse.numpy())
+    queries = [part.numpy() for part in q]
+    _sparse_mla_kernel(*queries, u8, 2, slots.numpy(), 0.1, out.numpy(), lse.numpy())
     assert not out.isnan().any() and not lse.isnan().any()
 
 
 def test_merging_halves_by_lse_is_the_whole():
     """What makes attention in passes (a hot tier smaller than the union) possible."""
     q, rows, slots = inputs(Case(4, 8, 96), "bf16")
-    whole, lse = sparse_mla(q, rows, slots, 0.1)
-    parts = [sparse_mla(q, rows, half.contiguous(), 0.1) for half in slots.split(48, dim=1)]
+    whole, lse = sparse_mla(*q, rows, slots, 0.1)
+    parts = [sparse_mla(*q, rows, half.contiguous(), 0.1) for half in slots.split(48, dim=1)]
     merged_lse = torch.logaddexp(parts[0][1], parts[1][1])
     merged = sum(o * torch.exp(part_lse - merged_lse).unsqueeze(-1) for o, part_lse in parts)
     assert torch.allclose(merged, whole, atol=2e-6) and torch.allclose(merged_lse, lse, atol=2e-6)
@@ -99,17 +110,21 @@ def test_merging_halves_by_lse_is_the_whole():
 
 def test_a_query_does_not_depend_on_its_batch():
     q, rows, slots = inputs(Case(9, 8, 50), "fp8")
-    whole, _ = sparse_mla(q, rows, slots, 0.1)
+    whole, _ = sparse_mla(*q, rows, slots, 0.1)
     for t in (0, 4, 8):
-        alone, _ = sparse_mla(q[t : t + 1], rows, slots[t : t + 1].contiguous(), 0.1)
+        alone, _ = sparse_mla(
+            *(part[t : t + 1] for part in q), rows, slots[t : t + 1].contiguous(), 0.1
+        )
         assert torch.equal(alone[0], whole[t])
 
 
 def test_shapes_are_checked():
     q, rows, slots = inputs(Case(2, 2, 8), "fp8")
-    with pytest.raises(ValueError, match=r"rows \(500, 600\)"):
-        sparse_mla(q, rows[:, :600].contiguous(), slots, 0.1)
+    with pytest.raises(ValueError, match=r"\(500, 600\) of torch.uint8"):
+        sparse_mla(*q, rows[:, :600].contiguous(), slots, 0.1)
+    with pytest.raises(TypeError, match="float16"):
+        sparse_mla(*(part.half() for part in q), rows, slots, 0.1)
     with pytest.raises(ValueError, match="int64"):
-        sparse_mla(q, rows, slots.long(), 0.1)
+        sparse_mla(*q, rows, slots.long(), 0.1)
     with pytest.raises(ValueError, match=r"slots \[2, K\]"):
-        sparse_mla(q, rows, slots[:1], 0.1)
+        sparse_mla(*q, rows, slots[:1], 0.1)

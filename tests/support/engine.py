@@ -164,3 +164,7 @@ def _output(answer) -> Output:
 
 def _flush(engine) -> None:
     engine.flush_cache()
+
+
+def _server_info(engine) -> dict:
+    return engine.get_server_info()

@@ -8,8 +8,8 @@ def _wrap_attention(corrupt) -> None:
 
     attend = backend.sparse_mla
 
-    def faulty(q, rows, slots, scale):
-        return attend(q, rows, corrupt(slots), scale)
+    def faulty(q_nope, q_rope, rows, slots, scale):
+        return attend(q_nope, q_rope, rows, corrupt(slots), scale)
 
     backend.sparse_mla = faulty
 

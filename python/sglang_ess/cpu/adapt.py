@@ -18,7 +18,7 @@ def rope_without_scaling(original, *args, **kwargs):
     """get_rope_cpu: plain rope where the model has no scaling; upstream asserts one."""
     from sglang.srt.layers.rotary_embedding.factory import get_rope
 
-    bound = dict(zip(_ROPE_PARAMETERS, args), **kwargs)
+    bound = dict(zip(_ROPE_PARAMETERS, args, strict=False), **kwargs)
     if bound.get("rope_scaling") is not None:
         return original(**bound)
     bound.pop("device", None)

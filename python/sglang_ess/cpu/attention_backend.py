@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from sglang_ess.cpu.ops.rows import LATENT_DIM, PAGE
+from sglang_ess.cpu.ops.rows import LATENT_DIM, PAGE, ROPE_DIM
 from sglang_ess.cpu.ops.sparse_mla import sparse_mla
 
 
@@ -46,8 +46,8 @@ class SparseMetadata:
         starts = torch.cumsum(tokens, 0) - tokens
         index = torch.arange(int(tokens.sum()), dtype=torch.int32)
         lengths = index + 1 + torch.repeat_interleave(prefixes - starts.int(), tokens)
-        spans = tuple(zip(req_rows.tolist(), prefix_lens, extend_lens))
-        max_length = max((p + n for p, n in zip(prefix_lens, extend_lens)), default=0)
+        spans = tuple(zip(req_rows.tolist(), prefix_lens, extend_lens, strict=True))
+        max_length = max((prefix + n for _, prefix, n in spans), default=0)
         rows = torch.repeat_interleave(req_rows, tokens)
         return SparseMetadata(req_to_token, rows, lengths.int(), max_length, None, spans)
 
@@ -104,8 +104,13 @@ class CpuSparseMlaBackend(AttentionBackend):
         if save_kv_cache:
             pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
         heads = layer.tp_q_head_num
-        query = torch.cat([q.view(-1, heads, LATENT_DIM), q_rope.view(q.shape[0], heads, -1)], -1)
-        out, _ = sparse_mla(query, pool.latent_rows(layer.layer_id), topk_indices, layer.scaling)
-        return out.to(q.dtype).view(-1, heads * LATENT_DIM)
+        out, _ = sparse_mla(
+            q.view(-1, heads, LATENT_DIM),
+            q_rope.view(-1, heads, ROPE_DIM),
+            pool.latent_rows(layer.layer_id),
+            topk_indices,
+            layer.scaling,
+        )
+        return out.view(-1, heads * LATENT_DIM)
 
     forward_decode = forward_extend

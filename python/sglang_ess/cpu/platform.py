@@ -7,7 +7,6 @@ have none: the indexer, the sparse MLA backend and the KV pool's write paths.
 
 import logging
 
-import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform

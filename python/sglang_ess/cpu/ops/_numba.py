@@ -6,6 +6,8 @@ LLVM turns into vector code; a 256-entry table would be a gather per byte.
 
 import numba
 import numpy as np
+import torch
+from numba.extending import overload
 
 # Cached beside the sources (or in numba's user cache), so only a machine's first start
 # compiles. fastmath without nnan/ninf: -inf marks masked scores and must survive.
@@ -45,3 +47,60 @@ def bf16_to_float(source, bits, start):
     """bits[start:start+n] = source as the upper half of a float32; source [n] uint16."""
     for i in range(source.shape[0]):
         bits[start + i] = np.uint32(source[i]) << np.uint32(16)
+
+
+def to_float(source, out, bits, start):
+    """out[start:start+n] = source: bfloat16 as int16, or float32. source [n], any stride."""
+
+
+@overload(to_float, inline="always")
+def _to_float(source, out, bits, start):
+    if source.dtype == numba.types.int16:
+
+        def from_bf16(source, out, bits, start):
+            for i in range(source.shape[0]):
+                bits[start + i] = np.uint32(np.uint16(source[i])) << np.uint32(16)
+
+        return from_bf16
+
+    def from_float32(source, out, bits, start):
+        for i in range(source.shape[0]):
+            out[start + i] = source[i]
+
+    return from_float32
+
+
+def from_float(values, bits, factor, out):
+    """out = values * factor in out's type, bfloat16 rounded to nearest even.
+
+    values [n] float32, scaled in place; bits its uint32 view; out [n] int16 or float32
+    """
+
+
+@overload(from_float, inline="always")
+def _from_float(values, bits, factor, out):
+    if out.dtype == numba.types.int16:
+
+        def to_bf16(values, bits, factor, out):
+            for i in range(values.shape[0]):
+                values[i] *= factor
+            for i in range(values.shape[0]):
+                rounded = bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))
+                out[i] = np.int16(rounded >> np.uint32(16))
+
+        return to_bf16
+
+    def to_float32(values, bits, factor, out):
+        for i in range(values.shape[0]):
+            out[i] = values[i] * factor
+
+    return to_float32
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory for to_float and from_float; TypeError for another dtype."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy()
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"the kernels take bfloat16 and float32: got {tensor.dtype}.")
+    return tensor.numpy()

@@ -4,11 +4,20 @@ K is the whole 576-wide latent row, V its first 512 columns (absorbed MLA). Each
 reads its own rows once: rows x 656 B (fp8) or x 1152 B (bf16), whatever the context.
 """
 
+import numba
 import numpy as np
 import torch
 from numba import prange
 
-from sglang_ess.cpu.ops._numba import bf16_to_float, e4m3_to_float, jit, parallel_jit
+from sglang_ess.cpu.ops._numba import (
+    FASTMATH,
+    as_array,
+    bf16_to_float,
+    e4m3_to_float,
+    from_float,
+    jit,
+    to_float,
+)
 from sglang_ess.cpu.ops.rows import (
     FORMAT_BF16,
     FORMAT_FP8,
@@ -106,16 +115,35 @@ def _fold_block(q, keys, count, scale, peak, total, acc, scores):
     return block_peak, total
 
 
-@parallel_jit
-def _sparse_mla_kernel(q, rows, fmt, slots, scale, out, lse):
-    num_queries, num_heads = q.shape[0], q.shape[1]
+def _signature(value):
+    """Declared, so that no layout of a later batch compiles in the middle of serving."""
+    rows, slots, lse = numba.uint8[:, ::1], numba.int32[:, ::1], numba.float32[:, ::1]
+    queries, out = value[:, :, :], value[:, :, ::1]
+    return numba.void(queries, queries, rows, numba.int64, slots, numba.float32, out, lse)
+
+
+@numba.njit(
+    [_signature(numba.int16), _signature(numba.float32)],
+    cache=True,
+    fastmath=FASTMATH,
+    nogil=True,
+    parallel=True,
+)
+def _sparse_mla_kernel(q_nope, q_rope, rows, fmt, slots, scale, out, lse):
+    num_queries, num_heads = q_nope.shape[0], q_nope.shape[1]
     for t in prange(num_queries):
+        q = np.empty((num_heads, ROW_DIM), np.float32)
+        q_bits = q.view(np.uint32)
+        for h in range(num_heads):
+            to_float(q_nope[t, h], q[h], q_bits[h], 0)
+            to_float(q_rope[t, h], q[h], q_bits[h], LATENT_DIM)
         keys = np.empty((BLOCK, ROW_DIM), np.float32)
         bits = keys.view(np.uint32)
         scores = np.empty(BLOCK, np.float32)
         peak = np.full(num_heads, -np.inf, np.float32)
         total = np.zeros(num_heads, np.float32)
         acc = np.zeros((num_heads, LATENT_DIM), np.float32)
+        acc_bits = acc.view(np.uint32)
         position, last = 0, slots.shape[1]
         while position < last:
             count = 0
@@ -128,22 +156,18 @@ def _sparse_mla_kernel(q, rows, fmt, slots, scale, out, lse):
             for h in range(num_heads):
                 if count > 0:
                     peak[h], total[h] = _fold_block(
-                        q[t, h], keys, count, scale, peak[h], total[h], acc[h], scores
+                        q[h], keys, count, scale, peak[h], total[h], acc[h], scores
                     )
         for h in range(num_heads):
-            if total[h] > 0:
-                inverse = np.float32(1) / total[h]
-                lse[t, h] = peak[h] + np.log(total[h])
-                for d in range(LATENT_DIM):
-                    out[t, h, d] = acc[h, d] * inverse
-            else:
-                lse[t, h] = -np.inf
-                for d in range(LATENT_DIM):
-                    out[t, h, d] = np.float32(0)
+            some = total[h] > 0
+            lse[t, h] = peak[h] + np.log(total[h]) if some else -np.inf
+            inverse = np.float32(1) / total[h] if some else np.float32(0)
+            from_float(acc[h], acc_bits[h], inverse, out[t, h])
 
 
-def sparse_mla_reference(q, rows, slots, scale) -> tuple[torch.Tensor, torch.Tensor]:
+def sparse_mla_reference(q_nope, q_rope, rows, slots, scale):
     """float64 definition of sparse_mla; same arguments and results."""
+    q = torch.cat([q_nope, q_rope], dim=-1)
     valid = slots >= 0
     keys = unpack_rows(rows[slots.clamp_min(0).long().flatten()].contiguous())
     keys = keys.double().view(*slots.shape, ROW_DIM)
@@ -155,38 +179,51 @@ def sparse_mla_reference(q, rows, slots, scale) -> tuple[torch.Tensor, torch.Ten
 
 
 def sparse_mla(
-    q: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, scale: float
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each query over its own list of latent rows.
 
-    q [T, heads, 576] floating point, rope part last
+    q_nope [T, heads, 512], q_rope [T, heads, 64]: both bfloat16 or both float32, any strides
     rows [num_slots, 656] uint8 (fp8), or [num_slots, 576] bfloat16 or float32; contiguous
     slots [T, K] int32, -1 pads anywhere
-    Returns (out [T, heads, 512] float32, lse [T, heads] float32, natural log); a query
-    without a row gets zeros and -inf, so that partial results merge by log-sum-exp.
-    Raises: TypeError for a row dtype, ValueError for shapes that do not fit.
+    Returns (out [T, heads, 512] in q's dtype, lse [T, heads] float32, natural log); the
+    arithmetic is float32. A query without a row gets zeros and -inf, so that partial results
+    merge by log-sum-exp.
+    Raises: TypeError for a dtype, ValueError for shapes that do not fit.
     Source: DeepSeek-V3.2 sparse attention; FlashMLA's sparse decode interface.
     """
     fmt = row_format(rows)
     width = FP8_ROW_BYTES if fmt == FORMAT_FP8 else ROW_DIM
-    if q.shape[-1] != ROW_DIM or rows.shape[-1] != width or not rows.is_contiguous():
+    heads = q_nope.shape[:2]
+    if (
+        q_nope.shape != (*heads, LATENT_DIM)
+        or q_rope.shape != (*heads, ROW_DIM - LATENT_DIM)
+        or rows.shape[-1] != width
+        or not rows.is_contiguous()
+    ):
         raise ValueError(
-            f"sparse_mla needs q [T, heads, {ROW_DIM}] and contiguous rows [slots, {width}]: "
-            f"got q {tuple(q.shape)}, rows {tuple(rows.shape)} of {rows.dtype}."
+            "sparse_mla needs q_nope [T, heads, 512], q_rope [T, heads, 64] and contiguous rows "
+            f"[slots, {width}]: got {tuple(q_nope.shape)}, {tuple(q_rope.shape)}, "
+            f"{tuple(rows.shape)} of {rows.dtype}."
         )
-    if slots.shape[0] != q.shape[0] or slots.dtype != torch.int32:
+    if slots.shape[0] != heads[0] or slots.dtype != torch.int32:
         raise ValueError(
-            f"sparse_mla needs slots [{q.shape[0]}, K] int32: got {tuple(slots.shape)} {slots.dtype}."
+            f"sparse_mla needs slots [{heads[0]}, K] int32: got {tuple(slots.shape)} {slots.dtype}."
         )
-    out = torch.empty(q.shape[0], q.shape[1], LATENT_DIM)
-    lse = torch.empty(q.shape[0], q.shape[1])
+    out = torch.empty(*heads, LATENT_DIM, dtype=q_nope.dtype)
+    lse = torch.empty(*heads)
     _sparse_mla_kernel(
-        q.float().contiguous().numpy(),
+        as_array(q_nope),
+        as_array(q_rope),
         rows.view(torch.uint8).view(rows.shape[0], -1).numpy(),
         fmt,
         slots.contiguous().numpy(),
         np.float32(scale),
-        out.numpy(),
+        as_array(out),
         lse.numpy(),
     )
     return out, lse

@@ -1,0 +1,175 @@
+"""What the operator sees of a start: progress lines on stderr and one block when it serves.
+
+The scheduler process knows the KV pool, the launcher's process knows when HTTP answers. The
+facts travel with SGLang's own handshake, so that /server_info shows them as well ("ess").
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+PREFIX = "[sglang-ess]"  # "sglang-ess: " is for refusals, which end the process
+HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+POLL_SECONDS = 0.1
+MIB = 1 << 20
+
+
+def progress(text: str) -> None:
+    """One line on stderr, at once."""
+    print(f"{PREFIX} {text}", file=sys.stderr, flush=True)
+
+
+def one_tier_warning(enabled: bool, on_cpu: bool) -> str | None:
+    """What an operator who asked for ESS on an accelerator has to know of this version."""
+    if on_cpu or not enabled:
+        return None
+    return (
+        "warning: this version serves one-tier on an accelerator: ESS's hot tier is not in it "
+        "yet. --disable-ess gives the same server without this line."
+    )
+
+
+def scheduler_ready(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    """Body of the AFTER hook on Scheduler.get_init_info: info with the facts under "ess".
+
+    Effect: a model with sparse attention gets its kernels compiled here, not at its first
+    request.
+    """
+    facts = serving_facts(scheduler)
+    if "latent_format" in facts:
+        _prepare_kernels()
+    return {**info, "ess": facts}
+
+
+def _prepare_kernels() -> None:
+    from sglang_ess.cpu.warmup import warm_up
+
+    progress("preparing the CPU kernels (a machine's first start compiles them: about 10 s)")
+    since = time.monotonic()
+    how = "compiled" if warm_up() else "loaded from the cache"
+    progress(f"CPU kernels {how} in {time.monotonic() - since:.1f} s")
+
+
+def serving_facts(scheduler: Any) -> dict[str, Any]:
+    """What this scheduler serves and what a token costs; JSON values only.
+
+    Bytes come from the pool's buffers, not from the configuration. The keys of _row_facts
+    are there only if the pool is one of sparse attention.
+    """
+    import torch
+    from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+
+    model, pool = scheduler.model_config, scheduler.token_to_kv_pool_allocator.get_kvcache()
+    facts = {
+        "architecture": (model.hf_config.architectures or ["unknown"])[0],
+        "layers": model.num_hidden_layers,
+        "dtype": _name(model.dtype),
+        "device": str(scheduler.device),
+        "threads": torch.get_num_threads(),
+        "slots": scheduler.max_total_num_tokens,
+        "page_slots": scheduler.page_size,
+        "max_running_requests": scheduler.max_running_requests,
+        "context_tokens": model.context_len,
+    }
+    if isinstance(pool, DSATokenToKVPool):
+        facts |= {"index_topk": model.hf_config.index_topk} | _row_facts(pool)
+    return facts
+
+
+def _row_facts(pool: Any) -> dict[str, Any]:
+    latents, pages = pool.kv_buffer, pool.index_k_with_scale_buffer
+    keys = [page for page in pages if len(page)]  # a layer that shares a top-k has none
+    row_bytes, key_bytes = latents[0][0].nbytes, keys[0][0].nbytes // pool.page_size
+    exact_keys = key_bytes == 4 * pool.index_head_dim
+    return {
+        "latent_format": "fp8_e4m3" if latents[0].itemsize == 1 else _name(latents[0].dtype),
+        "latent_row_bytes": row_bytes,
+        "latent_layers": len(latents),
+        "index_key_format": "float32" if exact_keys else "fp8_e4m3",
+        "index_key_bytes": key_bytes,
+        "index_key_layers": len(keys),
+        "kv_bytes_per_token": len(latents) * row_bytes + len(keys) * key_bytes,
+        "kv_total_bytes": sum(buffer.nbytes for buffer in (*latents, *pages)),
+    }
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_MODEL_ROWS = (
+    ("model", "{model_path} ({architecture}, {layers} layers, {dtype})"),
+    ("device", "{device}, {threads} threads"),
+)
+_ROW_ROWS = (
+    (
+        "KV format",
+        "latent rows {latent_format}, {latent_row_bytes} B; "
+        "index keys {index_key_format}, {index_key_bytes} B",
+    ),
+    (
+        "bytes per token",
+        "{kv_bytes_per_token} = {latent_layers} x {latent_row_bytes} latent rows "
+        "+ {index_key_layers} x {index_key_bytes} index keys",
+    ),
+    ("KV memory", "{kv_total_mib:.0f} MiB"),
+    ("top-k", "{index_topk}"),
+)
+_LIMIT_ROWS = (
+    ("slots", "{slots} in pages of {page_slots}"),
+    ("limits", "{max_running_requests} requests at once, {context_tokens} tokens each"),
+)
+
+
+def block(server_args: Any, facts: dict[str, Any], seconds: float) -> str:
+    """The summary block. facts: serving_facts(), or {} where no hook could give them."""
+    values = {
+        **facts,
+        "model_path": server_args.model_path,
+        "url": server_args.url(),
+        "kv_total_mib": facts.get("kv_total_bytes", 0) / MIB,
+    }
+    rows = _MODEL_ROWS if facts else (("model", "{model_path}"),)
+    rows += _ROW_ROWS if "latent_format" in facts else ()
+    rows += (_LIMIT_ROWS if facts else ()) + (("URL", "{url}"),)
+    lines = [f"{PREFIX} ready after {seconds:.1f} s"]
+    return "\n".join(lines + [f"    {name:<15} {text.format_map(values)}" for name, text in rows])
+
+
+@contextmanager
+def announced(server_args: Any, since: float) -> Iterator[None]:
+    """Print the block once the server started inside this context is ready.
+
+    since: time.monotonic() of the start. Nothing is printed if the start fails or where
+    SGLang runs another server than its HTTP one (gRPC, encoder only).
+    """
+    ended = threading.Event()
+    thread = threading.Thread(target=_announce, args=(server_args, since, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _announce(server_args: Any, since: float, ended: threading.Event) -> None:
+    # Looked up, not imported: SGLang decides in the main thread whether it needs the module.
+    state = None
+    while state is None:
+        if ended.wait(POLL_SECONDS):
+            return
+        get_state = getattr(sys.modules.get(HTTP_SERVER), "get_global_state", None)
+        state = get_state() if get_state else None
+    progress("the scheduler is ready; SGLang sends itself a warm-up request")
+    # A router of several tokenizer processes has no is_ready: then this is all one can know.
+    while not getattr(state.tokenizer_manager, "is_ready", lambda: True)():
+        if ended.wait(POLL_SECONDS):
+            return
+    facts = state.scheduler_info.get("ess", {})
+    print(block(server_args, facts, time.monotonic() - since), file=sys.stderr, flush=True)

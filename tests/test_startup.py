@@ -1,0 +1,193 @@
+"""A start as the operator sees it: progress in order, one block whose numbers are right."""
+
+import json
+import re
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_ess import launch_server, plugin, startup
+from sglang_ess.config import ENV_VAR
+from sglang_ess.cpu import warmup
+from sglang_ess.cpu.ops.index_scores import index_scores_paged
+from sglang_ess.cpu.ops.rows import ROW_DIM, index_page_bytes
+from sglang_ess.cpu.ops.sparse_mla import sparse_mla
+from sglang_ess.cpu.ops.topk_select import topk_select
+from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
+from tests.conftest import SLOTS
+from tests.support.engine import EngineProcess
+from tests.support.server import free_port
+
+PAGE = 64
+ARGS = SimpleNamespace(model_path="m", url=lambda: "http://h:1")
+PROGRESS = (
+    "importing SGLang",
+    "checking the options",
+    "starting the scheduler",
+    "preparing the CPU kernels",
+    "CPU kernels ",
+    "the scheduler is ready",
+    "ready after ",
+)
+
+
+def printed(server) -> tuple[list[str], dict[str, str]]:
+    """(our progress lines, {name: value} of the block), once the block is complete."""
+    server.wait_for(lambda: re.search(r"^    URL .*\n", server.log.read_text(), re.M), 10, "summed")
+    text = server.log.read_text()
+    lines = [line for line in text.splitlines() if line.startswith(startup.PREFIX)]
+    block = text.split(lines[-1] + "\n")[1]
+    rows = re.match(r"(?:    .*\n)+", block)[0].splitlines()
+    return lines, {row[4:19].strip(): row[20:] for row in rows}
+
+
+def test_progress_comes_in_order_and_the_block_once_at_the_end(server):
+    lines, block = printed(server)
+    assert [line for line, part in zip(lines, PROGRESS, strict=True) if part not in line] == []
+    assert len(block) == 9
+    seconds = float(re.search(r"ready after ([\d.]+) s", lines[-1])[1])
+    assert 1 < seconds < 600
+    warm_up = server.log.read_text().index('"POST /generate')  # SGLang's own comes before us
+    assert warm_up < server.log.read_text().index(lines[-1])
+
+
+def test_the_block_holds_what_config_json_says(server, tiny_v32):
+    config = json.loads((tiny_v32 / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    latent = (config["kv_lora_rank"] + config["qk_rope_head_dim"]) * 2  # bfloat16
+    key = config["index_head_dim"] + 4  # e4m3 and one fp32 scale
+    _, block = printed(server)
+    assert block["model"] == f"{tiny_v32} (DeepseekV32ForCausalLM, {layers} layers, bfloat16)"
+    assert block["device"] == f"cpu, {torch.get_num_threads()} threads"
+    assert block["KV format"] == "latent rows bfloat16, 1152 B; index keys fp8_e4m3, 132 B"
+    assert block["bytes per token"] == (
+        f"{layers * (latent + key)} = {layers} x {latent} latent rows + {layers} x {key} index keys"
+    )
+    mib = layers * (latent + key) * (SLOTS + PAGE) / (1 << 20)  # SGLang adds one page
+    assert float(block["KV memory"].removesuffix(" MiB")) == pytest.approx(mib, abs=1)
+    assert block["top-k"] == str(config["index_topk"])
+    assert block["slots"] == f"{SLOTS} in pages of {PAGE}"
+    assert block["limits"].endswith(f" at once, {config['max_position_embeddings']} tokens each")
+    assert block["URL"] == server.url
+
+
+def test_the_facts_are_in_server_info_too(server, tiny_v32):
+    info = server.get("/server_info")
+    facts = info["ess"]
+    assert facts["slots"] == info["max_total_num_tokens"] == SLOTS
+    args = SimpleNamespace(model_path=str(tiny_v32), url=lambda: server.url)
+    shown = startup.block(args, facts, 0).splitlines()[1:]
+    assert [row[20:] for row in shown] == list(printed(server)[1].values())
+
+
+def test_shared_index_layers_fp8_rows_and_one_tier(tmp_path):
+    """GLM keeps no index keys for layers that share a top-k; --disable-ess says as much."""
+    config = TinyModelConfig(arch="glm")
+    model = write_tiny_model(tmp_path / "glm", config)
+    full = config.indexer_types.count("full")
+    assert 0 < full < config.layers
+    ess = {"enabled": False, "index_dtype": "float32"}
+    with EngineProcess(model, ess, kv_cache_dtype="fp8_e4m3", max_total_tokens=4096) as engine:
+        facts = engine.call("_server_info")["ess"]
+    total = config.layers * 656 + full * 512
+    assert facts["kv_total_bytes"] == total * (4096 + PAGE)
+    text = startup.block(ARGS, facts, 0)
+    assert "latent rows fp8_e4m3, 656 B; index keys float32, 512 B\n" in text
+    assert f" {total} = {config.layers} x 656 latent rows + {full} x 512 index keys\n" in text
+    assert "(GlmMoeDsaForCausalLM, " in text
+
+
+def test_nothing_is_printed_when_ess_was_not_asked_for(monkeypatch, capfd):
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    calls = []
+    monkeypatch.setattr(HookRegistry, "register", lambda *call: calls.append(call))
+    monkeypatch.delenv(ENV_VAR, raising=False)
+    plugin.register()
+    assert calls == [] and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "flags", "warned"),
+    [("cuda", [], True), ("cuda", ["--disable-ess"], False), (None, [], False)],
+)
+def test_one_tier_on_an_accelerator_is_said_once(
+    monkeypatch, capsys, tmp_path, accelerator, flags, warned
+):
+    import sglang.launch_server
+    import sglang.srt.plugins
+    import sglang.srt.utils
+
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["DeepseekV32ForCausalLM"], "index_topk": 64})
+    )
+    monkeypatch.setenv(ENV_VAR, "")  # so that what main() sets is undone
+    monkeypatch.setattr(sglang.launch_server, "run_server", lambda server_args: None)
+    monkeypatch.setattr(sglang.srt.plugins, "load_plugins", lambda: None)
+    monkeypatch.setattr(sglang.srt.utils, "kill_process_tree", lambda *a, **k: None)
+    monkeypatch.setattr(plugin, "registered", True)
+    monkeypatch.setattr(plugin, "accelerator", lambda: accelerator)
+    port = str(free_port())
+    assert launch_server.main(["--model-path", str(tmp_path), "--port", port, *flags]) == 0
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith(startup.PREFIX)]
+    assert sum("one-tier" in line for line in lines) == warned
+    assert "ready after" not in lines[-1]
+
+
+class HttpServer:
+    """A stand-in for sglang.srt.entrypoints.http_server."""
+
+    def __init__(self, manager, info):
+        self.state = SimpleNamespace(tokenizer_manager=manager, scheduler_info=info)
+
+    def get_global_state(self):
+        return self.state
+
+
+def test_no_block_without_a_hook_on_the_scheduler_but_the_address(monkeypatch, capsys):
+    """An accelerator, or several tokenizer processes, whose router has no is_ready."""
+    monkeypatch.setitem(sys.modules, startup.HTTP_SERVER, HttpServer(object(), {}))
+    with startup.announced(ARGS, time.monotonic()):
+        err = wait_for_url(capsys)
+    assert re.fullmatch(
+        r"\[sglang-ess\] the scheduler is ready.*\n\[sglang-ess\] ready after 0\.\d s\n"
+        r"    model           m\n    URL             http://h:1\n",
+        err,
+    )
+
+
+def wait_for_url(capsys):
+    text, until = "", time.monotonic() + 10
+    while "URL" not in text and time.monotonic() < until:
+        text += capsys.readouterr().err
+        time.sleep(0.01)
+    return text
+
+
+@pytest.mark.parametrize("module", [None, HttpServer(SimpleNamespace(is_ready=lambda: False), {})])
+def test_a_start_that_fails_ends_without_a_block(monkeypatch, capsys, module):
+    monkeypatch.setitem(sys.modules, startup.HTTP_SERVER, module)
+    with pytest.raises(RuntimeError), startup.announced(ARGS, time.monotonic()):
+        raise RuntimeError
+    assert "ready after" not in capsys.readouterr().err
+
+
+def test_one_warm_up_serves_every_format():
+    """No call of the engine brings numba a type that warm_up() did not."""
+    warmup.warm_up()
+    known = [set(kernel.signatures) for kernel in warmup.KERNELS]
+    slots, lengths = torch.zeros(3, 8, dtype=torch.int32), torch.tensor([1, 9, 64]).int()
+    for dtype in (torch.bfloat16, torch.float32):
+        sparse_mla(
+            torch.randn(3, 2, ROW_DIM).to(dtype), torch.zeros(9, ROW_DIM).to(dtype), slots, 1
+        )
+    pages = torch.zeros(2, index_page_bytes(fp32=True), dtype=torch.uint8)
+    table = torch.zeros(3, 1, dtype=torch.int32)
+    scores = index_scores_paged(torch.randn(3, 4, 128), torch.ones(3, 4), pages, table, lengths)
+    rows, tokens = torch.zeros(3, dtype=torch.int64), torch.zeros(4, 64, dtype=torch.int32)
+    topk_select(scores, lengths, rows, tokens, 8)
+    topk_select(torch.empty(3, 0), lengths, rows, tokens, 64)
+    assert [set(kernel.signatures) for kernel in warmup.KERNELS] == known
