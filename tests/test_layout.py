@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 # Rooms of sglang_ess that may import SGLang; ess_patches may too.
 SGLANG_ROOMS = {
     "pool", "attention", "admission", "disagg", "cpu",
-    "plugin", "launch_server", "doctor", "preflight",
+    "plugin", "launch_server", "doctor", "preflight", "startup",
 }  # fmt: skip
 # Rooms that may import these and the standard library only.
 CLOSED_ROOMS = {
@@ -110,3 +110,10 @@ def test_the_rules_themselves(name, source, found):
 def test_the_three_roots_are_importable(name):
     module = importlib.import_module(name)
     assert Path(module.__file__).parent == ROOTS[name]
+
+
+def test_cpu_ops_are_pure():
+    """The CPU platform's operations are a reference for kernels: tensors in, tensors out."""
+    for file in (ROOTS["sglang_ess"] / "cpu" / "ops").glob("*.py"):
+        used = imports(file.read_text())
+        assert used <= {"torch", "numpy", "numba", "sglang_ess.cpu"}, file.name

@@ -13,7 +13,7 @@ from sglang_ess import launch_server, plugin, startup
 from sglang_ess.config import ENV_VAR
 from sglang_ess.cpu import warmup
 from sglang_ess.cpu.ops.index_scores import index_scores_paged
-from sglang_ess.cpu.ops.rows import ROW_DIM, index_page_bytes
+from sglang_ess.cpu.ops.rows import LATENT_DIM, ROPE_DIM, ROW_DIM, index_page_bytes
 from sglang_ess.cpu.ops.sparse_mla import sparse_mla
 from sglang_ess.cpu.ops.topk_select import topk_select
 from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
@@ -26,9 +26,9 @@ ARGS = SimpleNamespace(model_path="m", url=lambda: "http://h:1")
 PROGRESS = (
     "importing SGLang",
     "checking the options",
-    "starting the scheduler",
     "preparing the CPU kernels",
     "CPU kernels ",
+    "starting the scheduler",
     "the scheduler is ready",
     "ready after ",
 )
@@ -180,10 +180,10 @@ def test_one_warm_up_serves_every_format():
     warmup.warm_up()
     known = [set(kernel.signatures) for kernel in warmup.KERNELS]
     slots, lengths = torch.zeros(3, 8, dtype=torch.int32), torch.tensor([1, 9, 64]).int()
+    query, rope = torch.randn(3, 2, LATENT_DIM), torch.randn(3, 2, ROPE_DIM)
     for dtype in (torch.bfloat16, torch.float32):
-        sparse_mla(
-            torch.randn(3, 2, ROW_DIM).to(dtype), torch.zeros(9, ROW_DIM).to(dtype), slots, 1
-        )
+        rows = torch.zeros(9, ROW_DIM, dtype=dtype)
+        sparse_mla(query.to(dtype), rope.to(dtype), rows, slots, 1.0)
     pages = torch.zeros(2, index_page_bytes(fp32=True), dtype=torch.uint8)
     table = torch.zeros(3, 1, dtype=torch.int32)
     scores = index_scores_paged(torch.randn(3, 4, 128), torch.ones(3, 4), pages, table, lengths)

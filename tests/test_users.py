@@ -152,15 +152,15 @@ def test_a_chat_over_the_limit(client, lives_on):
 
 def test_the_longest_prompt(server, lives_on):
     """SGLang keeps a few positions of the context for itself, and says how many."""
-    longest = server.get("/server_info")["max_req_input_len"]
-    assert CONTEXT - 16 < longest < CONTEXT
-    status, _ = server.post("/generate", {"input_ids": [7] * (longest + 1)})
-    assert status == 400
-    body = {"input_ids": [7] * longest, "sampling_params": {**SAMPLING, "max_new_tokens": 1}}
+    limit = server.get("/server_info")["max_req_input_len"]  # the first length refused
+    assert CONTEXT - 16 < limit < CONTEXT
+    status, text = server.post("/generate", {"input_ids": [7] * limit})
+    assert status == 400 and str(limit) in text, text
+    body = {"input_ids": [7] * (limit - 1), "sampling_params": {**SAMPLING, "max_new_tokens": 1}}
     status, text = server.post("/generate", body, seconds=300)
     assert status == 200, text
     meta = json.loads(text)["meta_info"]
-    assert (meta["prompt_tokens"], meta["completion_tokens"]) == (longest, 1)
+    assert (meta["prompt_tokens"], meta["completion_tokens"]) == (limit - 1, 1)
 
 
 def test_a_client_that_goes_away(server, client, lives_on):

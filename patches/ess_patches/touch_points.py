@@ -55,6 +55,14 @@ HOOKS = (
         "test_parity.py",
     ),
     _touch(
+        f"{_POOL}.index_k_with_scale_buffer",
+        "call",
+        "<property>",
+        "sglang_ess.startup",
+        "The buffers of all layers, for the bytes a token costs; only these pools have it.",
+        "test_startup.py",
+    ),
+    _touch(
         f"{_POOL}.set_mla_kv_buffer",
         "call",
         "(self, layer, loc_info, cache_k_nope, cache_k_rope, layer_id_override=None)",
@@ -207,6 +215,22 @@ HOOKS = (
         "sglang_ess.cpu.adapt",
         "Gives the plain rope that get_rope_cpu refuses to.",
         "test_parity.py",
+    ),
+    _touch(
+        "sglang.srt.configs.model_config.is_deepseek_dsa",
+        "call",
+        "(config)",
+        "sglang_ess.preflight and cpu.platform",
+        "Whether a model has sparse attention is upstream's to say.",
+        "test_launch_errors.py",
+    ),
+    _touch(
+        "sglang.srt.arg_groups.model_override_base.model_config_of",
+        "call",
+        "(server_args)",
+        "sglang_ess.cpu.platform",
+        "The model's configuration while arguments are still being resolved.",
+        "test_users.py",
     ),
     _touch(
         "sglang.srt.entrypoints.http_server.get_global_state",

@@ -71,12 +71,7 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
     on_cpu = plugin.activate_cpu_platform() is not None
     if reasons := preflight.server_reasons(server_args, config, on_cpu):
         return _refuse(reasons)
-    if warning := startup.one_tier_warning(config.enabled, on_cpu):
-        startup.progress(warning)
-    startup.progress(
-        "starting the scheduler and the detokenizer: each imports SGLang (10 to 20 s), then "
-        "the model is loaded and the KV pool allocated"
-    )
+    startup.before_processes(config.enabled, on_cpu)
     try:
         with startup.announced(server_args, since):
             run_server(server_args)

@@ -24,35 +24,46 @@ def progress(text: str) -> None:
     print(f"{PREFIX} {text}", file=sys.stderr, flush=True)
 
 
-def one_tier_warning(enabled: bool, on_cpu: bool) -> str | None:
-    """What an operator who asked for ESS on an accelerator has to know of this version."""
-    if on_cpu or not enabled:
-        return None
-    return (
-        "warning: this version serves one-tier on an accelerator: ESS's hot tier is not in it "
-        "yet. --disable-ess gives the same server without this line."
+def before_processes(enabled: bool, on_cpu: bool) -> None:
+    """The launcher's last words and work before SGLang starts its processes."""
+    if enabled and not on_cpu:
+        progress(
+            "warning: this version serves one-tier on an accelerator: ESS's hot tier is not in "
+            "it yet. --disable-ess gives the same server without this line."
+        )
+    if enabled and on_cpu:  # one-tier serves dense models too: they have no kernels of ours
+        _prepare_kernels()
+    progress(
+        "starting the scheduler and the detokenizer: each imports SGLang (10 to 20 s), then "
+        "the model is loaded and the KV pool allocated"
     )
+
+
+def _prepare_kernels() -> None:
+    """Have the CPU platform's kernels in numba's cache before a process needs them.
+
+    In the launcher, because a kernel with declared types compiles as soon as the scheduler
+    imports it, before anyone could say why it takes so long.
+    """
+    progress("preparing the CPU kernels (a machine's first start compiles them: 10 to 20 s)")
+    since = time.monotonic()
+    from sglang_ess.cpu.warmup import warm_up
+
+    how = "compiled" if warm_up() else "loaded from the cache"
+    progress(f"CPU kernels {how} in {time.monotonic() - since:.1f} s")
 
 
 def scheduler_ready(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """Body of the AFTER hook on Scheduler.get_init_info: info with the facts under "ess".
 
-    Effect: a model with sparse attention gets its kernels compiled here, not at its first
-    request.
+    Effect: a model with sparse attention finds its kernels loaded at its first request.
     """
     facts = serving_facts(scheduler)
     if "latent_format" in facts:
-        _prepare_kernels()
+        from sglang_ess.cpu.warmup import warm_up
+
+        warm_up()
     return {**info, "ess": facts}
-
-
-def _prepare_kernels() -> None:
-    from sglang_ess.cpu.warmup import warm_up
-
-    progress("preparing the CPU kernels (a machine's first start compiles them: about 10 s)")
-    since = time.monotonic()
-    how = "compiled" if warm_up() else "loaded from the cache"
-    progress(f"CPU kernels {how} in {time.monotonic() - since:.1f} s")
 
 
 def serving_facts(scheduler: Any) -> dict[str, Any]:
@@ -62,7 +73,6 @@ def serving_facts(scheduler: Any) -> dict[str, Any]:
     are there only if the pool is one of sparse attention.
     """
     import torch
-    from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
 
     model, pool = scheduler.model_config, scheduler.token_to_kv_pool_allocator.get_kvcache()
     facts = {
@@ -76,7 +86,7 @@ def serving_facts(scheduler: Any) -> dict[str, Any]:
         "max_running_requests": scheduler.max_running_requests,
         "context_tokens": model.context_len,
     }
-    if isinstance(pool, DSATokenToKVPool):
+    if hasattr(pool, "index_k_with_scale_buffer"):
         facts |= {"index_topk": model.hf_config.index_topk} | _row_facts(pool)
     return facts
 

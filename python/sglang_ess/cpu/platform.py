@@ -5,15 +5,12 @@ platform, ours makes every layer take its torch-native path and supplies the pie
 have none: the indexer, the sparse MLA backend and the KV pool's write paths.
 """
 
-import logging
-
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-logger = logging.getLogger(__name__)
-
 DISPATCH_KEY = "ess_cpu"
+DEFAULT_CONTEXTS = 8  # full-length requests that the default number of slots holds
 
 
 class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
@@ -40,9 +37,15 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.arg_groups.model_override_base import model_config_of
         from sglang.srt.configs.model_config import is_deepseek_dsa
 
+        model = model_config_of(server_args)
         if server_args.attention_backend in (None, "intel_amx"):
-            is_sparse = is_deepseek_dsa(model_config_of(server_args).hf_config)
+            is_sparse = is_deepseek_dsa(model.hf_config)
             server_args.attention_backend = "dsa" if is_sparse else "torch_native"
+        if (server_args.max_total_tokens, server_args.mem_fraction_static) == (None, None):
+            # Device memory is the machine's: 72% of it, by default, takes a minute to fill.
+            server_args.max_total_tokens = DEFAULT_CONTEXTS * model.context_len
+        # An idle scheduler polls at full speed: here that core is also the device.
+        server_args.sleep_on_idle = True
 
     def init_backend(self) -> None:
         """Register the sparse path; runs once in each worker, before the model is built."""

@@ -22,8 +22,8 @@ KERNELS = (
 def warm_up() -> bool:
     """Call each kernel once, on one token: compile it, or load it from numba's cache.
 
-    The kernels take rows and pages as bytes and learn the format at run time, so one call
-    serves every format. Returns whether anything was compiled (else all was cached).
+    Rows and pages come as bytes whose format is a run-time value, so one call serves every
+    format. Returns whether anything was compiled (else all was cached).
     """
     one = torch.ones(1, dtype=torch.int32)
     slots = torch.zeros(1, 1, dtype=torch.int32)
