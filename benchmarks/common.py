@@ -166,7 +166,9 @@ def versions() -> dict[str, Any]:
 
 def _git(*args: str) -> str | None:
     try:
-        done = subprocess.run(("git", "-C", ROOT, *args), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ("git", "-C", ROOT, *args), capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:  # no git on this host
         return None
     return done.stdout.strip() if done.returncode == 0 else None

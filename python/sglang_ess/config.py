@@ -74,9 +74,7 @@ class EssConfig:
         except ValueError as error:
             raise ValueError(f"{ENV_VAR} must be JSON: got {text!r} ({error}). {remedy}") from None
         if not isinstance(values, dict):
-            raise ValueError(
-                f"{ENV_VAR} must be a JSON object: got {text!r}. {remedy}"
-            )
+            raise ValueError(f"{ENV_VAR} must be a JSON object: got {text!r}. {remedy}")
         reasons = []
         if unknown := sorted(set(values).difference(keys)):
             reasons.append(f"{ENV_VAR} must hold known keys: got {unknown}. {remedy}")

@@ -148,9 +148,7 @@ def _yaml_mapping(path: Path) -> dict[Any, Any]:
         line = " ".join(str(error).split())
         raise ValueError(f"--config must hold YAML: got '{path}' ({line}). Correct it.") from None
     if not isinstance(options, dict):
-        raise ValueError(
-            f"--config must hold a mapping: got '{path}'. Write flag: value lines."
-        )
+        raise ValueError(f"--config must hold a mapping: got '{path}'. Write flag: value lines.")
     return options
 
 
