@@ -269,12 +269,17 @@ class Worker:
             raise WorkerError(value)
         return value
 
+    def hang_up(self) -> None:
+        """Tell the process to end, without waiting for it."""
+        if self._pipe is not None:
+            self._pipe.close()
+
     def close(self, grace: float = 30) -> None:
         """End the process and everything it started."""
         if self._process is None:
             return
         family = _family(self._process.pid)
-        self._pipe.close()
+        self.hang_up()
         self._process.join(grace)
         for process in family:
             try:

@@ -12,6 +12,7 @@ One tiny checkpoint, one number of threads, one run; the systems take turns, nev
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,7 +92,7 @@ QUICK = Plan(
     ours_fp8=(HEADLINE,),
     theirs=(),
     theirs_prefill=(),
-    growth=(1024, 4096),
+    growth=(512, 2048),
     rounds=3,
     steps=24,
     their_steps=6,
@@ -281,6 +282,7 @@ def sweep(bench: Bench) -> None:
     """The other points; each goes through the systems before the next point."""
     plan = bench.plan
     growth = [(SPLIT_BATCH, context) for context in plan.growth]
+    growth = [point for point in growth if point != HEADLINE]
     rest = {*plan.ours, *plan.ours_fp8, *plan.theirs, *plan.theirs_prefill} - {*growth}
     for point in [*growth, *sorted(rest, key=lambda p: p[0] * p[1])]:
         always = point in growth
@@ -329,6 +331,7 @@ def parser():
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     plan = QUICK if options.quick else FULL
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers on the way out
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ess-bench-")))
         bench = Bench(plan, options.arch, options.seed, options.threads, directory)
@@ -344,6 +347,8 @@ def main(argv: list[str] | None = None) -> int:
         side_by_side(bench)
         sweep(bench)
         bench.report.machine["other_cpu_ratio"] = load.ratio()
+        for worker in bench.workers:  # all at once: each takes seconds to end
+            worker.hang_up()
     report = bench.report
     summarise(report, plan.growth)
     print_tables(report)

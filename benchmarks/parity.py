@@ -7,6 +7,7 @@ deliberate corruption, so that a bound between the two figures means something.
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from tests.support import parity
 SETUPS = {
     "exact": parity.EXACT,
     "fp8_index": parity.FP8_INDEX,
+    # Beside the oracle's own float32 selection: what fp8 keys cost.
+    "fp8_index_unrounded": replace(parity.FP8_INDEX, rounding=None),
     "bf16_rows": parity.BF16_ROWS,
     "fp8_rows": parity.FP8_ROWS,
     "bf16_model": parity.BF16_MODEL,
@@ -65,7 +68,7 @@ def main() -> None:
         for arch in ("v32", "glm"):
             model = parity.write_model(Path(directory) / arch, arch=arch, index_topk=32, heads=4)
             for kind in SETUPS:
-                for fault in (None, *(() if kind == "fp8_index" else FAULTS)):
+                for fault in (None, *(() if kind.startswith("fp8_index") else FAULTS)):
                     measure(report, args, arch, model, kind, fault)
     if args.json:
         report.write(args.json, args.seed)
