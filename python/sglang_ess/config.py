@@ -9,16 +9,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 ENV_VAR = "SGLANG_ESS_CONFIG"
 
 
-def _option(default: Any, flag: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with its flag. A bool field's flag switches it away from its default."""
-    return field(default=default, metadata={"flag": flag, "help": help, "choices": choices})
+def _option(
+    default: Any,
+    flag: str,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    kind: type | None = None,
+    limit: tuple[str, Callable[[Any], bool]] | None = None,
+) -> Any:
+    """A field with its flag. A bool field's flag switches it away from its default.
+
+    kind: of the value, where the default (None: decided at start) does not tell
+    limit: (in words, check) of a value that is not None
+    """
+    metadata = {"flag": flag, "help": help, "choices": choices, "limit": limit}
+    return field(default=default, metadata=metadata | {"kind": kind or type(default)})
+
+
+_POSITIVE = ("more than 0", lambda value: 0 < value < float("inf"))
 
 
 @dataclass(frozen=True)
@@ -49,10 +64,63 @@ class EssConfig:
         "the CPU platform only.",
         choices=("fp8", "float32"),
     )
+    hot_ratio: float | None = _option(
+        None,
+        "--ess-hot-ratio",
+        "Hot rows of a layer as a share of the slots; 1 keeps every row on the device.",
+        kind=float,
+        limit=("more than 0 and at most 1", lambda value: 0 < value <= 1),
+    )
+    hot_gib: float | None = _option(
+        None,
+        "--ess-hot-gib",
+        "GiB of device memory for the hot rows of all layers, instead of a ratio.",
+        kind=float,
+        limit=_POSITIVE,
+    )
+    host_gib: float | None = _option(
+        None,
+        "--ess-host-gib",
+        "GiB of host memory for the host tier, at most.",
+        kind=float,
+        limit=_POSITIVE,
+    )
+    device_gib: float | None = _option(
+        None,
+        "--ess-device-gib",
+        "GiB that count as device memory for the KV pool, with ESS or one-tier; on the CPU "
+        "platform only.",
+        kind=float,
+        limit=_POSITIVE,
+    )
+    warmup: str = _option(
+        "on",
+        "--ess-warmup",
+        "Whether the rows selected by a prompt's last 32 positions enter the hot tier before "
+        "its first decode step.",
+        choices=("on", "off"),
+    )
+    trace: str = _option(
+        "",
+        "--ess-trace",
+        "File to which the top-k streams of decode are written for replay; empty: none.",
+    )
+    canary_rate: float = _option(
+        0.0,
+        "--ess-canary-rate",
+        "Share of plans after which some hot rows are compared with their host rows; a "
+        "difference stops the server.",
+        limit=("0 to 1", lambda value: 0 <= value <= 1),
+    )
 
     def __post_init__(self) -> None:
         if reasons := _reasons(type(self), vars(self)):
             raise ValueError(" ".join(reasons))
+        if self.hot_ratio is not None and self.hot_gib is not None:
+            raise ValueError(
+                "--ess-hot-ratio and --ess-hot-gib must not both be given: got "
+                f"{self.hot_ratio:g} and {self.hot_gib:g} GiB. Drop one."
+            )
 
     def to_env(self) -> dict[str, str]:
         """{ENV_VAR: JSON}, ready for os.environ.update()."""
@@ -102,9 +170,9 @@ class EssConfig:
                 flag,
                 dest=_dest(f),
                 default=f.default,
-                type=type(f.default),
+                type=f.metadata["kind"],
                 metavar="{" + ",".join(choices) + "}" if choices else None,
-                help=f"{text} (default: {f.default})",
+                help=f"{text} (default: {'automatic' if f.default is None else f.default})",
             )
 
     @classmethod
@@ -121,10 +189,22 @@ def _dest(f: Field) -> str:
 def _reasons(cls: type[EssConfig], values: Mapping[str, Any]) -> list[str]:
     reasons = []
     for f in fields(cls):
-        value, kind, choices = values[f.name], type(f.default), f.metadata["choices"]
-        if type(value) is not kind or (choices and value not in choices):
-            limit = f"one of {', '.join(choices)}" if choices else f"a {kind.__name__}"
+        value = values[f.name]
+        if value is None and f.default is None:
+            continue
+        if rule := _broken_rule(f, value):
             reasons.append(
-                f"ESS option {f.name} ({f.metadata['flag']}) must be {limit}: got {value!r}."
+                f"ESS option {f.name} ({f.metadata['flag']}) must be {rule}: got {value!r}."
             )
     return reasons
+
+
+def _broken_rule(f: Field, value: Any) -> str | None:
+    """What the value must be and is not."""
+    kind, choices, limit = (f.metadata[key] for key in ("kind", "choices", "limit"))
+    if choices and value not in choices:
+        return f"one of {', '.join(choices)}"
+    kinds = (int, float) if kind is float else (kind,)
+    if type(value) not in kinds:
+        return f"a {kind.__name__}"
+    return limit[0] if limit and not limit[1](value) else None

@@ -9,6 +9,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from sglang_ess.config import EssConfig
+
 DISPATCH_KEY = "ess_cpu"
 DEFAULT_CONTEXTS = 8  # full-length requests that the default number of slots holds
 
@@ -28,9 +30,9 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
     def get_kv_pool_cls(self, *, kind):
         if kind != "dsa":
             return None
-        from sglang_ess.cpu.pool import CpuDsaTokenToKVPool
+        from sglang_ess.cpu.pool import CpuDsaTokenToKVPool, CpuEssTokenToKVPool
 
-        return CpuDsaTokenToKVPool
+        return CpuEssTokenToKVPool if _config().enabled else CpuDsaTokenToKVPool
 
     def apply_server_args_defaults(self, server_args) -> None:
         """Replace what SGLang chose for an Intel AMX host; a backend the user named stays."""
@@ -41,7 +43,8 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.attention_backend in (None, "intel_amx"):
             is_sparse = is_deepseek_dsa(model.hf_config)
             server_args.attention_backend = "dsa" if is_sparse else "torch_native"
-        if (server_args.max_total_tokens, server_args.mem_fraction_static) == (None, None):
+        sized = (server_args.max_total_tokens, server_args.mem_fraction_static)
+        if sized == (None, None) and _config().device_gib is None:
             # Device memory is the machine's: 72% of it, by default, takes a minute to fill.
             server_args.max_total_tokens = DEFAULT_CONTEXTS * model.context_len
         # An idle scheduler polls at full speed: here that core is also the device.
@@ -59,6 +62,8 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
 
         from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend
         from sglang_ess.cpu.indexer import indexer_forward
+        from sglang_ess.cpu.two_tier_backend import CpuTwoTierBackend
+        from sglang_ess.pool import EssTokenToKVPool
 
         # SGLang compiles small functions (MoE top-k, samplers) by inductor, which needs a
         # C++ compiler on the host and 10 s at the first request; eager costs microseconds.
@@ -66,4 +71,15 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         BaseFusedOp.register_oot_forward(Indexer, indexer_forward, DISPATCH_KEY)
         # Same name, so that every "dsa" rule of the model code holds; last one wins.
-        register_attention_backend("dsa")(CpuSparseMlaBackend)
+        register_attention_backend("dsa")(
+            lambda runner: (
+                CpuTwoTierBackend(runner)
+                if isinstance(runner.token_to_kv_pool, EssTokenToKVPool)
+                else CpuSparseMlaBackend(runner)
+            )
+        )
+
+
+def _config() -> EssConfig:
+    """The launcher's record; one-tier where SGLANG_PLATFORM alone named this platform."""
+    return EssConfig.from_env() or EssConfig(enabled=False)

@@ -10,6 +10,7 @@ from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
 
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.ops.rows import index_page_bytes, pack_fp8_rows, store_index_keys
+from sglang_ess.pool import EssTokenToKVPool
 
 
 class _Float32IndexKeyCache(IndexKeyCache):
@@ -48,3 +49,7 @@ class CpuDsaTokenToKVPool(DSATokenToKVPool):
     def store_index_k(self, layer_id: int, loc: torch.Tensor, keys: torch.Tensor) -> None:
         """Write the index keys [T, 128] of the slots loc [T], quantising if fp8."""
         store_index_keys(self.get_index_k_with_scale_buffer(layer_id), loc, keys)
+
+
+class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
+    """Two tiers on the CPU platform: both are this machine's memory, the bytes are counted."""

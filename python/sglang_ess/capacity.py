@@ -1,0 +1,236 @@
+"""How many slots and hot rows fit: design.md's byte budget, decided where SGLang sizes its pool.
+
+    device bytes = slots x (index keys + maps) + hot rows x (layers x row) + staging + plan
+    host bytes   = slots x layers x row
+
+SGLang asks for a number of slots once, with the device bytes it has left for KV.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_ess.config import EssConfig
+from sglang_ess.tiers import free_host_bytes
+from sglang_ess.tiers.host_tier import GIB
+from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES, MAP_BYTES
+
+# A pass needs somewhere to put rows; below top-k every query takes several passes.
+MIN_HOT_ROWS = 64
+# ESS's operating point: misses are stable above ratio 0.2 and climb below (papers.md 1.6).
+AUTO_HOT_RATIO = 0.2
+# Of the host memory that is free; the rest is the process's own and the page cache.
+AUTO_HOST_SHARE = 0.6
+# Queries of one plan; a larger decode batch is planned in blocks of this many.
+PLAN_QUERIES = 64
+PLAN_BYTES_PER_LOOKUP = 12
+STAGING_BUFFERS = 2
+
+
+class CapacityError(ValueError):
+    """One line for the operator: sizes that cannot be served."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a slot and a hot row cost. index_bytes: of one slot, all layers."""
+
+    layers: int
+    row_bytes: int
+    index_bytes: int
+    topk: int
+    context_tokens: int
+    page_slots: int
+
+    @property
+    def slot_device_bytes(self) -> int:
+        """Index keys, the slot's entry in each layer's map and in the staging map."""
+        return self.index_bytes + (self.layers + 1) * MAP_BYTES
+
+    @property
+    def hot_row_bytes(self) -> int:
+        """One hot row in every layer."""
+        return self.layers * (self.row_bytes + HOT_ROW_OVERHEAD_BYTES)
+
+    @property
+    def plan_bytes(self) -> int:
+        return PLAN_QUERIES * self.topk * PLAN_BYTES_PER_LOOKUP
+
+    def staging_rows(self, slots: int) -> int:
+        """Rows of one staging buffer: the longest request there can be."""
+        return min(self.context_tokens, slots) + self.page_slots
+
+    def staging_bytes(self, slots: int) -> int:
+        return STAGING_BUFFERS * self.staging_rows(slots) * self.row_bytes
+
+    def device_bytes(self, slots: int, hot_rows: int) -> int:
+        """Everything the pool allocates on the device."""
+        padded = slots + self.page_slots  # SGLang's page 0 takes the writes of padding
+        return (
+            padded * self.slot_device_bytes
+            + hot_rows * self.hot_row_bytes
+            + self.staging_bytes(slots)
+            + self.plan_bytes
+        )
+
+    def host_bytes(self, slots: int) -> int:
+        return (slots + self.page_slots) * self.layers * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What was decided. hot_rows: per layer; device_limit_bytes: what SGLang had to give."""
+
+    geometry: Geometry
+    slots: int
+    hot_rows: int
+    device_limit_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        return self.geometry.device_bytes(self.slots, self.hot_rows)
+
+    @property
+    def staging_rows(self) -> int:
+        return self.geometry.staging_rows(self.slots)
+
+
+def most_slots(config: EssConfig, geometry: Geometry, device_bytes: int, host_bytes: int) -> int:
+    """The largest number of slots, in whole pages, that both memories allow.
+
+    Raises: CapacityError if not even one page fits, with the bytes it takes.
+    """
+    page = geometry.page_slots
+
+    def fits(pages: int) -> bool:
+        slots = pages * page
+        rows = _least_hot_rows(config, geometry, slots)
+        return (
+            geometry.device_bytes(slots, rows) <= device_bytes
+            and geometry.host_bytes(slots) <= host_bytes
+        )
+
+    if not fits(1):
+        need = geometry.device_bytes(page, _least_hot_rows(config, geometry, page))
+        raise CapacityError(
+            f"device memory for ESS must hold one page of slots and the hot tier: got "
+            f"{device_bytes / GIB:.3f} GiB of device and {host_bytes / GIB:.3f} GiB of host "
+            f"memory, limits {need / GIB:.3f} and {geometry.host_bytes(page) / GIB:.3f} GiB "
+            f"({geometry.layers} layers x {geometry.row_bytes} B rows). Lower --ess-hot-gib "
+            "or raise --mem-fraction-static or --ess-host-gib."
+        )
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * page
+
+
+def _least_hot_rows(config: EssConfig, geometry: Geometry, slots: int) -> int:
+    """Hot rows that have to be there before a slot is worth having."""
+    if config.hot_gib is not None:
+        return min(int(config.hot_gib * GIB) // geometry.hot_row_bytes, slots + geometry.page_slots)
+    ratio = config.hot_ratio if config.hot_ratio is not None else AUTO_HOT_RATIO
+    return hot_rows_at(ratio, geometry, slots)
+
+
+def hot_rows_at(ratio: float, geometry: Geometry, slots: int) -> int:
+    """Rows of a layer's hot tier at a ratio; at 1.0 every slot's, SGLang's padding included."""
+    if ratio == 1.0:
+        return slots + geometry.page_slots
+    return max(1, round(ratio * slots))
+
+
+def settle(
+    config: EssConfig, geometry: Geometry, slots: int, device_bytes: int, host_bytes: int
+) -> Capacity:
+    """The hot tier for the slots that SGLang settled on.
+
+    With neither --ess-hot-ratio nor --ess-hot-gib it takes the device memory that is left.
+    Raises: CapacityError for a hot tier below the minimum or a host tier that cannot be.
+    """
+    rows = _least_hot_rows(config, geometry, slots)
+    if (config.hot_gib, config.hot_ratio) == (None, None):
+        left = device_bytes - geometry.device_bytes(slots, 0)
+        rows = min(max(rows, left // geometry.hot_row_bytes), slots + geometry.page_slots)
+    least = min(MIN_HOT_ROWS, slots)
+    if rows < least:
+        raise CapacityError(
+            f"hot tier must hold {least} rows a layer: got {rows} for {slots} slots "
+            f"({rows * geometry.hot_row_bytes / GIB:.4f} GiB). Raise --ess-hot-ratio to "
+            f"{least / slots:.4f} or --ess-hot-gib to {least * geometry.hot_row_bytes / GIB:.4f}."
+        )
+    if geometry.host_bytes(slots) > host_bytes:
+        raise CapacityError(
+            f"host tier must fit into host memory: got {geometry.host_bytes(slots) / GIB:.2f} GiB "
+            f"for {slots} slots, limit {host_bytes / GIB:.2f} GiB. Lower --max-total-tokens."
+        )
+    return Capacity(geometry, slots, rows, device_bytes)
+
+
+def host_limit_bytes(config: EssConfig) -> int:
+    """Bytes the host tier may take. Raises: CapacityError if that is more than is free."""
+    free = free_host_bytes()
+    if config.host_gib is None:
+        return int(free * AUTO_HOST_SHARE)
+    if config.host_gib * GIB > free:
+        raise CapacityError(
+            f"--ess-host-gib must fit into free host memory: got {config.host_gib:g} GiB, limit "
+            f"{free / GIB:.2f} GiB (MemAvailable and the cgroup's). Lower it or leave it out "
+            f"for {AUTO_HOST_SHARE:.0%} of what is free."
+        )
+    return int(config.host_gib * GIB)
+
+
+_decided: Capacity | None = None
+
+
+def decided() -> Capacity:
+    """This process's capacity. Raises: RuntimeError before SGLang has sized its pool."""
+    if _decided is None:
+        raise RuntimeError("capacity must be decided before the pool is built: got none.")
+    return _decided
+
+
+def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kwargs: Any) -> Any:
+    """Body of the AROUND hook on KVCacheConfigurator.config_from_budget.
+
+    Under ESS the budget buys index keys and hot rows, not latent rows; one-tier on the CPU
+    platform counts --ess-device-gib as its device memory. Effect: decided() is set.
+    """
+    global _decided
+    config = EssConfig.from_env() or EssConfig(enabled=False)
+    if config.device_gib is not None:
+        budget_bytes = int(config.device_gib * GIB)
+    if not config.enabled:
+        return original(configurator, budget_bytes, **kwargs)
+    cell_bytes, geometry = _geometry(configurator)
+    host_bytes = host_limit_bytes(config)
+    slots = most_slots(config, geometry, budget_bytes, host_bytes)
+    # SGLang divides by what a token costs one-tier, then applies its own constraints.
+    result = original(configurator, slots * cell_bytes, **kwargs)
+    _decided = settle(config, geometry, result.max_total_num_tokens, budget_bytes, host_bytes)
+    return result
+
+
+def _geometry(configurator: Any) -> tuple[int, Geometry]:
+    """(SGLang's bytes per token, geometry) of a KVCacheConfigurator for sparse attention."""
+    from sglang.srt.mem_cache.kv_cache_configurator import calculate_mla_kv_cache_dim
+    from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
+
+    model, dtype = configurator.model_config, configurator.kv_cache_dtype
+    layers = configurator.layer_info.num_effective_layers
+    row_bytes = calculate_mla_kv_cache_dim(model_config=model, kv_cache_dtype=dtype)
+    row_bytes *= dtype.itemsize
+    cell_bytes = create_memory_pool_configurator(configurator)._cell_size
+    return cell_bytes, Geometry(
+        layers=layers,
+        row_bytes=row_bytes,
+        index_bytes=cell_bytes - layers * row_bytes,
+        topk=model.hf_config.index_topk,
+        context_tokens=model.context_len,
+        page_slots=configurator.pool_page_size,
+    )

@@ -1,0 +1,93 @@
+"""SGLang's DSA pool with its latent rows on the host and a hot tier in front of them.
+
+One slot is one host row per layer, so addressing, allocation, the radix cache and PD
+registration stay SGLang's. Index keys stay on the device for every slot.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, unwrap_write_loc
+
+from sglang_ess import capacity
+from sglang_ess.attention.staging import Staging
+from sglang_ess.tiers import HostTier, HotCache, PlanBuffers
+
+# Rows that no decode step used for this many steps give way to a prompt's new rows.
+# SparseServe's working set is what the last 12 steps used (papers.md 2): far outside it.
+IDLE_STEPS = 64
+
+
+class EssTokenToKVPool(DSATokenToKVPool):
+    """DSATokenToKVPool in two tiers.
+
+    kv_buffer    the host tier, layer by layer: [slots, 1, row width]
+    hot_caches   the hot tier, layer by layer
+    staging      where a prefill pass finds its rows
+    request_misses [requests + 1] int64: rows fetched for the request that has this row of
+        the request table; whoever reads it at the end of a request sets it back to 0
+
+    Every write goes to the host tier and drops the slots' hot rows (invariants 1 and 3), so
+    no path can leave a stale one; install() puts them back where that is worth it.
+    """
+
+    def _create_buffers(self) -> None:
+        self.capacity = capacity.decided()
+        slots = self.size + self.page_size
+        self.host_tier = HostTier(self.layer_num, slots, (1, self.kv_cache_dim), self.store_dtype)
+        self.kv_buffer = self.host_tier.rows
+        self.plan_buffers = PlanBuffers(capacity.PLAN_QUERIES * self.capacity.geometry.topk)
+        self.hot_caches = [
+            HotCache(rows.squeeze(1), self.capacity.hot_rows, buffers=self.plan_buffers)
+            for rows in self.kv_buffer
+        ]
+        self.staging = Staging(
+            [rows.squeeze(1) for rows in self.kv_buffer], self.capacity.staging_rows
+        )
+        self.request_misses = np.zeros(1, np.int64)
+
+    def hot_cache(self, layer_id: int) -> HotCache:
+        return self.hot_caches[layer_id - self.start_layer]
+
+    @property
+    def device_bytes(self) -> int:
+        """All that the pool holds on the device: index keys, hot rows, maps, staging, plans."""
+        index_keys = sum(buffer.nbytes for buffer in self.index_k_with_scale_buffer)
+        hot = sum(cache.nbytes for cache in self.hot_caches)
+        return index_keys + hot + self.staging.nbytes + self.plan_buffers.nbytes
+
+    def install(self, layer_id: int, loc: torch.Tensor, min_age: int) -> None:
+        """Give the slots loc [n] int64, just written, hot rows; see HotCache.install."""
+        host_rows = self.kv_buffer[layer_id - self.start_layer].squeeze(1)
+        self.hot_cache(layer_id).install(loc, host_rows[loc], min_age)
+
+    # --- SGLang's write paths -----------------------------------------------------------
+
+    def set_kv_buffer(self, layer, loc_info, cache_k, cache_v, layer_id_override=None) -> None:
+        super().set_kv_buffer(layer, loc_info, cache_k, cache_v, layer_id_override)
+        self._written(layer, loc_info, layer_id_override)
+
+    def set_mla_kv_buffer(
+        self, layer, loc_info, cache_k_nope, cache_k_rope, layer_id_override=None
+    ) -> None:
+        super().set_mla_kv_buffer(layer, loc_info, cache_k_nope, cache_k_rope, layer_id_override)
+        self._written(layer, loc_info, layer_id_override)
+
+    def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
+        super().move_kv_cache(tgt_loc, src_loc)
+        self.written_in_all_layers(tgt_loc)
+
+    def load_cpu_copy(self, kv_cache_cpu, indices, *args, **kwargs) -> None:
+        super().load_cpu_copy(kv_cache_cpu, indices, *args, **kwargs)
+        self.written_in_all_layers(indices)
+
+    def _written(self, layer, loc_info, layer_id_override) -> None:
+        loc, _, _ = unwrap_write_loc(loc_info)
+        layer_id = layer.layer_id if layer_id_override is None else layer_id_override
+        self.hot_cache(layer_id).invalidate(loc)
+
+    def written_in_all_layers(self, loc: torch.Tensor) -> None:
+        """For whoever writes host rows of the slots loc without SGLang's setters."""
+        for cache in self.hot_caches:
+            cache.invalidate(loc.view(-1).long())

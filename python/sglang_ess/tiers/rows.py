@@ -1,0 +1,31 @@
+"""Rows of any format as machine words, and the copies between tiers."""
+
+import numba
+import numpy as np
+import torch
+
+jit = numba.njit(cache=True, nogil=True)
+
+
+def as_words(rows: torch.Tensor) -> np.ndarray:
+    """rows [n, ...] as [n, words] int64, the same memory.
+
+    Raises: ValueError if a row is not a multiple of 8 bytes.
+    """
+    flat = rows.view(torch.uint8).flatten(1)
+    if flat.shape[1] % 8:
+        raise ValueError(f"a row must be a multiple of 8 bytes: got {flat.shape[1]}.")
+    return flat.numpy().view(np.int64)
+
+
+@jit
+def _gather_words(source, source_rows, target):
+    for i in range(source_rows.shape[0]):
+        row = source_rows[i]
+        for w in range(source.shape[1]):
+            target[i, w] = source[row, w]
+
+
+def copy_rows(source: torch.Tensor, indices: torch.Tensor, target: torch.Tensor) -> None:
+    """target[i] = source[indices[i]]: rows [n, ...] of one format, indices [n] int64."""
+    _gather_words(as_words(source), indices.numpy(), as_words(target))
