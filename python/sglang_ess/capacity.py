@@ -8,10 +8,11 @@ SGLang asks for a number of slots once, with the device bytes it has left for KV
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_ess.config import EssConfig
+from sglang_ess.config import REFUSED, EssConfig
 from sglang_ess.tiers import free_host_bytes
 from sglang_ess.tiers.host_tier import GIB
 from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES, MAP_BYTES
@@ -26,6 +27,11 @@ AUTO_HOST_SHARE = 0.6
 PLAN_QUERIES = 64
 PLAN_BYTES_PER_LOOKUP = 12
 STAGING_BUFFERS = 2
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for a reader: GiB, or MiB where that would be a small fraction."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / GIB * 1024:.2f} MiB"
 
 
 class CapacityError(ValueError):
@@ -114,11 +120,12 @@ def most_slots(config: EssConfig, geometry: Geometry, device_bytes: int, host_by
     if not fits(1):
         need = geometry.device_bytes(page, _least_hot_rows(config, geometry, page))
         raise CapacityError(
-            f"device memory for ESS must hold one page of slots and the hot tier: got "
-            f"{device_bytes / GIB:.3f} GiB of device and {host_bytes / GIB:.3f} GiB of host "
-            f"memory, limits {need / GIB:.3f} and {geometry.host_bytes(page) / GIB:.3f} GiB "
-            f"({geometry.layers} layers x {geometry.row_bytes} B rows). Lower --ess-hot-gib "
-            "or raise --mem-fraction-static or --ess-host-gib."
+            f"memory must hold one page of {page} slots and the hot tier: got {size(device_bytes)} "
+            f"of device and {size(host_bytes)} of host memory, limits {size(need)} and "
+            f"{size(geometry.host_bytes(page))} ({geometry.layers} layers x {geometry.row_bytes} "
+            f"B rows, {size(geometry.staging_bytes(page))} of staging). Lower --ess-hot-gib, or "
+            "raise --ess-host-gib or the device memory (--mem-fraction-static; --ess-device-gib "
+            "on the CPU platform)."
         )
     low, high = 1, 2
     while fits(high):
@@ -160,13 +167,13 @@ def settle(
     if rows < least:
         raise CapacityError(
             f"hot tier must hold {least} rows a layer: got {rows} for {slots} slots "
-            f"({rows * geometry.hot_row_bytes / GIB:.4f} GiB). Raise --ess-hot-ratio to "
+            f"({size(rows * geometry.hot_row_bytes)}). Raise --ess-hot-ratio to "
             f"{least / slots:.4f} or --ess-hot-gib to {least * geometry.hot_row_bytes / GIB:.4f}."
         )
     if geometry.host_bytes(slots) > host_bytes:
         raise CapacityError(
-            f"host tier must fit into host memory: got {geometry.host_bytes(slots) / GIB:.2f} GiB "
-            f"for {slots} slots, limit {host_bytes / GIB:.2f} GiB. Lower --max-total-tokens."
+            f"host tier must fit into host memory: got {size(geometry.host_bytes(slots))} "
+            f"for {slots} slots, limit {size(host_bytes)}. Lower --max-total-tokens."
         )
     return Capacity(geometry, slots, rows, device_bytes)
 
@@ -208,11 +215,18 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
     if not config.enabled:
         return original(configurator, budget_bytes, **kwargs)
     cell_bytes, geometry = _geometry(configurator)
-    host_bytes = host_limit_bytes(config)
-    slots = most_slots(config, geometry, budget_bytes, host_bytes)
-    # SGLang divides by what a token costs one-tier, then applies its own constraints.
-    result = original(configurator, slots * cell_bytes, **kwargs)
-    _decided = settle(config, geometry, result.max_total_num_tokens, budget_bytes, host_bytes)
+    try:
+        host_bytes = host_limit_bytes(config)
+        slots = most_slots(config, geometry, budget_bytes, host_bytes)
+        # SGLang divides by what a token costs one-tier, then applies its own constraints.
+        result = original(configurator, slots * cell_bytes, **kwargs)
+        slots = result.max_total_num_tokens
+        _decided = settle(config, geometry, slots, budget_bytes, host_bytes)
+    except CapacityError as error:
+        # An Exception would reach the operator as the traceback of a scheduler process; the
+        # launcher knows this exit status.
+        print(f"sglang-ess: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(REFUSED) from None
     return result
 
 

@@ -14,6 +14,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 ENV_VAR = "SGLANG_ESS_CONFIG"
+REFUSED = 2  # exit status of a process that will not serve with these options, as argparse's
 
 
 def _option(

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sglang_ess import startup
-from sglang_ess.config import EssConfig
+from sglang_ess.config import REFUSED, EssConfig
 from sglang_ess.cpu import set_thread_defaults
 
 PROG = "python -m sglang_ess.launch_server"
-REFUSED = 2  # exit status, as argparse's own
 NOT_LOADED = (
     "sglang-ess must be among SGLang's plugins: got no entry point of that name. "
     "Run pip install -e . in its repository."
@@ -75,6 +74,11 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
     try:
         with startup.announced(server_args, since):
             run_server(server_args)
+    except RuntimeError as error:
+        # The scheduler has said why (capacity.py); SGLang adds only that it is gone.
+        if f"exit code: {REFUSED})" not in str(error):
+            raise
+        return REFUSED
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0

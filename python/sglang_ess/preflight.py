@@ -50,6 +50,23 @@ CPU_SPARSE_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("prefill_attention_backend", "--prefill-attention-backend", (None, "dsa", "nsa")),
     ("decode_attention_backend", "--decode-attention-backend", (None, "dsa", "nsa")),
 )
+# What a two-tier pool does not serve, and why.
+ESS_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    # Rows that arrive by transfer or are loaded back bypass the pool's setters, so that a
+    # stale hot row could stay (invariant 3).
+    ("disaggregation_mode", "--disaggregation-mode", ("null",)),
+    ("enable_memory_saver", "--enable-memory-saver", (False,)),
+    ("enable_unified_memory", "--enable-unified-memory", (False,)),
+    ("enable_hisparse", "--enable-hisparse", (False,)),
+    ("enable_hierarchical_cache", "--enable-hierarchical-cache", (False,)),
+    ("enable_lmcache", "--enable-lmcache", (False,)),
+    ("enable_flexkv", "--enable-flexkv", (False,)),
+    # A draft model has a pool of its own, and verifies several queries a request.
+    ("speculative_algorithm", "--speculative-algorithm", (None,)),
+    ("pp_size", "--pp-size", (1,)),
+    ("dcp_size", "--dcp-size", (1,)),
+    ("attn_cp_size", "--attn-cp-size", (1,)),
+)
 
 
 class Refusal(ValueError):
@@ -112,6 +129,14 @@ def server_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
     else:
         if model is not None:
             reasons += model_reasons(server_args, model, config, on_cpu)
+    reasons += option_reasons(server_args, config, on_cpu)
+    return reasons + port_reasons(server_args.host, server_args.port)
+
+
+def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[str]:
+    """Options, SGLang's and ESS's, that do not go together here."""
+    reasons = []
+    two_tier = config.enabled and on_cpu
     if server_args.enable_hisparse and (config.enabled or on_cpu):
         reasons.append(
             "--enable-hisparse must be off with ESS and on the CPU platform: got on. "
@@ -122,9 +147,41 @@ def server_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
             f"--ess-index-dtype must be fp8 off the CPU platform: got {config.index_dtype}. "
             "Drop the flag or add --ess-platform cpu."
         )
+    if config.device_gib is not None and not on_cpu:
+        reasons.append(
+            f"--ess-device-gib must not be given off the CPU platform: got {config.device_gib:g}. "
+            "Use --mem-fraction-static there."
+        )
     if on_cpu:
         reasons += _rule_reasons(server_args, CPU_RULES)
-    return reasons + port_reasons(server_args.host, server_args.port)
+    if two_tier:
+        known = {rule[0] for rule in CPU_RULES} | {"enable_hisparse"}
+        rules = tuple(rule for rule in ESS_RULES if rule[0] not in known)
+        reasons += _rule_reasons(server_args, rules, "with ESS", "Drop it or add --disable-ess")
+        reasons += host_reasons(config) + trace_reasons(config)
+    return reasons
+
+
+def host_reasons(config: EssConfig) -> list[str]:
+    """Whether --ess-host-gib is there to take."""
+    from sglang_ess.capacity import CapacityError, host_limit_bytes
+
+    try:
+        host_limit_bytes(config)
+    except CapacityError as error:
+        return [str(error)]
+    return []
+
+
+def trace_reasons(config: EssConfig) -> list[str]:
+    """Whether --ess-trace could be written."""
+    path = Path(config.trace)
+    if not config.trace or (path.parent.is_dir() and not path.is_dir()):
+        return []
+    return [
+        f"--ess-trace must name a file in a directory that exists: got {config.trace!r}. "
+        "Create the directory or correct the path."
+    ]
 
 
 def read_model_config(server_args: Any) -> dict[str, Any] | None:
@@ -285,11 +342,13 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _rule_reasons(
-    server_args: Any, rules: tuple[tuple[str, str, tuple[Any, ...]], ...]
+    server_args: Any,
+    rules: tuple[tuple[str, str, tuple[Any, ...]], ...],
+    where: str = "on the CPU platform",
+    remedy: str = "Drop or change it",
 ) -> list[str]:
     return [
-        f"{flag} must be {_shown(allowed)} on the CPU platform: "
-        f"got {_shown((value,))}. Drop or change it."
+        f"{flag} must be {_shown(allowed)} {where}: got {_shown((value,))}. {remedy}."
         for name, flag, allowed in rules
         if (value := getattr(server_args, name)) not in allowed
     ]

@@ -105,6 +105,21 @@ def _row_facts(pool: Any) -> dict[str, Any]:
         "index_key_layers": len(keys),
         "kv_bytes_per_token": len(latents) * row_bytes + len(keys) * key_bytes,
         "kv_total_bytes": sum(buffer.nbytes for buffer in (*latents, *pages)),
+    } | _tier_facts(pool)
+
+
+def _tier_facts(pool: Any) -> dict[str, Any]:
+    """Bytes by place. One-tier everything is on the device."""
+    if not hasattr(pool, "hot_caches"):
+        return {"tiers": 1, "device_bytes": pool.get_kv_size_bytes(), "host_bytes": 0}
+    rows = [cache.num_rows for cache in pool.hot_caches]
+    return {
+        "tiers": 2,
+        "device_bytes": pool.device_bytes,
+        "host_bytes": pool.host_tier.nbytes,
+        "hot_rows": max(rows),
+        "hot_ratio": sum(rows) / sum(cache.num_slots for cache in pool.hot_caches),
+        "staging_rows": pool.staging.num_rows,
     }
 
 
@@ -127,9 +142,19 @@ _ROW_ROWS = (
         "{kv_bytes_per_token} = {latent_layers} x {latent_row_bytes} latent rows "
         "+ {index_key_layers} x {index_key_bytes} index keys",
     ),
-    ("KV memory", "{kv_total_mib:.0f} MiB"),
     ("top-k", "{index_topk}"),
 )
+_TIER_ROWS = {
+    1: (("KV memory", "{device_mib:.0f} MiB, all on the device (one-tier)"),),
+    2: (
+        (
+            "device memory",
+            "{device_mib:.0f} MiB: index keys, maps, {hot_rows} hot rows a layer "
+            "({hot_ratio:.0%} of the slots), 2 x {staging_rows} staging rows",
+        ),
+        ("host tier", "{host_mib:.0f} MiB"),
+    ),
+}
 _LIMIT_ROWS = (
     ("slots", "{slots} in pages of {page_slots}"),
     ("limits", "{max_running_requests} requests at once, {context_tokens} tokens each"),
@@ -142,10 +167,12 @@ def block(server_args: Any, facts: dict[str, Any], seconds: float) -> str:
         **facts,
         "model_path": server_args.model_path,
         "url": server_args.url(),
-        "kv_total_mib": facts.get("kv_total_bytes", 0) / MIB,
+        "device_mib": facts.get("device_bytes", 0) / MIB,
+        "host_mib": facts.get("host_bytes", 0) / MIB,
     }
     rows = _MODEL_ROWS if facts else (("model", "{model_path}"),)
-    rows += _ROW_ROWS if "latent_format" in facts else ()
+    if "latent_format" in facts:
+        rows += _ROW_ROWS + _TIER_ROWS[facts["tiers"]]
     rows += (_LIMIT_ROWS if facts else ()) + (("URL", "{url}"),)
     lines = [f"{PREFIX} ready after {seconds:.1f} s"]
     return "\n".join(lines + [f"    {name:<15} {text.format_map(values)}" for name, text in rows])

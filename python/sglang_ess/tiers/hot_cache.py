@@ -189,7 +189,8 @@ class HotCache:
         """
         self.buffers.reserve(topk.numel())
         slots, rows = self.buffers.miss_slots, self.buffers.miss_rows
-        count = lru.warm(topk.numpy(), *self._lru, self.free, self.state, slots, rows)
+        unread = self.buffers.rows[: topk.numel()].reshape(topk.shape)
+        count = lru.warm(topk.numpy(), *self._lru, self.free, self.state, unread, slots, rows)
         self._copy(self._host_words, slots[:count], rows[:count])
         return count
 
@@ -253,7 +254,9 @@ class HotCache:
             "a row must be free or owned": (
                 np.array_equal(np.sort(np.append(free, rows)), np.arange(self.num_rows))
             ),
-            "a free row must have no place in the queue": (self.row_place[free] < 0).all(),
+            "a free row must have no place in the queue": (
+                (self.row_place[self.row_slot < 0] < 0).all()
+            ),
             "an owned row must have one live place in the queue": (
                 ((head <= live) & (live < tail)).all() and (self.queue[live] == rows).all()
             ),

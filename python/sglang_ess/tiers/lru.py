@@ -2,12 +2,14 @@
 
 Recency is a queue that is appended to and never edited: using a row appends it again, and
 `row_place` says which of its entries counts. So a use costs two scattered accesses (the
-slot's row, the row's place) and one sequential write, where a linked list costs five.
+slot's row, the row's place) and sequential writes, where a linked list costs five.
 
     queue:   [ stale | stale | row 7 | stale | row 2 | row 9 | ... )  tail
               ^ head                 least recently used first
 
-Places from `guard` on were used by the plan or install in progress: never evicted by it.
+Places from `guard` on were used by the plan or install in progress: never evicted by it,
+and not used by it again. So it appends each row at most once, `_begin` makes room for that,
+and nothing moves until it ends.
 """
 
 import numba
@@ -19,31 +21,32 @@ jit = numba.njit(cache=True, nogil=True)
 HEAD, TAIL, FREE, STEP = 0, 1, 2, 3
 LOOKUPS, MISSES, EVICTIONS, EVICTED_AGE, INSTALLS, SKIPPED = 4, 5, 6, 7, 8, 9
 STATE_SIZE = 10
+BLOCK = 512  # lookups of which _use_hits keeps slots and rows in the first-level cache
 COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs", "skipped")
 
 
 def queue_length(num_rows: int) -> int:
     """Entries of the queue: room for as many new ones as live ones between compactions."""
-    return 2 * num_rows + 1
+    return 2 * num_rows
 
 
 @jit
-def _compact(row_place, queue, queue_step, state, guard):
-    """Drop stale entries from the queue. Returns where guard is now."""
-    kept = _keep_live(row_place, queue, queue_step, state[HEAD], guard, 0)
-    state[TAIL] = _keep_live(row_place, queue, queue_step, guard, state[TAIL], kept)
-    state[HEAD] = 0
-    return kept
+def _begin(row_place, queue, queue_step, state, num_uses):
+    """Make room in the queue for a pass of up to num_uses uses. Returns its guard."""
+    if state[TAIL] + min(num_uses, row_place.shape[0]) > queue.shape[0]:
+        _compact(row_place, queue, queue_step, state)
+    return state[TAIL]
 
 
 @jit
-def _keep_live(row_place, queue, queue_step, begin, end, kept):
-    """Move the live entries of [begin, end) to kept and on. Returns where they end.
+def _compact(row_place, queue, queue_step, state):
+    """Drop stale entries from the queue.
 
-    No branch: which entries are live is a coin toss, and mispredicting costs more than
+    No branch: whether an entry is live is a coin toss, and mispredicting it costs more than
     the writes that the next entry overwrites.
     """
-    for place in range(begin, end):
+    kept = 0
+    for place in range(state[HEAD], state[TAIL]):
         row = queue[place]
         was = row_place[row]
         live = was == place
@@ -51,20 +54,7 @@ def _keep_live(row_place, queue, queue_step, begin, end, kept):
         queue_step[kept] = queue_step[place]
         row_place[row] = kept if live else was
         kept += live
-    return kept
-
-
-@jit
-def _use(row, row_place, queue, queue_step, state, guard):
-    """Make row the most recently used. Returns guard, which a compaction moves."""
-    if state[TAIL] == queue.shape[0]:
-        guard = _compact(row_place, queue, queue_step, state, guard)
-    tail = state[TAIL]
-    queue[tail] = row
-    queue_step[tail] = state[STEP]
-    row_place[row] = tail
-    state[TAIL] = tail + 1
-    return guard
+    state[HEAD], state[TAIL] = 0, kept
 
 
 @jit
@@ -76,20 +66,72 @@ def _take(slot_row, row_slot, row_place, queue, queue_step, free, state, guard, 
     if state[FREE] > 0:
         state[FREE] -= 1
         return free[state[FREE]]
-    while state[HEAD] < min(guard, state[TAIL]):
-        head = state[HEAD]
+    for head in range(state[HEAD], guard):
         row = queue[head]
         if row_place[row] == head:
             age = state[STEP] - queue_step[head]
             if age < min_age:
+                state[HEAD] = head
                 return -1
             state[HEAD] = head + 1
             slot_row[row_slot[row]] = -1
             state[EVICTIONS] += 1
             state[EVICTED_AGE] += age
             return row
-        state[HEAD] = head + 1
+    state[HEAD] = guard
     return -1
+
+
+@jit
+def _resolve(
+    topk,
+    query,
+    column,
+    slot_row,
+    row_slot,
+    row_place,
+    queue,
+    queue_step,
+    free,
+    state,
+    rows,
+    miss_slots,
+    miss_rows,
+    misses,
+    guard,
+):
+    """Give topk[query, column:] rows. Returns (column, lookups, misses): where it stopped.
+
+    misses counts on from the miss list's length. column is the width if rows sufficed.
+    """
+    tail, step, lookups = state[TAIL], state[STEP], 0
+    width = topk.shape[1]
+    while column < width:
+        slot = topk[query, column]
+        if slot < 0:
+            rows[query, column] = -1
+            column += 1
+            continue
+        row = slot_row[slot]
+        if row < 0:
+            row = _take(slot_row, row_slot, row_place, queue, queue_step, free, state, guard, 0)
+            if row < 0:
+                break
+            slot_row[slot] = row
+            row_slot[row] = slot
+            miss_slots[misses] = slot
+            miss_rows[misses] = row
+            misses += 1
+        if row_place[row] < guard:
+            queue[tail] = row
+            queue_step[tail] = step
+            row_place[row] = tail
+            tail += 1
+        rows[query, column] = row
+        lookups += 1
+        column += 1
+    state[TAIL] = tail
+    return column, lookups, misses
 
 
 @jit
@@ -109,53 +151,162 @@ def plan(
     miss_rows,
     query_misses,
 ):
-    """Resolve topk[query:, :] (its first query from column on) until no row is left.
+    """Resolve topk[query:, :] (its first query from column on), or as far as rows suffice.
 
     Returns (queries, stop_query, stop_column, misses): the queries with entries in rows,
     where the next pass begins, and the length of the miss list. Entries of rows that are
     not resolved in this pass, and pads, are -1.
+
+    All hits are used before any miss takes a row: no miss evicts what a later lookup hits.
     """
-    guard = state[TAIL]
-    first, misses = query, 0
     num_queries, width = topk.shape
-    while query < num_queries:
-        missed = 0
-        lookups = 0
-        for j in range(column):
-            rows[query, j] = -1
-        for j in range(column, width):
-            slot = topk[query, j]
-            if slot < 0:
-                rows[query, j] = -1
-                continue
-            row = slot_row[slot]
-            if row < 0:
-                row = _take(slot_row, row_slot, row_place, queue, queue_step, free, state, guard, 0)
-                if row < 0:
-                    state[MISSES] += missed
-                    query_misses[query] += missed
-                    # A query is attended whole where it can be: bit for bit as one-tier.
-                    whole = query > first
-                    for k in range(0 if whole else j, width):
-                        rows[query, k] = -1
-                    if whole:
-                        return query - first, query, 0, misses
-                    state[LOOKUPS] += lookups
-                    return 1, query, j, misses
-                slot_row[slot] = row
-                row_slot[row] = slot
-                miss_slots[misses] = slot
-                miss_rows[misses] = row
+    for j in range(column if query < num_queries else 0):
+        rows[query, j] = -1
+    begin, end = query * width + column, num_queries * width
+    guard = _begin(row_place, queue, queue_step, state, end - begin)
+    flat_topk, flat_rows = topk.reshape(-1), rows.reshape(-1)
+    hits, misses = _use_hits(
+        flat_topk, begin, end, slot_row, row_place, queue, queue_step, state, flat_rows,
+        miss_slots, guard,
+    )  # fmt: skip
+    room = row_place.shape[0] - (state[TAIL] - guard)
+    if misses > room and _count_distinct(flat_topk, miss_slots, misses, slot_row) > room:
+        return _plan_in_order(
+            topk, query, column, slot_row, row_slot, row_place, queue, queue_step, free, state,
+            rows, miss_slots, miss_rows, query_misses,
+        )  # fmt: skip
+    state[LOOKUPS] += hits + misses
+    misses = _place_misses(
+        flat_topk, width, misses, slot_row, row_slot, row_place, queue, queue_step, free, state,
+        flat_rows, miss_slots, miss_rows, query_misses, guard,
+    )  # fmt: skip
+    return num_queries - query, num_queries, 0, misses
+
+
+@jit
+def _use_hits(
+    topk, begin, end, slot_row, row_place, queue, queue_step, state, rows, miss_places, guard
+):
+    """Use the hot slots of flat topk [begin, end). Returns (hits, misses), as lookups.
+
+    rows gets their rows, -1 elsewhere; miss_places where in topk the misses are. In blocks
+    and two loops: a branch on hit or miss, often mispredicted, then waits for rows, which
+    is near, and not for slot_row; and many reads of slot_row are on their way at once.
+    """
+    tail, step, hits, misses = state[TAIL], state[STEP], 0, 0
+    for first in range(begin, end, BLOCK):
+        last = min(first + BLOCK, end)
+        for i in range(first, last):
+            slot = topk[i]
+            rows[i] = slot_row[np.uint32(slot)] if slot >= 0 else -1
+        for i in range(first, last):
+            row = rows[i]
+            if row >= 0:
+                hits += 1
+                if row_place[np.uint32(row)] < guard:
+                    row_place[np.uint32(row)] = tail
+                    queue[tail], queue_step[tail] = row, step
+                    tail += 1
+            elif topk[i] >= 0:
+                miss_places[misses] = i
                 misses += 1
-                missed += 1
-                guard = _use(row, row_place, queue, queue_step, state, guard)
-            elif row_place[row] < guard:
-                guard = _use(row, row_place, queue, queue_step, state, guard)
-            rows[query, j] = row
-            lookups += 1
+    state[TAIL] = tail
+    return hits, misses
+
+
+@jit
+def _count_distinct(topk, places, count, slot_row):
+    """How many slots topk[places[:count]] are, none of them hot."""
+    distinct = 0
+    for i in range(count):
+        slot = topk[places[i]]
+        distinct += slot_row[slot] == -1
+        slot_row[slot] = -2  # seen
+    for i in range(count):
+        slot_row[topk[places[i]]] = -1
+    return distinct
+
+
+@jit
+def _place_misses(
+    topk,
+    width,
+    count,
+    slot_row,
+    row_slot,
+    row_place,
+    queue,
+    queue_step,
+    free,
+    state,
+    rows,
+    miss_slots,
+    miss_rows,
+    query_misses,
+    guard,
+):
+    """Rows for the misses, which fit: miss_slots has their places in flat topk at first.
+
+    Returns the length of the miss list, which replaces the places behind the reader.
+    """
+    tail, step, misses = state[TAIL], state[STEP], 0
+    for i in range(count):
+        place = miss_slots[i]
+        slot = topk[place]
+        row = slot_row[slot]
+        if row < 0:  # not an earlier one's repeat
+            row = _take(slot_row, row_slot, row_place, queue, queue_step, free, state, guard, 0)
+            slot_row[slot] = row
+            row_slot[row] = slot
+            row_place[row] = tail
+            queue[tail], queue_step[tail] = row, step
+            tail += 1
+            miss_slots[misses], miss_rows[misses] = slot, row
+            misses += 1
+            query_misses[place // width] += 1
+        rows[place] = row
+    state[TAIL] = tail
+    state[MISSES] += misses
+    return misses
+
+
+@jit
+def _plan_in_order(
+    topk,
+    query,
+    column,
+    slot_row,
+    row_slot,
+    row_place,
+    queue,
+    queue_step,
+    free,
+    state,
+    rows,
+    miss_slots,
+    miss_rows,
+    query_misses,
+):
+    """plan for more slots than rows: lookup by lookup until no row is left."""
+    num_queries, width = topk.shape
+    guard = _begin(row_place, queue, queue_step, state, (num_queries - query) * width)
+    first, misses = query, 0
+    while query < num_queries:
+        before = misses
+        column, lookups, misses = _resolve(
+            topk, query, column, slot_row, row_slot, row_place, queue, queue_step, free, state,
+            rows, miss_slots, miss_rows, misses, guard,
+        )  # fmt: skip
+        state[MISSES] += misses - before
+        query_misses[query] += misses - before
+        if column < width and query > first:
+            # A query is attended whole where it can be: bit for bit as one-tier.
+            return query - first, query, 0, misses
         state[LOOKUPS] += lookups
-        state[MISSES] += missed
-        query_misses[query] += missed
+        if column < width:
+            for j in range(column, width):
+                rows[query, j] = -1
+            return 1, query, column, misses
         query += 1
         column = 0
     return query - first, query, 0, misses
@@ -171,34 +322,23 @@ def warm(
     queue_step,
     free,
     state,
+    rows,
     miss_slots,
     miss_rows,
 ):
     """Use the slots of topk [queries, K] in order, as if each query were a step of its own.
 
     Returns the length of the list of rows to fill: each row once, with its last slot.
+    A query of more slots than rows fills them all; its other slots are passed over.
     """
     misses = 0
     for query in range(topk.shape[0]):
-        guard = state[TAIL]
-        for j in range(topk.shape[1]):
-            slot = topk[query, j]
-            if slot < 0:
-                continue
-            row = slot_row[slot]
-            if row < 0:
-                row = _take(slot_row, row_slot, row_place, queue, queue_step, free, state, guard, 0)
-                if row < 0:
-                    break  # more slots than rows: what is in stays
-                slot_row[slot] = row
-                row_slot[row] = slot
-                miss_slots[misses] = slot
-                miss_rows[misses] = row
-                misses += 1
-                state[INSTALLS] += 1
-                guard = _use(row, row_place, queue, queue_step, state, guard)
-            elif row_place[row] < guard:
-                guard = _use(row, row_place, queue, queue_step, state, guard)
+        guard = _begin(row_place, queue, queue_step, state, topk.shape[1])
+        _, _, misses = _resolve(
+            topk, query, 0, slot_row, row_slot, row_place, queue, queue_step, free, state,
+            rows, miss_slots, miss_rows, misses, guard,
+        )  # fmt: skip
+    state[INSTALLS] += misses
     return _still_mapped(slot_row, miss_slots, miss_rows, misses)
 
 
@@ -236,19 +376,25 @@ def install(
     Returns the length of the list: row rows[i] is to hold the value of slots[sources[i]].
     A slot that gets no row is in the host tier only.
     """
-    guard, count = state[TAIL], 0
+    guard = _begin(row_place, queue, queue_step, state, slots.shape[0])
+    count = 0
     for i in range(slots.shape[0]):
         slot = slots[i]
         row = slot_row[slot]
         if row < 0:
-            row = _take(slot_row, row_slot, row_place, queue, queue_step, free, state, guard, min_age)
+            row = _take(
+                slot_row, row_slot, row_place, queue, queue_step, free, state, guard, min_age
+            )
             if row < 0:
                 state[SKIPPED] += 1
                 continue
             slot_row[slot] = row
             row_slot[row] = slot
         if row_place[row] < guard:
-            guard = _use(row, row_place, queue, queue_step, state, guard)
+            tail = state[TAIL]
+            queue[tail], queue_step[tail] = row, state[STEP]
+            row_place[row] = tail
+            state[TAIL] = tail + 1
         sources[count], rows[count] = i, row
         count += 1
     state[INSTALLS] += count
@@ -308,3 +454,7 @@ def new_state(num_slots: int, num_rows: int) -> dict[str, np.ndarray]:
         "free": np.arange(num_rows, dtype=np.int32)[::-1].copy(),
         "state": state,
     }
+
+
+# What HotCache calls; start-up has them compiled before the first request.
+ENTRY_POINTS = ("plan", "warm", "install", "invalidate", "copy_rows", "first_difference")

@@ -10,12 +10,13 @@ jit = numba.njit(cache=True, nogil=True)
 def as_words(rows: torch.Tensor) -> np.ndarray:
     """rows [n, ...] as [n, words] int64, the same memory.
 
-    Raises: ValueError if a row is not a multiple of 8 bytes.
+    Raises: ValueError if a row is not a multiple of 8 bytes; RuntimeError for strides that
+    would take a copy, which a write could not reach.
     """
-    flat = rows.view(torch.uint8).flatten(1)
-    if flat.shape[1] % 8:
-        raise ValueError(f"a row must be a multiple of 8 bytes: got {flat.shape[1]}.")
-    return flat.numpy().view(np.int64)
+    width = rows.shape[1:].numel() * rows.itemsize
+    if width % 8:
+        raise ValueError(f"a row must be a multiple of 8 bytes: got {width}.")
+    return rows.view(torch.uint8).view(len(rows), width).numpy().view(np.int64)
 
 
 @jit

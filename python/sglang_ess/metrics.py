@@ -1,0 +1,320 @@
+"""What the hot tier does, for the operator: a log line, and Prometheus in SGLang's endpoint.
+
+Both read counters that plan and install keep anyway. The line follows SGLang's own decode
+line; the Prometheus figures are brought up to date whenever SGLang publishes its own (with
+each prefill and decode line, and when the scheduler falls idle). Nothing is done per step.
+
+Names and labels are SGLang's: prefix "sglang:", labels of its scheduler (model_name,
+tp_rank, ...), and "layer" where a figure is one layer's. Hits are lookups - misses.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+# --- snapshots --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerSnapshot:
+    """One layer's hot tier: its size and use now, and what happened since the last snapshot.
+
+    lookups: top-k entries resolved; misses: of those, the ones fetched from the host tier
+    fetched_bytes: of the misses; installed_rows: made hot by a write or by warm-up
+    evicted_age: sum, over the evictions, of steps since the row's last use
+    """
+
+    layer: int
+    hot_rows: int
+    hot_rows_used: int
+    steps: int
+    lookups: int
+    misses: int
+    fetched_bytes: int
+    installed_rows: int
+    evictions: int
+    evicted_age: int
+
+    @property
+    def hit_ratio(self) -> float | None:
+        """In [0, 1]; None without a lookup."""
+        return 1 - self.misses / self.lookups if self.lookups else None
+
+    @property
+    def eviction_age(self) -> float | None:
+        """Mean, in steps; None without an eviction."""
+        return self.evicted_age / self.evictions if self.evictions else None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All layers of one pool. host_slots: rows of the host tier; host_slots_used: of these,
+    what SGLang counts as used, which leaves out the radix cache's evictable ones.
+    """
+
+    layers: tuple[LayerSnapshot, ...]
+    host_slots: int
+    host_slots_used: int
+
+    def total(self, name: str) -> int:
+        """A field of LayerSnapshot, summed over the layers."""
+        return sum(getattr(layer, name) for layer in self.layers)
+
+
+class Metrics:
+    """Takes snapshots; what each covers begins where this object's last one ended."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, dict[str, int]] = {}
+
+    def snapshot(self, pool: Any, used_slots: int) -> Snapshot:
+        """pool: with hot_caches, host_tier and start_layer, as EssTokenToKVPool."""
+        from sglang_ess.tiers import lru  # here: every process imports this module
+
+        layers = []
+        for layer, cache in enumerate(pool.hot_caches, pool.start_layer):
+            now = {**cache.counters, "steps": int(cache.state[lru.STEP])}
+            before = self._before.get(layer, {})
+            if any(now[name] < value for name, value in before.items()):
+                before = {}  # HotCache.clear() began them again
+            self._before[layer] = now
+            since = {name: value - before.get(name, 0) for name, value in now.items()}
+            layers.append(
+                LayerSnapshot(
+                    layer=layer,
+                    hot_rows=cache.num_rows,
+                    hot_rows_used=cache.occupied,
+                    steps=since["steps"],
+                    lookups=since["lookups"],
+                    misses=since["misses"],
+                    fetched_bytes=since["misses"] * pool.host_tier.row_bytes,
+                    installed_rows=since["installs"],
+                    evictions=since["evictions"],
+                    evicted_age=since["evicted_age"],
+                )
+            )
+        return Snapshot(tuple(layers), pool.host_tier.num_slots, used_slots)
+
+
+def log_line(snapshot: Snapshot) -> str:
+    """One line; misses and bytes are of all layers together, per step of one layer."""
+    used, rows = snapshot.total("hot_rows_used"), snapshot.total("hot_rows")
+    parts = [f"hot rows {used / rows:.0%} ({used}/{rows}, {len(snapshot.layers)} layers)"]
+    lookups, misses = snapshot.total("lookups"), snapshot.total("misses")
+    if lookups:
+        steps = max(layer.steps for layer in snapshot.layers)
+        worst = min(
+            (layer for layer in snapshot.layers if layer.lookups), key=lambda of: of.hit_ratio
+        )
+        parts += [
+            f"hit rate {1 - misses / lookups:.1%} "
+            f"(layer {worst.layer} lowest, {worst.hit_ratio:.1%})",
+            f"{misses / steps:.1f} misses/step",
+            f"fetched {_size(snapshot.total('fetched_bytes') / steps)}/step",
+        ]
+    else:
+        parts.append("no lookups")
+    if evictions := snapshot.total("evictions"):
+        parts.append(f"eviction age {snapshot.total('evicted_age') / evictions:.0f} steps")
+    else:
+        parts.append("no evictions")
+    parts.append(f"host slots {snapshot.host_slots_used}/{snapshot.host_slots}")
+    return "ESS: " + ", ".join(parts)
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
+# --- Prometheus -------------------------------------------------------------------------
+
+_LAYER_COUNTERS = {
+    "lookups": "Top-k entries resolved in decode.",
+    "misses": "Top-k entries that were not in the hot tier and were fetched from the host tier.",
+    "fetched_bytes": "Bytes of latent rows fetched from the host tier for misses.",
+    "installed_rows": "Rows made hot by a write of their slot or by warm-up.",
+    "evictions": "Rows evicted from the hot tier.",
+}
+_LAYER_GAUGES = {
+    "hot_rows": "Rows of the hot tier.",
+    "hot_rows_used": "Rows of the hot tier that hold a slot's latent row.",
+    "eviction_age_steps": "Mean steps since last use of the rows evicted since the last update; "
+    "NaN if none was.",
+}
+_GAUGES = {
+    "host_slots": "Rows of the host tier in one layer.",
+    "host_slots_used": "Slots in use, without the radix cache's evictable ones.",
+}
+# From what a short chat fetches to a long context that never fits, all layers together.
+_MISS_BUCKETS = tuple(base * 10**power for power in range(2, 9) for base in (1, 3))
+
+
+class Exporter:
+    """ESS's figures in prometheus_client's registry, which SGLang's /metrics gathers.
+
+    Made at most once a process and registry, and only after SGLang has set
+    PROMETHEUS_MULTIPROC_DIR: prometheus_client looks at it when it is imported.
+    labels: names and values of SGLang's own scheduler metrics; layers: layer ids
+    """
+
+    def __init__(self, labels: Mapping[str, Any], layers: Sequence[int], registry: Any = None):
+        from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+
+        registry = registry or REGISTRY
+        names = [*labels, "layer"]
+
+        def by_layer(metric: Any) -> dict[int, Any]:
+            return {layer: metric.labels(**labels, layer=str(layer)) for layer in layers}
+
+        self._counters = {
+            name: by_layer(Counter(f"sglang:ess_{name}_total", text, names, registry=registry))
+            for name, text in _LAYER_COUNTERS.items()
+        }
+
+        def gauge(name: str, text: str, label_names: Sequence[str]) -> Any:
+            full_name = f"sglang:ess_{name}"
+            # As SGLang's: one process writes a series, and a restarted one takes over.
+            return Gauge(
+                full_name, text, label_names, registry=registry, multiprocess_mode="mostrecent"
+            )
+
+        self._layer_gauges = {
+            name: by_layer(gauge(name, text, names)) for name, text in _LAYER_GAUGES.items()
+        }
+        self._gauges = {
+            name: gauge(name, text, list(labels)).labels(**labels) for name, text in _GAUGES.items()
+        }
+        self._request_misses = Histogram(
+            "sglang:ess_request_misses",
+            "Rows fetched for a request, all layers together, from its first decode step until "
+            "it finished or was retracted. Requests that missed nothing are not counted.",
+            list(labels),
+            registry=registry,
+            buckets=_MISS_BUCKETS,
+        ).labels(**labels)
+
+    def update(self, snapshot: Snapshot) -> None:
+        for layer in snapshot.layers:
+            for name, series in self._counters.items():
+                series[layer.layer].inc(getattr(layer, name))
+            age = layer.eviction_age
+            gauges = self._layer_gauges
+            gauges["hot_rows"][layer.layer].set(layer.hot_rows)
+            gauges["hot_rows_used"][layer.layer].set(layer.hot_rows_used)
+            gauges["eviction_age_steps"][layer.layer].set(float("nan") if age is None else age)
+        self._gauges["host_slots"].set(snapshot.host_slots)
+        self._gauges["host_slots_used"].set(snapshot.host_slots_used)
+
+    def observe_request(self, misses: int) -> None:
+        self._request_misses.observe(misses)
+
+
+# --- SGLang's scheduler -----------------------------------------------------------------
+
+
+class Watch:
+    """One scheduler's metrics. An error in them is logged once and ends them, nothing else.
+
+    reporter: SGLang's SchedulerMetricsReporter, whose pool has a hot tier
+
+    A request's misses are read when its row of the request table is given out again, or at
+    an update that finds the row free: upstream calls back for the former, so this needs no
+    hook on freeing, and the step still under way when an overlapped request ends counts.
+    """
+
+    def __init__(self, reporter: Any):
+        scheduler = reporter.scheduler
+        self._pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        self._observer = scheduler.pool_stats_observer
+        self._requests = scheduler.req_to_token_pool
+        self._logs = reporter.is_stats_logging_rank
+        self._logged, self._exported = Metrics(), Metrics()
+        self._exporter: Exporter | None = None
+        self._broken = False
+        if reporter.current_scheduler_metrics_enabled:
+            collector = reporter.metrics_collector
+            first = self._pool.start_layer
+            layers = range(first, first + len(self._pool.hot_caches))
+            self._exporter = Exporter(collector.labels, layers)
+            self._requests.register_on_alloc_rows(self.rows_given_out)
+            collector.ess_watch = self
+
+    def log(self) -> None:
+        """The log line."""
+        if self._logs:
+            self._safely(self._log)
+
+    def publish(self, used_slots: int) -> None:
+        """Bring the Prometheus figures up to date."""
+        self._safely(self._publish, used_slots)
+
+    def rows_given_out(self, rows: Sequence[int]) -> None:
+        """rows of the request table have new owners: what is in them was the last ones'."""
+        self._safely(self._take_misses, rows)
+
+    def _log(self) -> None:
+        used_slots = self._observer.get_pool_stats().full_num_used
+        logger.info(log_line(self._logged.snapshot(self._pool, used_slots)))
+
+    def _publish(self, used_slots: int) -> None:
+        self._exporter.update(self._exported.snapshot(self._pool, used_slots))
+        self._take_misses(self._requests.free_slots)
+
+    def _take_misses(self, rows: Sequence[int]) -> None:
+        misses, rows = self._pool.request_misses, np.asarray(rows, np.int64)
+        for count in misses[rows][misses[rows] > 0].tolist():
+            self._exporter.observe_request(count)
+        misses[rows] = 0
+
+    def _safely(self, action: Any, *args: Any) -> None:
+        if self._broken:
+            return
+        try:
+            action(*args)
+        except Exception as error:
+            self._broken = True
+            logger.warning("ESS: metrics are off after %s: %s", type(error).__name__, error)
+
+
+def decode_reported(result: None, reporter: Any, *args: Any, **kwargs: Any) -> None:
+    """Body of the AFTER hook on SchedulerMetricsReporter.report_decode_stats.
+
+    Runs each decode step, like its target; what it does between two log lines is a
+    dictionary lookup and a modulo.
+    """
+    if "ess_watch" not in reporter.__dict__:
+        reporter.ess_watch = _watch(reporter)
+    watch = reporter.ess_watch
+    if watch is not None and reporter.forward_ct_decode % reporter.decode_log_interval == 0:
+        watch.log()
+
+
+def stats_published(result: None, collector: Any, stats: Any) -> None:
+    """Body of the AFTER hook on SchedulerMetricsCollector.log_stats."""
+    watch = getattr(collector, "ess_watch", None)
+    if watch is not None:
+        watch.publish(stats.kv_used_tokens)
+
+
+def _watch(reporter: Any) -> Watch | None:
+    """None for a pool with no hot tier (one-tier), and where the metrics cannot be set up."""
+    pool = reporter.scheduler.token_to_kv_pool_allocator.get_kvcache()
+    if not hasattr(pool, "hot_caches"):
+        return None
+    try:
+        return Watch(reporter)
+    except Exception as error:
+        logger.warning("ESS: metrics are off after %s: %s", type(error).__name__, error)
+        return None
