@@ -91,3 +91,16 @@ class EssTokenToKVPool(DSATokenToKVPool):
         """For whoever writes host rows of the slots loc without SGLang's setters."""
         for cache in self.hot_caches:
             cache.invalidate(loc.view(-1).long())
+
+    def empty_hot_tier(self) -> None:
+        """No slot is hot any more; counters go on."""
+        everything = torch.arange(self.size + self.page_size)
+        self.written_in_all_layers(everything)
+
+
+def cache_flushed(success, scheduler, *args, **kwargs) -> bool:
+    """Body of the AFTER hook on Scheduler.flush_cache: no slot is owned, so none stays hot."""
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    if success and isinstance(pool, EssTokenToKVPool):
+        pool.empty_hot_tier()
+    return success

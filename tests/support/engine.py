@@ -4,11 +4,13 @@ Each engine runs in processes of its own, forked from a server that imported SGL
 Faults and recorders are installed in the engine's process before it starts its scheduler.
 """
 
+import asyncio
 import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
+import time
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sglang_ess.config import EssConfig
+from tests.support.gather import rids
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.support.preload"])
@@ -81,6 +84,20 @@ class EngineProcess:
         params = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
         return self.call("_generate", prompts, params | sampling, start)
 
+    def together(self, name, prompts, max_new_tokens=1, start=-1, **sampling) -> list[Output]:
+        """generate(), all prompts in one batch from the first pass on.
+
+        Needs the patch "tests.support.gather:install". name: a new one each time
+        start: -1 scores no prompt token, so that prefixes may hit
+        """
+        params = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        return self.call("_generate", prompts, params | sampling, start, name)
+
+    def abort(self, prompts, seconds, max_new_tokens=1) -> list[str]:
+        """Submit the prompts and abort all of them after seconds: their finish reasons."""
+        params = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        return self.call("_abort", prompts, params, seconds)
+
     def flush(self) -> None:
         """Empty the radix cache."""
         self.call("_flush")
@@ -142,9 +159,13 @@ def _serve(pipe, server_args, env, patches) -> None:
     os._exit(0)
 
 
-def _generate(engine, prompts, params, start) -> list[Output]:
+def _generate(engine, prompts, params, start, group=None) -> list[Output]:
     answers = engine.generate(
-        input_ids=prompts, sampling_params=params, return_logprob=True, logprob_start_len=start
+        input_ids=prompts,
+        sampling_params=params,
+        return_logprob=True,
+        logprob_start_len=start,
+        rid=rids(group, len(prompts)) if group else None,
     )
     return [_output(answer) for answer in answers]
 
@@ -160,6 +181,25 @@ def _output(answer) -> Output:
         cached_tokens=meta["cached_tokens"],
         meta={k: v for k, v in meta.items() if "logprobs" not in k},
     )
+
+
+def _abort(engine, prompts, params, seconds) -> list[str]:
+    names = [f"abort-{time.monotonic_ns()}-{i}" for i in range(len(prompts))]
+
+    async def run():
+        requests = [
+            asyncio.ensure_future(
+                engine.async_generate(input_ids=prompt, sampling_params=params, rid=name)
+            )
+            for prompt, name in zip(prompts, names, strict=True)
+        ]
+        await asyncio.sleep(seconds)
+        for name in names:
+            engine.tokenizer_manager.abort_request(rid=name)
+        return await asyncio.gather(*requests)
+
+    answers = engine.loop.run_until_complete(run())
+    return [answer["meta_info"]["finish_reason"]["type"] for answer in answers]
 
 
 def _flush(engine) -> None:

@@ -33,8 +33,9 @@ def attend_hot(
         if continues:
             merge_into(outs[-1][-1:], lses[-1][-1:], out[:1], lse[:1])
             out, lse = out[1:], lse[1:]
-        outs.append(out)
-        lses.append(lse)
+        if len(out):  # else the pass was one more part of a query that may go on
+            outs.append(out)
+            lses.append(lse)
     return torch.cat(outs)
 
 

@@ -12,6 +12,7 @@ from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend
 from sglang_ess.cpu.ops.rows import LATENT_DIM, ROPE_DIM
 from sglang_ess.cpu.ops.sparse_mla import sparse_mla
 from sglang_ess.pool import IDLE_STEPS
+from sglang_ess.tiers.trace import TraceWriter, slots_to_positions
 
 WARMUP_QUERIES = 32  # ESS: "the last 32 windows of prefill" (papers.md 1.5)
 CANARY_ROWS = 16
@@ -26,7 +27,15 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         self._warms, self._canary_rate = config.warmup == "on", config.canary_rate
         self._random = np.random.default_rng(0)
         self._warm_spans: list[tuple[int, int]] = []
-        self.token_to_kv_pool.request_misses = np.zeros(len(self.req_to_token), np.int64)
+        pool = self.token_to_kv_pool
+        pool.request_misses = np.zeros(len(self.req_to_token), np.int64)
+        self._trace = None
+        if config.trace:
+            topk = pool.capacity.geometry.topk
+            self._trace = TraceWriter(
+                config.trace, pool.layer_num, topk, meta={"page_slots": pool.page_size}
+            )
+            self._trace_scratch = np.zeros(pool.host_tier.num_slots, np.uint8)
 
     def init_forward_metadata(self, forward_batch) -> None:
         super().init_forward_metadata(forward_batch)
@@ -88,6 +97,8 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         pool, cache = self.token_to_kv_pool, self.token_to_kv_pool.hot_cache(layer.layer_id)
         self._write(layer, forward_batch, k, k_rope, save_kv_cache, 0)
         q, q_rope = _by_head(layer, q, q_rope)
+        if self._trace is not None and self._trace.recording:
+            self._record(layer.layer_id - pool.start_layer, forward_batch.rids, topk_indices)
         check = partial(self._check, cache, layer.layer_id)
         outs = []
         for first in range(0, len(q), PLAN_QUERIES):
@@ -107,6 +118,19 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
             loc = forward_batch.out_cache_loc
             self.token_to_kv_pool.set_mla_kv_buffer(layer, loc, k, k_rope)
             self.token_to_kv_pool.install(layer.layer_id, loc, min_age)
+
+    def _record(self, layer, rids, topk) -> None:
+        """One decode step of one layer into the trace, slots as request positions."""
+        metadata = self.forward_metadata
+        lengths = metadata.lengths.numpy()
+        positions = slots_to_positions(
+            topk.numpy(),
+            metadata.req_rows.numpy(),
+            lengths,
+            metadata.req_to_token.numpy(),
+            self._trace_scratch,
+        )
+        self._trace.record(layer, rids, lengths, positions)
 
     def _check(self, cache, layer_id, plan) -> None:
         """The canary: now and then compare rows that are about to be read (invariant 2)."""

@@ -76,12 +76,14 @@ class HotCache:
     A slot is *hot* (it has a hot row, equal to its host row) or not; a hot row is free or
     belongs to one slot. plan and warm make slots hot, install may, invalidate ends it, and
     so does eviction. There is no dirty state: whoever writes a host row calls install or
-    invalidate for its slot before the next plan (invariants 1 to 3). A plan never evicts
-    what it uses itself (invariant 4); lookups past that go to the next pass (invariant 5).
+    invalidate for its slot before the next plan (invariants 1 to 3). A plan whose slots all
+    fit is one pass, in which no miss evicts a slot of this plan, looked up already or not
+    (invariant 4). Otherwise a pass ends where no row is left that it does not use itself, and
+    the next one goes on (invariant 5).
 
     host_rows  [slots, ...] one layer of the host tier, or None to run the policy alone
     num_rows   hot rows, at least 1 and no more than slots
-    counters: since the start; step_misses of the last plan are in query_misses.
+    counters: since the start; misses of the last step, by query, are in query_misses.
     Raises: ValueError for a num_rows outside its limits or rows not of 8-byte words.
     """
 
@@ -123,7 +125,7 @@ class HotCache:
         Effect: the misses' rows are theirs already; fetch has to fill them before anything
         reads them. start (0, 0) begins a step and clears query_misses.
         """
-        topk = topk.numpy()
+        topk = topk.contiguous().numpy()
         num_queries, width = topk.shape
         buffers, (query, column) = self.buffers, start
         buffers.reserve(num_queries * width)
@@ -190,7 +192,8 @@ class HotCache:
         self.buffers.reserve(topk.numel())
         slots, rows = self.buffers.miss_slots, self.buffers.miss_rows
         unread = self.buffers.rows[: topk.numel()].reshape(topk.shape)
-        count = lru.warm(topk.numpy(), *self._lru, self.free, self.state, unread, slots, rows)
+        topk = topk.contiguous().numpy()
+        count = lru.warm(topk, *self._lru, self.free, self.state, unread, slots, rows)
         self._copy(self._host_words, slots[:count], rows[:count])
         return count
 

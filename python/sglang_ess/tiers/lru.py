@@ -158,11 +158,18 @@ def plan(
     not resolved in this pass, and pads, are -1.
 
     All hits are used before any miss takes a row: no miss evicts what a later lookup hits.
+    A step that did not fit that way goes on in order, until what is left fits for sure:
+    else each pass would read all that is left.
     """
     num_queries, width = topk.shape
     for j in range(column if query < num_queries else 0):
         rows[query, j] = -1
     begin, end = query * width + column, num_queries * width
+    if begin > 0 and end - begin > row_place.shape[0]:
+        return _plan_in_order(
+            topk, query, column, slot_row, row_slot, row_place, queue, queue_step, free, state,
+            rows, miss_slots, miss_rows, query_misses,
+        )  # fmt: skip
     guard = _begin(row_place, queue, queue_step, state, end - begin)
     flat_topk, flat_rows = topk.reshape(-1), rows.reshape(-1)
     hits, misses = _use_hits(

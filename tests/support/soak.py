@@ -1,0 +1,63 @@
+"""Many requests of random length through one engine, some of them given up half way."""
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+
+import psutil
+
+from tests.support import engine as engines
+
+
+@dataclass
+class Soaked:
+    """What came of it. rss_mib: of the scheduler's process, at every tenth of the requests."""
+
+    finished: int = 0
+    aborted: int = 0
+    incomplete: int = 0
+    rss_mib: list[float] = field(default_factory=list)
+
+
+def install() -> None:
+    """EngineProcess.call knows "_soak" then."""
+    engines._soak = soak
+
+
+def soak(engine, count, seed, at_once=24, abort_share=0.15) -> Soaked:
+    return engine.loop.run_until_complete(_run(engine, count, seed, at_once, abort_share))
+
+
+async def _run(engine, count, seed, at_once, abort_share) -> Soaked:
+    chance, result, gate = random.Random(seed), Soaked(), asyncio.Semaphore(at_once)
+    documents = [[chance.randrange(256) for _ in range(700)] for _ in range(5)]
+
+    async def one(number) -> None:
+        async with gate:
+            prompt = documents[number % 5][: chance.randrange(0, 700)]
+            prompt = prompt + [chance.randrange(256) for _ in range(chance.randrange(1, 300))]
+            tokens = chance.randrange(1, 200)
+            params = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}
+            name = f"soak-{number}"
+            request = asyncio.ensure_future(
+                engine.async_generate(input_ids=prompt, sampling_params=params, rid=name)
+            )
+            if chance.random() < abort_share:
+                await asyncio.sleep(chance.random())
+                engine.tokenizer_manager.abort_request(rid=name)
+            answer = (await request)["meta_info"]
+            aborted = answer["finish_reason"]["type"] == "abort"
+            result.aborted += aborted
+            result.finished += not aborted
+            result.incomplete += not aborted and answer["completion_tokens"] != tokens
+            if (result.finished + result.aborted) % (count // 10) == 0:
+                result.rss_mib.append(_scheduler_rss_mib())
+
+    await asyncio.gather(*(one(number) for number in range(count)))
+    return result
+
+
+def _scheduler_rss_mib() -> float:
+    """The largest of this process's children: the scheduler, with model and pool."""
+    children = psutil.Process().children(recursive=True)
+    return max(child.memory_info().rss for child in children) / 2**20

@@ -1,0 +1,48 @@
+"""Two-tier pools with one invariant broken, installed in an engine's process."""
+
+import torch
+
+
+def host_row_forgotten() -> None:
+    """Invariant 1: a decode step's row goes to the hot tier only; evicted, it is lost."""
+    from sglang_ess.cpu.pool import CpuEssTokenToKVPool
+
+    install = CpuEssTokenToKVPool.install
+
+    def forgetful(pool, layer_id, loc, min_age):
+        install(pool, layer_id, loc, min_age)
+        if min_age == 0:
+            pool.kv_buffer[layer_id - pool.start_layer][loc] = 0
+
+    CpuEssTokenToKVPool.install = forgetful
+
+
+def stale_hot_row() -> None:
+    """Invariant 3: a write reaches the host tier and leaves the slot's hot row as it was."""
+    from sglang_ess.cpu.pool import CpuEssTokenToKVPool
+
+    CpuEssTokenToKVPool._written = lambda *_: None
+    CpuEssTokenToKVPool.install = lambda *_: None
+
+
+def one_row_for_two_slots() -> None:
+    """Invariant 4: of each query, the first slot's hot row is also given to the second."""
+    from sglang_ess.tiers import HotCache
+
+    plan = HotCache.plan
+
+    def doubled(cache, topk, start=(0, 0)):
+        found = plan(cache, topk, start)
+        rows = found.rows
+        if rows.shape[1] > 1:
+            rows[:, 1] = torch.where(rows[:, 1] >= 0, rows[:, 0], rows[:, 1])
+        return found
+
+    HotCache.plan = doubled
+
+
+def no_fetch() -> None:
+    """Missed rows are never copied: whatever was in the hot row is read."""
+    from sglang_ess.tiers import HotCache
+
+    HotCache.fetch = lambda *_: None

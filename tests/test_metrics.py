@@ -1,0 +1,356 @@
+"""The operator's figures: the log line, SGLang's /metrics, and that both tell the truth."""
+
+import json
+import logging
+import math
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
+
+from sglang_ess import metrics
+from sglang_ess.metrics import Exporter, Metrics, Watch, log_line
+from sglang_ess.tiers import HotCache
+from tests.support.server import Server
+
+ROW_BYTES, SLOTS = 656, 40
+LABELS = {"model_name": "tiny", "tp_rank": 0}
+
+
+def make_pool(num_layers=2, num_rows=4, requests=5):
+    """What of EssTokenToKVPool the metrics read."""
+    return SimpleNamespace(
+        hot_caches=[HotCache(None, num_rows, SLOTS) for _ in range(num_layers)],
+        host_tier=SimpleNamespace(row_bytes=ROW_BYTES, num_slots=SLOTS),
+        start_layer=3,
+        request_misses=np.zeros(requests, np.int64),
+    )
+
+
+def decode(pool, *slots_of_layers):
+    """One step of one request: the slots each layer selects."""
+    for cache, slots in zip(pool.hot_caches, slots_of_layers, strict=True):
+        cache.plan(torch.tensor([slots], dtype=torch.int32))
+
+
+def samples(text):
+    """{(name, labels without model and rank): value} of an exposition."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            rest = {k: v for k, v in sample.labels.items() if k in ("layer", "le")}
+            found[sample.name, *rest.values()] = sample.value
+    return found
+
+
+# --- snapshots and the line -------------------------------------------------------------
+
+
+def test_a_snapshot_begins_where_the_last_one_ended():
+    pool, taken = make_pool(), Metrics()
+    decode(pool, [1, 2, 3, -1], [1, 2, 3, 4])
+    decode(pool, [1, 2, 5, -1], [5, 6, 7, 8])
+    first, second = taken.snapshot(pool, 20).layers
+    assert (first.layer, second.layer) == (3, 4)
+    assert (first.lookups, first.misses, first.steps) == (6, 4, 2)
+    assert (second.lookups, second.misses, second.evictions) == (8, 8, 4)
+    assert first.hit_ratio == pytest.approx(1 / 3) and second.hit_ratio == 0
+    assert first.eviction_age is None and second.eviction_age == 1
+    assert (first.fetched_bytes, first.hot_rows_used, first.hot_rows) == (4 * ROW_BYTES, 4, 4)
+
+    decode(pool, [1, 2, 5, -1], [5, 6, 7, 8])
+    again = taken.snapshot(pool, 20)
+    assert [(layer.lookups, layer.misses) for layer in again.layers] == [(3, 0), (4, 0)]
+    assert taken.snapshot(pool, 20).total("lookups") == 0
+    assert Metrics().snapshot(pool, 20).total("lookups") == 21  # another one sees all of it
+
+
+def test_a_cleared_cache_counts_from_nought():
+    pool, taken = make_pool(num_layers=1), Metrics()
+    decode(pool, [1, 2, 3, 4])
+    taken.snapshot(pool, 0)
+    pool.hot_caches[0].clear()
+    decode(pool, [1, 2])
+    (layer,) = taken.snapshot(pool, 0).layers
+    assert (layer.lookups, layer.misses) == (2, 2)
+
+
+def test_installed_rows():
+    pool, taken = make_pool(num_layers=1), Metrics()
+    pool.hot_caches[0].install(torch.tensor([1, 2]), torch.zeros(2, 1), 0)
+    pool.hot_caches[0].warm(torch.tensor([[2, 3]], dtype=torch.int32))
+    (layer,) = taken.snapshot(pool, 0).layers
+    assert (layer.installed_rows, layer.misses, layer.fetched_bytes) == (3, 0, 0)
+
+
+def test_the_log_line():
+    pool, taken = make_pool(), Metrics()
+    decode(pool, [1, 2, 3, -1], [1, 2, 3, 4])
+    decode(pool, [1, 2, 3, -1], [5, 6, 7, 8])
+    assert log_line(taken.snapshot(pool, 20)) == (
+        "ESS: hot rows 88% (7/8, 2 layers), hit rate 21.4% (layer 4 lowest, 0.0%), "
+        "5.5 misses/step, fetched 3.5 KiB/step, eviction age 1 steps, host slots 20/40"
+    )
+    assert log_line(taken.snapshot(pool, 0)) == (
+        "ESS: hot rows 88% (7/8, 2 layers), no lookups, no evictions, host slots 0/40"
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0.0 B"), (1023, "1023.0 B"), (1 << 20, "1.0 MiB"), (3 << 40, "3072.0 GiB")],
+)
+def test_sizes(num_bytes, text):
+    assert metrics._size(num_bytes) == text
+
+
+# --- Prometheus -------------------------------------------------------------------------
+
+WRITER = """
+from tests.test_metrics import LABELS, decode, make_pool
+from sglang_ess.metrics import Exporter, Metrics
+pool, taken, exporter = make_pool(), Metrics(), Exporter(LABELS, [3, 4])
+for slots in ([1, 2, 3, 4], [5, 6, 7, 8]):
+    decode(pool, [1, 2, 3, -1], slots)
+    exporter.update(taken.snapshot(pool, 20))
+exporter.observe_request(120)
+exporter.observe_request(5)
+"""
+
+
+def test_prometheus_in_several_processes(tmp_path):
+    """As SGLang has it: the scheduler writes, the HTTP process gathers what is on disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", WRITER],
+        env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    text = generate_latest(registry).decode()
+    assert 'model_name="tiny"' in text and 'tp_rank="0"' in text
+    found = samples(text)
+    for name, values in {
+        "lookups_total": (6, 8),
+        "misses_total": (3, 8),
+        "fetched_bytes_total": (3 * ROW_BYTES, 8 * ROW_BYTES),
+        "installed_rows_total": (0, 0),
+        "evictions_total": (0, 4),
+        "hot_rows": (4, 4),
+        "hot_rows_used": (3, 4),
+    }.items():
+        assert (found[f"sglang:ess_{name}", "3"], found[f"sglang:ess_{name}", "4"]) == values, name
+    assert math.isnan(found["sglang:ess_eviction_age_steps", "3"])
+    assert found["sglang:ess_eviction_age_steps", "4"] == 1
+    assert (found["sglang:ess_host_slots",], found["sglang:ess_host_slots_used",]) == (SLOTS, 20)
+    assert found["sglang:ess_request_misses_count",] == 2
+    assert found["sglang:ess_request_misses_sum",] == 125
+    assert found["sglang:ess_request_misses_bucket", "100.0"] == 1
+
+
+# --- in SGLang's scheduler --------------------------------------------------------------
+
+
+class Requests:
+    """SGLang's ReqToTokenPool, as far as the metrics see it."""
+
+    def __init__(self, free):
+        self.free_slots, self.callback = free, None
+
+    def register_on_alloc_rows(self, callback):
+        self.callback = callback
+
+
+@pytest.fixture
+def reporter(monkeypatch):
+    """SGLang's SchedulerMetricsReporter, whose pool is make_pool()."""
+    registry = CollectorRegistry()
+    monkeypatch.setattr("prometheus_client.REGISTRY", registry)
+    pool = make_pool()
+    scheduler = SimpleNamespace(
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+        pool_stats_observer=SimpleNamespace(
+            get_pool_stats=lambda: SimpleNamespace(full_num_used=20)
+        ),
+        req_to_token_pool=Requests(free=[3, 4]),
+    )
+    return SimpleNamespace(
+        pool=pool,
+        registry=registry,
+        scheduler=scheduler,
+        is_stats_logging_rank=True,
+        current_scheduler_metrics_enabled=True,
+        metrics_collector=SimpleNamespace(labels=LABELS),
+        forward_ct_decode=1,
+        decode_log_interval=4,
+    )
+
+
+def lines(caplog):
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("ESS: ")]
+
+
+def exposed(reporter):
+    return samples(generate_latest(reporter.registry).decode())
+
+
+def test_one_line_an_interval(reporter, caplog):
+    caplog.set_level(logging.INFO)
+    for step in range(1, 13):
+        decode(reporter.pool, [step], [step])
+        reporter.forward_ct_decode = step
+        assert metrics.decode_reported(None, reporter, True) is None
+    assert len(lines(caplog)) == 3
+    assert all("2.0 misses/step" in line for line in lines(caplog))
+
+
+def test_only_the_logging_rank_logs(reporter, caplog):
+    caplog.set_level(logging.INFO)
+    reporter.is_stats_logging_rank, reporter.forward_ct_decode = False, 4
+    metrics.decode_reported(None, reporter)
+    assert lines(caplog) == []
+
+
+def test_without_enable_metrics_there_is_the_line_only(reporter, caplog):
+    caplog.set_level(logging.INFO)
+    reporter.current_scheduler_metrics_enabled, reporter.metrics_collector = False, None
+    reporter.forward_ct_decode = 4
+    metrics.decode_reported(None, reporter)
+    assert len(lines(caplog)) == 1 and exposed(reporter) == {}
+    assert reporter.scheduler.req_to_token_pool.callback is None
+
+
+def test_one_tier_is_left_alone(reporter, caplog):
+    caplog.set_level(logging.INFO)
+    del reporter.pool.hot_caches
+    reporter.forward_ct_decode = 4
+    metrics.decode_reported(None, reporter)
+    metrics.stats_published(None, reporter.metrics_collector, None)
+    assert reporter.ess_watch is None and lines(caplog) == [] and exposed(reporter) == {}
+
+
+def test_prometheus_follows_sglangs_own_publishing(reporter):
+    collector, stats = reporter.metrics_collector, SimpleNamespace(kv_used_tokens=7)
+    metrics.stats_published(None, collector, stats)  # a prefill before any decode step
+    metrics.decode_reported(None, reporter)
+    decode(reporter.pool, [1, 2], [1, 2])
+    metrics.stats_published(None, collector, stats)
+    metrics.stats_published(None, collector, stats)  # idle
+    found = exposed(reporter)
+    assert found["sglang:ess_misses_total", "3"] == found["sglang:ess_misses_total", "4"] == 2
+    assert found["sglang:ess_host_slots_used",] == 7
+
+
+def test_a_requests_misses_are_counted_once(reporter):
+    metrics.decode_reported(None, reporter)
+    requests, misses = reporter.scheduler.req_to_token_pool, reporter.pool.request_misses
+    misses[:] = 0, 10, 20, 30, 0
+    requests.callback([1])  # a new owner
+    assert misses.tolist() == [0, 0, 20, 30, 0]
+    stats = SimpleNamespace(kv_used_tokens=0)
+    metrics.stats_published(None, reporter.metrics_collector, stats)  # 3 and 4 are free
+    metrics.stats_published(None, reporter.metrics_collector, stats)
+    assert misses.tolist() == [0, 0, 20, 0, 0]
+    found = exposed(reporter)
+    assert found["sglang:ess_request_misses_count",] == 2
+    assert found["sglang:ess_request_misses_sum",] == 40
+
+
+def test_an_error_ends_the_metrics_and_nothing_else(reporter, caplog):
+    watch = Watch(reporter)
+    reporter.pool.host_tier = None
+    for _ in range(3):
+        watch.log()
+        watch.publish(0)
+        watch.rows_given_out([1])
+    (line,) = lines(caplog)
+    assert line.startswith("ESS: metrics are off after AttributeError")
+
+
+def test_metrics_that_cannot_be_set_up(reporter, caplog):
+    Exporter(LABELS, [3, 4], reporter.registry)  # the names are taken
+    reporter.forward_ct_decode = 4
+    metrics.decode_reported(None, reporter)
+    metrics.decode_reported(None, reporter)
+    (line,) = lines(caplog)
+    assert "metrics are off after Duplicate" in line
+
+
+# --- a real server ----------------------------------------------------------------------
+
+PROMPTS, OUTPUT = (600, 700, 800), 20
+
+
+def test_a_server_counts_what_it_serves(tiny_v32, tmp_path):
+    """Lookups are as many as the requests' lengths say; the rest adds up from there."""
+    flags = ["--enable-metrics", "--decode-log-interval", "1", "--max-total-tokens", "8192"]
+    flags += ["--ess-hot-ratio", "0.02", "--disable-overlap-schedule", "--disable-radix-cache"]
+    with Server(tiny_v32, *flags, log=tmp_path / "log") as server:
+        server.wait_ready()
+        ess = server.get("/server_info")["ess"]
+        rng = np.random.default_rng(0)
+        before = scrape(server)
+        for length in PROMPTS:
+            ids = rng.integers(1, 255, length).tolist()
+            params = {"temperature": 0, "max_new_tokens": OUTPUT, "ignore_eos": True}
+            status, body = server.post("/generate", {"input_ids": ids, "sampling_params": params})
+            assert status == 200, body
+            assert json.loads(body)["meta_info"]["completion_tokens"] == OUTPUT
+        found = scrape(server)
+        log = server.log.read_text()
+    check_counters(found, before, ess)
+    check_lines(log)
+
+
+def scrape(server):
+    with server.open("/metrics/") as response:
+        return samples(response.read().decode())
+
+
+def check_counters(found, before, ess):
+    """found, before: scrapes around the requests; ess: the server's facts."""
+
+    def since(name, *labels):
+        key = (f"sglang:ess_{name}", *labels)
+        return found[key] - before.get(key, 0)
+
+    # The first output token is prefill's; the decode step for the n-th sees prompt + n - 1.
+    seen = [length + n - 1 for length in PROMPTS for n in range(2, OUTPUT + 1)]
+    lookups = sum(min(length, ess["index_topk"]) for length in seen)
+    layers = [str(layer) for layer in range(ess["latent_layers"])]
+    for layer in layers:
+        assert since("lookups_total", layer) == lookups
+        misses = since("misses_total", layer)
+        assert 0 < misses <= lookups
+        assert since("fetched_bytes_total", layer) == misses * ess["latent_row_bytes"]
+        hot_rows = found["sglang:ess_hot_rows", layer]
+        assert 0 < found["sglang:ess_hot_rows_used", layer] <= hot_rows < 8192
+        arrived = found["sglang:ess_misses_total", layer]
+        arrived += found["sglang:ess_installed_rows_total", layer]
+        assert found["sglang:ess_evictions_total", layer] <= arrived
+    assert found["sglang:ess_host_slots",] >= ess["slots"]
+    # One after another, each missed something, and is counted in the step that ends it.
+    total = sum(since("misses_total", layer) for layer in layers)
+    assert since("request_misses_count") == len(PROMPTS)
+    assert since("request_misses_sum") == total
+
+
+def check_lines(log):
+    """Our line comes right after SGLang's decode line."""
+    found = [line for line in log.splitlines() if "Decode batch" in line or "ESS: hot rows" in line]
+    assert len(found) >= 2 * len(PROMPTS) * (OUTPUT - 1)
+    for theirs, ours in zip(found[::2], found[1::2], strict=True):
+        assert "Decode batch" in theirs
+        assert re.search(
+            r"ESS: hot rows \d+% .*, hit rate .*misses/step, fetched .*, host slots \d+/\d+$", ours
+        ), ours

@@ -1,0 +1,37 @@
+"""Two tiers over a long time: memory pressure, retraction, aborts, prefix hits, slot reuse."""
+
+import pytest
+
+from tests.support import parity
+from tests.support.engine import EngineProcess
+from tests.support.retraction import Resume, Slots, events
+
+PATCHES = [
+    "tests.support.retraction:record",
+    "tests.support.soak:install",
+    "tests.support.tiers:expose",
+]
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
+def test_soak(tmp_path, count):
+    """SGLang's own leak check is on, at every step (tests/support/retraction.py)."""
+    model = parity.write_model(tmp_path / "m", arch="v32", index_topk=32, heads=4, layers=2)
+    args = dict(max_total_tokens=3840, schedule_conservativeness=0.0, chunked_prefill_size=512)
+    ess = {"hot_ratio": 0.1, "canary_rate": 0.1}
+    with EngineProcess(model, ess=ess, patches=PATCHES, **args) as engine:
+        result = engine.call("_soak", count, 1)
+        assert result.finished + result.aborted == count
+        assert result.incomplete == 0
+        assert result.aborted > count // 20
+        resumes = events(engine, Resume)
+        assert len(resumes) > count // 100, "no memory pressure: the test is of no use"
+        assert sum(resume.cached > 0 for resume in resumes) > 0.5 * len(resumes)
+        before = engine.call("_hot_counters")
+        assert all(layer["evictions"] > 0 for layer in before)
+        engine.flush()
+        (slots,) = events(engine, Slots)
+        assert slots.free == slots.total
+        assert [layer["occupied"] for layer in engine.call("_hot_counters")] == [0, 0]
+        if count >= 1000:  # the first tenths fill caches and buffers
+            assert max(result.rss_mib[3:]) - result.rss_mib[2] < 64
