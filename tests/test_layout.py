@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 60
 
 # Rooms of sglang_ess that may import SGLang; ess_patches may too.
 SGLANG_ROOMS = {
-    "pool", "attention", "admission", "disagg", "cpu", "capacity", "retraction",
+    "pool", "attention", "admission", "disagg", "cpu", "capacity",
     "plugin", "launch_server", "doctor", "preflight", "startup", "retraction",
 }  # fmt: skip
 # Rooms that may import these and the standard library only.

@@ -8,14 +8,17 @@ SGLang asks for a number of slots once, with the device bytes it has left for KV
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from sglang_ess.config import REFUSED, EssConfig
+from sglang_ess.cpu.ops.rows import index_page_bytes
 from sglang_ess.tiers import free_host_bytes
 from sglang_ess.tiers.host_tier import GIB
 from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES, MAP_BYTES
+from sglang_ess.tiers.lru import STATE_SIZE
 
 # A pass needs somewhere to put rows; below top-k every query takes several passes.
 MIN_HOT_ROWS = 64
@@ -26,6 +29,7 @@ AUTO_HOST_SHARE = 0.6
 # Queries of one plan; a larger decode batch is planned in blocks of this many.
 PLAN_QUERIES = 64
 PLAN_BYTES_PER_LOOKUP = 12
+STATE_BYTES = STATE_SIZE * 8  # of one layer's hot tier: its counters
 STAGING_BUFFERS = 2
 
 
@@ -78,6 +82,7 @@ class Geometry:
             + hot_rows * self.hot_row_bytes
             + self.staging_bytes(slots)
             + self.plan_bytes
+            + self.layers * STATE_BYTES
         )
 
     def host_bytes(self, slots: int) -> int:
@@ -168,7 +173,8 @@ def settle(
         raise CapacityError(
             f"hot tier must hold {least} rows a layer: got {rows} for {slots} slots "
             f"({size(rows * geometry.hot_row_bytes)}). Raise --ess-hot-ratio to "
-            f"{least / slots:.4f} or --ess-hot-gib to {least * geometry.hot_row_bytes / GIB:.4f}."
+            f"{_rounded_up(least / slots)} or --ess-hot-gib to "
+            f"{_rounded_up(least * geometry.hot_row_bytes / GIB)}."
         )
     if geometry.host_bytes(slots) > host_bytes:
         raise CapacityError(
@@ -176,6 +182,11 @@ def settle(
             f"for {slots} slots, limit {size(host_bytes)}. Lower --max-total-tokens."
         )
     return Capacity(geometry, slots, rows, device_bytes)
+
+
+def _rounded_up(value: float) -> str:
+    """Four digits that are enough: an advice that is refused in its turn is none."""
+    return f"{math.ceil(value * 10_000) / 10_000:.4f}"
 
 
 def host_limit_bytes(config: EssConfig) -> int:
@@ -214,7 +225,7 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
         budget_bytes = int(config.device_gib * GIB)
     if not config.enabled:
         return original(configurator, budget_bytes, **kwargs)
-    cell_bytes, geometry = _geometry(configurator)
+    cell_bytes, geometry = _geometry(configurator, config)
     try:
         host_bytes = host_limit_bytes(config)
         slots = most_slots(config, geometry, budget_bytes, host_bytes)
@@ -230,7 +241,7 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
     return result
 
 
-def _geometry(configurator: Any) -> tuple[int, Geometry]:
+def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
     """(SGLang's bytes per token, geometry) of a KVCacheConfigurator for sparse attention."""
     from sglang.srt.mem_cache.kv_cache_configurator import calculate_mla_kv_cache_dim
     from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
@@ -240,10 +251,13 @@ def _geometry(configurator: Any) -> tuple[int, Geometry]:
     row_bytes = calculate_mla_kv_cache_dim(model_config=model, kv_cache_dtype=dtype)
     row_bytes *= dtype.itemsize
     cell_bytes = create_memory_pool_configurator(configurator)._cell_size
+    index_bytes = cell_bytes - layers * row_bytes
+    if config.index_dtype == "float32":  # which SGLang does not know of
+        index_bytes = index_bytes * index_page_bytes(fp32=True) // index_page_bytes(fp32=False)
     return cell_bytes, Geometry(
         layers=layers,
         row_bytes=row_bytes,
-        index_bytes=cell_bytes - layers * row_bytes,
+        index_bytes=index_bytes,
         topk=model.hf_config.index_topk,
         context_tokens=model.context_len,
         page_slots=configurator.pool_page_size,

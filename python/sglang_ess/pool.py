@@ -60,7 +60,9 @@ class EssTokenToKVPool(DSATokenToKVPool):
     def install(self, layer_id: int, loc: torch.Tensor, min_age: int) -> None:
         """Give the slots loc [n] int64, just written, hot rows; see HotCache.install."""
         host_rows = self.kv_buffer[layer_id - self.start_layer].squeeze(1)
-        self.hot_cache(layer_id).install(loc, host_rows[loc], min_age)
+        # In parts: a long prefill chunk must not make the plan buffers grow.
+        for part in loc.split(capacity.PLAN_QUERIES * self.capacity.geometry.topk):
+            self.hot_cache(layer_id).install(part, host_rows[part], min_age)
 
     # --- SGLang's write paths -----------------------------------------------------------
 

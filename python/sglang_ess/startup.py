@@ -111,7 +111,7 @@ def _row_facts(pool: Any) -> dict[str, Any]:
 def _tier_facts(pool: Any) -> dict[str, Any]:
     """Bytes by place. One-tier everything is on the device."""
     if not hasattr(pool, "hot_caches"):
-        return {"tiers": 1, "device_bytes": pool.get_kv_size_bytes(), "host_bytes": 0}
+        return {"tiers": 1, "device_bytes": int(pool.get_kv_size_bytes()), "host_bytes": 0}
     rows = [cache.num_rows for cache in pool.hot_caches]
     return {
         "tiers": 2,

@@ -24,7 +24,7 @@ def install() -> None:
     engines._soak = soak
 
 
-def soak(engine, count, seed, at_once=24, abort_share=0.15) -> Soaked:
+def soak(engine, count, seed, at_once=32, abort_share=0.15) -> Soaked:
     return engine.loop.run_until_complete(_run(engine, count, seed, at_once, abort_share))
 
 
@@ -34,10 +34,11 @@ async def _run(engine, count, seed, at_once, abort_share) -> Soaked:
 
     async def one(number) -> None:
         async with gate:
-            prompt = documents[number % 5][: chance.randrange(0, 700)]
-            prompt = prompt + [chance.randrange(256) for _ in range(chance.randrange(1, 300))]
-            tokens = chance.randrange(1, 200)
-            params = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}
+            prompt = documents[number % 5][: chance.randrange(0, 200)]
+            prompt = prompt + [chance.randrange(256) for _ in range(chance.randrange(1, 40))]
+            tokens = chance.randrange(1, 400)
+            # With ignore_eos SGLang reserves all output tokens at once: nothing to retract.
+            params = {"temperature": 0.0, "max_new_tokens": tokens}
             name = f"soak-{number}"
             request = asyncio.ensure_future(
                 engine.async_generate(input_ids=prompt, sampling_params=params, rid=name)
@@ -49,7 +50,8 @@ async def _run(engine, count, seed, at_once, abort_share) -> Soaked:
             aborted = answer["finish_reason"]["type"] == "abort"
             result.aborted += aborted
             result.finished += not aborted
-            result.incomplete += not aborted and answer["completion_tokens"] != tokens
+            ended = answer["finish_reason"]["type"] == "stop"
+            result.incomplete += not (aborted or ended or answer["completion_tokens"] == tokens)
             if (result.finished + result.aborted) % (count // 10) == 0:
                 result.rss_mib.append(_scheduler_rss_mib())
 
