@@ -63,7 +63,8 @@ def test_the_hooks_are_all_there():
 
 def test_the_block_has_the_rows_of_a_real_one():
     (shown,) = blocks("text")
-    rows = startup._MODEL_ROWS + startup._ROW_ROWS + startup._LIMIT_ROWS + (("URL", ""),)
+    rows = startup._MODEL_ROWS + startup._ROW_ROWS + startup._TIER_ROWS[2]
+    rows += startup._LIMIT_ROWS + (("URL", ""),)
     assert [line[4:19].strip() for line in shown.splitlines()[1:]] == [name for name, _ in rows]
 
 
