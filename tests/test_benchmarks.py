@@ -8,8 +8,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import cpu_serving
+from benchmarks import cpu_serving, hot_cache
 from benchmarks.common import (
     ROOT,
     OtherLoad,
@@ -335,3 +336,28 @@ def test_quick_run(tmp_path):
     assert all(row.keys() >= ROW_KEYS for row in data["rows"])
     assert png_path.read_bytes().startswith(b"\x89PNG")
     assert "decode_vs_transformers" in done.stdout
+
+
+def test_hot_cache(tmp_path, monkeypatch, capsys):
+    """The whole of benchmarks.hot_cache on a context small enough for a test."""
+    for name, value in {"CONTEXT": 8192, "TOPK": 256, "CORE": 512, "NUM_LAYERS": 2}.items():
+        monkeypatch.setattr(hot_cache, name, value)
+    trace = hot_cache.Trace(2, cold_ratio=0.1, seed=1)
+    before, after = trace.step(), trace.step()
+    for request in range(2):
+        assert len(np.unique(after[request])) == 256
+        assert np.isin(after[request], trace.slots[request]).all()
+        assert 0.5 < np.isin(after[request], before[request]).mean() < 0.8
+    json_path, png_path = tmp_path / "out.json", tmp_path / "out.png"
+    threads = torch.get_num_threads()
+    hot_cache.main(["--quick", "--json", str(json_path), "--plot", str(png_path)])
+    torch.set_num_threads(threads)
+    data = json.loads(json_path.read_text())
+    assert {"lookups_per_s", "roof_lookups_per_s", "share_of_roof", "hit_lookups_per_s",
+            "fetch_gb_per_s", "memcpy_gb_per_s", "sustained_lookups_per_s",
+            "ordered_dict_lookups_per_s"} <= data["summary"].keys()  # fmt: skip
+    assert all(value > 0 for value in data["summary"].values()), data["summary"]
+    assert 0.05 < data["summary"]["miss_ratio"] < 0.15
+    assert all(row.keys() >= ROW_KEYS for row in data["rows"])
+    assert png_path.read_bytes().startswith(b"\x89PNG")
+    assert "share_of_roof" in capsys.readouterr().out

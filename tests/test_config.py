@@ -12,11 +12,21 @@ from hypothesis import strategies as st
 
 from sglang_ess.config import ENV_VAR, EssConfig, _option
 
+SHARES = st.floats(0, 1, exclude_min=True)
+SIZES = st.floats(0, 1e6, exclude_min=True) | st.integers(1, 1000)
+# One of the two ways to size the hot tier, or none.
+HOT = st.just({}) | SHARES.map(lambda x: {"hot_ratio": x}) | SIZES.map(lambda x: {"hot_gib": x})
 CONFIGS = st.builds(
-    EssConfig,
+    lambda hot, **rest: EssConfig(**hot, **rest),
+    HOT,
     enabled=st.booleans(),
     platform=st.sampled_from(("auto", "cpu", "native")),
     index_dtype=st.sampled_from(("fp8", "float32")),
+    host_gib=st.none() | SIZES,
+    device_gib=st.none() | SIZES,
+    warmup=st.sampled_from(("on", "off")),
+    trace=st.text(),
+    canary_rate=st.floats(0, 1),
 )
 
 
@@ -43,12 +53,14 @@ def test_environment_round_trip(config):
 
 @given(CONFIGS)
 def test_command_line_round_trip(config):
-    argv = ["--ess-platform", config.platform, "--ess-index-dtype", config.index_dtype]
-    assert parse(EssConfig, argv + ["--disable-ess"] * (not config.enabled)) == config
+    given_values = {f.metadata["flag"]: getattr(config, f.name) for f in fields(EssConfig)}
+    enabled = given_values.pop("--disable-ess")
+    argv = [f"{flag}={value}" for flag, value in given_values.items() if value is not None]
+    assert parse(EssConfig, argv + ["--disable-ess"] * (not enabled)) == config
 
 
-VALUES = st.none() | st.booleans() | st.integers() | st.text()
-KEYS = st.sampled_from(("enabled", "platform", "index_dtype")) | st.text()
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+KEYS = st.sampled_from(tuple(f.name for f in fields(EssConfig))) | st.text()
 
 
 @given(st.text() | (VALUES | st.lists(VALUES) | st.dictionaries(KEYS, VALUES)).map(json.dumps))
@@ -62,6 +74,11 @@ def test_any_text_is_a_config_or_one_line(text):
 def test_unset_is_none_and_defaults_are_the_flags_defaults():
     assert EssConfig.from_env({}) is None
     assert EssConfig.from_env({ENV_VAR: "{}"}) == EssConfig() == parse(EssConfig, [])
+    automatic = ("hot_ratio", "hot_gib", "host_gib", "device_gib")
+    assert [f.name for f in fields(EssConfig) if f.default is None] == list(automatic)
+    assert all(
+        getattr(EssConfig.from_env(EssConfig().to_env()), name) is None for name in automatic
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,6 +91,21 @@ def test_unset_is_none_and_defaults_are_the_flags_defaults():
         ('{"enabled": 1}', ["--disable-ess", "a bool", "got 1"]),
         ('{"index_dtype": null}', ["--ess-index-dtype", "fp8, float32", "None"]),
         ('{"platform": 1, "index_dtype": "x", "y": 0}', ["got ['y']", "got 1", "got 'x'"]),
+        ('{"hot_ratio": 0}', ["--ess-hot-ratio", "more than 0 and at most 1", "got 0."]),
+        ('{"hot_ratio": 1.01}', ["--ess-hot-ratio", "at most 1", "got 1.01"]),
+        ('{"hot_ratio": "0.2"}', ["--ess-hot-ratio", "a float", "got '0.2'"]),
+        ('{"hot_ratio": true}', ["--ess-hot-ratio", "a float", "got True"]),
+        ('{"hot_ratio": NaN}', ["--ess-hot-ratio", "got nan"]),
+        ('{"hot_gib": 0}', ["--ess-hot-gib", "more than 0"]),
+        ('{"host_gib": -1}', ["--ess-host-gib", "more than 0", "got -1"]),
+        ('{"device_gib": Infinity}', ["--ess-device-gib", "more than 0", "got inf"]),
+        ('{"canary_rate": 1.5}', ["--ess-canary-rate", "0 to 1", "got 1.5"]),
+        ('{"canary_rate": -0.1}', ["--ess-canary-rate", "0 to 1"]),
+        ('{"canary_rate": null}', ["--ess-canary-rate", "got None"]),
+        ('{"warmup": true}', ["--ess-warmup", "on, off", "got True"]),
+        ('{"trace": null}', ["--ess-trace", "a str", "got None"]),
+        ('{"hot_ratio": 0.5, "hot_gib": 2}', ["must not both", "got 0.5 and 2 GiB"]),
+        ('{"hot_ratio": 9, "hot_gib": -2}', ["got 9", "got -2"]),
     ],
 )
 def test_refusals_hold_every_reason_and_the_valid_values(text, names):
@@ -84,6 +116,29 @@ def test_refusals_hold_every_reason_and_the_valid_values(text, names):
 def test_the_constructor_checks_too():
     with pytest.raises(ValueError, match="auto, cpu, native"):
         EssConfig(platform="gpu")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--ess-hot-ratio", "half"), ("--ess-hot-gib", ""), ("--ess-canary-rate", "1%")],
+)
+def test_a_value_that_is_no_number(capsys, flag, value):
+    with pytest.raises(SystemExit):
+        parse(EssConfig, [flag, value])
+    assert flag in capsys.readouterr().err
+
+
+def test_the_limits_themselves():
+    assert EssConfig(hot_ratio=5e-324).hot_ratio > 0
+    config = EssConfig(hot_ratio=1)  # a whole number is a float, here and after the round trip
+    assert config == EssConfig(hot_ratio=1.0) == EssConfig.from_env(config.to_env())
+    assert EssConfig(canary_rate=0).canary_rate == 0 and EssConfig(canary_rate=1).canary_rate == 1
+
+
+def test_automatic_is_said_in_the_help():
+    parser = argparse.ArgumentParser()
+    EssConfig.add_cli_args(parser)
+    assert " ".join(parser.format_help().split()).count("(default: automatic)") == 4
 
 
 def test_a_later_option_needs_one_place_only():

@@ -12,6 +12,7 @@ import pytest
 
 from sglang_ess import launch_server, plugin, preflight
 from sglang_ess.config import ENV_VAR, EssConfig
+from tests.support.server import Server
 
 DSA = {
     "architectures": ["DeepseekV32ForCausalLM"],
@@ -92,6 +93,13 @@ def test_a_good_command_starts_with_the_environment_set(launch, monkeypatch):
         (["--disable-es"], ["Did you mean --disable-ess?"]),
         (["--ess-platform", "gpu"], ["--ess-platform", "auto, cpu, native", "'gpu'"]),
         (["--ess-platform"], ["--ess-platform", "expected one argument"]),
+        (["--ess-hot-ratio", "1.5"], ["--ess-hot-ratio", "at most 1", "got 1.5"]),
+        (["--ess-hot-gib", "0"], ["--ess-hot-gib", "more than 0"]),
+        (["--ess-host-gib", "much"], ["--ess-host-gib", "invalid float value: 'much'"]),
+        (["--ess-device-gib=-1"], ["--ess-device-gib", "more than 0", "got -1.0"]),
+        (["--ess-canary-rate", "2"], ["--ess-canary-rate", "0 to 1", "got 2.0"]),
+        (["--ess-warmup", "maybe"], ["--ess-warmup", "on, off", "'maybe'"]),
+        (["--ess-hot-ratio", "0.5", "--ess-hot-gib", "1"], ["must not both", "Drop one"]),
         (["--config", "gone.yaml"], ["--config", "gone.yaml"]),
         (["--config"], ["--config must be given once"]),
     ],
@@ -212,8 +220,10 @@ def test_the_cpu_platforms_limits(launch, flag, value, limit):
     "flags",
     [
         ["--kv-cache-dtype", "fp8_e4m3", "--page-size", "64", "--attention-backend", "dsa"],
-        ["--disaggregation-mode", "decode"],
+        ["--disaggregation-mode", "decode", "--disable-ess"],
         ["--disaggregation-mode", "prefill", "--disable-ess"],
+        ["--ess-hot-ratio", "0.3", "--ess-host-gib", "0.5", "--ess-device-gib", "0.25"],
+        ["--ess-device-gib", "0.25", "--disable-ess"],
     ],
 )
 def test_what_the_cpu_platform_takes(launch, flags):
@@ -243,6 +253,55 @@ def test_float32_indexer_keys_off_the_cpu_platform(launch):
     flags = ("--ess-index-dtype", "float32")
     refused(launch(*flags, accelerator="cuda"), "--ess-index-dtype must be fp8", "float32")
     assert launch(*flags, "--ess-platform", "cpu", accelerator="cuda")[1] == []
+
+
+ESS_CASES = {
+    "disaggregation_mode": ["--disaggregation-mode", "decode"],
+    "enable_memory_saver": ["--enable-memory-saver"],
+    "enable_unified_memory": ["--enable-unified-memory"],
+    "enable_hisparse": ["--enable-hisparse"],
+    "enable_hierarchical_cache": ["--enable-hierarchical-cache"],
+    "enable_lmcache": ["--enable-lmcache"],
+    "enable_flexkv": ["--enable-flexkv"],
+    "speculative_algorithm": ["--speculative-algorithm", "EAGLE"],
+    "pp_size": ["--pp-size", "2"],
+    "dcp_size": ["--dcp-size", "2"],
+    "attn_cp_size": ["--attn-cp-size", "2"],
+}
+
+
+@pytest.mark.parametrize(("name", "flag", "allowed"), preflight.ESS_RULES)
+def test_what_two_tiers_do_not_serve(launch, name, flag, allowed):
+    """One line each, also where the CPU platform has a rule of its own for it."""
+    given = ESS_CASES[name]
+    assert given[0] == flag
+    refused(launch(*given), f"{flag} must be ")
+    ours = name not in {rule[0] for rule in preflight.CPU_RULES} | {"enable_hisparse"}
+    if ours:
+        refused(launch(*given), " with ESS: got ", "Drop it or add --disable-ess")
+    assert (launch(*given, "--disable-ess")[0] != 2) == ours
+
+
+def test_device_gib_off_the_cpu_platform(launch):
+    flags = ("--ess-device-gib", "1.5")
+    refused(
+        launch(*flags, accelerator="cuda"), "--ess-device-gib", "got 1.5", "mem-fraction-static"
+    )
+    refused(launch(*flags, "--disable-ess", accelerator="cuda"), "--ess-device-gib must not")
+    assert launch(*flags, "--ess-platform", "cpu", accelerator="cuda")[1] == []
+
+
+def test_a_host_tier_larger_than_memory(launch):
+    refused(launch("--ess-host-gib", "1e6"), "--ess-host-gib must fit", "got 1e+06 GiB", "limit ")
+    assert launch("--ess-host-gib", "1e6", "--disable-ess")[1] == []
+
+
+def test_a_trace_that_could_not_be_written(launch, tmp_path):
+    gone = str(tmp_path / "gone" / "trace.ess")
+    refused(launch("--ess-trace", gone), "--ess-trace must name a file", repr(gone))
+    refused(launch("--ess-trace", str(tmp_path)), "--ess-trace must name a file")
+    assert launch("--ess-trace", str(tmp_path / "trace.ess"))[1] == []
+    assert launch("--ess-trace", gone, "--disable-ess")[1] == []
 
 
 def test_all_reasons_are_collected(launch):
@@ -369,6 +428,29 @@ def test_the_children_are_ended_when_the_server_ends(launch, monkeypatch):
     )
     launch()
     assert ended == [(launch_server.os.getpid(), {"include_parent": False})]
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (
+            ["--max-total-tokens", "40000", "--ess-hot-ratio", "0.0001"],
+            ["hot tier must hold 64 rows", "got 4 for 40000 slots", "--ess-hot-ratio to 0.0016"],
+        ),
+        (
+            ["--ess-device-gib", "0.0001"],
+            ["memory must hold one page of 64 slots", "got 0.10 MiB of device", "--ess-device-gib"],
+        ),
+    ],
+)
+def test_sizes_that_only_the_scheduler_can_judge(tiny_v32, tmp_path, flags, parts):
+    """A real start: it ends by itself, with one line of ours and no traceback at all."""
+    with Server(tiny_v32, *flags, log=tmp_path / "log") as server:
+        status = server.process.wait(300)
+    text = server.log.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("sglang-ess: ")]
+    refused((status, lines), *parts)
+    assert "Traceback" not in text and "ready after" not in text
 
 
 def test_a_bad_path_is_refused_in_a_moment_without_a_traceback():

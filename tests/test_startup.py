@@ -21,7 +21,7 @@ from tests.conftest import SLOTS
 from tests.support.engine import EngineProcess
 from tests.support.server import free_port
 
-PAGE = 64
+PAGE, MIB = 64, 1 << 20
 ARGS = SimpleNamespace(model_path="m", url=lambda: "http://h:1")
 PROGRESS = (
     "importing SGLang",
@@ -47,7 +47,7 @@ def printed(server) -> tuple[list[str], dict[str, str]]:
 def test_progress_comes_in_order_and_the_block_once_at_the_end(server):
     lines, block = printed(server)
     assert [line for line, part in zip(lines, PROGRESS, strict=True) if part not in line] == []
-    assert len(block) == 9
+    assert len(block) == 10
     seconds = float(re.search(r"ready after ([\d.]+) s", lines[-1])[1])
     assert 1 < seconds < 600
     warm_up = server.log.read_text().index('"POST /generate')  # SGLang's own comes before us
@@ -66,8 +66,16 @@ def test_the_block_holds_what_config_json_says(server, tiny_v32):
     assert block["bytes per token"] == (
         f"{layers * (latent + key)} = {layers} x {latent} latent rows + {layers} x {key} index keys"
     )
-    mib = layers * (latent + key) * (SLOTS + PAGE) / (1 << 20)  # SGLang adds one page
-    assert float(block["KV memory"].removesuffix(" MiB")) == pytest.approx(mib, abs=1)
+    rows = SLOTS + PAGE  # SGLang adds one page
+    assert block["host tier"] == f"{layers * latent * rows / MIB:.0f} MiB"
+    # Neither ratio nor GiB given, and memory enough: every row is hot, 28 B of queue each.
+    staging = config["max_position_embeddings"] + PAGE
+    plan = 64 * config["index_topk"] * 12
+    device = rows * (layers * (key + latent + 28 + 4) + 4) + 2 * staging * latent + plan
+    assert block["device memory"] == (
+        f"{device / MIB:.0f} MiB: index keys, maps, {rows} hot rows a layer (100% of the slots), "
+        f"2 x {staging} staging rows"
+    )
     assert block["top-k"] == str(config["index_topk"])
     assert block["slots"] == f"{SLOTS} in pages of {PAGE}"
     assert block["limits"].endswith(f" at once, {config['max_position_embeddings']} tokens each")
@@ -94,7 +102,11 @@ def test_shared_index_layers_fp8_rows_and_one_tier(tmp_path):
         facts = engine.call("_server_info")["ess"]
     total = config.layers * 656 + full * 512
     assert facts["kv_total_bytes"] == total * (4096 + PAGE)
+    assert json.loads(json.dumps(facts)) == facts  # as /server_info sends them
     text = startup.block(ARGS, facts, 0)
+    mib = total * (4096 + PAGE) / MIB
+    assert f"KV memory       {mib:.0f} MiB, all on the device (one-tier)\n" in text
+    assert "host tier" not in text and "hot rows" not in text
     assert "latent rows fp8_e4m3, 656 B; index keys float32, 512 B\n" in text
     assert f" {total} = {config.layers} x 656 latent rows + {full} x 512 index keys\n" in text
     assert "(GlmMoeDsaForCausalLM, " in text

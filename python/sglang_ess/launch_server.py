@@ -78,7 +78,9 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
         # The scheduler has said why (capacity.py); SGLang adds only that it is gone.
         if f"exit code: {REFUSED})" not in str(error):
             raise
-        return REFUSED
+        kill_process_tree(os.getpid(), include_parent=False)
+        sys.stderr.flush()
+        os._exit(REFUSED)  # at a clean exit zmq waits, for ever, for its sockets to be read
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0
