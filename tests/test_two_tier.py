@@ -140,6 +140,18 @@ def test_a_query_larger_than_the_hot_tier(models):
     assert all(layer["misses"] > 0 for layer in counters)
 
 
+def test_a_batch_of_more_than_one_plan(models):
+    """70 requests: 64 queries are planned at once (capacity.PLAN_QUERIES)."""
+
+    def run(served):
+        return {"many": served.together("many", parity.prompts_of([40] * 70), 8)}
+
+    with engine(models["v32"]) as served:
+        expected = run(served)
+    with engine(models["v32"], 0.1) as served:
+        assert all_same(run(served), expected)
+
+
 def test_warm_up_changes_misses_and_no_output(models):
     expected = baseline(models["v32"], script)
     misses = {}

@@ -31,8 +31,8 @@ def one_row_for_two_slots() -> None:
 
     plan = HotCache.plan
 
-    def doubled(cache, topk, start=(0, 0)):
-        found = plan(cache, topk, start)
+    def doubled(cache, topk, *args):
+        found = plan(cache, topk, *args)
         rows = found.rows
         if rows.shape[1] > 1:
             rows[:, 1] = torch.where(rows[:, 1] >= 0, rows[:, 0], rows[:, 1])

@@ -334,3 +334,14 @@ class TestChecks:
         corrupt(cache, int(cache.slot_row[1]))
         with pytest.raises(RuntimeError, match=rule):
             cache.check_integrity()
+
+
+def test_more_queries_of_one_step_do_not_age_rows():
+    cache = HotCache(None, 4, num_slots=10)
+    topk = torch.tensor([[1, 2]], dtype=torch.int32)
+    cache.plan(topk)
+    begun = int(cache.state[lru.STEP])
+    cache.plan(topk, same_step=True)
+    assert cache.state[lru.STEP] == begun
+    cache.plan(topk)
+    assert cache.state[lru.STEP] == begun + 1

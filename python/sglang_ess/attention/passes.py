@@ -13,15 +13,19 @@ Attend = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def attend_hot(
-    cache: HotCache, topk: torch.Tensor, attend: Attend, check: Callable[[Plan], None]
+    cache: HotCache,
+    topk: torch.Tensor,
+    attend: Attend,
+    check: Callable[[Plan], None],
+    same_step: bool = False,
 ) -> torch.Tensor:
     """attend over the rows of topk [queries, K] int32 slots, -1 pads: out [queries, heads, dim].
 
     A query is attended whole where the hot tier holds its top-k: then the result is that of
     one tier, bit for bit. Else its parts are merged by log-sum-exp (invariant 5).
-    check: called for each plan once its rows are there
+    check: called for each plan once its rows are there; same_step: see HotCache.plan
     """
-    passes = _passes(cache, topk, check)
+    passes = _passes(cache, topk, check, same_step)
     plan = next(passes)
     out, lse = attend(plan.queries, plan.rows)
     if plan.stop is None:
@@ -39,10 +43,10 @@ def attend_hot(
     return torch.cat(outs)
 
 
-def _passes(cache: HotCache, topk: torch.Tensor, check) -> Iterator[Plan]:
+def _passes(cache: HotCache, topk: torch.Tensor, check, same_step) -> Iterator[Plan]:
     start: tuple[int, int] | None = (0, 0)
     while start is not None:
-        plan = cache.plan(topk, start)
+        plan = cache.plan(topk, start, same_step)
         cache.fetch(plan)
         check(plan)
         yield plan

@@ -107,7 +107,7 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
             def attend(queries, rows, q=q[block], q_rope=q_rope[block]):
                 return sparse_mla(q[queries], q_rope[queries], cache.rows, rows, layer.scaling)
 
-            outs.append(attend_hot(cache, topk_indices[block], attend, check))
+            outs.append(attend_hot(cache, topk_indices[block], attend, check, first > 0))
             requests = self.forward_metadata.req_rows[block].numpy()
             pool.request_misses[requests] += cache.query_misses
         out = outs[0] if len(outs) == 1 else torch.cat(outs)

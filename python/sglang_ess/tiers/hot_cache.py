@@ -119,18 +119,21 @@ class HotCache:
 
     # --- decode -------------------------------------------------------------------------
 
-    def plan(self, topk: torch.Tensor, start: tuple[int, int] = (0, 0)) -> Plan:
+    def plan(
+        self, topk: torch.Tensor, start: tuple[int, int] = (0, 0), same_step: bool = False
+    ) -> Plan:
         """Give every slot of topk [queries, K] int32 a hot row, from start as far as they go.
 
         Effect: the misses' rows are theirs already; fetch has to fill them before anything
-        reads them. start (0, 0) begins a step and clears query_misses.
+        reads them. start (0, 0) clears query_misses and begins a step, the unit of ages,
+        unless same_step says that this is more queries of the step before.
         """
         topk = topk.contiguous().numpy()
         num_queries, width = topk.shape
         buffers, (query, column) = self.buffers, start
         buffers.reserve(num_queries * width)
         if start == (0, 0):
-            self.state[lru.STEP] += 1
+            self.state[lru.STEP] += not same_step
             if len(self.query_misses) != num_queries:
                 self.query_misses = np.zeros(num_queries, np.int64)
             self.query_misses[:] = 0
