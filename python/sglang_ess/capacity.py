@@ -224,6 +224,8 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
     if config.device_gib is not None:
         budget_bytes = int(config.device_gib * GIB)
     if not config.enabled:
+        if config.device_gib is not None:
+            budget_bytes -= _padding_bytes(configurator)
         return original(configurator, budget_bytes, **kwargs)
     cell_bytes, geometry = _geometry(configurator, config)
     try:
@@ -239,6 +241,14 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
         print(f"sglang-ess: {error}", file=sys.stderr, flush=True)
         raise SystemExit(REFUSED) from None
     return result
+
+
+def _padding_bytes(configurator: Any) -> int:
+    """SGLang's page 0, which it allocates and does not count: --ess-device-gib is a cap."""
+    from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
+
+    cell_bytes = create_memory_pool_configurator(configurator)._cell_size
+    return configurator.pool_page_size * cell_bytes
 
 
 def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:

@@ -44,7 +44,7 @@ class CpuDsaTokenToKVPool(DSATokenToKVPool):
             rows = pack_fp8_rows(latent, rope)
         else:
             rows = torch.cat([latent, rope], dim=-1).to(self.dtype)
-        dst_buffer.squeeze(1)[loc] = rows
+        dst_buffer.squeeze(1).index_copy_(0, loc, rows)  # indexing wakes threads for a few rows
 
     def store_index_k(self, layer_id: int, loc: torch.Tensor, keys: torch.Tensor) -> None:
         """Write the index keys [T, 128] of the slots loc [T], quantising if fp8."""
