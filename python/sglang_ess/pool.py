@@ -29,7 +29,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
         the request table; whoever reads it at the end of a request sets it back to 0
 
     Every write goes to the host tier and drops the slots' hot rows (invariants 1 and 3), so
-    no path can leave a stale one; install() puts them back where that is worth it.
+    no path can leave a stale one; write(), attention's own, refreshes them instead.
     """
 
     def _create_buffers(self) -> None:
@@ -56,6 +56,14 @@ class EssTokenToKVPool(DSATokenToKVPool):
         index_keys = sum(buffer.nbytes for buffer in self.index_k_with_scale_buffer)
         hot = sum(cache.nbytes for cache in self.hot_caches)
         return index_keys + hot + self.staging.nbytes + self.plan_buffers.nbytes
+
+    def write(self, layer, loc, cache_k_nope, cache_k_rope, min_age: int) -> None:
+        """set_mla_kv_buffer that leaves the slots loc [n] int64 hot where there is room.
+
+        min_age: see HotCache.install, which updates a hot slot in any case (invariant 3)
+        """
+        super().set_mla_kv_buffer(layer, loc, cache_k_nope, cache_k_rope)
+        self.install(layer.layer_id, loc, min_age)
 
     def install(self, layer_id: int, loc: torch.Tensor, min_age: int) -> None:
         """Give the slots loc [n] int64, just written, hot rows; see HotCache.install."""

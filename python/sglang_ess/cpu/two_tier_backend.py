@@ -108,16 +108,16 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
                 return sparse_mla(q[queries], q_rope[queries], cache.rows, rows, layer.scaling)
 
             outs.append(attend_hot(cache, topk_indices[block], attend, check, first > 0))
-            requests = self.forward_metadata.req_rows[block].numpy()
-            pool.request_misses[requests] += cache.query_misses
+            if cache.query_misses.any():
+                requests = self.forward_metadata.req_rows[block].numpy()
+                pool.request_misses[requests] += cache.query_misses
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out.view(-1, out.shape[1] * LATENT_DIM)
 
     def _write(self, layer, forward_batch, k, k_rope, save_kv_cache, min_age) -> None:
         if save_kv_cache:
             loc = forward_batch.out_cache_loc
-            self.token_to_kv_pool.set_mla_kv_buffer(layer, loc, k, k_rope)
-            self.token_to_kv_pool.install(layer.layer_id, loc, min_age)
+            self.token_to_kv_pool.write(layer, loc, k, k_rope, min_age)
 
     def _record(self, layer, rids, topk) -> None:
         """One decode step of one layer into the trace, slots as request positions."""

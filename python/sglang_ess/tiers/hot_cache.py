@@ -83,6 +83,7 @@ class HotCache:
 
     host_rows  [slots, ...] one layer of the host tier, or None to run the policy alone
     num_rows   hot rows, at least 1 and no more than slots
+    With as many rows as slots nothing is ever evicted, and no order of use is kept.
     counters: since the start; misses of the last step, by query, are in query_misses.
     Raises: ValueError for a num_rows outside its limits or rows not of 8-byte words.
     """

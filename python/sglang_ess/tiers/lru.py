@@ -199,8 +199,11 @@ def _use_hits(
     rows gets their rows, -1 elsewhere; miss_places where in topk the misses are. In blocks
     and two loops: a branch on hit or miss, often mispredicted, then waits for rows, which
     is near, and not for slot_row; and many reads of slot_row are on their way at once.
+    With a row for every slot nothing is ever evicted: who was used when is not kept then.
     """
     tail, step, hits, misses = state[TAIL], state[STEP], 0, 0
+    if row_place.shape[0] == slot_row.shape[0]:
+        guard = 0
     for first in range(begin, end, BLOCK):
         last = min(first + BLOCK, end)
         for i in range(first, last):
@@ -210,7 +213,7 @@ def _use_hits(
             row = rows[i]
             if row >= 0:
                 hits += 1
-                if row_place[np.uint32(row)] < guard:
+                if guard > 0 and row_place[np.uint32(row)] < guard:
                     row_place[np.uint32(row)] = tail
                     queue[tail], queue_step[tail] = row, step
                     tail += 1
