@@ -20,11 +20,12 @@ def test_soak(tmp_path, count):
     args = dict(max_total_tokens=3840, schedule_conservativeness=0.0, chunked_prefill_size=512)
     ess = {"hot_ratio": 0.1, "canary_rate": 0.1}
     with EngineProcess(model, ess=ess, patches=PATCHES, **args) as engine:
-        result = engine.call("_soak", count, 1)
+        result = engine.call("_soak", count, 1, seconds=100 + count)
         assert result.finished + result.aborted == count
         assert result.incomplete == 0
         assert result.aborted > count // 20
         resumes = events(engine, Resume)
+        print(result, f"{len(resumes)} resumes")
         assert len(resumes) > count // 100, "no memory pressure: the test is of no use"
         assert sum(resume.cached > 0 for resume in resumes) > 0.5 * len(resumes)
         before = engine.call("_hot_counters")

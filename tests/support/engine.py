@@ -74,10 +74,10 @@ class EngineProcess:
             raise RuntimeError(value)
         return value
 
-    def call(self, name, *args, **kwargs):
+    def call(self, name, *args, seconds=300, **kwargs):
         """Run a function of this module in the engine's process: f(engine, *args)."""
         self._pipe.send((name, args, kwargs))
-        return self._receive()
+        return self._receive(seconds)
 
     def generate(self, prompts, max_new_tokens=1, start=0, **sampling) -> list[Output]:
         """Submit the prompts (lists of token ids) together, as one batch."""
