@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 
 import psutil
@@ -16,12 +17,21 @@ class Soaked:
     finished: int = 0
     aborted: int = 0
     incomplete: int = 0
+    reasons: Counter = field(default_factory=Counter)  # of the aborts
     rss_mib: list[float] = field(default_factory=list)
 
 
 def install() -> None:
-    """EngineProcess.call knows "_soak" then."""
+    """EngineProcess.call knows "_soak" then; the scheduler never learns from a retraction.
+
+    It would admit fewer requests after the first few, and memory would not run short again.
+    """
+    from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import (
+        NewTokenRatioTracker,
+    )
+
     engines._soak = soak
+    NewTokenRatioTracker.estimate_new_token_ratio_after_retract = staticmethod(lambda reqs: 0.0)
 
 
 def soak(engine, count, seed, at_once=32, abort_share=0.15) -> Soaked:
@@ -36,10 +46,10 @@ async def _run(engine, count, seed, at_once, abort_share) -> Soaked:
         async with gate:
             prompt = documents[number % 5][: chance.randrange(0, 200)]
             prompt = prompt + [chance.randrange(256) for _ in range(chance.randrange(1, 40))]
-            tokens = chance.randrange(1, 400)
+            tokens = chance.randrange(1, 300)
             # With ignore_eos SGLang reserves all output tokens at once: nothing to retract.
             params = {"temperature": 0.0, "max_new_tokens": tokens}
-            name = f"soak-{number}"
+            name = f"soak-{number:06}"  # SGLang aborts by prefix
             request = asyncio.ensure_future(
                 engine.async_generate(input_ids=prompt, sampling_params=params, rid=name)
             )
@@ -49,6 +59,8 @@ async def _run(engine, count, seed, at_once, abort_share) -> Soaked:
             answer = (await request)["meta_info"]
             aborted = answer["finish_reason"]["type"] == "abort"
             result.aborted += aborted
+            if aborted:
+                result.reasons[answer["finish_reason"]["message"]] += 1
             result.finished += not aborted
             ended = answer["finish_reason"]["type"] == "stop"
             result.incomplete += not (aborted or ended or answer["completion_tokens"] == tokens)
