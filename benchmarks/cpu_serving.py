@@ -141,7 +141,7 @@ class Bench:
     def _engine(self, name: str, kv_cache_dtype: str, waits: str) -> Worker:
         stem = self._directory / f"{kv_cache_dtype}-{waits}"
         args = (self.model, kv_cache_dtype, self.plan.slots, f"{stem}.jsonl", waits)
-        env = self._env | EssConfig(platform="cpu").to_env()
+        env = self._env | EssConfig(enabled=False, platform="cpu").to_env()
         return Worker(OurEngine, *args, env=env, log=Path(f"{stem}.log"))
 
     @property

@@ -4,15 +4,14 @@ import torch
 
 
 def _wrap_attention(corrupt) -> None:
-    import sglang_ess.cpu.attention_backend as one_tier
-    import sglang_ess.cpu.two_tier_backend as two_tier
+    import sglang_ess.cpu.attention_backend as backend
 
-    attend = one_tier.sparse_mla
+    attend = backend.sparse_mla
 
     def faulty(q_nope, q_rope, rows, slots, scale):
         return attend(q_nope, q_rope, rows, corrupt(slots), scale)
 
-    one_tier.sparse_mla = two_tier.sparse_mla = faulty
+    backend.sparse_mla = faulty
 
 
 def _replace_one(slots, replacement) -> torch.Tensor:

@@ -100,17 +100,24 @@ class CpuSparseMlaBackend(AttentionBackend):
         q [T, heads, 512] absorbed, q_rope [T, heads, 64]; k [T, 1, 512], k_rope [T, 1, 64]
         topk_indices [T, top-k] int32 slots, -1 pads
         """
-        pool = self.token_to_kv_pool
         if save_kv_cache:
-            pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
+            self._write(layer, forward_batch.out_cache_loc, k, k_rope)
         heads = layer.tp_q_head_num
-        out, _ = sparse_mla(
-            q.view(-1, heads, LATENT_DIM),
-            q_rope.view(-1, heads, ROPE_DIM),
-            pool.latent_rows(layer.layer_id),
-            topk_indices,
-            layer.scaling,
-        )
+        q, q_rope = q.view(-1, heads, LATENT_DIM), q_rope.view(-1, heads, ROPE_DIM)
+        out = self._attend(layer, forward_batch, q, q_rope, topk_indices)
         return out.view(-1, heads * LATENT_DIM)
 
     forward_decode = forward_extend
+
+    def _write(self, layer, loc, k, k_rope) -> None:
+        self.token_to_kv_pool.set_mla_kv_buffer(layer, loc, k, k_rope)
+
+    def _attend(self, layer, forward_batch, q, q_rope, topk) -> torch.Tensor:
+        """Attention over the slots topk [T, top-k]: out [T, heads, 512]."""
+        rows = self.token_to_kv_pool.latent_rows(layer.layer_id)
+        return attend_rows(layer, q, q_rope, rows, topk)[0]
+
+
+def attend_rows(layer, q, q_rope, rows, indices) -> tuple[torch.Tensor, torch.Tensor]:
+    """sparse_mla with the layer's scale; every backend here calls it, so clocks and faults do."""
+    return sparse_mla(q, q_rope, rows, indices, layer.scaling)

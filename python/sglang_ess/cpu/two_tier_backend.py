@@ -8,9 +8,7 @@ import torch
 from sglang_ess.attention.passes import attend_hot
 from sglang_ess.capacity import PLAN_QUERIES
 from sglang_ess.config import EssConfig
-from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend
-from sglang_ess.cpu.ops.rows import LATENT_DIM, ROPE_DIM
-from sglang_ess.cpu.ops.sparse_mla import sparse_mla
+from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend, attend_rows
 from sglang_ess.pool import IDLE_STEPS
 from sglang_ess.tiers.trace import TraceWriter, slots_to_positions
 
@@ -51,73 +49,45 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         else:
             self._warm_spans = []
 
-    def forward_extend(
-        self,
-        q,
-        k,
-        v,
-        layer,
-        forward_batch,
-        save_kv_cache=True,
-        q_rope=None,
-        k_rope=None,
-        topk_indices=None,
-        **kwargs,
-    ):
-        """As CpuSparseMlaBackend.forward_extend, through the staging buffers."""
-        pool, cache = self.token_to_kv_pool, self.token_to_kv_pool.hot_cache(layer.layer_id)
-        self._write(layer, forward_batch, k, k_rope, save_kv_cache, IDLE_STEPS)
-        q, q_rope = _by_head(layer, q, q_rope)
-        staging, index = pool.staging, layer.layer_id - pool.start_layer
-        outs = []
-        for i, group in enumerate(staging.groups):
-            rows, topk = staging.rows(index, i), staging.translate(i, topk_indices[group.queries])
-            outs.append(
-                sparse_mla(q[group.queries], q_rope[group.queries], rows, topk, layer.scaling)[0]
-            )
-        for first, end in self._warm_spans:
-            cache.warm(topk_indices[first:end])
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return out.view(-1, out.shape[1] * LATENT_DIM)
+    def _write(self, layer, loc, k, k_rope) -> None:
+        min_age = 0 if self.forward_metadata.spans is None else IDLE_STEPS
+        self.token_to_kv_pool.write(layer, loc, k, k_rope, min_age)
 
-    def forward_decode(
-        self,
-        q,
-        k,
-        v,
-        layer,
-        forward_batch,
-        save_kv_cache=True,
-        q_rope=None,
-        k_rope=None,
-        topk_indices=None,
-        **kwargs,
-    ):
-        """As CpuSparseMlaBackend.forward_extend, from the hot tier."""
+    def _attend(self, layer, forward_batch, q, q_rope, topk) -> torch.Tensor:
+        if self.forward_metadata.spans is None:
+            return self._attend_hot(layer, forward_batch, q, q_rope, topk)
+        return self._attend_staged(layer, q, q_rope, topk)
+
+    def _attend_staged(self, layer, q, q_rope, topk) -> torch.Tensor:
+        """Prefill: through the staging buffers; then warm-up."""
+        pool, outs = self.token_to_kv_pool, []
+        for i, group in enumerate(pool.staging.groups):
+            rows = pool.staging.rows(layer.layer_id - pool.start_layer, i)
+            places = pool.staging.translate(i, topk[group.queries])
+            part = attend_rows(layer, q[group.queries], q_rope[group.queries], rows, places)
+            outs.append(part[0])
+        for first, end in self._warm_spans:
+            pool.hot_cache(layer.layer_id).warm(topk[first:end])
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _attend_hot(self, layer, forward_batch, q, q_rope, topk) -> torch.Tensor:
+        """Decode: from the hot tier."""
         pool, cache = self.token_to_kv_pool, self.token_to_kv_pool.hot_cache(layer.layer_id)
-        self._write(layer, forward_batch, k, k_rope, save_kv_cache, 0)
-        q, q_rope = _by_head(layer, q, q_rope)
         if self._trace is not None and self._trace.recording:
-            self._record(layer.layer_id - pool.start_layer, forward_batch.rids, topk_indices)
+            self._record(layer.layer_id - pool.start_layer, forward_batch.rids, topk)
         check = partial(self._check, cache, layer.layer_id)
         outs = []
         for first in range(0, len(q), PLAN_QUERIES):
             block = slice(first, first + PLAN_QUERIES)
 
             def attend(queries, rows, q=q[block], q_rope=q_rope[block]):
-                return sparse_mla(q[queries], q_rope[queries], cache.rows, rows, layer.scaling)
+                return attend_rows(layer, q[queries], q_rope[queries], cache.rows, rows)
 
-            outs.append(attend_hot(cache, topk_indices[block], attend, check, first > 0))
+            outs.append(attend_hot(cache, topk[block], attend, check, first > 0))
             if cache.query_misses.any():
                 requests = self.forward_metadata.req_rows[block].numpy()
                 pool.request_misses[requests] += cache.query_misses
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return out.view(-1, out.shape[1] * LATENT_DIM)
-
-    def _write(self, layer, forward_batch, k, k_rope, save_kv_cache, min_age) -> None:
-        if save_kv_cache:
-            loc = forward_batch.out_cache_loc
-            self.token_to_kv_pool.write(layer, loc, k, k_rope, min_age)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _record(self, layer, rids, topk) -> None:
         """One decode step of one layer into the trace, slots as request positions."""
@@ -140,8 +110,3 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
             if len(rows):
                 picks = self._random.choice(rows, CANARY_ROWS).astype(np.int64)
                 cache.check_rows(picks, f"layer {layer_id}")
-
-
-def _by_head(layer, q, q_rope):
-    heads = layer.tp_q_head_num
-    return q.view(-1, heads, LATENT_DIM), q_rope.view(-1, heads, ROPE_DIM)

@@ -234,13 +234,12 @@ class HotCache:
         """
         if self.rows is None:
             return
-        row = lru.first_difference(
-            self._host_words, self._hot_words, self.row_slot, self.row_place, self.state, picks
-        )
+        row = lru.first_difference(self._host_words, self._hot_words, self.row_slot, picks)
         if row < 0:
             return
         slot = int(self.row_slot[row])
-        host, hot = (zlib.crc32(words.tobytes()) for words in self._pair(slot, row))
+        pair = self._host_words[slot], self._hot_words[row]
+        host, hot = (zlib.crc32(words.tobytes()) for words in pair)
         raise RowCorruption(
             f"hot row must equal its host row (invariant 2): got {name}, slot {slot}, hot row "
             f"{row}: crc32 {hot:08x}, host row crc32 {host:08x}. Stop this server, keep its log "
@@ -273,9 +272,6 @@ class HotCache:
         }  # fmt: skip
         if broken := [rule for rule, holds in problems.items() if not holds]:
             raise RuntimeError("; ".join(broken))
-
-    def _pair(self, slot: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._host_words[slot], self._hot_words[row]
 
     def _copy(self, source: np.ndarray, source_rows: np.ndarray, rows: np.ndarray) -> None:
         if self.rows is not None and len(rows):

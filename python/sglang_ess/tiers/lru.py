@@ -435,7 +435,7 @@ def copy_rows(source, target, source_rows, target_rows, count):
 
 
 @jit
-def first_difference(host_rows, hot_rows, row_slot, row_place, state, picks):
+def first_difference(host_rows, hot_rows, row_slot, picks):
     """The first picked row that differs from its slot's host row, or -1; free rows pass.
 
     picks are places: each is taken modulo the row count.
