@@ -1,0 +1,88 @@
+"""invalidate: slots are not hot any more; their rows go to the free stack.
+
+slot_row[s] = -1;  row of s: no owner, free        in every layer of the state given
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ess_kernels import hot_state
+from ess_kernels.hot_state import HotState
+
+BLOCK = 256
+
+BUILT = tl.constexpr(hot_state.BUILT)
+NUM_FREE = tl.constexpr(hot_state.NUM_FREE)
+VALID = tl.constexpr(hot_state.VALID)
+NUM_WORDS = tl.constexpr(hot_state.NUM_WORDS)
+FREE_STAMP = tl.constexpr(hot_state.FREE_STAMP)
+
+
+@triton.jit
+def _invalidate_kernel(
+    slots,  # [n] int32 or int64; negative: skipped
+    n,
+    slot_row,  # [layers, num_slots] int32
+    row_slot,  # [layers, num_rows] int32
+    row_stamp,  # [layers, num_rows] int32
+    free,  # [layers, num_rows] int32
+    words,  # [layers, NUM_WORDS] int32
+    num_slots,
+    num_rows,
+    BLOCK: tl.constexpr,
+):
+    layer = tl.program_id(1).to(tl.int64)  # layers x slots passes 2**31
+    slot_row += layer * num_slots
+    row_slot += layer * num_rows
+    row_stamp += layer * num_rows
+    free += layer * num_rows
+    words += layer * NUM_WORDS
+
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slots + i, mask=i < n, other=-1)
+    # The exchange lets one of several equal slots free the row.
+    row = tl.atomic_xchg(slot_row + slot, -1, mask=slot >= 0, sem="relaxed")
+    hot = (slot >= 0) & (row >= 0)
+    count = tl.sum(hot.to(tl.int32), 0)
+    if count > 0:
+        stamp = tl.load(row_stamp + row, mask=hot, other=FREE_STAMP)
+        listed = tl.sum((hot & (stamp <= tl.load(words + BUILT))).to(tl.int32), 0)
+        tl.store(row_slot + row, -1, mask=hot)
+        tl.store(row_stamp + row, FREE_STAMP, mask=hot)
+        first = tl.atomic_add(words + NUM_FREE, count, sem="relaxed")
+        tl.store(free + first + tl.cumsum(hot.to(tl.int32), 0) - 1, row, mask=hot)
+        tl.atomic_add(words + VALID, -listed, sem="relaxed")
+
+
+def invalidate(state: HotState, slots: torch.Tensor) -> None:
+    """Drop slots [n] int32 or int64 (negative: skipped, repeated: once) from one layer's state,
+    or from every layer's at once if the state has a leading dimension.
+
+    Raises: ValueError for slots of another type.
+    """
+    if slots.dtype not in (torch.int32, torch.int64) or slots.dim() != 1:
+        raise ValueError(f"slots must be int32 or int64 [n]: got {slots.dtype} {slots.shape}.")
+    if not len(slots):
+        return
+    layers = state.slot_row.shape[0] if state.slot_row.dim() == 2 else 1
+    _invalidate_kernel[(triton.cdiv(len(slots), BLOCK), layers)](
+        slots.contiguous(), len(slots), state.slot_row, state.row_slot, state.row_stamp,
+        state.free, state.words, state.num_slots, state.num_rows, BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+def invalidate_reference(state: HotState, slots: torch.Tensor) -> None:
+    """The same for one layer, on the host, slot by slot."""
+    for slot in slots.tolist():
+        if slot < 0 or (row := int(state.slot_row[slot])) < 0:
+            continue
+        if int(state.row_stamp[row]) <= int(state.words[hot_state.BUILT]):
+            state.words[hot_state.VALID] -= 1
+        state.slot_row[slot] = hot_state.NOT_HOT
+        state.row_slot[row] = -1
+        state.row_stamp[row] = hot_state.FREE_STAMP
+        state.free[int(state.words[hot_state.NUM_FREE])] = row
+        state.words[hot_state.NUM_FREE] += 1
