@@ -23,6 +23,7 @@ VALID = 3  # entries of `order` still to come and not used since; never above th
 CURSOR = 4  # next entry of `order`
 LENGTH = 5  # entries of `order`
 POPS = 6  # rows asked for by the plan in progress
+SPLIT = 7  # set by the host: list hits and misses apart, for dual attention
 NUM_WORDS = 8
 
 # counters [NUM_COUNTERS] int64, since the start
@@ -76,6 +77,7 @@ class HotState:
         words = full(NUM_WORDS, 0)
         words[:, TICK] = 1
         words[:, NUM_FREE] = num_rows
+        words[:, SPLIT] = 1
         return cls(
             slot_row=full(num_slots, NOT_HOT),
             row_slot=full(num_rows, -1),

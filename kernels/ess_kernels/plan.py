@@ -12,9 +12,10 @@ duplicate can be answered before its slot has a row:
 
 Atomics are relaxed: what one step writes and the next one reads is ordered by the end of its
 launch. One query needs no other program's result: it takes one launch, with barriers for ends.
-Nothing is read by the host. What is returned does not depend on timing: the first lookup of a slot is the one that is
-charged with its miss, and the victims are the oldest rows; only which of them serves which
-slot may differ. Bytes: per lookup 4 read, 4 gathered from the map, 8 of stamps, 4 written.
+
+Nothing is read by the host. What is returned does not depend on timing: the first lookup of a
+slot is charged with its miss, and the victims are the oldest rows; only which of them serves
+which slot may differ. Bytes: per lookup 4 read, 4 gathered from the map, 8 of stamps, 4 written.
 
 `plan` never runs out of rows while NUM_FREE + VALID >= lookups; `reorder` keeps it so.
 """
@@ -42,6 +43,7 @@ VALID = tl.constexpr(hot_state.VALID)
 CURSOR = tl.constexpr(hot_state.CURSOR)
 LENGTH = tl.constexpr(hot_state.LENGTH)
 POPS = tl.constexpr(hot_state.POPS)
+SPLIT = tl.constexpr(hot_state.SPLIT)
 
 LOOKUPS = tl.constexpr(hot_state.LOOKUPS)
 MISSES = tl.constexpr(hot_state.MISSES)
@@ -66,8 +68,8 @@ class PlanBuffers:
     rows          [queries, K] int32  hot rows in top-k's order, -1 for a pad
     hit_rows      [queries, K] int32  rows of slots that were hot, the first hit_lengths of each
     hit_lengths   [queries] int32
-    late_rows     [queries, K] int32  rows that fetch has still to fill, the first late_lengths
-    late_lengths  [queries] int32
+    late_rows     [queries, K] int32  rows to read once fetch is done, the first late_lengths;
+    late_lengths  [queries] int32     the misses' rows, or all of them if words[SPLIT] is 0
     query_misses  [queries] int32     rows fetched on this query's account
     miss_slots    [queries * K] int32 host rows to fetch, each once, the first num_misses
     miss_rows     [queries * K] int32 the hot rows that take them
@@ -140,9 +142,10 @@ def _look_up(
 
     tl.store(rows + place, tl.where(hit, row, tl.where(miss, PENDING, -1)), mask=inside)
     if KIND == DECODE:
-        before_me = tl.cumsum(hit.to(tl.int32), 0) - 1
-        tl.store(hit_rows + q * width + before_me, row, mask=hit)
-        tl.store(hit_lengths + q, tl.sum(hit.to(tl.int32), 0))
+        early = hit & (tl.load(words + SPLIT) != 0)
+        before_me = tl.cumsum(early.to(tl.int32), 0) - 1
+        tl.store(hit_rows + q * width + before_me, row, mask=early)
+        tl.store(hit_lengths + q, tl.sum(early.to(tl.int32), 0))
         tl.atomic_add(counters + LOOKUPS, tl.sum(real.to(tl.int64), 0), sem="relaxed")
     if KIND == INSTALL:
         tl.atomic_add(counters + INSTALLS, tl.sum(hit.to(tl.int64), 0), sem="relaxed")
@@ -237,12 +240,13 @@ def _resolve(
     k = tl.arange(0, BLOCK)
     place = q * width + k
     inside = (k < width) & (place < total)
-    pending = tl.load(rows + place, mask=inside, other=-1) == PENDING
+    row = tl.load(rows + place, mask=inside, other=-1)
+    pending = row == PENDING
     slot = tl.load(topk + place, mask=pending, other=0)
-    row = tl.load(slot_row + slot, mask=pending, other=-1)
+    row = tl.where(pending, tl.load(slot_row + slot, mask=pending, other=-1), row)
     tl.store(rows + place, row, mask=pending)
     if KIND == DECODE:
-        late = pending & (row >= 0)
+        late = (row >= 0) & (pending | (tl.load(words + SPLIT) == 0))
         before_me = tl.cumsum(late.to(tl.int32), 0) - 1
         tl.store(late_rows + q * width + before_me, row, mask=late)
         tl.store(late_lengths + q, tl.sum(late.to(tl.int32), 0))

@@ -78,7 +78,7 @@ class Pair:
         assert words(after)[: hot_state.VALID] == words(self.model)[: hot_state.VALID]
         assert words(after)[hot_state.VALID] == words(self.model)[hot_state.VALID]
         self.check_oldest(before, after)
-        self.check_lists(topk, buffers, was_hot, got)
+        self.check_lists(topk, buffers, was_hot, got, words(before)[hot_state.SPLIT])
         check_state(self.state)
 
     @staticmethod
@@ -90,11 +90,13 @@ class Pair:
             assert before.row_stamp[gone].max() <= before.row_stamp[unused].min()
 
     @staticmethod
-    def check_lists(topk, buffers, was_hot, got):
+    def check_lists(topk, buffers, was_hot, got, split):
         first = {}
         for q in range(len(topk)):
             hits = got[q][was_hot[q]]
             late = got[q][(topk[q] >= 0) & ~was_hot[q]]
+            if not split:
+                hits, late = hits[:0], got[q][topk[q] >= 0]
             assert torch.equal(buffers.hit_rows[q, : buffers.hit_lengths[q]].cpu(), hits)
             assert torch.equal(buffers.late_rows[q, : buffers.late_lengths[q]].cpu(), late)
             for slot in topk[q][(topk[q] >= 0) & ~was_hot[q]].tolist():
@@ -122,7 +124,8 @@ class Pair:
 def test_plans_one_after_another(device, queries, width, slots, rows, universe, steps):
     tier = Pair(device, slots, rows)
     generator = torch.Generator().manual_seed(queries * width)
-    for _ in range(steps):
+    for step in range(steps):
+        tier.state.words[hot_state.SPLIT] = step % 3 != 1
         tier.plan(draw(generator, queries, width, universe))
         tier.reorder(queries * width)
     counters = dict(zip(hot_state.COUNTERS, tier.state.counters.tolist(), strict=True))
