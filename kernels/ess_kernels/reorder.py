@@ -179,7 +179,7 @@ def reorder(state: HotState, need: int, scratch: ReorderScratch) -> None:
     )
     _offset_kernel[(1,)](
         s.words, c.counts, c.active, need, programs,
-        AGES=ages, PROGRAMS=MAX_PROGRAMS, STEP=AGES_PER_STEP,
+        AGES=ages, PROGRAMS=triton.next_power_of_2(programs), STEP=AGES_PER_STEP,
     )  # fmt: skip
     _list_kernel[(programs,)](
         s.row_stamp, s.order, s.words, c.rank, c.counts, c.active, rows, per_program,

@@ -1,0 +1,186 @@
+"""DeviceHotCache against an OrderedDict of slots: what is hot, its rows, its counters."""
+
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_ess.tiers import RowCorruption
+from sglang_ess.tiers.device_hot_cache import DeviceTier, passes
+from tests.support.hot_state import check_state
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROW = (1, 16)
+
+
+class Served:
+    """A tier of two layers; every written slot has the row `content` says."""
+
+    def __init__(self, slots, rows, topk, max_queries, seed=0):
+        self.random = np.random.default_rng(seed)
+        self.content = torch.zeros(slots, *ROW, dtype=torch.int32)
+        host = [torch.zeros(slots, *ROW, dtype=torch.int32) for _ in range(2)]
+        self.host = [rows.pin_memory() for rows in host] if DEVICE == "cuda" else host
+        self.tier = DeviceTier(self.host, rows, topk, max_queries, DEVICE)
+        self.version = 0
+
+    def save(self, slots):
+        """New values of slots in the host tier of both layers."""
+        self.version += 1
+        values = slots.int()[:, None, None] * 1000 + self.version
+        self.content[slots] = values.expand(-1, *ROW).contiguous()
+        for host in self.host:
+            host[slots] = self.content[slots]
+        return self.content[slots].to(DEVICE)
+
+    def decode(self, layer, topk, written=()):
+        """One step of one layer. Returns the plan of its last pass."""
+        cache = self.tier.caches[layer]
+        written = torch.tensor(written, dtype=torch.int64)
+        if len(written):
+            rows = self.save(written)
+            for other in self.tier.caches:
+                room = other.has_room_for_writes(len(written), topk.shape[1])
+                if other is cache and room:
+                    other.install(written.to(DEVICE), rows)
+                else:
+                    other.invalidate(written.to(DEVICE))
+        for part in cache.passes(*topk.shape):
+            lookups = topk[part.queries, part.columns].to(DEVICE)
+            planned = cache.plan(lookups, part.queries.start)
+            cache.fetch(planned)
+            self.check_rows(cache, topk[part.queries, part.columns], planned.rows.cpu())
+            cache.reorder()
+            check_state(cache.state)
+        return planned
+
+    def check_rows(self, cache, lookups, rows):
+        real = lookups >= 0
+        assert torch.equal(rows >= 0, real)
+        got = cache.rows[rows[real].long().to(DEVICE)].cpu()
+        assert torch.equal(got, self.content[lookups[real].long()])
+
+    def draw(self, queries, width, universe):
+        lists = [self.random.permutation(universe)[:width] for _ in range(queries)]
+        topk = torch.from_numpy(np.stack(lists)).int()
+        topk[torch.from_numpy(self.random.random(topk.shape) < 0.15)] = -1
+        return topk
+
+
+@pytest.mark.parametrize(
+    ("slots", "rows", "queries", "width", "universe"),
+    [
+        pytest.param(400, 80, 3, 20, 200, id="one pass"),
+        pytest.param(300, 30, 4, 12, 120, id="passes of whole queries"),
+        pytest.param(200, 10, 2, 24, 90, id="a query wider than the tier"),
+        pytest.param(130, 130, 3, 20, 130, id="every slot has a row"),
+    ],
+)
+def test_every_lookup_finds_its_slots_row(slots, rows, queries, width, universe):
+    served = Served(slots, rows, topk=width, max_queries=4)
+    for step in range(10):
+        written = served.random.permutation(universe)[:queries].tolist() if step % 2 else ()
+        served.decode(step % 2, served.draw(queries, width, universe), written)
+    for cache in served.tier.caches:
+        assert cache.counters["short"] == 0
+        cache.check_rows(np.arange(rows), "layer 0")
+
+
+def test_victims_are_the_least_recently_used():
+    served = Served(100, 8, topk=4, max_queries=1)
+    order: OrderedDict[int, None] = OrderedDict()
+    misses = 0
+    for _ in range(30):
+        topk = torch.from_numpy(served.random.permutation(20)[:4]).int().view(1, 4)
+        missing = [slot for slot in topk[0].tolist() if slot not in order]
+        misses += len(missing)
+        for slot in topk[0].tolist():
+            order[slot] = None
+            order.move_to_end(slot)
+        served.decode(0, topk)
+        hot = set((served.tier.caches[0].state.slot_row >= 0).nonzero().flatten().tolist())
+        # Slots of one step are equally old, so of the last of those that stay any may.
+        kept = list(order)[-8:]
+        assert set(kept[4:]) <= hot and len(hot) == min(8, len(order))
+        for slot in list(order):
+            if slot not in hot:
+                assert slot not in topk[0].tolist()
+                del order[slot]
+    assert served.tier.caches[0].counters["misses"] >= misses
+
+
+def test_prompts_of_any_length_leave_rows_for_the_next_plan():
+    served = Served(500, 40, topk=10, max_queries=3)
+    cache = served.tier.caches[0]
+    for start in (0, 130, 260):
+        slots = torch.arange(start, start + 125)
+        rows = served.save(slots)
+        cache.install(slots.to(DEVICE), rows, min_age=start // 130, advance=True)
+        check_state(cache.state)
+        served.decode(0, served.draw(3, 10, 385))
+    assert cache.counters["short"] == 0 and cache.counters["installs"] >= 40
+
+
+def test_warm_makes_the_last_queries_hot():
+    served = Served(300, 40, topk=10, max_queries=4)
+    served.save(torch.arange(300))
+    topk = torch.arange(80, dtype=torch.int32).view(8, 10)
+    served.tier.caches[1].warm(topk.to(DEVICE))
+    hot = (served.tier.caches[1].state.slot_row >= 0).nonzero().flatten()
+    assert torch.equal(hot.cpu(), torch.arange(40, 80))
+    assert served.tier.caches[1].counters["lookups"] == 0
+    planned = served.decode(1, topk[4:7])
+    assert int(planned.num_misses) == 0
+
+
+def test_invalidate_reaches_every_layer():
+    served = Served(60, 20, topk=5, max_queries=2)
+    topk = torch.arange(10, dtype=torch.int32).view(2, 5)
+    for layer in (0, 1):
+        served.decode(layer, topk)
+    served.save(torch.arange(4))
+    served.tier.invalidate(torch.arange(4, device=DEVICE))
+    for layer in (0, 1):
+        assert int(served.decode(layer, topk).num_misses) == 4
+
+
+def test_a_corrupt_row_is_reported():
+    served = Served(60, 20, topk=5, max_queries=1)
+    served.save(torch.arange(60))
+    served.decode(0, torch.arange(5, dtype=torch.int32).view(1, 5))
+    cache = served.tier.caches[0]
+    cache.rows[int(cache.state.slot_row[3]), 0, 7] += 1
+    with pytest.raises(RowCorruption, match=r"layer 9, slot 3, hot row"):
+        cache.check_rows(np.arange(20), "layer 9")
+    cache.check_rows(np.arange(20), "layer 9", first_slot=4)
+
+
+def test_the_mirror_gives_counters_without_asking_the_device():
+    served = Served(60, 20, topk=5, max_queries=1)
+    served.decode(1, torch.arange(5, dtype=torch.int32).view(1, 5))
+    before, _ = served.tier.read()
+    served.decode(1, torch.arange(5, 10, dtype=torch.int32).view(1, 5))
+    assert np.array_equal(served.tier.read()[0], before)
+    served.tier.mirror()
+    counters, words = served.tier.read()
+    assert counters[1].tolist()[:2] == [10, 10] and words[1][0] == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "most", "count"),
+    [
+        ((5, 8), 40, 8, 1),
+        ((5, 8), 39, 8, 2),
+        ((5, 8), 8, 8, 5),
+        ((2, 8), 7, 8, 4),
+        ((9, 8), 99, 4, 3),
+    ],
+)
+def test_passes_cover_the_batch_and_fit(shape, rows, most, count):
+    parts = passes(*shape, rows, most)
+    covered = np.zeros(shape, int)
+    for part in parts:
+        covered[part.queries, part.columns] += 1
+        assert covered[part.queries, part.columns].size <= rows
+    assert (covered == 1).all() and len(parts) == count
