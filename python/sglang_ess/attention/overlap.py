@@ -1,0 +1,208 @@
+"""Decode attention over two tiers, with the fetch of missed rows behind other work.
+
+    off   plan, fetch, attend to everything
+    DA    plan; fetch on the transfer stream | attend to the hits; attend to the misses; merge
+    DBA   DA with the batch planned in halves: the first half's fetch runs behind the second
+          half of the indexer (ESS section 3.3, figure 6)
+
+Everything that touches the tiers runs on one stream, the transfer stream, in order: saves and
+installs of new rows, plans, fetches, reorders. So a row is never fetched before it is saved
+(invariant 1), and the main stream waits for events only. All of it can be captured: streams
+fork from and join the main one inside a step, and no shape depends on data (invariant 7).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from ess_kernels.plan import PlanBuffers
+from ess_kernels.scatter import scatter_rows
+from sglang_ess.tiers.device_hot_cache import DeviceHotCache, DeviceTier, Pass
+
+# (q [T, H, 576], rows [n, ...], indices [T, K] int32, lengths [T] int32 or None)
+#   -> (out [T, H, 512], lse [T, H] float32, natural log)
+Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+# SGLang's merge_state(out_a, lse_a, out_b, lse_b) -> (out, lse), or one like it
+Merge = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+# Stands for the log-sum-exp of no rows: merge_state gives NaN for two infinities.
+NO_ROWS_LSE = -1e30
+
+
+class Mode(enum.Enum):
+    """How one decode step orders transfer and attention."""
+
+    OFF = "off"
+    DA = "da"
+    DBA = "dba"
+
+
+class TransferStream:
+    """The stream of the tiers; without a GPU there is one stream and nothing to wait for."""
+
+    def __init__(self, device):
+        self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+
+    def fork(self):
+        """Context: what is launched in it runs here, after the main stream's work so far."""
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._stream)
+
+    def event(self) -> torch.cuda.Event | None:
+        """A point in this stream to join at; call it inside fork()."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def join(self) -> None:
+        """The main stream goes on after all that is here: a capture must end like this."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
+def _wait(event: torch.cuda.Event | None) -> None:
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
+
+
+@dataclass
+class Planned:
+    """One layer's batch on its way.
+
+    buffers   of the whole batch; valid until the next layer's plan
+    ready     the lists are there; fetched: the rows are
+    """
+
+    cache: DeviceHotCache
+    topk: torch.Tensor
+    buffers: PlanBuffers
+    ready: torch.cuda.Event | None
+    fetched: torch.cuda.Event | None
+
+
+@dataclass
+class TwoTierDecode:
+    """Decode attention of all layers.
+
+    tier, transfer: of the pool; attend: the attention kernel; merge_state: SGLang's
+    """
+
+    tier: DeviceTier
+    transfer: TransferStream
+    attend: Attend
+    merge_state: Merge
+    # layer -> (queries planned so far, the point where the last half's lists were there)
+    _halves: dict[int, tuple[int, torch.cuda.Event | None]] = field(default_factory=dict)
+
+    def write(self, layer: int, slots, rows, width: int, first_slot: int = 0) -> None:
+        """Save a decode step's new rows and make them hot.
+
+        slots [n] int64, one a query; rows [n, ...] packed, on the device; width: of top-k
+        """
+        cache = self.tier.caches[layer]
+        with self.transfer.fork():
+            scatter_rows(rows, slots, cache.host_rows)
+            if cache.has_room_for_writes(len(slots), width):
+                cache.install(slots, rows, first_slot=first_slot)
+            else:
+                cache.invalidate(slots)
+            _used_on(self.transfer, rows, slots)
+
+    def plan_half(self, layer: int, topk: torch.Tensor, first: int, batch: int) -> None:
+        """DBA: plan and fetch queries [first, first + len(topk)) of a batch of `batch`.
+
+        Halves come in order; start() with the whole top-k takes what they gave.
+        """
+        cache = self.tier.caches[layer]
+        last = first + len(topk) == batch
+        with self.transfer.fork():
+            planned = cache.plan(topk, first, half=int(first > 0), advance=last)
+            ready = self.transfer.event()  # behind the first half's fetch: that one is in
+            cache.fetch(planned)
+            _used_on(self.transfer, topk)
+        self._halves[layer] = first + len(topk), ready
+
+    def can_halve(self, layer: int, batch: int, width: int) -> bool:
+        """Whether a batch can be planned in halves: both must be hot at the same time."""
+        return batch > 1 and len(self.tier.caches[layer].passes(batch, width)) == 1
+
+    def start(self, layer: int, topk: torch.Tensor) -> Planned | None:
+        """Plan topk [T, K] int32 slots and fetch its misses, behind what the caller does next.
+
+        None where the batch takes several passes: then everything waits for attention.
+        """
+        cache = self.tier.caches[layer]
+        if len(cache.passes(*topk.shape)) > 1:
+            return None
+        whole = self.tier.part(*topk.shape)
+        halves, ready = self._halves.pop(layer, (0, None))
+        with self.transfer.fork():
+            if halves != len(topk):
+                cache.plan(topk)
+                ready = self.transfer.event()
+                cache.fetch(whole)
+            fetched = self.transfer.event()
+            cache.reorder()
+            _used_on(self.transfer, topk)
+        return Planned(cache, topk, whole, ready, fetched)
+
+    def finish(self, q: torch.Tensor, planned: Planned, mode: Mode) -> torch.Tensor:
+        """Attention of q [T, H, 576] over what start() is bringing: out [T, H, 512]."""
+        buffers, rows = planned.buffers, planned.cache.rows
+        if mode is Mode.OFF:
+            _wait(planned.fetched)
+            return self.attend(q, rows, buffers.rows, None)[0]
+        _wait(planned.ready)
+        early = self.attend(q, rows, buffers.hit_rows, buffers.hit_lengths)
+        _wait(planned.fetched)
+        late = self.attend(q, rows, buffers.late_rows, buffers.late_lengths)
+        return self.merge(early, late)[0]
+
+    def in_passes(self, layer: int, q: torch.Tensor, topk: torch.Tensor) -> torch.Tensor:
+        """Attention of a batch that the hot tier cannot hold at once (invariant 5)."""
+        cache, outs = self.tier.caches[layer], []
+        parts: tuple[torch.Tensor, torch.Tensor] | None = None
+        for part in cache.passes(*topk.shape):
+            got = self._one_pass(cache, q[part.queries], topk, part)
+            parts = got if part.columns.start == 0 else self.merge(parts, got)
+            if part.columns.stop == topk.shape[1]:
+                outs.append(parts[0])
+        return torch.cat(outs)
+
+    def merge(self, a, b) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse) of attention over two disjoint sets of rows, either of which may be empty."""
+        (out_a, lse_a), (out_b, lse_b) = a, b
+        return self.merge_state(out_a, _finite(lse_a), out_b, _finite(lse_b))
+
+    def _one_pass(self, cache, q, topk, part: Pass):
+        lookups = topk[part.queries, part.columns].contiguous()
+        with self.transfer.fork():  # after the attention whose rows this pass may evict
+            planned = cache.plan(lookups, part.queries.start)
+            cache.fetch(planned)
+            fetched = self.transfer.event()
+            cache.reorder()
+            _used_on(self.transfer, lookups)
+        _wait(fetched)
+        return self.attend(q, cache.rows, planned.rows, None)
+
+
+def _finite(lse: torch.Tensor) -> torch.Tensor:
+    """FlashMLA marks a query without rows by +inf, others by -inf."""
+    return torch.nan_to_num(lse, neginf=NO_ROWS_LSE, posinf=NO_ROWS_LSE)
+
+
+def _used_on(transfer: TransferStream, *tensors: torch.Tensor) -> None:
+    """The allocator may give these away only after what the transfer stream does with them."""
+    for tensor in tensors:
+        if transfer._stream is not None:
+            tensor.record_stream(transfer._stream)
