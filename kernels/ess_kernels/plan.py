@@ -8,7 +8,7 @@ duplicate can be answered before its slot has a row:
 
     look up   hits are stamped; a slot that is not hot is claimed by its first lookup
     assign    each claim takes the next row of the free stack or of the LRU list
-    resolve   lookups of claimed slots read the row; hits and misses are listed apart
+    resolve   lookups of claimed slots read the row; those to read late are listed apart
 
 Atomics are relaxed: what one step writes and the next one reads is ordered by the end of its
 launch. One query needs no other program's result: it takes one launch, with barriers for ends.
@@ -114,9 +114,9 @@ class PlanBuffers:
 
 @triton.jit
 def _look_up(
-    q, topk, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
+    q, topk, written, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
     slot_row, row_stamp, words, counters, first_slot,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Lookups [q * width, (q + 1) * width) of topk: stamp the hits, claim the rest."""
     k = tl.arange(0, BLOCK)
@@ -143,6 +143,8 @@ def _look_up(
     tl.store(rows + place, tl.where(hit, row, tl.where(miss, PENDING, -1)), mask=inside)
     if KIND == DECODE:
         early = hit & (tl.load(words + SPLIT) != 0)
+        if WRITES:
+            early = early & (slot != tl.load(written + q))
         before_me = tl.cumsum(early.to(tl.int32), 0) - 1
         tl.store(hit_rows + q * width + before_me, row, mask=early)
         tl.store(hit_lengths + q, tl.sum(early.to(tl.int32), 0))
@@ -233,8 +235,8 @@ def _assign(
 
 @triton.jit
 def _resolve(
-    q, topk, total, width, rows, late_rows, late_lengths, slot_row, words,
-    KIND: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
+    q, topk, written, total, width, rows, late_rows, late_lengths, slot_row, words,
+    KIND: tl.constexpr, WRITES: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows of the lookups of program q that were not hits; program 0 keeps the books."""
     k = tl.arange(0, BLOCK)
@@ -246,7 +248,11 @@ def _resolve(
     row = tl.where(pending, tl.load(slot_row + slot, mask=pending, other=-1), row)
     tl.store(rows + place, row, mask=pending)
     if KIND == DECODE:
-        late = (row >= 0) & (pending | (tl.load(words + SPLIT) == 0))
+        late = pending | (tl.load(words + SPLIT) == 0)
+        if WRITES:
+            slot = tl.load(topk + place, mask=inside, other=-1)
+            late = late | (slot == tl.load(written + q))
+        late = late & (row >= 0)
         before_me = tl.cumsum(late.to(tl.int32), 0) - 1
         tl.store(late_rows + q * width + before_me, row, mask=late)
         tl.store(late_lengths + q, tl.sum(late.to(tl.int32), 0))
@@ -264,13 +270,13 @@ def _resolve(
 
 @triton.jit
 def _look_up_kernel(
-    topk, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
+    topk, written, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
     slot_row, row_stamp, words, counters, first_slot,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     _look_up(
-        tl.program_id(0), topk, total, width, rows, hit_rows, hit_lengths, query_misses,
-        num_misses, slot_row, row_stamp, words, counters, first_slot, KIND, BLOCK,
+        tl.program_id(0), topk, written, total, width, rows, hit_rows, hit_lengths, query_misses,
+        num_misses, slot_row, row_stamp, words, counters, first_slot, KIND, WRITES, BLOCK,
     )  # fmt: skip
 
 
@@ -289,26 +295,26 @@ def _assign_kernel(
 
 @triton.jit
 def _resolve_kernel(
-    topk, total, width, rows, late_rows, late_lengths, slot_row, words,
-    KIND: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
+    topk, written, total, width, rows, late_rows, late_lengths, slot_row, words,
+    KIND: tl.constexpr, WRITES: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     _resolve(
-        tl.program_id(0), topk, total, width, rows, late_rows, late_lengths, slot_row, words,
-        KIND, ADVANCE, BLOCK,
+        tl.program_id(0), topk, written, total, width, rows, late_rows, late_lengths, slot_row,
+        words, KIND, WRITES, ADVANCE, BLOCK,
     )  # fmt: skip
 
 
 @triton.jit
 def _single_kernel(
-    topk, total, width, rows, hit_rows, hit_lengths, late_rows, late_lengths, query_misses,
+    topk, written, total, width, rows, hit_rows, hit_lengths, late_rows, late_lengths, query_misses,
     miss_slots, miss_rows, num_misses,
     slot_row, row_slot, row_stamp, free, order, words, counters, min_age, first_slot,
-    KIND: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, WRITES: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All three steps by one program; the barriers order its threads' global accesses."""
     _look_up(
-        0, topk, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
-        slot_row, row_stamp, words, counters, first_slot, KIND, BLOCK,
+        0, topk, written, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
+        slot_row, row_stamp, words, counters, first_slot, KIND, WRITES, BLOCK,
     )  # fmt: skip
     tl.debug_barrier()
     _assign(
@@ -317,8 +323,8 @@ def _single_kernel(
     )  # fmt: skip
     tl.debug_barrier()
     _resolve(
-        0, topk, total, width, rows, late_rows, late_lengths, slot_row, words,
-        KIND, ADVANCE, BLOCK,
+        0, topk, written, total, width, rows, late_rows, late_lengths, slot_row, words,
+        KIND, WRITES, ADVANCE, BLOCK,
     )  # fmt: skip
 
 
@@ -332,23 +338,25 @@ def run_plan(
     advance: bool,
     min_age: int = 0,
     first_slot: int = 0,
+    written: torch.Tensor | None = None,
 ) -> None:
     """The three steps over the first `total` of `slots`, `width` of them a program."""
     b, programs, block = buffers, triton.cdiv(total, width), triton.next_power_of_2(width)
     options = {"BLOCK": block, "num_warps": min(8, max(1, block // LOOKUPS_PER_WARP))}
-    s = state
+    w, s = slots if written is None else written, state
+    looks = options | {"KIND": kind, "WRITES": written is not None}
     if programs == 1:
         _single_kernel[(1,)](
-            slots, total, width, b.rows, b.hit_rows, b.hit_lengths, b.late_rows, b.late_lengths,
-            b.query_misses, b.miss_slots, b.miss_rows, b.num_misses,
+            slots, w, total, width, b.rows, b.hit_rows, b.hit_lengths, b.late_rows,
+            b.late_lengths, b.query_misses, b.miss_slots, b.miss_rows, b.num_misses,
             s.slot_row, s.row_slot, s.row_stamp, s.free, s.order, s.words, s.counters, min_age,
-            first_slot, KIND=kind, ADVANCE=advance, **options,
+            first_slot, ADVANCE=advance, **looks,
         )  # fmt: skip
         return
     grid = (programs,)
     _look_up_kernel[grid](
-        slots, total, width, b.rows, b.hit_rows, b.hit_lengths, b.query_misses, b.num_misses,
-        s.slot_row, s.row_stamp, s.words, s.counters, first_slot, KIND=kind, **options,
+        slots, w, total, width, b.rows, b.hit_rows, b.hit_lengths, b.query_misses, b.num_misses,
+        s.slot_row, s.row_stamp, s.words, s.counters, first_slot, **looks,
     )  # fmt: skip
     _assign_kernel[grid](
         slots, total, width, b.rows, b.query_misses, b.miss_slots, b.miss_rows, b.num_misses,
@@ -356,8 +364,8 @@ def run_plan(
         KIND=kind, **options,
     )  # fmt: skip
     _resolve_kernel[grid](
-        slots, total, width, b.rows, b.late_rows, b.late_lengths, s.slot_row, s.words,
-        KIND=kind, ADVANCE=advance, **options,
+        slots, w, total, width, b.rows, b.late_rows, b.late_lengths, s.slot_row, s.words,
+        ADVANCE=advance, **looks,
     )  # fmt: skip
 
 
@@ -367,12 +375,15 @@ def plan(
     buffers: PlanBuffers,
     advance: bool = True,
     kind: int = DECODE.value,
+    written: torch.Tensor | None = None,
 ) -> None:
     """Hot rows for topk [queries, K] int32 slots, -1 pads, into buffers of that shape.
 
     advance: this ends a tick, so the next plan may evict what this one used. DBA plans a
     batch in halves and advances with the last.
     kind: DECODE, or WARM for lookups that are not counted
+    written: [queries] int32 or int64, the slot whose row each query writes in this step: hot
+    already (install), but its row is listed among the late ones, which wait for it
     Raises: ValueError for a wrong dtype or shape, or more lookups than the tier has rows.
     """
     if topk.dtype != torch.int32 or topk.dim() != 2 or not topk.is_contiguous():
@@ -389,7 +400,12 @@ def plan(
             f"a plan must have at most {MAX_WIDTH} columns and {state.num_rows} lookups, the hot "
             f"rows: got {tuple(topk.shape)}. Plan the batch in blocks."
         )
-    run_plan(state, topk, topk.numel(), topk.shape[1], buffers, kind, advance)
+    if written is not None and (written.shape != topk.shape[:1] or not written.is_contiguous()):
+        raise ValueError(
+            f"written must be contiguous [{topk.shape[0]}], a slot a query: got "
+            f"{tuple(written.shape)}, strides {written.stride()}."
+        )
+    run_plan(state, topk, topk.numel(), topk.shape[1], buffers, kind, advance, written=written)
 
 
 def plan_reference(

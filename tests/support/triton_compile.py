@@ -57,7 +57,7 @@ def compile_for_hopper(fn, signature, constexprs, attrs=None, **options) -> dict
     return dict(_compile_elsewhere(json.dumps(request)))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compile_elsewhere(request: str) -> dict:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:

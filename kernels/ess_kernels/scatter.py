@@ -1,0 +1,107 @@
+"""out[targets[i]] = rows[i] for every i with targets[i] >= 0: new rows into either tier.
+
+Into device memory it installs rows in the hot tier or packs them into a SaveRing. Into pinned host
+memory it is the direct-store save: GPU threads store over PCIe, no copy engine, no CPU thread. Such
+stores are posted, so programs do not wait for them, and a later fetch by the same device in stream
+order sees them; a CPU reader must wait for an event first.
+
+Bytes moved: n x row bytes read and written, 4 or 8 bytes a row of targets.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ess_kernels.launch import (
+    COPY_WARPS,
+    LINE_WORDS,
+    check_on_device,
+    check_programs,
+    check_reachable,
+    check_same_format,
+    check_tensor,
+    copy_step,
+    copy_tile,
+    line_lead,
+    words,
+)
+
+MAX_PROGRAMS = 24  # as for fetch, whose arithmetic bounds what the link needs; not from a sweep
+
+
+@triton.jit(do_not_specialize=["num_rows", "lead"])
+def _scatter_kernel(
+    rows_ptr,  # [num_rows, ROWS_STRIDE] int64
+    targets_ptr,  # [num_rows] int32 or int64
+    out_ptr,  # [m, OUT_STRIDE] int64, device or host memory
+    num_rows,
+    lead,  # words from the start of a line to out_ptr
+    ROWS_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    ROWS_PER_STEP: tl.constexpr,
+):
+    share = tl.cdiv(num_rows, tl.num_programs(0))
+    first = tl.program_id(0) * share
+    end = tl.minimum(first + share, num_rows)
+    for base in range(first, end, ROWS_PER_STEP):
+        source = base + tl.arange(0, ROWS_PER_STEP)
+        # int64: a target times the row's words passes 2^31
+        target = tl.load(targets_ptr + source, mask=source < end, other=-1).to(tl.int64)
+        shift = (target * OUT_STRIDE + lead) % LINE_WORDS
+        copy_step(
+            rows_ptr, source.to(tl.int64), out_ptr, target, target >= 0, shift,
+            ROWS_STRIDE, OUT_STRIDE, ROW_WORDS, BLOCK_WORDS,
+        )  # fmt: skip
+
+
+def scatter_rows_reference(rows, targets, out) -> None:
+    """What scatter_rows does, in torch."""
+    kept = targets >= 0
+    shape = (-1, *out.shape[1:])
+    out[targets[kept].long().to(out.device)] = rows[kept].reshape(shape).to(out.device)
+
+
+def _check(rows, targets, out, max_programs):
+    check_on_device("rows", rows)
+    check_reachable("out", out)
+    check_same_format("out", out, "rows", rows)
+    check_tensor("targets", targets, (torch.int32, torch.int64), (len(rows),), rows.device)
+    check_programs(max_programs)
+
+
+def scatter_rows(
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    out: torch.Tensor,
+    max_programs: int = MAX_PROGRAMS,
+) -> None:
+    """out[targets[i]] = rows[i] for every i with targets[i] >= 0.
+
+    rows     [n, ...] any dtype, on the device
+    targets  [n] int32 or int64, on the device; distinct, inside out, or negative: skip
+    out      [m, ...] same row format, on the device or in pinned host memory; written
+    max_programs  programs of the grid, the most SMs that it takes from other kernels
+
+    A row is a multiple of 16 bytes and starts at one; rows may lie apart in either tensor.
+    Effect: asynchronous on the current stream, one launch, none for n = 0.
+    Raises: ValueError for a wrong dtype, shape, device, row format, for pageable host memory.
+    """
+    _check(rows, targets, out, max_programs)
+    row_words, out_words = words(rows, "rows"), words(out, "out")
+    num_rows = len(rows)
+    if num_rows == 0:
+        return
+    with torch.cuda.device_of(rows):
+        _scatter_kernel[(min(max_programs, num_rows),)](
+            row_words,
+            targets,
+            out_words,
+            num_rows,
+            line_lead(out_words),
+            ROWS_STRIDE=row_words.stride(0),
+            OUT_STRIDE=out_words.stride(0),
+            **copy_tile(row_words.shape[1]),
+            num_warps=COPY_WARPS,
+        )
