@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ess import capacity
-from sglang_ess.capacity import Capacity, CapacityError, Geometry, most_slots, settle
+from sglang_ess.capacity import (
+    Capacity,
+    CapacityError,
+    Geometry,
+    TierBytes,
+    most_slots,
+    settle,
+)
 from sglang_ess.config import EssConfig
 from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
 from tests.support.engine import EngineProcess
@@ -290,7 +297,9 @@ def test_more_real_pools(model, ess):
 
 
 def check_two_tier(facts, device_gib):
-    decided = Capacity(**{**facts["decided"], "geometry": Geometry(**facts["decided"]["geometry"])})
+    geometry = facts["decided"]["geometry"]
+    geometry = Geometry(**{**geometry, "tier": TierBytes(**geometry["tier"])})
+    decided = Capacity(**{**facts["decided"], "geometry": geometry})
     assert sum(facts["buffers"].values()) == facts["device_bytes"] == decided.device_bytes
     assert facts["device_bytes"] <= int(device_gib * GIB) == decided.device_limit_bytes
     assert facts["host_bytes"] == decided.geometry.host_bytes(facts["slots"])

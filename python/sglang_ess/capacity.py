@@ -13,9 +13,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from ess_kernels.hot_state import HOT_ROW_STATE_BYTES, LAYER_STATE_BYTES
+from ess_kernels.plan import PlanBuffers as DevicePlanBuffers
+from ess_kernels.reorder import ReorderScratch
 from sglang_ess.config import REFUSED, EssConfig
 from sglang_ess.cpu.ops.rows import index_page_bytes
 from sglang_ess.tiers import free_host_bytes
+from sglang_ess.tiers.device_hot_cache import PAGE_ROWS, DeviceTier
 from sglang_ess.tiers.host_tier import GIB
 from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES, MAP_BYTES
 from sglang_ess.tiers.lru import STATE_SIZE
@@ -28,6 +32,7 @@ AUTO_HOT_RATIO = 0.2
 AUTO_HOST_SHARE = 0.6
 # Queries of one plan; a larger decode batch is planned in blocks of this many.
 PLAN_QUERIES = 64
+DEVICE_PLAN_QUERIES = 256
 PLAN_BYTES_PER_LOOKUP = 12
 STATE_BYTES = STATE_SIZE * 8  # of one layer's hot tier: its counters
 STAGING_BUFFERS = 2
@@ -36,6 +41,41 @@ STAGING_BUFFERS = 2
 def size(num_bytes: int) -> str:
     """Bytes for a reader: GiB, or MiB where that would be a small fraction."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / GIB * 1024:.2f} MiB"
+
+
+@dataclass(frozen=True)
+class TierBytes:
+    """What a hot tier takes on the device beside its rows.
+
+    row_state    per hot row and layer; row_shared: per hot row, once
+    layer_state  per layer
+    page_rows    rows are allocated in multiples of this
+    """
+
+    row_state: int
+    row_shared: int
+    layer_state: int
+    page_rows: int
+
+    def shared(self, topk: int) -> int:
+        """Buffers that the layers use one after another, but for row_shared."""
+        return PLAN_QUERIES * topk * PLAN_BYTES_PER_LOOKUP
+
+
+class GpuTierBytes(TierBytes):
+    """DeviceTier's."""
+
+    def shared(self, topk: int) -> int:
+        plans = DevicePlanBuffers.bytes_for(DEVICE_PLAN_QUERIES, topk)
+        claims = DevicePlanBuffers.bytes_for(1, DEVICE_PLAN_QUERIES)
+        return plans + claims + DeviceTier.HALVES * 4 + ReorderScratch.bytes_for(0)
+
+
+CPU_TIER = TierBytes(HOT_ROW_OVERHEAD_BYTES, 0, STATE_BYTES, 1)
+GPU_TIER = GpuTierBytes(
+    HOT_ROW_STATE_BYTES, ReorderScratch.bytes_for(1) - ReorderScratch.bytes_for(0),
+    LAYER_STATE_BYTES, PAGE_ROWS,
+)  # fmt: skip
 
 
 class CapacityError(ValueError):
@@ -52,6 +92,7 @@ class Geometry:
     topk: int
     context_tokens: int
     page_slots: int
+    tier: TierBytes = CPU_TIER
 
     @property
     def slot_device_bytes(self) -> int:
@@ -61,18 +102,18 @@ class Geometry:
     @property
     def hot_row_bytes(self) -> int:
         """One hot row in every layer."""
-        return self.layers * (self.row_bytes + HOT_ROW_OVERHEAD_BYTES)
+        return self.layers * (self.row_bytes + self.tier.row_state) + self.tier.row_shared
 
-    @property
-    def plan_bytes(self) -> int:
-        return PLAN_QUERIES * self.topk * PLAN_BYTES_PER_LOOKUP
+    def paged(self, rows: int) -> int:
+        """Rows that are allocated for so many."""
+        return -(-rows // self.tier.page_rows) * self.tier.page_rows
 
     def staging_rows(self, slots: int) -> int:
         """Rows of one staging buffer: the longest request there can be."""
         return min(self.context_tokens, slots) + self.page_slots
 
     def staging_bytes(self, slots: int) -> int:
-        return STAGING_BUFFERS * self.staging_rows(slots) * self.row_bytes
+        return STAGING_BUFFERS * self.paged(self.staging_rows(slots)) * self.row_bytes
 
     def device_bytes(self, slots: int, hot_rows: int) -> int:
         """Everything the pool allocates on the device."""
@@ -80,9 +121,10 @@ class Geometry:
         return (
             padded * self.slot_device_bytes
             + hot_rows * self.hot_row_bytes
+            + (self.paged(hot_rows) - hot_rows) * self.layers * self.row_bytes
             + self.staging_bytes(slots)
-            + self.plan_bytes
-            + self.layers * STATE_BYTES
+            + self.tier.shared(self.topk)
+            + self.layers * self.tier.layer_state
         )
 
     def host_bytes(self, slots: int) -> int:
@@ -166,7 +208,8 @@ def settle(
     """
     rows = _least_hot_rows(config, geometry, slots)
     if (config.hot_gib, config.hot_ratio) == (None, None):
-        left = device_bytes - geometry.device_bytes(slots, 0)
+        padding = (geometry.tier.page_rows - 1) * geometry.layers * geometry.row_bytes
+        left = device_bytes - geometry.device_bytes(slots, 0) - padding
         rows = min(max(rows, left // geometry.hot_row_bytes), slots + geometry.page_slots)
     least = min(MIN_HOT_ROWS, slots)
     if rows < least:
@@ -271,4 +314,5 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
         topk=model.hf_config.index_topk,
         context_tokens=model.context_len,
         page_slots=configurator.pool_page_size,
+        tier=CPU_TIER if configurator.device == "cpu" else GPU_TIER,
     )

@@ -101,6 +101,19 @@ class EssConfig:
         "its first decode step.",
         choices=("on", "off"),
     )
+    overlap: str = _option(
+        "auto",
+        "--ess-overlap",
+        "How a GPU's decode hides the fetch of missed rows. da: attend to the hits meanwhile; "
+        "dba: that, with the batch planned in halves; off: not at all; auto: the cheapest by "
+        "live misses and --ess-overlap-costs, or off without that file.",
+        choices=("auto", "off", "da", "dba"),
+    )
+    overlap_costs: str = _option(
+        "",
+        "--ess-overlap-costs",
+        "JSON of benchmarks/kernels.py run on this card, for --ess-overlap auto; empty: none.",
+    )
     trace: str = _option(
         "",
         "--ess-trace",

@@ -77,11 +77,9 @@ class Metrics:
 
     def snapshot(self, pool: Any, used_slots: int) -> Snapshot:
         """pool: with hot_caches, host_tier and start_layer, as EssTokenToKVPool."""
-        from sglang_ess.tiers import lru  # here: every process imports this module
-
         layers = []
         for layer, cache in enumerate(pool.hot_caches, pool.start_layer):
-            now = {**cache.counters, "steps": int(cache.state[lru.STEP])}
+            now = {**cache.counters, "steps": cache.steps}
             before = self._before.get(layer, {})
             if any(now[name] < value for name, value in before.items()):
                 before = {}  # HotCache.clear() began them again
@@ -274,6 +272,8 @@ class Watch:
 
     def _take_misses(self, rows: Sequence[int]) -> None:
         misses, rows = self._pool.request_misses, np.asarray(rows, np.int64)
+        if misses is None:
+            return
         for count in misses[rows][misses[rows] > 0].tolist():
             self._exporter.observe_request(count)
         misses[rows] = 0

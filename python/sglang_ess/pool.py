@@ -26,7 +26,8 @@ class EssTokenToKVPool(DSATokenToKVPool):
     hot_caches   the hot tier, layer by layer
     staging      where a prefill pass finds its rows
     request_misses [requests + 1] int64: rows fetched for the request that has this row of
-        the request table; whoever reads it at the end of a request sets it back to 0
+        the request table; whoever reads it at the end of a request sets it back to 0. None
+        where nobody counts them.
 
     Every write goes to the host tier and drops the slots' hot rows (invariants 1 and 3), so
     no path can leave a stale one; write(), attention's own, refreshes them instead.
@@ -37,6 +38,10 @@ class EssTokenToKVPool(DSATokenToKVPool):
         slots = self.size + self.page_size
         self.host_tier = HostTier(self.layer_num, slots, (1, self.kv_cache_dim), self.store_dtype)
         self.kv_buffer = self.host_tier.rows
+        self._create_tiers()
+
+    def _create_tiers(self) -> None:
+        """The hot tier and prefill's staging, on the host; a GPU's are in cuda/pool.py."""
         self.plan_buffers = PlanBuffers(capacity.PLAN_QUERIES * self.capacity.geometry.topk)
         self.hot_caches = [
             HotCache(rows.squeeze(1), self.capacity.hot_rows, buffers=self.plan_buffers)

@@ -67,6 +67,16 @@ ESS_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("dcp_size", "--dcp-size", (1,)),
     ("attn_cp_size", "--attn-cp-size", (1,)),
 )
+# The same on a GPU alone.
+CUDA_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    # Both take a batch apart inside a layer, and the plan of one part would see the other's.
+    ("enable_two_batch_overlap", "--enable-two-batch-overlap", (False,)),
+    ("enable_single_batch_overlap", "--enable-single-batch-overlap", (False,)),
+    ("enable_pdmux", "--enable-pdmux", (False,)),
+    ("attention_backend", "--attention-backend", (None, "dsa", "nsa")),
+    ("prefill_attention_backend", "--prefill-attention-backend", (None, "dsa", "nsa")),
+    ("decode_attention_backend", "--decode-attention-backend", (None, "dsa", "nsa")),
+)
 
 
 class Refusal(ValueError):
@@ -136,7 +146,6 @@ def server_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
 def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[str]:
     """Options, SGLang's and ESS's, that do not go together here."""
     reasons = []
-    two_tier = config.enabled and on_cpu
     if server_args.enable_hisparse and (config.enabled or on_cpu):
         reasons.append(
             "--enable-hisparse must be off with ESS and on the CPU platform: got on. "
@@ -154,12 +163,32 @@ def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
         )
     if on_cpu:
         reasons += _rule_reasons(server_args, CPU_RULES)
-    if two_tier:
-        known = {rule[0] for rule in CPU_RULES} | {"enable_hisparse"}
-        rules = tuple(rule for rule in ESS_RULES if rule[0] not in known)
+    if config.enabled:
+        known = {rule[0] for rule in CPU_RULES} if on_cpu else set()
+        rules = ESS_RULES if on_cpu else ESS_RULES + CUDA_RULES
+        rules = tuple(rule for rule in rules if rule[0] not in known | {"enable_hisparse"})
         reasons += _rule_reasons(server_args, rules, "with ESS", "Drop it or add --disable-ess")
-        reasons += host_reasons(config) + trace_reasons(config)
+        reasons += host_reasons(config) + trace_reasons(config, on_cpu)
+        reasons += overlap_reasons(config, on_cpu)
     return reasons
+
+
+def overlap_reasons(config: EssConfig, on_cpu: bool) -> list[str]:
+    """Whether the overlap that was asked for can be had."""
+    if on_cpu and (config.overlap, config.overlap_costs) != ("auto", ""):
+        return [
+            "--ess-overlap and --ess-overlap-costs must be left out on the CPU platform: got "
+            f"{config.overlap} and {config.overlap_costs!r}. Drop them: it has one stream."
+        ]
+    if not config.overlap_costs:
+        return []
+    from sglang_ess.attention.overlap_policy import CostTable
+
+    try:
+        CostTable.read(config.overlap_costs)
+    except ValueError as error:
+        return [f"--ess-overlap-costs: {error}"]
+    return []
 
 
 def host_reasons(config: EssConfig) -> list[str]:
@@ -173,8 +202,13 @@ def host_reasons(config: EssConfig) -> list[str]:
     return []
 
 
-def trace_reasons(config: EssConfig) -> list[str]:
+def trace_reasons(config: EssConfig, on_cpu: bool = True) -> list[str]:
     """Whether --ess-trace could be written."""
+    if config.trace and not on_cpu:
+        return [
+            f"--ess-trace must be left out off the CPU platform: got {config.trace!r}. Record on "
+            "that platform (--ess-platform cpu): a GPU's top-k does not reach the host."
+        ]
     path = Path(config.trace)
     if not config.trace or (path.parent.is_dir() and not path.is_dir()):
         return []

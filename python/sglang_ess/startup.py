@@ -28,8 +28,8 @@ def before_processes(enabled: bool, on_cpu: bool) -> None:
     """The launcher's last words and work before SGLang starts its processes."""
     if enabled and not on_cpu:
         progress(
-            "warning: this version serves one-tier on an accelerator: ESS's hot tier is not in "
-            "it yet. --disable-ess gives the same server without this line."
+            "warning: ESS on a GPU is written and tested without one; docs/gpu.md says what has "
+            "run on which card. --disable-ess serves one-tier."
         )
     if enabled and on_cpu:  # one-tier serves dense models too: they have no kernels of ours
         _prepare_kernels()
@@ -59,7 +59,7 @@ def scheduler_ready(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     Effect: a model with sparse attention finds its kernels loaded at its first request.
     """
     facts = serving_facts(scheduler)
-    if "latent_format" in facts:
+    if "latent_format" in facts and str(scheduler.device) == "cpu":
         from sglang_ess.cpu.warmup import warm_up
 
         warm_up()

@@ -47,9 +47,9 @@ def decode(monkeypatch):
         transfer = HeldBack()
 
         def attend(q, rows, indices, lengths):
-            return sparse_mla(q, rows.squeeze(1), indices, SCALE, lengths)
+            return sparse_mla(q, rows, indices, SCALE, lengths)
 
-        monkeypatch.setattr(overlap, "_wait", lambda event: transfer.wait(event))
+        monkeypatch.setattr(overlap, "wait", lambda event: transfer.wait(event))
         if hold:
             for cache in tier.caches:
                 copy_rows = cache.fetch
@@ -123,7 +123,7 @@ def test_a_tier_smaller_than_the_batchs_union(decode, rows, width):
 @pytest.mark.parametrize("mode", [Mode.DA, Mode.OFF])
 def test_attention_that_does_not_wait_is_noticed(decode, mode, monkeypatch):
     two_tier, host = decode(rows=90, topk=12)
-    monkeypatch.setattr(overlap, "_wait", lambda event: None)
+    monkeypatch.setattr(overlap, "wait", lambda event: None)
     q, topk = torch.randn(4, HEADS, 576), draw(np.random.default_rng(3), 4, 12)
     assert run(two_tier, 0, q, topk, mode).isnan().any()
 
@@ -157,7 +157,7 @@ def test_dba_waits_for_the_first_half_before_it_attends_to_hits(decode):
     assert two_tier.tier.caches[0].counters["misses"] == 12
 
 
-@pytest.mark.parametrize("rows", [90, 30], ids=["installed", "no room: fetched"])
+@pytest.mark.parametrize("rows", [90, 32, 20], ids=["claimed", "no room: fetched", "passes"])
 def test_a_row_written_in_this_step_is_read(decode, rows):
     two_tier, host = decode(rows=rows, topk=10, hold=False)
     random = np.random.default_rng(5)
@@ -167,9 +167,12 @@ def test_a_row_written_in_this_step_is_read(decode, rows):
         topk = draw(random, 3, 10)
         topk[:, 0] = written.int()
         topk[:, 1:][torch.isin(topk[:, 1:], written.int())] = -1
-        two_tier.write(0, written, values, topk.shape[1])
+        early = two_tier.claim(0, written, topk.shape[1]) and rows == 90
+        planned = two_tier.start(0, topk, written) if early else None
+        two_tier.write(0, written, values)
         assert torch.equal(host[0][written], values)
         q = torch.randn(3, HEADS, 576)
-        out = run(two_tier, 0, q, topk, Mode.DA)
+        planned = planned or two_tier.start(0, topk, written)
+        out = two_tier.finish(q, planned, Mode.DA) if planned else two_tier.in_passes(0, q, topk)
         torch.testing.assert_close(out, expected(q, host[0], topk), atol=2e-6, rtol=1e-5)
     two_tier.tier.caches[0].check_rows(np.arange(rows), "layer 0")

@@ -1,6 +1,6 @@
 """Decode attention over two tiers, with the fetch of missed rows behind other work.
 
-    off   plan, fetch, attend to everything
+    off   plan, fetch; attend to everything
     DA    plan; fetch on the transfer stream | attend to the hits; attend to the misses; merge
     DBA   DA with the batch planned in halves: the first half's fetch runs behind the second
           half of the indexer (ESS section 3.3, figure 6)
@@ -24,7 +24,7 @@ from ess_kernels.plan import PlanBuffers
 from ess_kernels.scatter import scatter_rows
 from sglang_ess.tiers.device_hot_cache import DeviceHotCache, DeviceTier, Pass
 
-# (q [T, H, 576], rows [n, ...], indices [T, K] int32, lengths [T] int32 or None)
+# decode_kernels.py's: (q [T, H, 576], rows [n, width], indices [T, K] int32, lengths [T] int32)
 #   -> (out [T, H, 512], lse [T, H] float32, natural log)
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -64,13 +64,20 @@ class TransferStream:
         event.record(self._stream)
         return event
 
+    def uses(self, *tensors: torch.Tensor) -> None:
+        """The allocator may give their memory away only after what is in this stream now."""
+        if self._stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(self._stream)
+
     def join(self) -> None:
         """The main stream goes on after all that is here: a capture must end like this."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
-def _wait(event: torch.cuda.Event | None) -> None:
+def wait(event: torch.cuda.Event | None) -> None:
+    """The main stream goes on after this point of the transfer stream."""
     if event is not None:
         torch.cuda.current_stream().wait_event(event)
 
@@ -103,22 +110,40 @@ class TwoTierDecode:
     merge_state: Merge
     # layer -> (queries planned so far, the point where the last half's lists were there)
     _halves: dict[int, tuple[int, torch.cuda.Event | None]] = field(default_factory=dict)
+    _targets: torch.Tensor | None = None  # rows of the claimed slots
+    _written: torch.cuda.Event | None = None
 
-    def write(self, layer: int, slots, rows, width: int, first_slot: int = 0) -> None:
-        """Save a decode step's new rows and make them hot.
+    def claim(self, layer: int, slots: torch.Tensor, width: int, first_slot: int = 0) -> bool:
+        """Make a step's new slots [T] int64 hot, a slot a query, before their rows are there.
 
-        slots [n] int64, one a query; rows [n, ...] packed, on the device; width: of top-k
+        Returns whether they got rows: then start() may come before write(). Else they are hot
+        no more, and their rows are fetched like others, after write() has saved them.
+        width: of top-k; first_slot: slots below it are a batch's padding
         """
+        cache = self.tier.caches[layer]
+        fits = cache.has_room_for_writes(len(slots), width)
+        with self.transfer.fork():
+            if fits:
+                self._targets = cache.claim(slots, first_slot)
+            else:
+                cache.invalidate(slots)
+                self._targets = None
+            self.transfer.uses(slots)
+        return fits
+
+    def write(self, layer: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Save the rows [T, ...] of the claimed slots, packed, and fill their hot rows."""
         cache = self.tier.caches[layer]
         with self.transfer.fork():
             scatter_rows(rows, slots, cache.host_rows)
-            if cache.has_room_for_writes(len(slots), width):
-                cache.install(slots, rows, first_slot=first_slot)
-            else:
-                cache.invalidate(slots)
-            _used_on(self.transfer, rows, slots)
+            if self._targets is not None:
+                scatter_rows(rows, self._targets, cache.rows)
+            self._written = self.transfer.event()
+            self.transfer.uses(slots, rows)
 
-    def plan_half(self, layer: int, topk: torch.Tensor, first: int, batch: int) -> None:
+    def plan_half(
+        self, layer: int, topk: torch.Tensor, first: int, batch: int, written=None
+    ) -> None:
         """DBA: plan and fetch queries [first, first + len(topk)) of a batch of `batch`.
 
         Halves come in order; start() with the whole top-k takes what they gave.
@@ -126,19 +151,20 @@ class TwoTierDecode:
         cache = self.tier.caches[layer]
         last = first + len(topk) == batch
         with self.transfer.fork():
-            planned = cache.plan(topk, first, half=int(first > 0), advance=last)
+            planned = cache.plan(topk, first, int(first > 0), advance=last, written=written)
             ready = self.transfer.event()  # behind the first half's fetch: that one is in
             cache.fetch(planned)
-            _used_on(self.transfer, topk)
+            self.transfer.uses(topk)
         self._halves[layer] = first + len(topk), ready
 
     def can_halve(self, layer: int, batch: int, width: int) -> bool:
         """Whether a batch can be planned in halves: both must be hot at the same time."""
         return batch > 1 and len(self.tier.caches[layer].passes(batch, width)) == 1
 
-    def start(self, layer: int, topk: torch.Tensor) -> Planned | None:
+    def start(self, layer: int, topk: torch.Tensor, written=None) -> Planned | None:
         """Plan topk [T, K] int32 slots and fetch its misses, behind what the caller does next.
 
+        written: the claimed slots [T]
         None where the batch takes several passes: then everything waits for attention.
         """
         cache = self.tier.caches[layer]
@@ -148,25 +174,30 @@ class TwoTierDecode:
         halves, ready = self._halves.pop(layer, (0, None))
         with self.transfer.fork():
             if halves != len(topk):
-                cache.plan(topk)
+                cache.plan(topk, written=written)
                 ready = self.transfer.event()
                 cache.fetch(whole)
             fetched = self.transfer.event()
             cache.reorder()
-            _used_on(self.transfer, topk)
+            self.transfer.uses(topk)
         return Planned(cache, topk, whole, ready, fetched)
 
     def finish(self, q: torch.Tensor, planned: Planned, mode: Mode) -> torch.Tensor:
         """Attention of q [T, H, 576] over what start() is bringing: out [T, H, 512]."""
-        buffers, rows = planned.buffers, planned.cache.rows
+        buffers, cache = planned.buffers, planned.cache
         if mode is Mode.OFF:
-            _wait(planned.fetched)
-            return self.attend(q, rows, buffers.rows, None)[0]
-        _wait(planned.ready)
-        early = self.attend(q, rows, buffers.hit_rows, buffers.hit_lengths)
-        _wait(planned.fetched)
-        late = self.attend(q, rows, buffers.late_rows, buffers.late_lengths)
+            self.wait(planned)
+            return self._attend(q, cache, buffers.rows)[0]
+        wait(planned.ready)
+        early = self._attend(q, cache, buffers.hit_rows, buffers.hit_lengths)
+        self.wait(planned)
+        late = self._attend(q, cache, buffers.late_rows, buffers.late_lengths)
         return self.merge(early, late)[0]
+
+    def wait(self, planned: Planned) -> None:
+        """Until every row of the plan is there, fetched or written."""
+        wait(planned.fetched)
+        wait(self._written)
 
     def in_passes(self, layer: int, q: torch.Tensor, topk: torch.Tensor) -> torch.Tensor:
         """Attention of a batch that the hot tier cannot hold at once (invariant 5)."""
@@ -178,6 +209,11 @@ class TwoTierDecode:
             if part.columns.stop == topk.shape[1]:
                 outs.append(parts[0])
         return torch.cat(outs)
+
+    def _attend(self, q, cache: DeviceHotCache, indices, lengths=None):
+        if lengths is None:  # pads are -1
+            lengths = indices.new_full((len(indices),), indices.shape[1])
+        return self.attend(q, cache.rows.flatten(1), indices, lengths)
 
     def merge(self, a, b) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) of attention over two disjoint sets of rows, either of which may be empty."""
@@ -191,18 +227,11 @@ class TwoTierDecode:
             cache.fetch(planned)
             fetched = self.transfer.event()
             cache.reorder()
-            _used_on(self.transfer, lookups)
-        _wait(fetched)
-        return self.attend(q, cache.rows, planned.rows, None)
+            self.transfer.uses(lookups)
+        wait(fetched)
+        return self._attend(q, cache, planned.rows)
 
 
 def _finite(lse: torch.Tensor) -> torch.Tensor:
     """FlashMLA marks a query without rows by +inf, others by -inf."""
     return torch.nan_to_num(lse, neginf=NO_ROWS_LSE, posinf=NO_ROWS_LSE)
-
-
-def _used_on(transfer: TransferStream, *tensors: torch.Tensor) -> None:
-    """The allocator may give these away only after what the transfer stream does with them."""
-    for tensor in tensors:
-        if transfer._stream is not None:
-            tensor.record_stream(transfer._stream)

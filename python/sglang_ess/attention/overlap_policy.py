@@ -115,11 +115,13 @@ class Choice:
 class OverlapPolicy:
     """Follows the misses of each layer and chooses for the next steps.
 
-    modes: what may be chosen; no table: always OFF, since nothing says that another is faster
+    modes: what may be chosen
     """
 
     def __init__(self, layers: int, table: CostTable | None, modes: Sequence[Mode] = tuple(Mode)):
-        self._table, self._modes = table, tuple(modes)
+        # Without a table the choice is the operator's, or off: nothing says what is faster.
+        modes = tuple(modes) if table is not None or len(modes) == 1 else (Mode.OFF,)
+        self._table, self.modes = table, modes
         self._misses = np.zeros(layers)
         self._counted: np.ndarray | None = None
         self._seen = False
@@ -150,10 +152,10 @@ class OverlapPolicy:
         """For a step of `batch` queries."""
         apart = np.ones(self.layers, bool)
         if self._table is None:
-            return Choice(self._modes[0] if len(self._modes) == 1 else Mode.OFF, apart)
+            return Choice(self.modes[0], apart)
         off = self._table.cost(Mode.OFF, batch, self._misses)
         costs, splits = {}, {}
-        for mode in self._modes:
+        for mode in self.modes:
             if mode is Mode.OFF:
                 costs[mode], splits[mode] = off.sum(), apart
                 continue

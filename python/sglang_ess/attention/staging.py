@@ -39,6 +39,26 @@ def _translate(topk, place, out):
             out[t, j] = place[slot] if slot >= 0 else -1
 
 
+def split_requests(lengths: Sequence[int], num_rows: int) -> list[range]:
+    """Requests of `lengths` rows, in order, as runs that fit into num_rows together.
+
+    Raises: ValueError if one request alone is longer.
+    """
+    runs: list[range] = []
+    first = size = 0
+    for i, length in enumerate(lengths):
+        if length > num_rows:
+            raise ValueError(
+                f"a prefill request must fit into the staging buffer: got {length} rows, "
+                f"limit {num_rows}. Raise --context-length."
+            )
+        if size + length > num_rows:  # shared prefixes count twice: rarely worth more
+            runs.append(range(first, i))
+            first, size = i, 0
+        size += length
+    return [run for run in [*runs, range(first, len(lengths))] if len(run)]
+
+
 class Staging:
     """Two buffers of num_rows rows, filled in the order (layer, group) of one prefill pass.
 
@@ -105,28 +125,12 @@ class Staging:
 
     def _group(self, spans, req_to_token) -> list[Group]:
         starts = np.cumsum([0] + [tokens for _, _, tokens in spans])
-        members: list[list[int]] = [[]]
-        size = 0
-        for i, (_, prefix, tokens) in enumerate(spans):
-            total = prefix + tokens
-            if total > self.num_rows:
-                raise ValueError(
-                    f"a prefill request must fit into the staging buffer: got {total} rows, "
-                    f"limit {self.num_rows}. Raise --context-length."
-                )
-            if size + total > self.num_rows:  # shared prefixes count twice: rarely worth more
-                members.append([])
-                size = 0
-            members[-1].append(i)
-            size += total
         groups = []
-        for group in members:
-            if not group:
-                continue
-            parts = [(req_to_token[spans[i][0]], spans[i][1], spans[i][2]) for i in group]
+        for members in split_requests([prefix + n for _, prefix, n in spans], self.num_rows):
+            parts = [(req_to_token[spans[i][0]], spans[i][1], spans[i][2]) for i in members]
             new = torch.cat([table[prefix : prefix + n] for table, prefix, n in parts]).long()
             old = torch.cat([table[:prefix] for table, prefix, _ in parts]).long().unique()
-            queries = slice(int(starts[group[0]]), int(starts[group[-1] + 1]))
+            queries = slice(int(starts[members[0]]), int(starts[members[-1] + 1]))
             groups.append(Group(queries, old, new))
         return groups
 

@@ -77,6 +77,8 @@ class DeviceTier:
             for _ in host_rows
         ]
         self.buffers = PlanBuffers.new(max_queries, topk, device)
+        # Of the step's writes, whose rows are filled after the plan has used the ones above.
+        self.claims = PlanBuffers.new(1, max_queries, device)
         self._num_misses = torch.zeros(self.HALVES, dtype=torch.int32, device=device)
         self.scratch = ReorderScratch.new(num_rows, device)
         self.caches = [
@@ -111,6 +113,13 @@ class DeviceTier:
         """The slots [n] are hot in no layer any more."""
         invalidate(self.state, slots)
 
+    def set_split(self, split: np.ndarray) -> None:
+        """Whether each layer [layers] bool lists hits and misses apart, from its next plan on."""
+        host = torch.from_numpy(split.astype(np.int32))
+        if self._pinned:
+            host = host.pin_memory()
+        self.state.words[:, hot_state.SPLIT].copy_(host, non_blocking=True)
+
     def mirror(self) -> None:
         """Start a copy of counters and words to the host; what read() gives is the last done."""
         if self._copied is not None and not self._copied.query():
@@ -139,13 +148,14 @@ class DeviceTier:
         """Device bytes of all layers, scratch included."""
         rows = sum(rows.nbytes for rows in self.rows)
         shared = self.buffers.nbytes + self._num_misses.nbytes + self.scratch.nbytes
+        shared += self.claims.nbytes
         return rows + self.state.nbytes + shared
 
 
 class DeviceHotCache:
     """One layer of a DeviceTier; see HotCache for what the verbs promise.
 
-    The caller keeps the order of a step on one stream, or by events: install or invalidate,
+    The caller keeps the order of a step on one stream, or by events: claim or invalidate,
     then for each pass plan, fetch, [attention], reorder.
     """
 
@@ -158,15 +168,20 @@ class DeviceHotCache:
         return passes(num_queries, width, self.num_rows, self._tier.max_queries)
 
     def plan(
-        self, topk: torch.Tensor, first: int = 0, half: int = 0, advance: bool = True
+        self,
+        topk: torch.Tensor,
+        first: int = 0,
+        half: int = 0,
+        advance: bool = True,
+        written: torch.Tensor | None = None,
     ) -> PlanBuffers:
-        """Hot rows for topk [queries, K] int32; see ess_kernels.plan.
+        """Hot rows for topk [queries, K] int32; see ess_kernels.plan for written.
 
         first: the pass's first query in the batch; half, advance: of a batch in two halves
         Effect: what an earlier plan of these queries handed out is overwritten.
         """
         buffers = self._tier.part(*topk.shape, first=first, half=half)
-        plan(self.state, topk.contiguous(), buffers, advance)
+        plan(self.state, topk.contiguous(), buffers, advance, written=written)
         return buffers
 
     def fetch(self, planned: PlanBuffers) -> None:
@@ -178,7 +193,7 @@ class DeviceHotCache:
         reorder(self.state, self._tier.need, self._tier.scratch)
 
     def has_room_for_writes(self, num_queries: int, width: int) -> bool:
-        """Whether a step may install a row a query and still be sure of its first plan.
+        """Whether a step may claim a row a query and still be sure of its first plan.
 
         Where it may not, the new rows are invalidated and fetched like any other.
         """
@@ -188,28 +203,26 @@ class DeviceHotCache:
         lookups = (first.queries.stop - first.queries.start) * min(width, first.columns.stop)
         return lookups + num_queries <= self.num_rows
 
-    def install(
-        self,
-        slots: torch.Tensor,
-        rows: torch.Tensor,
-        min_age: int = 0,
-        advance: bool = False,
-        first_slot: int = 0,
-    ) -> None:
-        """Make slots [n] just written hot where there is room; rows [n, ...] are their values.
+    def claim(self, slots: torch.Tensor, first_slot: int = 0) -> torch.Tensor:
+        """Rows for the slots [n] that a decode step writes, one a query, safe from its plan.
 
-        advance: a prompt's rows, any number. They bear a tick of their own and are followed by
-        a reorder. Without it: a decode step's, one a query, safe from the step's first plan.
+        Returns targets [n] int32, -1 for slots below first_slot (a batch's padding), where
+        scatter_rows has to put the values; valid until the next claim of any layer.
         """
+        return install(self.state, slots, self._tier.claims, first_slot=first_slot)
+
+    def install(
+        self, slots: torch.Tensor, rows: torch.Tensor, min_age: int = 0, first_slot: int = 0
+    ) -> None:
+        """Make slots [n] of a prompt hot where there is room; rows [n, ...] are their values."""
         most = min(self._tier.buffers.rows.numel(), self.num_rows)
         for start in range(0, len(slots), most):
             part = slice(start, start + most)
             targets = install(
-                self.state, slots[part], self._tier.buffers, min_age, advance, first_slot
+                self.state, slots[part], self._tier.buffers, min_age, True, first_slot
             )
             scatter_rows(rows[part], targets, self.rows)
-            if advance:
-                self.reorder()
+            self.reorder()
 
     def invalidate(self, slots: torch.Tensor) -> None:
         invalidate(self.state, slots)

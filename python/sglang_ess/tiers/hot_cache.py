@@ -216,6 +216,11 @@ class HotCache:
         return dict(zip(lru.COUNTERS, values, strict=True))
 
     @property
+    def steps(self) -> int:
+        """Plans so far: the unit of ages."""
+        return int(self.state[lru.STEP])
+
+    @property
     def occupied(self) -> int:
         """Hot rows in use."""
         return self.num_rows - int(self.state[lru.FREE])

@@ -1,0 +1,141 @@
+"""What ESS uses of SGLang in place on a GPU: subclassed, called or registered, not patched."""
+
+from ess_patches.contract import Hook
+
+_POOL = "sglang.srt.mem_cache.memory_pool.DSATokenToKVPool"
+_DSA = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend"
+_INDEXER = "sglang.srt.layers.attention.dsa.dsa_indexer_metadata.DSAIndexerMetadata"
+_FORWARD = (
+    "(self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None, "
+    "topk_indices=None, cos_sin_cache=None, is_neox=False, llama_4_scaling=None, attn_sink=None)"
+)
+
+
+def _touch(target: str, kind: str, signature: str, body: str, reason: str, test: str) -> Hook:
+    return Hook(target, kind, signature, body, reason, when="cuda", test=f"tests/{test}")
+
+
+HOOKS = (
+    _touch(
+        f"{_POOL}._write_mla_kv_buffer",
+        "call",
+        "(self, dst_buffer, loc, cache_k_nope, cache_k_rope)",
+        "sglang_ess.cuda.pool",
+        "Private: the kernels that pack latent rows, here into rows of their own on the device.",
+        "cuda/test_pool.py",
+    ),
+    _touch(
+        f"{_POOL}.get_key_buffer",
+        "subclass",
+        "(self, layer_id)",
+        "sglang_ess.cuda.pool",
+        "Where upstream's attention takes the rows from: hot or staged ones during a pass.",
+        "cuda/test_pool.py",
+    ),
+    _touch(
+        f"{_DSA}.forward_decode",
+        "subclass",
+        _FORWARD,
+        "sglang_ess.cuda.attention_backend",
+        "Plans, then lets upstream read the hot rows, or attends in two parts.",
+        "cuda/test_attention_backend.py",
+    ),
+    _touch(
+        f"{_DSA}.forward_extend",
+        "subclass",
+        _FORWARD,
+        "sglang_ess.cuda.attention_backend",
+        "Upstream runs once for each group of staged requests.",
+        "cuda/test_attention_backend.py",
+    ),
+    _touch(
+        f"{_DSA}.init_forward_metadata",
+        "subclass",
+        "(self, forward_batch)",
+        "sglang_ess.cuda.attention_backend",
+        "Where a pass begins: prefill's staging sets off, decode's mode is chosen.",
+        "cuda/test_attention_backend.py",
+    ),
+    _touch(
+        f"{_DSA}.init_forward_metadata_out_graph",
+        "subclass",
+        "(self, forward_batch, in_capture=False)",
+        "sglang_ess.cuda.attention_backend",
+        "The same for a captured decode step, and the mode of a graph that is being captured.",
+        "cuda/test_attention_backend.py",
+    ),
+    _touch(
+        f"{_DSA}.get_indexer_metadata",
+        "subclass",
+        "(self, layer_id, forward_batch)",
+        "sglang_ess.cuda.attention_backend",
+        "Keeps top-k fused, so that its indices are slots.",
+        "cuda/test_attention_backend.py",
+    ),
+    _touch(
+        f"{_DSA}.get_topk_transform_method",
+        "subclass",
+        "(self, forward_mode=None)",
+        "sglang_ess.cuda.attention_backend",
+        "Slots in prefill too, not offsets into a flattened prefix.",
+        "cuda/test_attention_backend.py",
+    ),
+    _touch(
+        f"{_DSA}.set_dsa_prefill_impl",
+        "subclass",
+        "(self, forward_batch=None)",
+        "sglang_ess.cuda.attention_backend",
+        "Dense MHA only where no prefix has to be read.",
+        "cuda/test_attention_backend.py",
+    ),
+    _touch(
+        f"{_DSA}._pad_topk_indices",
+        "call",
+        "(self, topk_indices, num_tokens)",
+        "sglang_ess.cuda.attention_backend",
+        "Private: rows for the padding of a data-parallel batch.",
+        "cuda/test_attention_backend.py",
+    ),
+    _touch(
+        _INDEXER,
+        "call",
+        "(self, attn_metadata, topk_transform_method, "
+        "topk_backend=<DSATopKBackend.SGL_KERNEL: 'sgl-kernel'>, "
+        "paged_mqa_schedule_metadata=None, paged_mqa_ctx_lens_2d=None, force_unfused_topk=False)",
+        "sglang_ess.cuda.halves",
+        "Cut along the batch for DBA.",
+        "cuda/test_halves.py",
+    ),
+    _touch(
+        "sglang.kernels.ops.attention.dsv4.topk.plan_topk_v2",
+        "call",
+        "(seq_lens, static_threshold=-1, *, out=None)",
+        "sglang_ess.cuda.halves",
+        "The top-k kernel's plan for half a batch.",
+        "cuda/test_halves.py",
+    ),
+    _touch(
+        "sglang.srt.layers.attention.merge_state.merge_state",
+        "call",
+        "(prefix_output, prefix_lse, suffix_output, suffix_lse, output=None, output_lse=None)",
+        "sglang_ess.cuda.attention_backend",
+        "Merges the attention to hits and to misses.",
+        "attention/test_overlap.py",
+    ),
+    _touch(
+        "sglang.srt.model_executor.runner_utils.capture_mode.get_capture_attention_variant",
+        "call",
+        "()",
+        "sglang_ess.cuda.attention_backend",
+        "Which variant the graph runner is capturing.",
+        "cuda/test_attention_backend.py",
+    ),
+    _touch(
+        "sglang.srt.layers.attention.attention_registry.register_attention_backend",
+        "registry",
+        "(name)",
+        "sglang_ess.cuda.hooks",
+        "Our backend under the names dsa and nsa; the last one wins.",
+        "cuda/test_hooks.py",
+    ),
+)

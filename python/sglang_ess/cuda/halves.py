@@ -1,0 +1,49 @@
+"""A decode batch's indexer metadata, cut along the batch: what DBA hands to the indexer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+# Of DSAMetadata, what decode reads of one row a query; the rest is prefill's or shared.
+PER_QUERY = (
+    "cache_seqlens_int32",
+    "page_table_1",
+    "real_page_table",
+    "dsa_cache_seqlens_int32",
+    "dsa_seqlens_expanded",
+    "indexer_logical_page_table",
+    "indexer_seq_lens",
+)
+
+
+def of(metadata: Any, queries: slice) -> Any:
+    """DSAIndexerMetadata of the queries alone. DeepGEMM's schedule of the whole batch is left
+    out: the indexer makes one for what it gets.
+    """
+    whole = metadata.attn_metadata
+    cut: dict[str, Any] = {
+        name: getattr(whole, name)[queries]
+        for name in PER_QUERY
+        if isinstance(getattr(whole, name), torch.Tensor)
+    }
+    count = queries.stop - queries.start
+    cut |= {
+        "dsa_extend_seq_lens_list": whole.dsa_extend_seq_lens_list[queries],
+        "cu_seqlens_q": whole.cu_seqlens_q[: count + 1],
+        "paged_mqa_schedule_metadata": None,
+        "paged_mqa_ctx_lens_2d": None,
+    }
+    if whole.topk_v2_plan is not None:
+        from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2
+
+        cut["topk_v2_plan"] = plan_topk_v2(cut["dsa_seqlens_expanded"])
+    lens = metadata.paged_mqa_ctx_lens_2d
+    return replace(
+        metadata,
+        attn_metadata=replace(whole, **cut),
+        paged_mqa_schedule_metadata=None,
+        paged_mqa_ctx_lens_2d=None if lens is None else lens[queries],
+    )

@@ -1,0 +1,63 @@
+"""Bodies of the hooks that make SGLang's CUDA platform build and use the two tiers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_ess.attention.overlap import Mode
+
+
+def kv_pool_class(pool_class: type, configurator: Any, *, kind: str, default: type) -> type:
+    """AFTER KVCacheConfigurator._resolve_kv_pool_class: ours for a sparse model's main pool."""
+    if kind != "dsa" or configurator.is_draft_worker or configurator.device == "cpu":
+        return pool_class
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    from sglang_ess.cuda.attention_backend import EssDsaBackend
+    from sglang_ess.cuda.pool import CudaEssTokenToKVPool
+
+    # The pool is built before the backend. Same names, so that every "dsa" rule holds.
+    for name in ("dsa", "nsa"):
+        register_attention_backend(name)(EssDsaBackend)
+    return CudaEssTokenToKVPool
+
+
+class OverlapVariants:
+    """A decode graph for each mode of overlap; a step takes the one that is chosen for it."""
+
+    def __init__(self, modes: tuple[Mode, ...]):
+        self.capture_labels: tuple[str, ...] = tuple(mode.value for mode in modes)
+
+    def select(self, forward_batch: Any) -> str:
+        """The label for this batch; no device is asked."""
+        from sglang_ess.cuda import attention_backend
+
+        label = attention_backend.active.chosen.value
+        return label if label in self.capture_labels else self.capture_labels[0]
+
+
+def graph_variants(variants: Any, hf_config: Any) -> Any:
+    """AFTER create_attention_graph_variants: None upstream on CUDA with sparse attention."""
+    from sglang_ess.cuda import attention_backend
+
+    backend = attention_backend.active
+    if variants is not None or backend is None:
+        return variants
+    return OverlapVariants(backend.policy.modes)
+
+
+def topk_selected(
+    get_topk: Any, indexer: Any, forward_batch: Any, layer_id: int, q_fp8: Any, weights: Any,
+    metadata: Any,
+) -> Any:  # fmt: skip
+    """AROUND Indexer._get_topk_paged: decode's plan and fetch set off as soon as top-k is known."""
+    from sglang_ess.cuda import attention_backend
+
+    backend = attention_backend.active
+
+    def upstream(q_fp8, weights, metadata):
+        return get_topk(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
+
+    if backend is None or not forward_batch.forward_mode.is_decode():
+        return upstream(q_fp8, weights, metadata)
+    return backend.select(upstream, forward_batch, layer_id, q_fp8, weights, metadata)
