@@ -213,7 +213,10 @@ def test_the_cpu_platforms_limits(launch, flag, value, limit):
     given = [flag] if value is None else [flag, value]
     got = "on" if value is None else value
     refused(launch(*given), f"{flag} must be {limit} on the CPU platform: got {got}.")
-    assert launch(*given, accelerator="cuda")[1] == []
+    rules = {rule[1] for rule in preflight.ESS_RULES + preflight.CUDA_RULES}
+    lines = launch(*given, accelerator="cuda")[1]
+    assert (" with ESS: got " in "".join(lines)) if flag in rules else lines == []
+    assert launch(*given, "--disable-ess", accelerator="cuda")[1] == []
 
 
 @pytest.mark.parametrize(
@@ -280,6 +283,38 @@ def test_what_two_tiers_do_not_serve(launch, name, flag, allowed):
     if ours:
         refused(launch(*given), " with ESS: got ", "Drop it or add --disable-ess")
     assert (launch(*given, "--disable-ess")[0] != 2) == ours
+    refused(launch(*given, accelerator="cuda"), f"{flag} must be ")
+
+
+CUDA_CASES = {
+    "enable_two_batch_overlap": ["--enable-two-batch-overlap"],
+    "enable_single_batch_overlap": ["--enable-single-batch-overlap"],
+    "enable_pdmux": ["--enable-pdmux"],
+    "attention_backend": ["--attention-backend", "flashmla"],
+    "prefill_attention_backend": ["--prefill-attention-backend", "fa3"],
+    "decode_attention_backend": ["--decode-attention-backend", "flashmla"],
+}
+
+
+@pytest.mark.parametrize(("name", "flag", "allowed"), preflight.CUDA_RULES)
+def test_what_two_tiers_do_not_serve_on_a_gpu(launch, name, flag, allowed):
+    given = CUDA_CASES[name]
+    assert given[0] == flag
+    refused(
+        launch(*given, accelerator="cuda"), f"{flag} must be ", "with ESS", "add --disable-ess"
+    )
+    assert launch(*given, "--disable-ess", accelerator="cuda")[1] == []
+
+
+def test_overlap_and_its_costs(launch, tmp_path):
+    refused(launch("--ess-overlap", "da"), "--ess-overlap and", "CPU platform", "one stream")
+    assert launch("--ess-overlap", "da", accelerator="cuda")[1] == []
+    refused(launch("--ess-overlap", "on"), "--ess-overlap", "auto, off, da, dba", "'on'")
+    costs = tmp_path / "kernels.json"
+    flags = ("--ess-overlap-costs", str(costs))
+    refused(launch(*flags, accelerator="cuda"), "must hold a cost table", "FileNotFoundError")
+    costs.write_text("{}")
+    refused(launch(*flags, accelerator="cuda"), "overlap_costs", "benchmarks.kernels")
 
 
 def test_device_gib_off_the_cpu_platform(launch):
@@ -302,6 +337,8 @@ def test_a_trace_that_could_not_be_written(launch, tmp_path):
     refused(launch("--ess-trace", str(tmp_path)), "--ess-trace must name a file")
     assert launch("--ess-trace", str(tmp_path / "trace.ess"))[1] == []
     assert launch("--ess-trace", gone, "--disable-ess")[1] == []
+    flags = ("--ess-trace", str(tmp_path / "trace.ess"))
+    refused(launch(*flags, accelerator="cuda"), "--ess-trace must be left out", "--ess-platform")
 
 
 def test_all_reasons_are_collected(launch):

@@ -1,8 +1,8 @@
 """The CUDA C++ operations under the signatures of their Triton twins.
 
 Each takes what the twin takes and leaves what the twin leaves; csrc/<name>.cu says how. The first
-call compiles (cuda_build); after that a call is one launch on the current stream, which a CUDA
-graph can capture.
+call compiles (cuda_build): make it before a CUDA graph is captured. After that a call is one
+launch on the current stream, which a graph can hold.
 """
 
 from __future__ import annotations
