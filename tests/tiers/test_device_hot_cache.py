@@ -5,8 +5,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from ess_kernels.scatter import scatter_rows
 
+from ess_kernels.scatter import scatter_rows
 from sglang_ess.tiers import RowCorruption
 from sglang_ess.tiers.device_hot_cache import DeviceTier, passes
 from tests.support.hot_state import check_state
@@ -86,6 +86,44 @@ def test_every_lookup_finds_its_slots_row(slots, rows, queries, width, universe)
     for cache in served.tier.caches:
         assert cache.counters["short"] == 0
         cache.check_rows(np.arange(rows), "layer 0")
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps", "seed"),
+    [
+        (30, 60, 1),
+        pytest.param(8, 400, 2, marks=pytest.mark.slow),
+        pytest.param(64, 400, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_any_order_of_operations(rows, steps, seed):
+    """Slots change owners between and inside steps; a lookup always finds the last values."""
+    served = Served(64, rows, topk=8, max_queries=3, seed=seed)
+    served.save(torch.arange(64))
+    random = served.random
+    for _ in range(steps):
+        layer, kind = int(random.integers(2)), random.random()
+        slots = random.permutation(64)[: random.integers(1, 20)].tolist()
+        if kind < 0.55:
+            queries = int(random.integers(1, 4))
+            written = slots[:queries] if len(slots) >= queries and kind < 0.35 else ()
+            served.decode(layer, served.draw(queries, 8, 64), written)
+        elif kind < 0.7:
+            values = served.save(torch.tensor(slots))
+            for i, cache in enumerate(served.tier.caches):
+                if i == layer:
+                    cache.install(torch.tensor(slots), values, int(random.integers(4)))
+                else:
+                    cache.invalidate(torch.tensor(slots))
+        elif kind < 0.85:
+            served.save(torch.tensor(slots))
+            served.tier.invalidate(torch.tensor(slots))
+        else:
+            served.tier.caches[layer].warm(served.draw(4, 8, 64))
+        for cache in served.tier.caches:
+            check_state(cache.state)
+            cache.check_rows(np.arange(rows), "any layer")
+    assert all(cache.counters["short"] == 0 for cache in served.tier.caches)
 
 
 def test_victims_are_the_least_recently_used():
