@@ -57,7 +57,7 @@ def test_the_flags_are_all_there():
 
 def test_the_hooks_are_all_there():
     named = first_cells("How it attaches to SGLang")
-    targets = [hook.target for hook in all_hooks() if hook.is_registered]
+    targets = {hook.target for hook in all_hooks() if hook.is_registered}
     assert sorted(targets) == sorted(next(t for t in targets if t.endswith(n)) for n in named)
 
 
