@@ -25,7 +25,7 @@ from ess_kernels.hot_state import HotState
 MAX_AGE = 1024  # ages told apart; a hot tier of 6.5 K rows a request turns over in ~35 steps
 MAX_PROGRAMS = 64  # few, so that one program can add up their counts
 BLOCK = 1024
-AGES_PER_STEP = 64
+COUNTS_PER_STEP = 4096  # of _offset_kernel: 32 a thread
 
 TICK = tl.constexpr(hot_state.TICK)
 BUILT = tl.constexpr(hot_state.BUILT)
@@ -51,8 +51,8 @@ class ReorderScratch:
 
     @classmethod
     def new(cls, num_rows: int, device, max_age: int = MAX_AGE) -> ReorderScratch:
-        if max_age % AGES_PER_STEP:
-            raise ValueError(f"max_age must be a multiple of {AGES_PER_STEP}: got {max_age}.")
+        if max_age < 1 or max_age & (max_age - 1):
+            raise ValueError(f"max_age must be a power of two: got {max_age}.")
 
         def empty(*shape):
             return torch.empty(shape, dtype=torch.int32, device=device)
@@ -173,13 +173,14 @@ def reorder(state: HotState, need: int, scratch: ReorderScratch) -> None:
     programs = min(MAX_PROGRAMS, triton.cdiv(rows, BLOCK))
     per_program = triton.cdiv(rows, programs)
     programs = triton.cdiv(rows, per_program)
+    tile = triton.next_power_of_2(programs)
     s, c = state, scratch
     _rank_kernel[(programs,)](
         s.row_stamp, s.words, c.rank, c.counts, rows, per_program, need, AGES=ages, BLOCK=BLOCK
     )
     _offset_kernel[(1,)](
         s.words, c.counts, c.active, need, programs,
-        AGES=ages, PROGRAMS=triton.next_power_of_2(programs), STEP=AGES_PER_STEP,
+        AGES=ages, PROGRAMS=tile, STEP=min(ages, COUNTS_PER_STEP // tile),
     )  # fmt: skip
     _list_kernel[(programs,)](
         s.row_stamp, s.order, s.words, c.rank, c.counts, c.active, rows, per_program,
