@@ -323,3 +323,12 @@ def test_flashinfer_is_taken_on_request_for_whole_lists(monkeypatch):
         choose(Need(BF16, (9, 0), 128, split_lists=True), SCALE, CPU, "flashinfer")
     with pytest.raises(ValueError, match="one of flashmla_fp8, .*: got 'fa4'"):
         choose(need, SCALE, CPU, "fa4")
+
+
+def test_short_lists_get_a_kernel_that_stops_at_their_length():
+    """Dual attention's second part on Hopper: FlashMLA would compute all its empty columns."""
+    need = Need(torch.uint8, (9, 0), 128, split_lists=True, pads_anywhere=True)
+    kernel = choose(need, 0.1, torch.device("cpu"), short_lists=True)
+    assert kernel.name == "triton" and kernel.stops_early
+    with pytest.raises(ValueError, match="flashmla_fp8 computes every column"):
+        choose(need, 0.1, torch.device("cpu"), "flashmla_fp8", short_lists=True)

@@ -9,6 +9,7 @@
 
 All but FlashInferMla run in a CUDA graph: shapes are static and the host reads nothing. What each
 one cannot do, `refusals` says in words, without importing it: `choose` takes the first that fits.
+A kernel that stops_early spends little on columns from lengths[t] on; the others compute them.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class FlashMlaFp8:
     """
 
     name = "flashmla_fp8"
+    stops_early = False
 
     def __init__(self, need: Need, sm_scale: float, device: torch.device):
         from sglang.kernels.ops.attention import flash_mla_interface
@@ -140,6 +142,7 @@ class FlashMlaBf16:
     """
 
     name = "flashmla_bf16"
+    stops_early = True
 
     def __init__(self, need: Need, sm_scale: float, device: torch.device):
         from sglang.kernels.ops.attention import flash_mla_interface
@@ -174,6 +177,7 @@ class TrtllmSparseMla:
     """
 
     name = "trtllm"
+    stops_early = True
 
     def __init__(self, need: Need, sm_scale: float, device: torch.device, max_queries: int = 512):
         import flashinfer.decode
@@ -239,6 +243,7 @@ class FlashInferMla:
     """
 
     name = "flashinfer"
+    stops_early = True
 
     def __init__(self, need: Need, sm_scale: float, device: torch.device):
         import flashinfer.mla
@@ -333,6 +338,7 @@ class TritonMla:
     """ess_kernels' own kernel: every list, every row format, any head count."""
 
     name = "triton"
+    stops_early = True
 
     def __init__(self, need: Need, sm_scale: float, device: torch.device):
         self._sm_scale = sm_scale
@@ -356,9 +362,16 @@ PREFERRED = (FlashMlaFp8, TrtllmSparseMla, FlashMlaBf16, TritonMla)
 KERNELS = {kernel.name: kernel for kernel in (*PREFERRED, FlashInferMla)}
 
 
-def choose(need: Need, sm_scale: float, device: torch.device, requested: str | None = None):
+def choose(
+    need: Need,
+    sm_scale: float,
+    device: torch.device,
+    requested: str | None = None,
+    short_lists: bool = False,
+):
     """The decode kernel for this need: the requested one, or the first preferred that fits.
 
+    short_lists: one that stops early, for lists that fill few of their columns
     Raises: ValueError if the name is unknown, or with each candidate's reasons if none fits.
     """
     if requested is not None and requested not in KERNELS:
@@ -369,6 +382,8 @@ def choose(need: Need, sm_scale: float, device: torch.device, requested: str | N
     refusals = {}
     for kernel in candidates:
         refusals[kernel.name] = kernel.refusals(need)
+        if short_lists and not kernel.stops_early:
+            refusals[kernel.name] = [*refusals[kernel.name], "computes every column"]
         if not refusals[kernel.name]:
             return kernel(need, sm_scale, device)
     reasons = "; ".join(f"{name} {', '.join(why)}" for name, why in refusals.items())

@@ -101,13 +101,16 @@ class Planned:
 class TwoTierDecode:
     """Decode attention of all layers.
 
-    tier, transfer: of the pool; attend: the attention kernel; merge_state: SGLang's
+    tier, transfer: of the pool; merge_state: SGLang's
+    attend, attend_late: the attention kernel, and the one for the rows that came late: few of
+    many columns, so it should stop at a list's length (decode_kernels' stops_early)
     """
 
     tier: DeviceTier
     transfer: TransferStream
     attend: Attend
     merge_state: Merge
+    attend_late: Attend | None = None
     # layer -> (queries planned so far, the point where the last half's lists were there)
     _halves: dict[int, tuple[int, torch.cuda.Event | None]] = field(default_factory=dict)
     _targets: torch.Tensor | None = None  # rows of the claimed slots
@@ -191,7 +194,8 @@ class TwoTierDecode:
         wait(planned.ready)
         early = self._attend(q, cache, buffers.hit_rows, buffers.hit_lengths)
         self.wait(planned)
-        late = self._attend(q, cache, buffers.late_rows, buffers.late_lengths)
+        attend_late = self.attend_late or self.attend
+        late = attend_late(q, cache.rows.flatten(1), buffers.late_rows, buffers.late_lengths)
         return self.merge(early, late)[0]
 
     def wait(self, planned: Planned) -> None:
