@@ -1,0 +1,196 @@
+"""plan, and a whole swap-in, of benchmarks/kernels.py: ours beside SGLang's HiSparse kernel.
+
+HiSparse resolves a request's top-k and copies its misses in one kernel, one block a request, so
+its counterpart is our plan and fetch; with reorder, which here runs after attention's rows are
+in, it is all that one layer and step costs. Both get the same requests, hot rows of the same
+bytes, order of use and misses (kernels_points.Steady), and start each sample from that state.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.kernels_copies import as_bytes, row_bytes_of
+from benchmarks.kernels_points import PAGE, POISON, Sizes, Steady
+from benchmarks.kernels_timing import Bench, Subject, require
+from ess_kernels import cuda_ops
+from ess_kernels.fetch import fetch
+from ess_kernels.plan import DECODE, plan
+from ess_kernels.reorder import ReorderScratch, reorder
+
+BLOCK_SIZE = 960  # HiSparse's default swap_in_block_size
+
+
+def cuda_plan(state, topk, buffers) -> None:
+    """plan by csrc/plan.cu."""
+    cuda_ops.run_plan(state, topk, topk.numel(), topk.shape[1], buffers, DECODE.value, True)
+
+
+OUR_PLAN = {"triton": plan, "cuda": cuda_plan}
+OUR_SWAP = {"ours_triton": (plan, fetch), "ours_cuda": (cuda_plan, cuda_ops.fetch)}
+
+
+def plan_subject(steady: Steady, call) -> Subject:
+    layers = [steady.state.layer(i) for i in range(steady.sets)]
+    ops = [
+        lambda s=s, t=t: call(s, t, steady.buffers)
+        for s, t in zip(layers, steady.topk, strict=True)
+    ]
+    return Subject(ops, steady.restore, steady.check_plan)
+
+
+class Swap:
+    """plan and fetch into hot rows that all sets share; [rows, ...] poisoned before a sample."""
+
+    def __init__(self, steady: Steady, host_rows):
+        self.steady, self.host = steady, host_rows
+        shape = steady.num_rows, host_rows.shape[1]
+        self.hot = torch.empty(shape, dtype=host_rows.dtype, device=steady.device)
+        self.scratch = ReorderScratch.new(steady.num_rows, steady.device)
+        self.need = min(steady.num_rows, steady.batch * (steady.sizes.topk + 1))
+
+    def subject(self, calls, with_reorder: bool) -> Subject:
+        make_plan, copy = calls
+        b = self.steady.buffers
+
+        def op(index):
+            state = self.steady.state.layer(index)
+            make_plan(state, self.steady.topk[index], b)
+            copy(self.host, self.hot, b.miss_slots, b.miss_rows, b.num_misses)
+            if with_reorder:
+                reorder(state, self.need, self.scratch)
+
+        ops = [lambda i=i: op(i) for i in range(self.steady.sets)]
+        num_bytes = self.steady.num_misses * row_bytes_of(self.host)
+        return Subject(ops, self._before, self._check, num_bytes)
+
+    def _before(self) -> None:
+        self.steady.restore()
+        as_bytes(self.hot).fill_(POISON)
+
+    def _check(self, last: int) -> None:
+        self.steady.check_plan(last)
+        b, n = self.steady.buffers, self.steady.num_misses
+        got = self.hot[b.miss_rows[:n].long()]
+        wanted = self.host[b.miss_slots[:n].long().to(self.host.device)].to(got.device)
+        require(torch.equal(as_bytes(got), as_bytes(wanted)), "a fetched row differs")
+
+
+def hisparse_kernel(device: torch.device):
+    """SGLang's swap-in; it compiles when first called. Raises: ImportError, RuntimeError."""
+    if device.type != "cuda":
+        raise RuntimeError("HiSparse's kernel needs a CUDA device")
+    from sglang.kernels.ops.kvcache.hisparse import load_cache_to_device_buffer_mla
+
+    return load_cache_to_device_buffer_mla
+
+
+class HiSparse:
+    """SGLang's load_cache_to_device_buffer_mla, with arguments as HiSparseCoordinator makes them.
+
+    Source: sglang 0.5.23 managers/hisparse_coordinator.py (_run_swap_in_kernel and what __init__
+    allocates). The newest token is in no top-k here, so its row is not looked at. A request's
+    buffer location of rank r in `resident` is its r-th; `lru_slots` runs from the oldest.
+    """
+
+    def __init__(self, steady: Steady, host_rows):
+        self._call = hisparse_kernel(steady.device)
+        self.steady, self.host = steady, host_rows
+        s, batch, sets, device = steady.sizes, steady.batch, steady.sets, steady.device
+        width = s.buffer + PAGE
+
+        def integers(*shape, dtype=torch.int32):
+            return torch.full(shape, -1, dtype=dtype, device=device)
+
+        self._tokens_before = integers(sets, batch, width)
+        self._tokens_before[:, :, : s.buffer] = steady.resident
+        self._tokens = self._tokens_before.clone()
+        oldest_first = torch.arange(s.buffer - 1, -1, -1, dtype=torch.int16, device=device)
+        self._lru_before = oldest_first.repeat(sets, batch, 1)
+        self._lru = self._lru_before.clone()
+        self._locs = torch.arange(batch * width, dtype=torch.int32, device=device)
+        self._locs = self._locs.view(batch, width)
+        slots = torch.arange(batch * s.context, device=device).view(batch, s.context)
+        self._host_locs = torch.cat([slots, integers(batch, PAGE, dtype=torch.int64)], 1)
+        self._requests = torch.arange(batch, device=device)
+        # One past the last position that a top-k may hold: no selected token is the newest.
+        self._lengths = torch.full((batch,), s.context + 1, device=device)
+        self._num_requests = torch.tensor([batch], dtype=torch.int32, device=device)
+        self._found = integers(batch, s.topk)
+        shape = batch * width, host_rows.shape[1]
+        self._hot = torch.empty(shape, dtype=host_rows.dtype, device=device)
+
+    def subject(self) -> Subject:
+        ops = [lambda i=i: self._swap(i) for i in range(self.steady.sets)]
+        num_bytes = self.steady.num_misses * row_bytes_of(self.host)
+        return Subject(ops, self._before, self._check, num_bytes)
+
+    def _swap(self, index: int) -> None:
+        s = self.steady.sizes
+        self._call(
+            top_k_tokens=self.steady.positions[index],
+            device_buffer_tokens=self._tokens[index],
+            host_cache_locs=self._host_locs,
+            device_buffer_locs=self._locs,
+            host_cache=self.host,
+            device_buffer=self._hot,
+            top_k_device_locs=self._found,
+            req_pool_indices=self._requests,
+            seq_lens=self._lengths,
+            lru_slots=self._lru[index],
+            item_size_bytes=row_bytes_of(self.host),
+            num_top_k=s.topk,
+            hot_buffer_size=s.buffer,
+            page_size=1,
+            block_size=BLOCK_SIZE,
+            num_real_reqs=self._num_requests,
+        )
+
+    def _before(self) -> None:
+        self._tokens.copy_(self._tokens_before)
+        self._lru.copy_(self._lru_before)
+        self._found.fill_(-7)
+        as_bytes(self._hot).fill_(POISON)
+
+    def _check(self, last: int) -> None:
+        """Each location holds its token now; the misses, which were in none, their host rows."""
+        positions, found = self.steady.positions[last], self._found.long()
+        width = self._locs.shape[1]
+        require(((found >= 0) & (found < self._locs.numel())).all(), "a token without a location")
+        place = found - torch.arange(len(found), device=found.device)[:, None] * width
+        require(((place >= 0) & (place < width)).all(), "a location of another request")
+        require(torch.equal(self._tokens[last].gather(1, place), positions), "another token's row")
+        missed = self._tokens_before[last].gather(1, place) != positions
+        count = int(missed.sum())
+        require(count == self.steady.num_misses, f"HiSparse missed {count} rows")
+        slots = self.steady.topk[last][missed].long().to(self.host.device)
+        wanted = self.host[slots].to(self._hot.device)
+        got = self._hot[found[missed]]
+        require(torch.equal(as_bytes(got), as_bytes(wanted)), "HiSparse copied another row")
+
+
+def measure_plans(bench: Bench, host_rows, sizes: Sizes, points, seed: int) -> None:
+    """plan alone, then swap-ins: ours, ours with reorder, HiSparse's; at points (batch, misses)."""
+    row_bytes = row_bytes_of(host_rows)
+    for batch, misses in points:
+        config = {"batch": batch, "misses": misses}
+        bench.check_time()
+        bench.progress(f"plan and swap-in {config}")
+        steady = Steady(sizes, batch, misses, sizes.sets_of(batch), bench.device, seed)
+        for system, call in OUR_PLAN.items():
+            bench.time(
+                "plan", {"system": system, "topk": sizes.topk} | config,
+                lambda c=call, s=steady: plan_subject(s, c),
+            )  # fmt: skip
+        config["row_bytes"] = row_bytes
+        swap = Swap(steady, host_rows)
+        for system, calls in OUR_SWAP.items():
+            for whole in (False, True):
+                bench.time(
+                    "swap", {"system": system, "reorder": whole} | config,
+                    lambda c=calls, w=whole, x=swap: x.subject(c, w),
+                )  # fmt: skip
+        bench.time(
+            "swap", {"system": "hisparse"} | config,
+            lambda s=steady: HiSparse(s, host_rows).subject(),
+        )  # fmt: skip

@@ -1,0 +1,191 @@
+"""Inputs of benchmarks/kernels.py: a host tier, and hot tiers in the middle of decoding.
+
+A steady point is (batch, misses a request): every request has `buffer` rows hot, the most
+recently used `topk` of them from its last step. Its next top-k takes exactly `misses` slots that
+are not hot and the rest from the hot ones, LAST_SHARE of them from the last step (papers.md 1.6:
+similarity of successive steps). No row is shared, so the union is the sum. Several input sets,
+each with a state of its own, take turns as layers do. restore() puts all states back.
+HiSparse gets the same requests, hot slots, order of use and top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from benchmarks.kernels_timing import require
+from ess_kernels import hot_state
+from ess_kernels.hot_state import HotState
+from ess_kernels.plan import PlanBuffers
+from ess_kernels.sparse_mla import FP8_ROW_BYTES, GROUP, LATENT_DIM, ROPE_DIM, ROW_DIM
+
+LAST_SHARE = 0.6  # papers.md 1.6
+AGES = 64  # steps over which a hot tier turned over
+POISON = 0xEE
+CHUNK_ROWS = 1 << 18
+FEW_REQUESTS = 16
+PAGE = 64
+BF16_ROW_BYTES = 2 * ROW_DIM
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the grid. context and buffer: slots and hot rows of a request; heads: V3.2's, and a
+    rank's of tensor parallelism 8; peak_bytes: of the large copy; sets: input sets that take
+    turns; for up to FEW_REQUESTS requests, which are soon done, few_sets."""
+
+    batches: tuple[int, ...]
+    misses: tuple[int, ...]
+    topk: int = 2048
+    context: int = 32 << 10
+    buffer: int = 4096  # HiSparse's default, twice top-k
+    heads: tuple[int, ...] = (128, 16)
+    layers: int = 61
+    peak_bytes: int = 1 << 30
+    sets: int = 4
+    few_sets: int = 16
+
+    def sets_of(self, batch: int) -> int:
+        return self.few_sets if batch <= FEW_REQUESTS else self.sets
+
+
+FULL = Sizes((1, 16, 64, 160), (2, 8, 32, 64, 128, 256, 512, 1024, 2048))
+QUICK = Sizes((1, 16, 160), (2, 64, 256, 2048), sets=2)
+MINIATURE = Sizes((1, 2), (2, 16), topk=16, context=64, buffer=32, heads=(3,), layers=2,
+                  peak_bytes=1 << 16, sets=2, few_sets=2)  # fmt: skip
+
+
+def make_rows(num_rows: int, row_bytes: int, device, generator) -> torch.Tensor:
+    """Valid random latent rows on the device: [n, 656] uint8 (fp8) or [n, 576] bfloat16."""
+
+    def normal(columns):
+        return torch.randn(num_rows, columns, generator=generator, device=device)
+
+    if row_bytes == BF16_ROW_BYTES:
+        return normal(ROW_DIM).bfloat16()
+    latents = normal(LATENT_DIM).to(torch.float8_e4m3fn).view(torch.uint8)
+    scales = normal(LATENT_DIM // GROUP).abs().view(torch.uint8)
+    return torch.cat([latents, scales, normal(ROPE_DIM).bfloat16().view(torch.uint8)], 1)
+
+
+def host_tier(num_slots: int, row_bytes: int, device, generator) -> torch.Tensor:
+    """Pinned rows of valid random latents."""
+    wide = row_bytes == FP8_ROW_BYTES
+    rows = torch.empty(
+        num_slots,
+        FP8_ROW_BYTES if wide else ROW_DIM,
+        dtype=torch.uint8 if wide else torch.bfloat16,
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    for first in range(0, num_slots, CHUNK_ROWS):
+        part = rows[first : first + CHUNK_ROWS]
+        part.copy_(make_rows(len(part), row_bytes, device, generator))
+    return rows
+
+
+def _shuffled(rows: int, columns: int, device, generator) -> torch.Tensor:
+    """[rows, columns] int64: a permutation of the columns in each row."""
+    return torch.rand(rows, columns, generator=generator, device=device).argsort(1)
+
+
+class Steady:
+    """`sets` hot tiers at a steady point; see above.
+
+    topk       [sets, batch, topk] int32 slots;  positions: the same within the request
+    resident   [sets, batch, buffer] int32 positions, the most recently used first
+    hot_row    [sets, batch, buffer] int64 the rows they have
+    state      HotState of all sets; restore() puts it back
+    buffers    PlanBuffers, shared by the sets
+    """
+
+    def __init__(self, sizes: Sizes, batch: int, misses: int, sets: int, device, seed: int):
+        generator = torch.Generator(device).manual_seed(seed)
+        self.sizes, self.batch, self.misses, self.sets = sizes, batch, misses, sets
+        self.device, self.num_rows = device, batch * sizes.buffer
+        self.num_misses = batch * misses
+        places = _shuffled(sets * batch, sizes.context, device, generator)
+        places = places.view(sets, batch, sizes.context)
+        self.resident = places[:, :, : sizes.buffer].int()
+        chosen = self._choose(generator)
+        wanted = places[:, :, chosen.to(device)]
+        order = _shuffled(sets * batch, sizes.topk, device, generator).view_as(wanted)
+        self.positions = wanted.gather(2, order).int().contiguous()
+        self._first = torch.arange(batch, device=device, dtype=torch.int32)[:, None] * sizes.context
+        self.topk = self.positions + self._first
+        self.expected = self.slots_of(places[:, :, sizes.buffer : sizes.buffer + misses].int())
+        rows = _shuffled(sets, self.num_rows, device, generator)
+        self.hot_row = rows.view(sets, batch, sizes.buffer)
+        self.state = self._state()
+        self._before = HotState(
+            **{f.name: getattr(self.state, f.name).clone() for f in fields(HotState)}
+        )
+        self.buffers = PlanBuffers.new(batch, sizes.topk, device)
+
+    def _choose(self, generator) -> torch.Tensor:
+        """Ranks that a top-k takes: of hot rows by recency, and from `buffer` on of cold ones."""
+        s, hits = self.sizes, self.sizes.topk - self.misses
+        last = min(s.topk, max(round(LAST_SHARE * hits), hits - (s.buffer - s.topk)))
+        shuffle = torch.Generator().manual_seed(generator.initial_seed())
+        recent = torch.randperm(s.topk, generator=shuffle)[:last]
+        older = s.topk + torch.randperm(s.buffer - s.topk, generator=shuffle)[: hits - last]
+        return torch.cat([recent, older, s.buffer + torch.arange(self.misses)])
+
+    def slots_of(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions + self._first
+
+    def _state(self) -> HotState:
+        state = HotState.new(self.sets, self.batch * self.sizes.context, self.num_rows, self.device)
+        slots = self.slots_of(self.resident).view(self.sets, -1)
+        rows = self.hot_row.reshape(self.sets, -1)
+        rank = torch.arange(self.sizes.buffer, device=self.device)
+        stamps = (AGES - rank * AGES // self.sizes.buffer).int()
+        stamps = stamps.expand(self.sets, self.batch, -1).reshape(self.sets, -1)
+        state.slot_row.scatter_(1, slots.long(), rows.int())
+        state.row_slot.scatter_(1, rows, slots)
+        state.row_stamp.scatter_(1, rows, stamps)
+        oldest_first = self.hot_row.flip(2).transpose(1, 2).reshape(self.sets, -1)
+        state.order.copy_(oldest_first.int())
+        for word, value in ((hot_state.TICK, AGES + 1), (hot_state.BUILT, AGES),
+                            (hot_state.NUM_FREE, 0), (hot_state.VALID, self.num_rows),
+                            (hot_state.CURSOR, 0), (hot_state.LENGTH, self.num_rows)):  # fmt: skip
+            state.words[:, word] = value
+        return state
+
+    def restore(self) -> None:
+        """Every set's state as it was made, and poison in what a plan hands out."""
+        self.restore_into(self.state)
+        for f in fields(PlanBuffers):
+            getattr(self.buffers, f.name).fill_(-7)
+
+    def restore_into(self, state: HotState) -> None:
+        """state, of as many sets, slots and rows, as a step finds it."""
+        for f in fields(HotState):
+            getattr(state, f.name).copy_(getattr(self._before, f.name))
+
+    def row_slot_before(self, index: int) -> torch.Tensor:
+        return self._before.row_slot[index]
+
+    def victims(self, index: int) -> torch.Tensor:
+        """[num_misses] int32 rows that the plan will take: the oldest that its top-k does not hit,
+        in the order of the list."""
+        before = self._before.layer(index)
+        hits = before.slot_row[self.topk[index].long()]
+        stays = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
+        stays[hits[hits >= 0].long()] = True
+        return before.order[~stays[before.order.long()]][: self.num_misses]
+
+    def check_plan(self, index: int = 0) -> None:
+        """The last plan, of set `index`: rows, misses and victims. Raises: WrongResult."""
+        state, b = self.state.layer(index), self.buffers
+        require(int(b.num_misses) == self.num_misses,
+                f"plan must miss {self.num_misses}: got {int(b.num_misses)}")  # fmt: skip
+        require((b.rows >= 0).all(), "plan left a lookup without a row")
+        require(torch.equal(state.row_slot[b.rows.long()], self.topk[index]),
+                "plan gave a slot another slot's row")  # fmt: skip
+        slots, rows = b.miss_slots[: self.num_misses], b.miss_rows[: self.num_misses]
+        require(torch.equal(slots.sort().values, self.expected[index].flatten().sort().values),
+                "plan listed other misses")  # fmt: skip
+        require(torch.equal(rows.sort().values, self.victims(index).sort().values),
+                "plan's victims are not the oldest rows")  # fmt: skip
+        require(int(state.counters[hot_state.SHORT]) == 0, "plan ran short of rows")
