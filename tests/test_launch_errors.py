@@ -300,9 +300,7 @@ CUDA_CASES = {
 def test_what_two_tiers_do_not_serve_on_a_gpu(launch, name, flag, allowed):
     given = CUDA_CASES[name]
     assert given[0] == flag
-    refused(
-        launch(*given, accelerator="cuda"), f"{flag} must be ", "with ESS", "add --disable-ess"
-    )
+    refused(launch(*given, accelerator="cuda"), f"{flag} must be ", "with ESS", "add --disable-ess")
     assert launch(*given, "--disable-ess", accelerator="cuda")[1] == []
 
 

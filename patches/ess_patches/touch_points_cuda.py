@@ -86,7 +86,15 @@ HOOKS = (
         "(self, forward_batch=None)",
         "sglang_ess.cuda.attention_backend",
         "Dense MHA only where no prefix has to be read.",
-        "cuda/test_attention_backend.py",
+        "cuda/test_hooks.py",
+    ),
+    _touch(
+        f"{_DSA}.init_cuda_graph_state",
+        "subclass",
+        "(self, max_bs, max_num_tokens)",
+        "sglang_ess.cuda.attention_backend",
+        "Without the coordinator, which would have it keep a page table of the whole context.",
+        "cuda/test_hooks.py",
     ),
     _touch(
         f"{_DSA}._pad_topk_indices",

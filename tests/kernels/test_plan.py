@@ -117,7 +117,7 @@ class Pair:
         pytest.param(1, 61, 61, 61, 61, 4, id="one query, every slot has a row"),
         pytest.param(5, 7, 300, 50, 70, 16, id="duplicates across queries"),
         pytest.param(6, 8, 400, 48, 400, 10, id="all miss, the union may fill the tier"),
-        pytest.param(160, 3, 900, 480, 600, 3, id="160 requests"),
+        pytest.param(160, 3, 900, 480, 600, 2, id="160 requests"),
         pytest.param(3, 20, 100, 60, 25, 10, id="nearly all hit"),
     ],
 )
@@ -339,10 +339,22 @@ WIDE = NARROW | {"WRITES": True}
         (plan_module._assign_kernel, NARROW, 8),
         (plan_module._resolve_kernel, WIDE | {"ADVANCE": True}, 8),
         (plan_module._single_kernel, WIDE | {"ADVANCE": True}, 8),
-        (reorder_module._rank_kernel, {"AGES": 1024, "BLOCK": 1024}, 4),
+        pytest.param(
+            reorder_module._rank_kernel,
+            {"AGES": 1024, "BLOCK": 1024},
+            4,
+            marks=pytest.mark.slow,
+        ),
         (reorder_module._offset_kernel, {"AGES": 1024, "PROGRAMS": 64, "STEP": 64}, 4),
-        (reorder_module._list_kernel, {"AGES": 1024, "BLOCK": 1024}, 4),
-        (invalidate_module._invalidate_kernel, {"BLOCK": 256}, 4),
+        pytest.param(
+            reorder_module._list_kernel,
+            {"AGES": 1024, "BLOCK": 1024},
+            4,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            invalidate_module._invalidate_kernel, {"BLOCK": 256}, 4, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: getattr(getattr(value, "fn", None), "__name__", ""),
 )

@@ -1,4 +1,9 @@
-"""The host tier's sizes, and what it takes for free host memory."""
+"""The host tier's sizes, how a CUDA host locks it, and what it takes for free host memory."""
+
+import gc
+import logging
+import mmap
+import os
 
 import pytest
 import torch
@@ -93,3 +98,119 @@ def test_a_kernel_without_mem_available(machine):
 
 def test_this_machine():
     assert 0 < free_host_bytes() < 1 << 50
+
+
+class Cudart:
+    """torch.cuda.cudart(), which no machine without a GPU has: it records what is locked.
+
+    fails_at: the registration that gives CUDA's error 2, counted from 0
+    """
+
+    def __init__(self, fails_at=None):
+        self.fails_at, self.calls, self.locked, self.unlocked = fails_at, 0, {}, []
+
+    def cudaHostRegister(self, address, num_bytes, flags):
+        assert flags == 0
+        self.calls += 1
+        if self.calls - 1 == self.fails_at:
+            return 2
+        page = mmap.PAGESIZE
+        assert address % page == 0, "a page would be shared with what lies before"
+        pages = range(address // page, -(-(address + num_bytes) // page))
+        assert all(pages.start >= r.stop or pages.stop <= r.start for r in self.locked.values())
+        self.locked[address] = pages
+        return 0
+
+    def cudaHostUnregister(self, address):
+        if address not in self.locked:
+            return 713
+        self.unlocked.append(self.locked.pop(address))
+        return 0
+
+    def cudaGetErrorString(self, error):
+        return {2: "out of memory"}[error]
+
+
+@pytest.fixture
+def cuda_host(monkeypatch):
+    def give(fails_at=None):
+        cudart = Cudart(fails_at)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+        return cudart
+
+    return give
+
+
+needs_a_fake = pytest.mark.skipif(torch.cuda.is_available(), reason="has a cudart of its own")
+
+
+@needs_a_fake
+def test_every_layer_is_locked_in_whole_pages_and_once(cuda_host):
+    cudart = cuda_host()
+    tier = HostTier(3, 50, (1, 656), torch.uint8)  # 8 pages and 32 bytes
+    assert list(cudart.locked) == [rows.data_ptr() for rows in tier.rows]
+    assert [len(pages) for pages in cudart.locked.values()] == [-(-50 * 656 // mmap.PAGESIZE)] * 3
+    assert tier.nbytes == 3 * 50 * 656
+    for i, rows in enumerate(tier.rows):
+        assert rows.shape == (50, 1, 656) and rows.is_contiguous() and not rows.any()
+        rows.fill_(i + 1)
+    assert [int(rows.min()) for rows in tier.rows] == [1, 2, 3]
+    tier.close()
+    assert not cudart.locked and len(cudart.unlocked) == 3
+    tier.close()  # and at exit
+    assert cudart.calls == 3 and len(cudart.unlocked) == 3
+
+
+@needs_a_fake
+def test_rows_that_outlive_the_tier_are_unlocked_before_their_memory_goes(cuda_host):
+    cudart = cuda_host()
+    tier = HostTier(2, 10, (576,), torch.bfloat16)
+    rows = tier.rows[1]
+    del tier
+    gc.collect()
+    assert not cudart.locked
+    assert rows.fill_(1).min() == 1
+
+
+@needs_a_fake
+def test_a_lock_that_fails_says_how_far_it_got_and_leaves_nothing_locked(cuda_host, monkeypatch):
+    cudart = cuda_host(fails_at=2)
+    monkeypatch.setattr(host_tier, "GIB", 1 << 10)
+    monkeypatch.setattr(host_tier.resource, "getrlimit", lambda _: (8 << 10, 8 << 10))
+    with pytest.raises(RuntimeError) as caught:
+        HostTier(4, 64, (16,), torch.uint8)
+    for part in ("out of memory", "error 2", "2.00 of 4.00", "layer 2 of 4", "memory 8.00 GiB"):
+        assert part in str(caught.value)
+    for part in ("ulimit -l", "--ulimit memlock=-1", "--ess-host-gib"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not cudart.locked and len(cudart.unlocked) == 2
+
+
+@needs_a_fake
+def test_a_long_lock_tells_its_progress(cuda_host, monkeypatch, caplog):
+    cuda_host()
+    monkeypatch.setattr(host_tier, "LOG_SECONDS", 0)
+    with caplog.at_level(logging.INFO, host_tier.__name__):
+        HostTier(3, 50, (656,), torch.uint8)
+    assert [record.args[2:] for record in caplog.records] == [(0, 3), (1, 3), (2, 3)]
+    caplog.clear()
+    monkeypatch.setattr(host_tier, "LOG_SECONDS", 10)
+    with caplog.at_level(logging.INFO, host_tier.__name__):
+        HostTier(3, 50, (656,), torch.uint8)
+    assert not caplog.records
+
+
+@needs_a_fake
+def test_a_child_gets_no_copy_of_locked_pages(cuda_host):
+    """fork() copies locked pages at once; these are not in the child at all."""
+    cuda_host()
+    tier = HostTier(1, 50, (656,), torch.uint8)
+    address, child = tier.rows[0].data_ptr(), os.fork()
+    if child == 0:
+        spans = [line.split()[0].split("-") for line in open("/proc/self/maps")]
+        mapped = any(int(first, 16) <= address < int(end, 16) for first, end in spans)
+        os._exit(1 if mapped else 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert int(tier.rows[0].sum()) == 0

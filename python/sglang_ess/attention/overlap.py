@@ -227,7 +227,7 @@ class TwoTierDecode:
     def _one_pass(self, cache, q, topk, part: Pass):
         lookups = topk[part.queries, part.columns].contiguous()
         with self.transfer.fork():  # after the attention whose rows this pass may evict
-            planned = cache.plan(lookups, part.queries.start)
+            planned = cache.plan(lookups)  # the fork waited for who read the buffers last
             cache.fetch(planned)
             fetched = self.transfer.event()
             cache.reorder()

@@ -10,10 +10,14 @@ here, since it needs log-sum-exps.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
 import torch
+from sglang.srt.configs.model_config import get_dsa_index_kpool
+from sglang.srt.environ import envs
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
 from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
 from sglang.srt.layers.attention.merge_state import merge_state
@@ -56,12 +60,16 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         global active
         super().__init__(model_runner, *args, **kwargs)
         pool = self.token_to_kv_pool
-        _check(self, pool)
+        _check(self, pool, get_dsa_index_kpool(model_runner.model_config.hf_config))
         config = EssConfig.from_env()
         self._warms, self._canary_rate = config.warmup == "on", config.canary_rate
         self._random = np.random.default_rng(0)
-        self._kernel = None  # chosen at the first use: only then is the softmax scale known
-        self.decode = TwoTierDecode(pool.tier, pool.transfer, self._attend_rows, merge_state)
+        # Of short lists or not, chosen at the first use: then the softmax scale is known.
+        self._kernels: dict[bool, object] = {}
+        self._short_lists = False
+        self.decode = TwoTierDecode(
+            pool.tier, pool.transfer, self._attend_rows, merge_state, self._attend_late
+        )
         modes = tuple(Mode) if config.overlap == "auto" else (Mode(config.overlap),)
         table = CostTable.read(config.overlap_costs) if config.overlap_costs else None
         self.policy = OverlapPolicy(pool.layer_num, table, modes)
@@ -69,10 +77,13 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         self.chosen = self.mode = self.policy.choose(1).mode
         self.rows_of_plan: torch.Tensor | None = None
         self._started: dict[int, Planned] = {}  # layer -> what select() set off
-        self._halves: dict[int, object] = {}  # first query -> the indexer's metadata
+        self._halves: list[tuple[slice, object]] = []  # queries, the indexer's metadata of them
         self._warm_spans: list[tuple[int, int]] = []
         self._steps = 0
+        # Ranks that must agree on top-k get rank 0's behind the indexer: too late for select().
+        self._selects = not envs.SGLANG_DSA_TOPK_BROADCAST.get()
         self.hisparse_coordinator = _RowsOfThePlan(self)
+        pool.tier.mirror()  # so that no step is the first to wait for one
         if self.dsa_kv_cache_store_fp8:
             self.dsa_prefill_impl = "flashmla_kv"  # the one that reads fp8 rows by index
             self.enable_auto_select_prefill_impl = False
@@ -90,13 +101,31 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         metadata = super().get_indexer_metadata(layer_id, forward_batch)
         return replace(metadata, force_unfused_topk=False)
 
+    @contextmanager
+    def _as_one_tier(self) -> Iterator[None]:
+        """Upstream decides as if it had no coordinator: it has what it would look for."""
+        coordinator, self.hisparse_coordinator = self.hisparse_coordinator, None
+        try:
+            yield
+        finally:
+            self.hisparse_coordinator = coordinator
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Without the table of every slot of every request, which HiSparse needs translated."""
+        with self._as_one_tier():
+            super().init_cuda_graph_state(max_bs, max_num_tokens)
+
     def set_dsa_prefill_impl(self, forward_batch=None) -> None:
-        """Dense MHA only for prompts without a prefix: it would read one from the host tier."""
-        super().set_dsa_prefill_impl(forward_batch)
-        if self.use_mha and any(forward_batch.extend_prefix_lens_cpu):
-            self.use_mha = False
+        """Dense MHA only for prompts without a prefix: it would read one from the host tier.
+
+        Upstream takes none where it has a coordinator.
+        """
+        prefix = None if forward_batch is None else forward_batch.extend_prefix_lens_cpu
+        with nullcontext() if prefix is None or any(prefix) else self._as_one_tier():
+            super().set_dsa_prefill_impl(forward_batch)
 
     def init_forward_metadata(self, forward_batch) -> None:
+        _check_mode(forward_batch.forward_mode)
         super().init_forward_metadata(forward_batch)
         self._started.clear()
         self._halves.clear()
@@ -108,6 +137,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             self.next_step(forward_batch.batch_size)
 
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False) -> None:
+        _check_mode(forward_batch.forward_mode)
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
         if in_capture:
             self._started.clear()
@@ -119,6 +149,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
     def next_step(self, batch: int) -> None:
         """Once a decode step, on the host: read the counters, choose for the steps to come."""
         tier = self.token_to_kv_pool.tier
+        self._canary()
         self._steps += 1
         if self._steps % MIRROR_STEPS:
             return
@@ -127,12 +158,12 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         choice = self.policy.choose(batch)
         self.chosen = choice.mode
         tier.set_split(choice.split)
-        self._canary()
 
     def _begin_prompts(self, forward_batch) -> None:
         prefix = list(forward_batch.extend_prefix_lens_cpu)
         new = list(forward_batch.extend_seq_lens_cpu)
-        tables = self.req_to_token.index_select(0, forward_batch.req_pool_indices.long())
+        requests = forward_batch.req_pool_indices.long()
+        tables = self.req_to_token[:, : max(prefix, default=0)].index_select(0, requests)
         self.token_to_kv_pool.staging.begin(prefix, new, tables, forward_batch.out_cache_loc)
         # The rows that a chunk in the middle of a prompt selects are not what decode wants.
         if self._warms and forward_batch.contains_last_prefill_chunk:
@@ -172,10 +203,12 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         pool = self.token_to_kv_pool
         if not self._warm_spans:
             return
+        # Copies: a prefill graph has one top-k buffer for all layers, and nobody waits for this.
+        parts = [topk[first:end].clone() for first, end in self._warm_spans]
         with pool.transfer.fork():
-            for first, end in self._warm_spans:
-                pool.hot_caches[index].warm(topk[first:end])
-            pool.transfer.uses(topk)
+            for part in parts:
+                pool.hot_caches[index].warm(part)
+            pool.transfer.uses(*parts)
 
     # --- decode ---------------------------------------------------------------------------
 
@@ -188,26 +221,29 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         slots, width = forward_batch.out_cache_loc, self.dsa_index_topk
         batch = len(q_fp8)
         cache = self.token_to_kv_pool.hot_caches[index]
-        if not batch or len(slots) != batch or not cache.has_room_for_writes(batch, width):
+        if not self._selects or not batch or len(slots) != batch:
+            return get_topk(q_fp8, weights, metadata)
+        if len(cache.passes(batch, width)) > 1 or not cache.has_room_for_writes(batch, width):
             return get_topk(q_fp8, weights, metadata)
         self.decode.claim(index, slots, width, self.token_to_kv_pool.page_size)
+        cuts = []
         if self.mode is Mode.DBA and self.decode.can_halve(index, batch, width):
-            topk = self._select_in_halves(get_topk, index, slots, q_fp8, weights, metadata)
-        else:
-            topk = get_topk(q_fp8, weights, metadata)
-        self._started[layer_id] = self.decode.start(index, topk, slots)
-        return topk
-
-    def _select_in_halves(self, get_topk, index, slots, q_fp8, weights, metadata):
-        batch, parts = len(q_fp8), []
-        for queries in (slice(0, batch // 2), slice(batch // 2, batch)):
-            if queries.start not in self._halves:  # the same for every layer of a pass
-                self._halves[queries.start] = halves.of(metadata, queries)
-            cut = self._halves[queries.start]
+            cuts = self._cut(metadata, batch)
+        parts = []
+        for queries, cut in cuts:
             part = get_topk(q_fp8[queries], weights[queries], cut)
             self.decode.plan_half(index, part, queries.start, batch, slots[queries])
             parts.append(part)
-        return torch.cat(parts)
+        topk = torch.cat(parts) if parts else get_topk(q_fp8, weights, metadata)
+        self._started[layer_id] = self.decode.start(index, topk, slots)
+        return topk
+
+    def _cut(self, metadata, batch: int) -> list[tuple[slice, object]]:
+        """The indexer's metadata for each half; none where it has no row for each query."""
+        if not self._halves:  # the same for every layer of a step
+            parts = slice(0, batch // 2), slice(batch // 2, batch)
+            self._halves = [(queries, halves.of(metadata, queries)) for queries in parts]
+        return [] if any(cut is None for _, cut in self._halves) else self._halves
 
     def forward_decode(
         self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None,
@@ -238,9 +274,16 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
                     topk_indices=topk, **kwargs,
                 )  # fmt: skip
         else:
+            if kwargs.get("attn_sink") is not None:
+                raise RuntimeError(
+                    "attention in parts must have no sink: got one. Add --ess-overlap off and a "
+                    "larger hot tier, or --disable-ess."
+                )
             out = self._with_lse(index, layer, heads, q_rope, topk, planned)
         if index == pool.layer_num - 1:
             pool.transfer.join()  # what is left of the step: a capture must end in one stream
+            # What a warm-up cut is not refreshed when the graph that follows it is replayed.
+            self._halves.clear()
         return out
 
     def _with_lse(self, index, layer, heads, q_rope, topk, planned) -> torch.Tensor:
@@ -253,10 +296,20 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         return self.decode.finish(q_all, planned, self.mode)
 
     def _attend_rows(self, q_all, rows, indices, lengths):
-        if self._kernel is None:
+        short = self._short_lists
+        if short not in self._kernels:
             need = Need(rows.dtype, self.device_capability, q_all.shape[1], True, True)
-            self._kernel = choose(need, self._scale, torch.device(self.device))
-        return self._kernel.attend(q_all, rows, indices, lengths)
+            device = torch.device(self.device)
+            self._kernels[short] = choose(need, self._scale, device, short_lists=short)
+        return self._kernels[short].attend(q_all, rows, indices, lengths)
+
+    def _attend_late(self, *args):
+        """_attend_rows of the rows that came late: few of many columns."""
+        self._short_lists = True
+        try:
+            return self._attend_rows(*args)
+        finally:
+            self._short_lists = False
 
     def _canary(self) -> None:
         """Now and then compare hot rows with their host rows (invariant 2); waits for both."""
@@ -270,20 +323,42 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         pool.hot_caches[index].check_rows(picks, name, first_slot=pool.page_size)
 
 
-def _check(backend: EssDsaBackend, pool) -> None:
+def _check(backend: EssDsaBackend, pool, index_kpool: int = 1) -> None:
     """Raises: RuntimeError, one line, for what this backend cannot serve."""
     if not isinstance(pool, CudaEssTokenToKVPool):
         raise RuntimeError(
             f"ESS must have its own KV pool: got {type(pool).__name__}. Report the server's "
             "options; --disable-ess serves them."
         )
+    if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get():
+        raise RuntimeError(
+            "ESS must see every decode step on the host: got SGLANG_ENABLE_METADATA_GLUE_GRAPH "
+            "on. Unset it or add --disable-ess."
+        )
+    if index_kpool > 1:
+        raise RuntimeError(
+            "ESS must have an index key for each token: got index_kpool "
+            f"{index_kpool}. Add --disable-ess."
+        )
     if not backend.use_fused_topk:
         raise RuntimeError(
             "ESS must have fused top-k: got SGLANG_DSA_FUSE_TOPK off. Unset it or add "
             "--disable-ess."
         )
-    if backend.dsa_decode_impl == "trtllm" or backend.dsa_prefill_impl == "trtllm":
+    impls = (backend.dsa_prefill_impl, backend.dsa_decode_impl)
+    for impl in ("trtllm", "flashmla_sparse_q8"):  # one reads pages, one flattens the prefix
+        if impl in impls:
+            raise RuntimeError(
+                f"ESS must read rows by index: got the DSA backend {impl}. Add "
+                "--dsa-decode-backend and --dsa-prefill-backend flashmla_kv (fp8 rows) or "
+                "flashmla_sparse (bf16 rows)."
+            )
+
+
+def _check_mode(mode) -> None:
+    """Raises: RuntimeError for drafts and their verification: several queries a request."""
+    if mode.is_target_verify() or mode.is_draft_extend_v2():
         raise RuntimeError(
-            "ESS must read rows by index: got a trtllm DSA backend. Add --dsa-decode-backend and "
-            "--dsa-prefill-backend flashmla_kv (fp8 rows) or flashmla_sparse (bf16 rows)."
+            f"ESS must decode one query a request: got {mode.name}. Drop "
+            "--speculative-algorithm or add --disable-ess."
         )

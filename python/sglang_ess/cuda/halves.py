@@ -22,8 +22,13 @@ PER_QUERY = (
 def of(metadata: Any, queries: slice) -> Any:
     """DSAIndexerMetadata of the queries alone. DeepGEMM's schedule of the whole batch is left
     out: the indexer makes one for what it gets.
+
+    queries: with start and stop. None where the last of them have no metadata: data-parallel
+    padding, which the indexer knows only behind a whole batch.
     """
     whole = metadata.attn_metadata
+    if queries.stop > len(whole.cache_seqlens_int32):
+        return None
     cut: dict[str, Any] = {
         name: getattr(whole, name)[queries]
         for name in PER_QUERY

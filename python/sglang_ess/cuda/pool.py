@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, unwrap_write_loc
+from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
 
 from ess_kernels.scatter import scatter_rows
 from sglang_ess.attention.overlap import TransferStream
@@ -23,7 +23,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
     transfer  the stream on which everything that touches the tiers runs, in order
 
     Attention reads get_key_buffer(layer): inside reading(rows) that is what was given, hot rows
-    or staged ones, so that SGLang's own kernels read them; elsewhere the host tier.
+    or staged ones, so that SGLang's own kernels read them.
     """
 
     def _create_tiers(self) -> None:
@@ -66,15 +66,21 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
             yield group.queries, self.staging.rows(layer_id - self.start_layer, index, rows)
 
     def staged_places(self, slots: torch.Tensor) -> torch.Tensor:
-        """Places of slots [T, K] int32 in the group's buffer, -1 for other groups' queries."""
+        """Places of slots [T, K] int32 in the group's buffer; 0 for other groups' queries, whose
+        attention is thrown away (-1 would be read by kernels that go by lengths).
+        """
         queries = self.staging.groups[self._group].queries
-        places = torch.full_like(slots, -1)
+        places = torch.zeros_like(slots)
         places[queries] = self.staging.translate(self._group, slots[queries])
         return places
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        """Raises: RuntimeError outside reading(): the host tier is no device tensor."""
         if self._reading is None:
-            return super().get_key_buffer(layer_id)
+            raise RuntimeError(
+                f"rows of layer {layer_id} must be read inside reading(): got a reader that knows "
+                "one tier only. Report this with the server's options; --disable-ess serves them."
+            )
         same = self.store_dtype == self.dtype
         return self._reading if same else self._reading.view(self.dtype)
 
@@ -84,18 +90,19 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         if n > len(self._places):
             self._places = torch.arange(n, device=self.device)
         rows = torch.empty(n, 1, self.kv_cache_dim, dtype=self.store_dtype, device=self.device)
-        DSATokenToKVPool._write_mla_kv_buffer(
-            self, rows, self._places[:n], cache_k_nope, cache_k_rope
-        )
+        self._write_mla_kv_buffer(rows, self._places[:n], cache_k_nope, cache_k_rope)
         return rows
 
     def write_prompt(self, layer_id: int, loc: torch.Tensor, rows: torch.Tensor) -> None:
         """Save rows [n, 1, width] of the slots loc [n] int64, hot where there is room."""
         index = layer_id - self.start_layer
+        # A copy: SGLang writes the next pass's slots into this tensor, and a prompt's pass does
+        # not end with the main stream waiting for its saves.
+        slots = loc.clone()
         with self.transfer.fork():
-            scatter_rows(rows, loc, self.kv_buffer[index])
-            self.hot_caches[index].install(loc, rows, IDLE_STEPS, first_slot=self.page_size)
-            self.transfer.uses(loc, rows)
+            scatter_rows(rows, slots, self.kv_buffer[index])
+            self.hot_caches[index].install(slots, rows, IDLE_STEPS, first_slot=self.page_size)
+            self.transfer.uses(slots, rows)
 
     # --- SGLang's write paths -----------------------------------------------------------
 
@@ -128,7 +135,8 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         """Between steps: waits for the device, copies on the host."""
         self.settle()
         for rows in self.kv_buffer:
-            rows[tgt_loc.cpu()] = rows[src_loc.cpu()]
+            rows[tgt_loc.view(-1).cpu()] = rows[src_loc.view(-1).cpu()]
+        self.index_key_cache.move(tgt_loc, src_loc)
         self.written_in_all_layers(tgt_loc)
 
     def get_cpu_copy(self, indices, *args, **kwargs):

@@ -1,0 +1,342 @@
+"""The CUDA path in a real engine without a GPU: installed over the CPU platform's own.
+
+The pool, the tiers, staging, the kernels (under Triton's interpreter), the overlap and
+EssDsaBackend are the ones that a GPU gets. What only a GPU has is stood in for: SGLang's
+backend by CpuUpstream, its transfer stream by one of two extremes. With no stream at all every
+copy happens when it is issued, as early as it ever could; on a LateStream everything happens
+when somebody waits for it, as late as it ever could.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from triton.runtime import interpreter
+
+from ess_kernels.launch import interpreted
+from sglang_ess.attention.overlap import TransferStream
+
+# --- streams ------------------------------------------------------------------------------
+
+
+class LateStream(TransferStream):
+    """Kernels that are launched inside fork() run, in order, once somebody waits for them."""
+
+    recording: LateStream | None = None
+
+    def __init__(self, device):
+        super().__init__("cpu")
+        self._launches: deque = deque()
+        self._issued = self._done = 0
+
+    @contextmanager
+    def fork(self):
+        before, LateStream.recording = LateStream.recording, self
+        try:
+            yield
+        finally:
+            LateStream.recording = before
+
+    def launch(self, run) -> None:
+        self._launches.append(run)
+        self._issued += 1
+
+    def event(self):
+        return self, self._issued
+
+    def run_to(self, number: int) -> None:
+        while self._done < number:
+            self._launches.popleft()()
+            self._done += 1
+
+    def join(self) -> None:
+        self.run_to(self._issued)
+
+    @property
+    def pending(self) -> int:
+        return len(self._launches)
+
+
+def wait_late(event) -> None:
+    """overlap.wait for the events of a LateStream."""
+    if event is not None:
+        stream, number = event
+        stream.run_to(number)
+
+
+def launches_are_late(set_attribute=setattr) -> None:
+    """Kernel launches inside a LateStream's fork() go to its queue.
+
+    set_attribute: pytest's monkeypatch.setattr where it has to end
+    """
+    from sglang_ess.attention import overlap
+    from sglang_ess.cuda import pool, staging
+
+    run_now = interpreter.GridExecutor.__call__
+
+    def launch(executor, *args, **kwargs):
+        stream = LateStream.recording
+        if stream is None:
+            return run_now(executor, *args, **kwargs)
+        stream.launch(lambda: run_now(executor, *args, **kwargs))
+
+    set_attribute(interpreter.GridExecutor, "__call__", launch)
+    for module in (overlap, staging):
+        set_attribute(module, "wait", wait_late)
+    set_attribute(pool, "TransferStream", LateStream)
+
+
+# --- the engine's process -----------------------------------------------------------------
+
+
+def install() -> None:
+    """Put the device tiers into the CPU platform of this process; no stream."""
+    if not interpreted():
+        raise RuntimeError("Triton's interpreter must be on: got TRITON_INTERPRET unset.")
+    import sglang_ess.cpu.indexer as indexer
+    import sglang_ess.cpu.two_tier_backend as two_tier_backend
+    from sglang_ess import capacity
+    from sglang_ess.cpu.platform import CpuDsaPlatform
+    from sglang_ess.cpu.pool import CpuDsaTokenToKVPool
+    from sglang_ess.cuda import halves
+
+    pool_class = CpuDsaPlatform.get_kv_pool_cls
+
+    def device_pool_class(platform, *, kind):
+        chosen = pool_class(platform, kind=kind)
+        return chosen if chosen in (None, CpuDsaTokenToKVPool) else interpreted_pool_class()
+
+    CpuDsaPlatform.get_kv_pool_cls = device_pool_class
+    capacity.CPU_TIER = capacity.GPU_TIER
+    two_tier_backend.CpuTwoTierBackend = backend_class()
+    halves.of = _cut
+    _hook_topk(indexer)
+    _count_calls()
+    CpuDsaPlatform().init_backend()  # again: the fork server has registered the others
+
+
+def install_late() -> None:
+    """The same with a transfer stream that does nothing before somebody waits for it."""
+    install()
+    launches_are_late()
+
+
+def interpreted_pool_class() -> type:
+    """CudaEssTokenToKVPool on CPU tensors, its rows packed by the CPU platform."""
+    from sglang_ess.cpu.pool import CpuDsaTokenToKVPool
+    from sglang_ess.cuda.pool import CudaEssTokenToKVPool
+
+    class InterpretedPool(CudaEssTokenToKVPool, CpuDsaTokenToKVPool):
+        pass
+
+    return InterpretedPool
+
+
+def _hook_topk(indexer) -> None:
+    """cuda/hooks.py's topk_selected around the CPU platform's top-k of a decode step."""
+    from sglang_ess.cuda import hooks
+
+    forward, decode_slots, calls = indexer.indexer_forward, indexer._decode_slots, []
+
+    def hooked_forward(module, x, q_lora, positions, forward_batch, layer_id, *args, **kwargs):
+        calls.append((module, forward_batch, layer_id))
+        try:
+            return forward(module, x, q_lora, positions, forward_batch, layer_id, *args, **kwargs)
+        finally:
+            calls.pop()
+
+    def hooked_slots(metadata, query, weights, pages, topk):
+        def get_topk(module, forward_batch, layer_id, query, weights, metadata):
+            return decode_slots(metadata, query, weights, pages, topk)
+
+        return hooks.topk_selected(get_topk, *calls[-1], query, weights, metadata)
+
+    indexer.indexer_forward, indexer._decode_slots = hooked_forward, hooked_slots
+
+
+def _count_calls() -> None:
+    """Each cache's counters also say what all layers did: calls, and the most groups of a pass."""
+    from sglang_ess.attention.overlap import TwoTierDecode
+    from sglang_ess.cuda.staging import DeviceStaging
+    from sglang_ess.tiers.device_hot_cache import DeviceHotCache
+
+    calls, counters = Counter(), DeviceHotCache.counters.fget
+
+    def counted(owner, name):
+        method = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return method(*args, **kwargs)
+
+        setattr(owner, name, call)
+
+    counted(TwoTierDecode, "plan_half")
+    counted(TwoTierDecode, "in_passes")
+    counted(TwoTierDecode, "merge")
+    begin = DeviceStaging.begin
+
+    def counting_begin(staging, *args):
+        begin(staging, *args)
+        calls["groups"] = max(calls["groups"], len(staging.groups))
+
+    DeviceStaging.begin = counting_begin
+    names = ("plan_half", "in_passes", "merge", "groups")
+    DeviceHotCache.counters = property(
+        lambda cache: counters(cache) | {name: calls[name] for name in names}
+    )
+
+
+def _cut(metadata, queries: slice):
+    """halves.of for the CPU indexer's metadata."""
+    return replace(
+        metadata,
+        req_rows=metadata.req_rows[queries],
+        lengths=metadata.lengths[queries],
+        page_table=metadata.page_table[queries],
+    )
+
+
+def backend_class() -> type:
+    """EssDsaBackend whose super() is CpuUpstream."""
+    from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
+
+    from sglang_ess.cpu.attention_backend import (
+        CpuSparseMlaBackend,
+        SparseMetadata,
+        attend_rows,
+    )
+    from sglang_ess.cpu.ops.rows import LATENT_DIM
+    from sglang_ess.cuda.attention_backend import EssDsaBackend
+
+    @dataclass(frozen=True)
+    class Metadata(SparseMetadata):
+        force_unfused_topk: bool = True  # as upstream sets it for a coordinator
+
+    class CpuUpstream(DeepseekSparseAttnBackend):
+        """What EssDsaBackend takes from its base, on the CPU.
+
+        Rows come through the three seams of SGLang's own: swap_in_selected_pages,
+        translate_loc_to_hisparse_device and get_key_buffer.
+        """
+
+        def __init__(self, model_runner):
+            self._cpu = CpuSparseMlaBackend(model_runner)
+            self.req_to_token = self._cpu.req_to_token
+            self.token_to_kv_pool = self._cpu.token_to_kv_pool
+            self.kv_cache_dtype = self._cpu.kv_cache_dtype
+            self.device, self.device_capability = "cpu", (0, 0)
+            self.use_mha, self.use_fused_topk = False, True
+            self.dsa_decode_impl = self.dsa_prefill_impl = "flashmla_kv"
+            self.dsa_kv_cache_store_fp8 = self.token_to_kv_pool.dsa_kv_cache_store_fp8
+            self.dsa_index_topk = self.token_to_kv_pool.capacity.geometry.topk
+
+        def init_forward_metadata(self, forward_batch):
+            self._cpu.init_forward_metadata(forward_batch)
+            self.forward_metadata = Metadata(**vars(self._cpu.forward_metadata))
+
+        def get_indexer_metadata(self, layer_id, forward_batch):
+            return self.forward_metadata
+
+        def _pad_topk_indices(self, topk_indices, num_tokens):
+            assert len(topk_indices) == num_tokens
+            return topk_indices
+
+        def forward_extend(
+            self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None,
+            topk_indices=None, **kwargs,
+        ):  # fmt: skip
+            assert not save_kv_cache, "EssDsaBackend saves"
+            places = self.token_to_kv_pool.translate_loc_to_hisparse_device(topk_indices)
+            return self._attend(layer, q, q_rope, places)
+
+        def forward_decode(
+            self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None,
+            topk_indices=None, **kwargs,
+        ):  # fmt: skip
+            assert not save_kv_cache, "EssDsaBackend saves"
+            rows = self.hisparse_coordinator.swap_in_selected_pages(
+                forward_batch.req_pool_indices, forward_batch.seq_lens, topk_indices, layer.layer_id
+            )
+            return self._attend(layer, q, q_rope, rows)
+
+        def _attend(self, layer, q, q_rope, indices):
+            heads = layer.tp_q_head_num
+            pool = self.token_to_kv_pool
+            rows = pool.get_key_buffer(layer.layer_id).view(pool.store_dtype).flatten(1)
+            q, q_rope = q.view(-1, heads, LATENT_DIM), q_rope.view(len(indices), heads, -1)
+            return attend_rows(layer, q, q_rope, rows, indices)[0]
+
+    class InterpretedBackend(EssDsaBackend, CpuUpstream):
+        def _with_lse(self, index, layer, heads, q_rope, topk, planned):
+            self._layer = layer
+            return super()._with_lse(index, layer, heads, q_rope, topk, planned)
+
+        def _attend_rows(self, q_all, rows, indices, lengths):
+            beyond = torch.arange(indices.shape[1]) >= lengths[:, None]
+            nope, rope = q_all[..., :LATENT_DIM], q_all[..., LATENT_DIM:]
+            indices = indices.masked_fill(beyond, -1)
+            return attend_rows(self._layer, nope, rope, rows, indices)
+
+    return InterpretedBackend
+
+
+def triton_attention() -> None:
+    """Decode's merged attention by the Triton kernel instead of the CPU platform's."""
+    import sglang_ess.cpu.two_tier_backend as two_tier_backend
+    from ess_kernels.sparse_mla import sparse_mla
+
+    def attend(backend, q_all, rows, indices, lengths):
+        return sparse_mla(q_all, rows, indices, backend._layer.scaling, lengths)
+
+    two_tier_backend.CpuTwoTierBackend._attend_rows = attend
+
+
+# --- faults: each must show in the output -------------------------------------------------
+
+
+def attention_does_not_wait() -> None:
+    """Decode reads hot rows before their fetch; needs install_late."""
+    from sglang_ess.attention.overlap import TwoTierDecode
+
+    TwoTierDecode.wait = lambda *_: None
+
+
+def staging_does_not_wait() -> None:
+    """Prefill reads its buffer before the prefix rows are in; needs install_late."""
+    from sglang_ess.cuda import staging
+
+    staging.wait = lambda event: None
+
+
+class _Uncopied(torch.Tensor):
+    def clone(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def slots_are_not_copied() -> None:
+    """A prompt's saves read SGLang's slot tensor, which the next pass writes; install_late."""
+    from sglang_ess.cuda.pool import CudaEssTokenToKVPool
+
+    write_prompt = CudaEssTokenToKVPool.write_prompt
+    CudaEssTokenToKVPool.write_prompt = lambda pool, layer_id, loc, rows: write_prompt(
+        pool, layer_id, loc.as_subclass(_Uncopied), rows
+    )
+
+
+def no_claim() -> None:
+    """A decode step's rows get to the host tier only; hot rows of a reused slot stay."""
+    from sglang_ess.tiers.device_hot_cache import DeviceHotCache
+
+    DeviceHotCache.claim = lambda cache, slots, first_slot: torch.full_like(slots, -1).int()
+    DeviceHotCache.invalidate = lambda *_: None
+
+
+def no_fetch() -> None:
+    """Missed rows are never copied: whatever was in the hot row is read."""
+    from sglang_ess.tiers.device_hot_cache import DeviceHotCache
+
+    DeviceHotCache.fetch = lambda *_: None
