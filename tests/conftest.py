@@ -8,8 +8,8 @@ import torch
 if not torch.cuda.is_available():  # read when a kernel is defined: before any import of one
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model  # noqa: E402
-from tests.support.server import Server  # noqa: E402
+from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
+from tests.support.server import Server
 
 SLOTS = 40_000  # SGLang's default is most of the machine's memory
 

@@ -472,9 +472,10 @@ def test_the_children_are_ended_when_the_server_ends(launch, monkeypatch):
             ["--max-total-tokens", "40000", "--ess-hot-ratio", "0.0001"],
             ["hot tier must hold 64 rows", "got 4 for 40000 slots", "--ess-hot-ratio to 0.0016"],
         ),
-        (
+        pytest.param(
             ["--ess-device-gib", "0.0001"],
             ["memory must hold one page of 64 slots", "got 0.10 MiB of device", "--ess-device-gib"],
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -251,6 +251,22 @@ def test_prometheus_follows_sglangs_own_publishing(reporter):
     assert found["sglang:ess_host_slots_used",] == 7
 
 
+def test_a_devices_figures_come_from_its_mirror(reporter):
+    """A GPU's counters are copied to the host now and then; nobody waits for them here."""
+    layers = len(reporter.pool.hot_caches)
+    one = {"lookups": 8, "misses": 2, "evictions": 0, "evicted_age": 0, "installs": 0, "short": 0}
+    figures = [{**one, "steps": 4, "occupied": 3}] * layers
+    reporter.pool.tier = SimpleNamespace(figures=lambda: figures)
+    reporter.pool.request_misses = None  # not counted on a device
+    metrics.decode_reported(None, reporter)
+    reporter.scheduler.req_to_token_pool.callback([1])
+    metrics.stats_published(None, reporter.metrics_collector, SimpleNamespace(kv_used_tokens=0))
+    found = exposed(reporter)
+    assert found["sglang:ess_misses_total", "3"] == 2
+    assert found["sglang:ess_hot_rows_used", "4"] == 3
+    assert found["sglang:ess_request_misses_count",] == 0
+
+
 def test_a_requests_misses_are_counted_once(reporter):
     metrics.decode_reported(None, reporter)
     requests, misses = reporter.scheduler.req_to_token_pool, reporter.pool.request_misses
@@ -291,6 +307,7 @@ def test_metrics_that_cannot_be_set_up(reporter, caplog):
 PROMPTS, OUTPUT = (600, 700, 800), 20
 
 
+@pytest.mark.slow
 def test_a_server_counts_what_it_serves(tiny_v32, tmp_path):
     """Lookups are as many as the requests' lengths say; the rest adds up from there."""
     flags = ["--enable-metrics", "--decode-log-interval", "1", "--max-total-tokens", "8192"]

@@ -77,7 +77,11 @@ def test_a_resume_is_a_prefix_hit(model):
 
 
 @pytest.mark.parametrize(
-    ("patch", "hits"), [("without_hook", (1280, 0)), ("without_splitting", (1472, 0))]
+    ("patch", "hits"),
+    [
+        ("without_hook", (1280, 0)),
+        pytest.param("without_splitting", (1472, 0), marks=pytest.mark.slow),
+    ],
 )
 def test_a_resume_is_colder_without(model, patch, hits):
     """The control: no output is kept, and the prompt is one node, gone as soon as a page is."""
@@ -116,7 +120,10 @@ def test_forced_retraction_changes_no_output(model, undisturbed):
     assert all(resume.cached == (resume.tokens - 1) // PAGE * PAGE for resume in warm)
 
 
-@pytest.mark.parametrize(("how", "keeps_output"), [("preempt", True), ("pause", False)])
+@pytest.mark.parametrize(
+    ("how", "keeps_output"),
+    [("preempt", True), pytest.param("pause", False, marks=pytest.mark.slow)],
+)
 def test_other_callers(model, how, keeps_output):
     """Preemption by priority keeps the output; a pause that asks for recomputation does not."""
     (prompt,) = parity.prompts_of([200])

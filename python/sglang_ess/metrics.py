@@ -19,6 +19,9 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
+# What both kinds of hot tier count.
+COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs")
+
 
 # --- snapshots --------------------------------------------------------------------------
 
@@ -78,8 +81,8 @@ class Metrics:
     def snapshot(self, pool: Any, used_slots: int) -> Snapshot:
         """pool: with hot_caches, host_tier and start_layer, as EssTokenToKVPool."""
         layers = []
-        for layer, cache in enumerate(pool.hot_caches, pool.start_layer):
-            now = {**cache.counters, "steps": cache.steps}
+        for layer, figures in enumerate(_figures(pool), pool.start_layer):
+            now = {name: figures[name] for name in (*COUNTERS, "steps")}
             before = self._before.get(layer, {})
             if any(now[name] < value for name, value in before.items()):
                 before = {}  # HotCache.clear() began them again
@@ -88,8 +91,8 @@ class Metrics:
             layers.append(
                 LayerSnapshot(
                     layer=layer,
-                    hot_rows=cache.num_rows,
-                    hot_rows_used=cache.occupied,
+                    hot_rows=pool.hot_caches[layer - pool.start_layer].num_rows,
+                    hot_rows_used=figures["occupied"],
                     steps=since["steps"],
                     lookups=since["lookups"],
                     misses=since["misses"],
@@ -100,6 +103,16 @@ class Metrics:
                 )
             )
         return Snapshot(tuple(layers), pool.host_tier.num_slots, used_slots)
+
+
+def _figures(pool: Any) -> list[dict[str, int]]:
+    """Each layer's COUNTERS, steps and rows in use; a device's as it last copied them here."""
+    if (tier := getattr(pool, "tier", None)) is not None:
+        return tier.figures()
+    return [
+        {**cache.counters, "steps": cache.steps, "occupied": cache.occupied}
+        for cache in pool.hot_caches
+    ]
 
 
 def log_line(snapshot: Snapshot) -> str:

@@ -167,7 +167,7 @@ def test_other_shapes_and_formats(models, shape, mode, rows, patches):
 @pytest.mark.parametrize(
     ("mode", "fault"),
     [
-        ("da", "attention_does_not_wait"),
+        pytest.param("da", "attention_does_not_wait", marks=pytest.mark.slow),
         pytest.param("off", "staging_does_not_wait", marks=pytest.mark.slow),
         pytest.param("off", "slots_are_not_copied", marks=pytest.mark.slow),
         pytest.param("off", "no_claim", marks=pytest.mark.slow),

@@ -336,8 +336,10 @@ WIDE = NARROW | {"WRITES": True}
     ("kernel", "constexprs", "num_warps"),
     [
         (plan_module._look_up_kernel, WIDE, 8),
-        (plan_module._assign_kernel, NARROW, 8),
-        (plan_module._resolve_kernel, WIDE | {"ADVANCE": True}, 8),
+        pytest.param(plan_module._assign_kernel, NARROW, 8, marks=pytest.mark.slow),
+        pytest.param(
+            plan_module._resolve_kernel, WIDE | {"ADVANCE": True}, 8, marks=pytest.mark.slow
+        ),
         (plan_module._single_kernel, WIDE | {"ADVANCE": True}, 8),
         pytest.param(
             reorder_module._rank_kernel,

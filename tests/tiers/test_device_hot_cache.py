@@ -204,6 +204,9 @@ def test_the_mirror_gives_counters_without_asking_the_device():
     served.tier.mirror()
     counters, words = served.tier.read()
     assert counters[1].tolist()[:2] == [10, 10] and words[1][0] == 3
+    cache, figures = served.tier.caches[1], served.tier.figures()[1]
+    assert figures == {**cache.counters, "steps": cache.steps, "occupied": cache.occupied}
+    assert figures["occupied"] == 10
 
 
 @pytest.mark.parametrize(

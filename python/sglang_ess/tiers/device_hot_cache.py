@@ -143,6 +143,18 @@ class DeviceTier:
             self._copied.synchronize()
         return tuple(tensor.numpy().copy() for tensor in self._mirror)
 
+    def figures(self) -> list[dict[str, int]]:
+        """Each layer's counters, steps and rows in use, as of the last mirror()."""
+        counters, words = self.read()
+        return [
+            {
+                **dict(zip(hot_state.COUNTERS, layer.tolist(), strict=True)),
+                "steps": int(word[hot_state.TICK]) - 1,
+                "occupied": self.num_rows - int(word[hot_state.NUM_FREE]),
+            }
+            for layer, word in zip(counters, words, strict=True)
+        ]
+
     @property
     def nbytes(self) -> int:
         """Device bytes of all layers, scratch included."""
