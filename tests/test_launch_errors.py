@@ -258,7 +258,7 @@ def test_float32_indexer_keys_off_the_cpu_platform(launch):
     assert launch(*flags, "--ess-platform", "cpu", accelerator="cuda")[1] == []
 
 
-ESS_CASES = {
+RULE_CASES = {
     "disaggregation_mode": ["--disaggregation-mode", "decode"],
     "enable_memory_saver": ["--enable-memory-saver"],
     "enable_unified_memory": ["--enable-unified-memory"],
@@ -270,23 +270,6 @@ ESS_CASES = {
     "pp_size": ["--pp-size", "2"],
     "dcp_size": ["--dcp-size", "2"],
     "attn_cp_size": ["--attn-cp-size", "2"],
-}
-
-
-@pytest.mark.parametrize(("name", "flag", "allowed"), preflight.ESS_RULES)
-def test_what_two_tiers_do_not_serve(launch, name, flag, allowed):
-    """One line each, also where the CPU platform has a rule of its own for it."""
-    given = ESS_CASES[name]
-    assert given[0] == flag
-    refused(launch(*given), f"{flag} must be ")
-    ours = name not in {rule[0] for rule in preflight.CPU_RULES} | {"enable_hisparse"}
-    if ours:
-        refused(launch(*given), " with ESS: got ", "Drop it or add --disable-ess")
-    assert (launch(*given, "--disable-ess")[0] != 2) == ours
-    refused(launch(*given, accelerator="cuda"), f"{flag} must be ")
-
-
-CUDA_CASES = {
     "enable_two_batch_overlap": ["--enable-two-batch-overlap"],
     "enable_single_batch_overlap": ["--enable-single-batch-overlap"],
     "enable_pdmux": ["--enable-pdmux"],
@@ -296,9 +279,22 @@ CUDA_CASES = {
 }
 
 
+@pytest.mark.parametrize(("name", "flag", "allowed"), preflight.ESS_RULES)
+def test_what_two_tiers_do_not_serve(launch, name, flag, allowed):
+    """One line each, also where the CPU platform has a rule of its own for it."""
+    given = RULE_CASES[name]
+    assert given[0] == flag
+    refused(launch(*given), f"{flag} must be ")
+    ours = name not in {rule[0] for rule in preflight.CPU_RULES} | {"enable_hisparse"}
+    if ours:
+        refused(launch(*given), " with ESS: got ", "Drop it or add --disable-ess")
+    assert (launch(*given, "--disable-ess")[0] != 2) == ours
+    refused(launch(*given, accelerator="cuda"), f"{flag} must be ")
+
+
 @pytest.mark.parametrize(("name", "flag", "allowed"), preflight.CUDA_RULES)
 def test_what_two_tiers_do_not_serve_on_a_gpu(launch, name, flag, allowed):
-    given = CUDA_CASES[name]
+    given = RULE_CASES[name]
     assert given[0] == flag
     refused(launch(*given, accelerator="cuda"), f"{flag} must be ", "with ESS", "add --disable-ess")
     assert launch(*given, "--disable-ess", accelerator="cuda")[1] == []

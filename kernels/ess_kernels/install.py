@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from ess_kernels.hot_state import HotState
+from ess_kernels.launch import check_tensor
 from ess_kernels.plan import INSTALL, INSTALL_WIDTH, PlanBuffers, run_plan
 
 
@@ -29,8 +30,7 @@ def install(
     advance: as of plan. Without it the rows are safe from the next plan, whose tick they bear.
     Raises: ValueError for a wrong dtype, or more slots than the buffers or the tier hold.
     """
-    if slots.dtype not in (torch.int32, torch.int64) or slots.dim() != 1:
-        raise ValueError(f"slots must be int32 or int64 [n]: got {slots.dtype} {slots.shape}.")
+    check_tensor("slots", slots, (torch.int32, torch.int64), (None,))
     n, limit = len(slots), min(buffers.rows.numel(), state.num_rows)
     if n > limit:
         raise ValueError(f"install must have at most {limit} slots at a time: got {n}.")

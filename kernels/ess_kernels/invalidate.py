@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ess_kernels import hot_state
 from ess_kernels.hot_state import HotState
+from ess_kernels.launch import check_tensor
 
 BLOCK = 256
 
@@ -63,8 +64,7 @@ def invalidate(state: HotState, slots: torch.Tensor) -> None:
 
     Raises: ValueError for slots of another type.
     """
-    if slots.dtype not in (torch.int32, torch.int64) or slots.dim() != 1:
-        raise ValueError(f"slots must be int32 or int64 [n]: got {slots.dtype} {slots.shape}.")
+    check_tensor("slots", slots, (torch.int32, torch.int64), (None,))
     if not len(slots):
         return
     layers = state.slot_row.shape[0] if state.slot_row.dim() == 2 else 1

@@ -241,7 +241,7 @@ def build(monkeypatch):
         for name, value in EssConfig(enabled=True, overlap=overlap, **options).to_env().items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(attention_backend, "active", None)
-        monkeypatch.setattr(attention_backend, "WARMUP_QUERIES", WARMUP_QUERIES)
+        monkeypatch.setattr("sglang_ess.attention.warmup.WARMUP_QUERIES", WARMUP_QUERIES)
         torch.manual_seed(hot_rows)
         return Backend(
             SimpleNamespace(

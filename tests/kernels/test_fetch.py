@@ -8,10 +8,9 @@ import torch
 
 from ess_kernels.fetch import _fetch_kernel, fetch, fetch_reference
 from ess_kernels.launch import check_on_device, check_reachable, copy_tile, words
+from tests.support.rows import BF16, FP8, as_bytes, random_rows, sparse_rows
 from tests.support.triton_compile import compile_for_hopper
 
-FP8 = ((656,), torch.uint8)
-BF16 = ((576,), torch.bfloat16)
 BF16_PAIR = ((1, 1152), torch.bfloat16)  # 2304 bytes, and SGLang's extra dimension
 SMALL = ((48,), torch.uint8)
 
@@ -44,18 +43,6 @@ CASES = [
     Case("count beyond the list", capacity=19, misses=1000),
     Case("empty list", capacity=0, misses=0),
 ]
-
-
-def random_rows(num: int, row: tuple, generator) -> torch.Tensor:
-    """Rows of random bits, so that bf16 rows hold NaN patterns, and none is all poison."""
-    shape, dtype = row
-    width = torch.Size(shape).numel() * dtype.itemsize
-    bits = torch.randint(0, 256, (num, width), dtype=torch.uint8, generator=generator)
-    return bits.view(dtype).view(num, *shape)
-
-
-def as_bytes(rows: torch.Tensor) -> torch.Tensor:
-    return rows.cpu().flatten(1).view(torch.uint8)
 
 
 def pinned(rows: torch.Tensor) -> torch.Tensor:
@@ -107,14 +94,6 @@ def test_rows_may_lie_apart_and_start_anywhere_in_a_line(device):
 
     assert torch.equal(hot[rows.long(), :656].cpu(), host[slots.cpu().long()])
     assert torch.equal(hot[:, 656:], before[:, 656:])
-
-
-def sparse_rows(path, num: int, width: int, device) -> torch.Tensor:
-    """Rows of zeros; on a CPU only those that are touched take memory."""
-    if device.type == "cuda":
-        return torch.zeros((num, width), dtype=torch.uint8, device=device)
-    mapped = torch.from_file(str(path), shared=True, size=num * width, dtype=torch.uint8)
-    return mapped.view(num, width)
 
 
 def test_a_slot_past_two_to_the_31_words(device, tmp_path):

@@ -7,19 +7,12 @@ import torch
 
 from ess_kernels.save import SaveRing, save_reference
 from ess_kernels.scatter import scatter_rows
+from tests.support.rows import FP8, random_rows
 
-FP8 = ((656,), torch.uint8)
 BF16 = ((1, 576), torch.bfloat16)
 LAYERS = 3
 SLOTS = 61
 PATIENCE = 10.0  # seconds until a test takes a blocked thread for a deadlock
-
-
-def random_rows(num: int, row: tuple, generator) -> torch.Tensor:
-    shape, dtype = row
-    width = torch.Size(shape).numel() * dtype.itemsize
-    bits = torch.randint(0, 256, (num, width), dtype=torch.uint8, generator=generator)
-    return bits.view(dtype).view(num, *shape)
 
 
 def same_bytes(ours, theirs) -> bool:

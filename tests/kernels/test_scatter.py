@@ -8,10 +8,8 @@ import torch
 
 from ess_kernels.launch import copy_tile
 from ess_kernels.scatter import _scatter_kernel, scatter_rows, scatter_rows_reference
+from tests.support.rows import BF16, FP8, as_bytes, random_rows, sparse_rows
 from tests.support.triton_compile import compile_for_hopper
-
-FP8 = ((656,), torch.uint8)
-BF16 = ((576,), torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -39,18 +37,6 @@ CASES = [
     Case("some skipped", skipped=11),
     Case("all skipped", skipped=37),
 ]
-
-
-def random_rows(num: int, row: tuple, generator) -> torch.Tensor:
-    """Rows of random bits, so that bf16 rows hold NaN patterns."""
-    shape, dtype = row
-    width = torch.Size(shape).numel() * dtype.itemsize
-    bits = torch.randint(0, 256, (num, width), dtype=torch.uint8, generator=generator)
-    return bits.view(dtype).view(num, *shape)
-
-
-def as_bytes(rows: torch.Tensor) -> torch.Tensor:
-    return rows.cpu().flatten(1).view(torch.uint8)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -96,14 +82,6 @@ def test_rows_may_lie_apart(device):
     assert torch.equal(ring[targets, 16:672], rows)
     assert torch.equal(ring[:, :16], before[:, :16])
     assert torch.equal(ring[:, 672:], before[:, 672:])
-
-
-def sparse_rows(path, num: int, width: int, device) -> torch.Tensor:
-    """Rows of zeros; on a CPU only those that are touched take memory."""
-    if device.type == "cuda":
-        return torch.zeros((num, width), dtype=torch.uint8, device=device)
-    mapped = torch.from_file(str(path), shared=True, size=num * width, dtype=torch.uint8)
-    return mapped.view(num, width)
 
 
 def test_a_target_past_two_to_the_31_words(device, tmp_path):

@@ -6,14 +6,13 @@ import numpy as np
 import torch
 
 from sglang_ess.attention.passes import attend_hot
+from sglang_ess.attention.warmup import warm_spans
 from sglang_ess.capacity import PLAN_QUERIES
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend, attend_rows
 from sglang_ess.pool import IDLE_STEPS
+from sglang_ess.tiers.hot_cache import CANARY_ROWS
 from sglang_ess.tiers.trace import TraceWriter, slots_to_positions
-
-WARMUP_QUERIES = 32  # ESS: "the last 32 windows of prefill" (papers.md 1.5)
-CANARY_ROWS = 16
 
 
 class CpuTwoTierBackend(CpuSparseMlaBackend):
@@ -43,9 +42,7 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         self.token_to_kv_pool.staging.begin(spans, self.req_to_token)
         # The rows that a chunk in the middle of a prompt selects are not what decode wants.
         if self._warms and forward_batch.contains_last_prefill_chunk:
-            ends = np.cumsum([tokens for _, _, tokens in spans]).tolist()
-            counts = [min(tokens, WARMUP_QUERIES) for _, _, tokens in spans]
-            self._warm_spans = [(e - n, e) for e, n in zip(ends, counts, strict=True)]
+            self._warm_spans = warm_spans([tokens for _, _, tokens in spans])
         else:
             self._warm_spans = []
 

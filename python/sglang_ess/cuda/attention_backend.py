@@ -26,14 +26,14 @@ from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_atte
 from sglang_ess.attention.decode_kernels import Need, choose
 from sglang_ess.attention.overlap import Mode, Planned, TwoTierDecode
 from sglang_ess.attention.overlap_policy import CostTable, OverlapPolicy
+from sglang_ess.attention.warmup import warm_spans
 from sglang_ess.config import EssConfig
 from sglang_ess.cuda import halves
 from sglang_ess.cuda.pool import CudaEssTokenToKVPool
+from sglang_ess.tiers.hot_cache import CANARY_ROWS
 
 logger = logging.getLogger(__name__)
 
-WARMUP_QUERIES = 32  # ESS: "the last 32 windows of prefill" (papers.md 1.5)
-CANARY_ROWS = 16
 MIRROR_STEPS = 8  # steps between two copies of the counters to the host
 
 active: EssDsaBackend | None = None  # this process's, for the hooks
@@ -167,9 +167,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         self.token_to_kv_pool.staging.begin(prefix, new, tables, forward_batch.out_cache_loc)
         # The rows that a chunk in the middle of a prompt selects are not what decode wants.
         if self._warms and forward_batch.contains_last_prefill_chunk:
-            ends = np.cumsum(new).tolist()
-            counts = [min(tokens, WARMUP_QUERIES) for tokens in new]
-            self._warm_spans = [(e - n, e) for e, n in zip(ends, counts, strict=True)]
+            self._warm_spans = warm_spans(new)
 
     # --- prefill --------------------------------------------------------------------------
 

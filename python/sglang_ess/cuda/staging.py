@@ -16,7 +16,7 @@ from ess_kernels.fetch import fetch
 from ess_kernels.translate import translate
 from sglang_ess.attention.overlap import TransferStream, wait
 from sglang_ess.attention.staging import split_requests
-from sglang_ess.tiers.device_hot_cache import PAGE_ROWS
+from sglang_ess.tiers.device_hot_cache import whole_pages
 
 # Prefill's copies are long: more programs than a decode step's fetch may take.
 PREFILL_PROGRAMS = 32
@@ -54,7 +54,7 @@ class DeviceStaging:
         transfer: TransferStream,
     ):
         first = host_rows[0]
-        padded = -(-num_rows // PAGE_ROWS) * PAGE_ROWS
+        padded = whole_pages(num_rows)
         self._host_rows, self._transfer = host_rows, transfer
         self._buffers = [
             torch.zeros(padded, *first.shape[1:], dtype=first.dtype, device=device)

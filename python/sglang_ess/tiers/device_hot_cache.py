@@ -28,6 +28,11 @@ from sglang_ess.tiers.hot_cache import RowCorruption
 PAGE_ROWS = 64  # FlashMLA reads its cache in pages; rows are allocated in whole ones
 
 
+def whole_pages(num_rows: int) -> int:
+    """Rows to allocate for num_rows."""
+    return -(-num_rows // PAGE_ROWS) * PAGE_ROWS
+
+
 @dataclass(frozen=True)
 class Pass:
     """Lookups of one plan: rows and columns of a batch's top-k."""
@@ -71,9 +76,8 @@ class DeviceTier:
         # What may be asked for before the next reorder: a plan and one written row a query.
         self.need = min(num_rows, max_queries * (topk + 1))
         self.state = HotState.new(len(host_rows), self.num_slots, num_rows, device)
-        padded = -(-num_rows // PAGE_ROWS) * PAGE_ROWS
         self.rows = [
-            torch.zeros(padded, *first.shape[1:], dtype=first.dtype, device=device)
+            torch.zeros(whole_pages(num_rows), *first.shape[1:], dtype=first.dtype, device=device)
             for _ in host_rows
         ]
         self.buffers = PlanBuffers.new(max_queries, topk, device)
@@ -86,6 +90,7 @@ class DeviceTier:
             for i, rows in enumerate(host_rows)
         ]
         self._pinned = torch.device(device).type == "cuda"
+        self._split = np.ones(len(host_rows), bool)  # what the layers' words[SPLIT] say
         self._mirror: tuple[torch.Tensor, torch.Tensor] | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -115,6 +120,9 @@ class DeviceTier:
 
     def set_split(self, split: np.ndarray) -> None:
         """Whether each layer [layers] bool lists hits and misses apart, from its next plan on."""
+        if np.array_equal(split, self._split):
+            return
+        self._split = split.copy()
         host = torch.from_numpy(split.astype(np.int32))
         if self._pinned:
             host = host.pin_memory()
@@ -262,10 +270,6 @@ class DeviceHotCache:
     @property
     def occupied(self) -> int:
         return self.num_rows - int(self.state.words[hot_state.NUM_FREE])
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes + self.state.nbytes
 
     def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0) -> None:
         """Compare hot rows, picked by number modulo num_rows, with their host rows.

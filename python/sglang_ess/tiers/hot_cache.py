@@ -15,6 +15,7 @@ from sglang_ess.tiers.rows import as_words
 # of the queue with their steps; 4 B each. Per slot: its row.
 HOT_ROW_OVERHEAD_BYTES = 28
 MAP_BYTES = 4
+CANARY_ROWS = 16  # that one check_rows of the canary compares
 
 
 class RowCorruption(RuntimeError):
