@@ -205,7 +205,7 @@ def buys_engines(bench: Bench, model: str) -> dict[str, Worker]:
     one_tier = {"enabled": False, "device_gib": total / 2**30}
     engines = {ONE_TIER: bench.engine("buys one tier", model, one_tier, **args)}
     for ratio in plan.ratios:
-        ess = {"device_gib": total / 2**30, "hot_ratio": ratio}
+        ess = {"device_gib": total / 2**30, "hot_ratio": ratio, "admission": "off"}
         name = ess_name(ratio)
         engines[name] = bench.engine(f"buys {name}", model, ess, **args)
     return engines
@@ -217,7 +217,7 @@ def cost_engines(bench: Bench, model: str) -> dict[str, Worker]:
     args = {"max_total_tokens": slots, "context_length": PREFILL_CONTEXT + 4 * PAGE}
     engines = {ONE_TIER: bench.engine("costs one tier", model, {"enabled": False}, **args)}
     for ratio in bench.plan.cost_ratios:
-        ess = {"hot_ratio": ratio or MINIMUM_HOT_ROWS / slots}
+        ess = {"hot_ratio": ratio or MINIMUM_HOT_ROWS / slots, "admission": "off"}
         name = ess_name(ratio)
         engines[name] = bench.engine(f"costs {name}", model, ess, **args)
     return engines

@@ -271,7 +271,7 @@ def buffer_bytes(pool) -> dict[str, int]:
                 visit(item, f"{name}.{key}")
 
     for key, item in vars(pool).items():
-        if key not in ("request_misses", "data_ptrs", "data_strides"):
+        if key not in ("request_misses", "data_ptrs", "data_strides", "sample"):  # on the host
             visit(item, key)
     return found
 

@@ -19,14 +19,15 @@ MAX_FUNCTION_LINES = 60
 
 # Rooms of sglang_ess that may import SGLang; ess_patches may too.
 SGLANG_ROOMS = {
-    "pool", "attention", "admission", "disagg", "cpu", "cuda", "capacity",
+    "pool", "allocator", "attention", "scheduling", "disagg", "cpu", "cuda", "capacity",
     "plugin", "launch_server", "doctor", "preflight", "startup", "retraction",
 }  # fmt: skip
 # Rooms that may import these and the standard library only.
 CLOSED_ROOMS = {
     "config": set(),
     "tiers": {"torch", "numpy", "numba", "ess_kernels", "sglang_ess.tiers"},
-    "sim": {"torch", "numpy", "numba", "sglang_ess.tiers", "sglang_ess.sim"},
+    "admission": {"numpy", "sglang_ess.tiers"},  # which the simulator runs too
+    "sim": {"torch", "numpy", "numba", "sglang_ess.tiers", "sglang_ess.admission", "sglang_ess.sim"},
     "ess_kernels": {"torch", "triton", "numpy", "numba", "tvm_ffi", "ess_kernels"},
 }
 

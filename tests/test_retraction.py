@@ -33,7 +33,9 @@ def start(model, *patches, **server_args):
     faults = [PATCH + name for name in (*patches, "record")]
     return parity.EngineProcess(
         model,
-        ess={"index_dtype": "float32", "hot_ratio": 0.1, "canary_rate": 0.2},
+        ess={
+            "index_dtype": "float32", "hot_ratio": 0.1, "canary_rate": 0.2, "admission": "off",
+        },  # fmt: skip
         patches=faults,
         dtype="float32",
         schedule_conservativeness=0.0,

@@ -38,6 +38,7 @@ def models(tmp_path_factory):
 def engine(model, ratio=None, faults=(), ess=None, **server_args):
     """One-tier without a ratio. float32, so that a wrong row cannot hide in rounding."""
     tiers = {"enabled": False} if ratio is None else {"hot_ratio": ratio, "canary_rate": 1.0}
+    tiers |= {"admission": "off"}  # the same batches as one-tier, and so the same rounding
     return EngineProcess(
         model,
         ess={"index_dtype": "float32"} | tiers | (ess or {}),

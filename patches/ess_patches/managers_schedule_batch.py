@@ -58,4 +58,12 @@ HOOKS = (
         reason="How many of the row's tokens the request may publish.",
         test=_TEST,
     ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.ScheduleBatch._get_decode_retraction_order",
+        kind="call",
+        signature="(reqs)",
+        body="sglang_ess.scheduling",
+        reason="Who leaves a batch first where the hot tier thrashes: as where slots run out.",
+        test="tests/test_scheduling.py",
+    ),
 )

@@ -1,4 +1,4 @@
-"""sglang.srt.managers.scheduler: its handshake with the HTTP process, its cache flush."""
+"""sglang.srt.managers.scheduler: its handshake with the HTTP process, who joins a batch."""
 
 from ess_patches.contract import Hook
 
@@ -14,13 +14,24 @@ HOOKS = (
         test="tests/test_startup.py",
     ),
     Hook(
-        target="sglang.srt.managers.scheduler.Scheduler.flush_cache",
-        kind="after",
-        signature="(self, empty_cache=True)",
-        body="sglang_ess.pool:cache_flushed",
-        reason="A flush frees every slot through the allocator and tells the pool nothing: its "
-        "hot rows would stay, owned by nobody, until writes or misses take them.",
+        target="sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
+        kind="around",
+        signature="(self, running_batch)",
+        body="sglang_ess.scheduling:prefill_round",
+        reason="Admission: the part of the waiting queue whose working sets and misses there is "
+        "room for. The allocator's own seams (create_prefill_budget) see tokens, not requests, "
+        "and a refusal there lasts until a request ends.",
         when="always",
-        test="tests/test_soak.py",
+        test="tests/test_scheduling.py",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler._get_new_prebuilt_batch",
+        kind="around",
+        signature="(self, running_batch)",
+        body="sglang_ess.scheduling:prebuilt_round",
+        reason="The same in disaggregated decode, where requests whose rows have arrived join "
+        "the batch; private, but the one place where they do. Warm-up ids are used up there.",
+        when="always",
+        test="tests/disagg/test_pd_serving.py",
     ),
 )

@@ -22,6 +22,7 @@ from sglang_ess.tiers import free_host_bytes
 from sglang_ess.tiers.device_hot_cache import PAGE_ROWS, DeviceTier
 from sglang_ess.tiers.host_tier import GIB
 from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES, MAP_BYTES
+from sglang_ess.tiers.link import probe_bytes
 from sglang_ess.tiers.lru import STATE_SIZE
 
 # A pass needs somewhere to put rows; below top-k every query takes several passes.
@@ -57,7 +58,7 @@ class TierBytes:
     layer_state: int
     page_rows: int
 
-    def shared(self, topk: int) -> int:
+    def shared(self, topk: int, row_bytes: int) -> int:
         """Buffers that the layers use one after another, but for row_shared."""
         return PLAN_QUERIES * topk * PLAN_BYTES_PER_LOOKUP
 
@@ -65,10 +66,11 @@ class TierBytes:
 class GpuTierBytes(TierBytes):
     """DeviceTier's."""
 
-    def shared(self, topk: int) -> int:
+    def shared(self, topk: int, row_bytes: int) -> int:
         plans = DevicePlanBuffers.bytes_for(DEVICE_PLAN_QUERIES, topk)
         claims = DevicePlanBuffers.bytes_for(1, DEVICE_PLAN_QUERIES)
-        return plans + claims + DeviceTier.HALVES * 4 + ReorderScratch.bytes_for(0)
+        scratch = DeviceTier.HALVES * 4 + ReorderScratch.bytes_for(0)
+        return plans + claims + scratch + probe_bytes(row_bytes)
 
 
 CPU_TIER = TierBytes(HOT_ROW_OVERHEAD_BYTES, 0, STATE_BYTES, 1)
@@ -123,7 +125,7 @@ class Geometry:
             + hot_rows * self.hot_row_bytes
             + (self.paged(hot_rows) - hot_rows) * self.layers * self.row_bytes
             + self.staging_bytes(slots)
-            + self.tier.shared(self.topk)
+            + self.tier.shared(self.topk, self.row_bytes)
             + self.layers * self.tier.layer_state
         )
 
@@ -246,6 +248,17 @@ def host_limit_bytes(config: EssConfig) -> int:
     return int(config.host_gib * GIB)
 
 
+def serves_two_tiers(config: EssConfig | None) -> bool:
+    """Whether this SGLang process has ESS's pool.
+
+    A prefill server has SGLang's own: each of its rows is read once by every query, so that
+    there is nothing to keep hot. Its peer's transfer finds them where it looks for them.
+    """
+    from sglang.srt.runtime_context import get_disagg
+
+    return config is not None and config.enabled and get_disagg().disaggregation_mode != "prefill"
+
+
 _decided: Capacity | None = None
 
 
@@ -266,7 +279,7 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
     config = EssConfig.from_env() or EssConfig(enabled=False)
     if config.device_gib is not None:
         budget_bytes = int(config.device_gib * GIB)
-    if not config.enabled:
+    if not serves_two_tiers(config):
         if config.device_gib is not None:
             budget_bytes -= _padding_bytes(configurator)
         return original(configurator, budget_bytes, **kwargs)

@@ -94,11 +94,41 @@ class EssConfig:
         kind=float,
         limit=_POSITIVE,
     )
+    link_gib: float | None = _option(
+        None,
+        "--ess-link-gib",
+        "GiB/s that count as the link between host and device: fetches are slowed down to it; on "
+        "the CPU platform only.",
+        kind=float,
+        limit=_POSITIVE,
+    )
+    admission: str = _option(
+        "on",
+        "--ess-admission",
+        "Whether requests wait until the hot tier holds their working set too, and the link "
+        "their misses (--ess-itl-ms); off: slots alone decide.",
+        choices=("on", "off"),
+    )
+    itl_ms: float | None = _option(
+        None,
+        "--ess-itl-ms",
+        "Inter-token latency in ms that a request may not push a decode step beyond when it is "
+        "admitted; left out: no limit.",
+        kind=float,
+        limit=_POSITIVE,
+    )
     warmup: str = _option(
         "on",
         "--ess-warmup",
         "Whether the rows selected by a prompt's last 32 positions enter the hot tier before "
         "its first decode step.",
+        choices=("on", "off"),
+    )
+    pd_warmup: str = _option(
+        "on",
+        "--ess-pd-warmup",
+        "The same across prefill-decode disaggregation: a prefill server sends those positions "
+        "along, a decode server warms its hot tier with them.",
         choices=("on", "off"),
     )
     overlap: str = _option(

@@ -17,8 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from sglang_ess.admission import HOT_TIER, LINK, THRASH
+
 logger = logging.getLogger(__name__)
 
+HELD_REASONS = (HOT_TIER, LINK, THRASH)
 # What both kinds of hot tier count.
 COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs")
 
@@ -168,6 +171,15 @@ _GAUGES = {
     "host_slots": "Rows of the host tier in one layer.",
     "host_slots_used": "Slots in use, without the radix cache's evictable ones.",
 }
+_ADMISSION_GAUGES = {
+    "working_set_rows": "Distinct rows a layer that a running request selected in the last 12 "
+    "decode steps, mean of the sampled ones.",
+    "hot_tier_demand_rows": "Rows a layer that the running requests want hot: their working sets, "
+    "what they share counted once.",
+    "predicted_step_seconds": "Decode step that admission predicts for the running requests.",
+    "link_bytes_per_second": "Host-to-device bandwidth at row size, as last measured.",
+    "thrashing": "1 while rows are evicted about as soon as they were used.",
+}
 # From what a short chat fetches to a long context that never fits, all layers together.
 _MISS_BUCKETS = tuple(base * 10**power for power in range(2, 9) for base in (1, 3))
 
@@ -207,6 +219,24 @@ class Exporter:
         self._gauges = {
             name: gauge(name, text, list(labels)).labels(**labels) for name, text in _GAUGES.items()
         }
+        self._admission_gauges = {
+            name: gauge(name, text, list(labels)).labels(**labels)
+            for name, text in _ADMISSION_GAUGES.items()
+        }
+        self._shed = Counter(
+            "sglang:ess_shed_requests_total",
+            "Running requests that went back to the queue because the hot tier thrashed.",
+            list(labels),
+            registry=registry,
+        ).labels(**labels)
+        held = Counter(
+            "sglang:ess_held_rounds_total",
+            "Scheduling rounds in which a waiting request could not join, by what ran out.",
+            [*labels, "reason"],
+            registry=registry,
+        )
+        self._held = {reason: held.labels(**labels, reason=reason) for reason in HELD_REASONS}
+        self._counted: dict[str, int] = {}
         self._request_misses = Histogram(
             "sglang:ess_request_misses",
             "Rows fetched for a request, all layers together, from its first decode step until "
@@ -228,6 +258,23 @@ class Exporter:
         self._gauges["host_slots"].set(snapshot.host_slots)
         self._gauges["host_slots_used"].set(snapshot.host_slots_used)
 
+    def update_admission(self, admission: Any, link_bytes_per_second: float) -> None:
+        """admission: the Admission of this scheduler."""
+        values = {
+            "working_set_rows": admission.working_set_rows,
+            "hot_tier_demand_rows": admission.hot_tier_demand,
+            "predicted_step_seconds": admission.step_seconds,
+            "link_bytes_per_second": link_bytes_per_second,
+            "thrashing": float(admission.is_thrashing),
+        }
+        for name, value in values.items():
+            self._admission_gauges[name].set(value)
+        counts = {**admission.held, "shed": admission.retractions}
+        for name, count in counts.items():
+            series = self._shed if name == "shed" else self._held[name]
+            series.inc(count - self._counted.get(name, 0))
+        self._counted = counts
+
     def observe_request(self, misses: int) -> None:
         self._request_misses.observe(misses)
 
@@ -246,7 +293,7 @@ class Watch:
     """
 
     def __init__(self, reporter: Any):
-        scheduler = reporter.scheduler
+        self._scheduler = scheduler = reporter.scheduler
         self._pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         self._observer = scheduler.pool_stats_observer
         self._requests = scheduler.req_to_token_pool
@@ -281,6 +328,9 @@ class Watch:
 
     def _publish(self, used_slots: int) -> None:
         self._exporter.update(self._exported.snapshot(self._pool, used_slots))
+        gate = getattr(self._scheduler, "ess_gate", None)
+        if gate is not None and gate.admission is not None:
+            self._exporter.update_admission(gate.admission, gate.link_bytes_per_second)
         self._take_misses(self._requests.free_slots)
 
     def _take_misses(self, rows: Sequence[int]) -> None:

@@ -6,13 +6,19 @@ registration stay SGLang's. Index keys stay on the device for every slot.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, unwrap_write_loc
 
 from sglang_ess import capacity
+from sglang_ess.attention.sampling import TopkSample
 from sglang_ess.attention.staging import Staging
-from sglang_ess.tiers import HostTier, HotCache, PlanBuffers
+from sglang_ess.config import EssConfig
+from sglang_ess.tiers import HostTier, HotCache, PlanBuffers, link, lru
+from sglang_ess.tiers.host_tier import GIB
+from sglang_ess.tiers.rows import as_words
 
 # Rows that no decode step used for this many steps give way to a prompt's new rows.
 # SparseServe's working set is what the last 12 steps used (papers.md 2): far outside it.
@@ -25,6 +31,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
     kv_buffer    the host tier, layer by layer: [slots, 1, row width]
     hot_caches   the hot tier, layer by layer
     staging      where a prefill pass finds its rows
+    sample       of the last decode step's top-k, on the host
     request_misses [requests + 1] int64: rows fetched for the request that has this row of
         the request table; whoever reads it at the end of a request sets it back to 0. None
         where nobody counts them.
@@ -43,14 +50,48 @@ class EssTokenToKVPool(DSATokenToKVPool):
     def _create_tiers(self) -> None:
         """The hot tier and prefill's staging, on the host; a GPU's are in cuda/pool.py."""
         self.plan_buffers = PlanBuffers(capacity.PLAN_QUERIES * self.capacity.geometry.topk)
+        config = EssConfig.from_env()
+        counted = None
+        if config is not None and config.link_gib is not None:
+            counted = link.CountedLink(config.link_gib * GIB)
+        self._link = counted
         self.hot_caches = [
-            HotCache(rows.squeeze(1), self.capacity.hot_rows, buffers=self.plan_buffers)
+            HotCache(
+                rows.squeeze(1), self.capacity.hot_rows, buffers=self.plan_buffers, link=counted
+            )
             for rows in self.kv_buffer
         ]
+        self.sample = TopkSample(self.layer_num, self.capacity.geometry.topk)
         self.staging = Staging(
             [rows.squeeze(1) for rows in self.kv_buffer], self.capacity.staging_rows
         )
         self.request_misses = np.zeros(1, np.int64)
+
+    def totals(self) -> tuple[int, int, int] | None:
+        """Rows fetched, rows evicted and their ages (sum, in steps), of all layers since the
+        start; None where the device has not reported since the last call.
+        """
+        states = [cache.state for cache in self.hot_caches]
+        return tuple(
+            sum(int(state[counter]) for state in states)
+            for counter in (lru.MISSES, lru.EVICTIONS, lru.EVICTED_AGE)
+        )
+
+    def measure_link(self) -> float:
+        """Bytes per second of a fetch of scattered rows from the host tier, measured now."""
+        source = as_words(self.kv_buffer[0].squeeze(1))
+        rows = np.random.default_rng(0).integers(0, len(source), link.PROBE_ROWS, np.int32)
+        places = np.arange(len(rows), dtype=np.int32)
+        target = np.empty((len(rows), source.shape[1]), source.dtype)
+
+        def fetch() -> int:
+            since = time.perf_counter()
+            lru.copy_rows(source, target, rows, places, len(rows))
+            if self._link is not None:
+                self._link.carried(target.nbytes, time.perf_counter() - since)
+            return target.nbytes
+
+        return link.measure(fetch)
 
     def hot_cache(self, layer_id: int) -> HotCache:
         return self.hot_caches[layer_id - self.start_layer]
@@ -78,6 +119,10 @@ class EssTokenToKVPool(DSATokenToKVPool):
             # Not host_rows[part]: for few rows that is 100 times slower on the CPU.
             rows = torch.index_select(host_rows, 0, part)
             self.hot_cache(layer_id).install(part, rows, min_age)
+
+    def warm(self, layer: int, topk: torch.Tensor) -> None:
+        """HotCache.warm of a layer, counted from 0, with topk [queries, K] int32 on the host."""
+        self.hot_caches[layer].warm(topk)
 
     # --- SGLang's write paths -----------------------------------------------------------
 
@@ -113,11 +158,3 @@ class EssTokenToKVPool(DSATokenToKVPool):
         """No slot is hot any more; counters go on."""
         everything = torch.arange(self.size + self.page_size)
         self.written_in_all_layers(everything)
-
-
-def cache_flushed(success, scheduler, *args, **kwargs) -> bool:
-    """Body of the AFTER hook on Scheduler.flush_cache: no slot is owned, so none stays hot."""
-    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    if success and isinstance(pool, EssTokenToKVPool):
-        pool.empty_hot_tier()
-    return success

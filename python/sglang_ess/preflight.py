@@ -52,9 +52,8 @@ CPU_SPARSE_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
 )
 # What a two-tier pool does not serve, and why.
 ESS_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
-    # Rows that arrive by transfer or are loaded back bypass the pool's setters, so that a
-    # stale hot row could stay (invariant 3).
-    ("disaggregation_mode", "--disaggregation-mode", ("null",)),
+    # Rows that are loaded back bypass the pool's setters, so that a stale hot row could stay
+    # (invariant 3).
     ("enable_memory_saver", "--enable-memory-saver", (False,)),
     ("enable_unified_memory", "--enable-unified-memory", (False,)),
     ("enable_hisparse", "--enable-hisparse", (False,)),

@@ -37,7 +37,7 @@ def models(tmp_path_factory):
 def engine(model, ess, patches=(), **server_args):
     return EngineProcess(
         model,
-        ess={"index_dtype": "float32"} | ess,
+        ess={"index_dtype": "float32", "admission": "off"} | ess,
         patches=[*PATCHES, *(DEVICE + patch for patch in patches)],
         **{"dtype": "float32", "max_total_tokens": SLOTS, "chunked_prefill_size": CHUNK}
         | server_args,

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.runtime_context import get_disagg
 
+from sglang_ess.config import EssConfig
 from sglang_ess.cpu.ops.rows import LATENT_DIM, PAGE, ROPE_DIM
 from sglang_ess.cpu.ops.sparse_mla import sparse_mla
+from sglang_ess.disagg import recorder
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class CpuSparseMlaBackend(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.kv_cache_dtype = model_runner.kv_cache_dtype
         self.forward_metadata: SparseMetadata | None = None
+        config = EssConfig.from_env()
+        sends = config is not None and config.enabled and config.pd_warmup == "on"
+        if sends and get_disagg().disaggregation_mode == "prefill":
+            pool = self.token_to_kv_pool
+            recorder.active = recorder.Recorder(pool.layer_num, pool.size + pool.page_size)
 
     def init_forward_metadata(self, forward_batch) -> None:
         req_rows = forward_batch.req_pool_indices.long()
@@ -114,8 +122,22 @@ class CpuSparseMlaBackend(AttentionBackend):
 
     def _attend(self, layer, forward_batch, q, q_rope, topk) -> torch.Tensor:
         """Attention over the slots topk [T, top-k]: out [T, heads, 512]."""
+        if recorder.active is not None and self.forward_metadata.spans is not None:
+            self._record(layer.layer_id - self.token_to_kv_pool.start_layer, forward_batch, topk)
         rows = self.token_to_kv_pool.latent_rows(layer.layer_id)
         return attend_rows(layer, q, q_rope, rows, topk)[0]
+
+    def _record(self, layer, forward_batch, topk) -> None:
+        """What a prompt's end selects goes along to the decode server."""
+        metadata = self.forward_metadata
+        recorder.active.record(
+            layer,
+            forward_batch.rids,
+            metadata.spans,
+            topk.numpy(),
+            metadata.lengths.numpy(),
+            metadata.req_to_token.numpy(),
+        )
 
 
 def attend_rows(layer, q, q_rope, rows, indices) -> tuple[torch.Tensor, torch.Tensor]:

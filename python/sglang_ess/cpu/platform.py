@@ -30,9 +30,16 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
     def get_kv_pool_cls(self, *, kind):
         if kind != "dsa":
             return None
+        from sglang_ess.capacity import serves_two_tiers
         from sglang_ess.cpu.pool import CpuDsaTokenToKVPool, CpuEssTokenToKVPool
 
-        return CpuEssTokenToKVPool if _config().enabled else CpuDsaTokenToKVPool
+        return CpuEssTokenToKVPool if serves_two_tiers(_config()) else CpuDsaTokenToKVPool
+
+    def get_paged_allocator_cls(self):
+        from sglang_ess.allocator import EssPagedAllocator
+        from sglang_ess.capacity import serves_two_tiers
+
+        return EssPagedAllocator if serves_two_tiers(_config()) else None
 
     def apply_server_args_defaults(self, server_args) -> None:
         """Replace what SGLang chose for an Intel AMX host; a backend the user named stays."""
@@ -62,6 +69,7 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
 
         from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend
         from sglang_ess.cpu.indexer import indexer_forward
+        from sglang_ess.cpu.transfer import use_host_transport
         from sglang_ess.cpu.two_tier_backend import CpuTwoTierBackend
         from sglang_ess.pool import EssTokenToKVPool
 
@@ -70,6 +78,7 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         torch._dynamo.config.disable = True
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         BaseFusedOp.register_oot_forward(Indexer, indexer_forward, DISPATCH_KEY)
+        use_host_transport()
         # Same name, so that every "dsa" rule of the model code holds; last one wins.
         register_attention_backend("dsa")(
             lambda runner: (

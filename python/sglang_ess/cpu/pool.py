@@ -6,14 +6,29 @@ writes by CUDA or Triton kernel is overridden: a latent row and an index key.
 
 import torch
 from sglang.srt.mem_cache.index_key_cache import IndexKeyCache
-from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, MLATokenToKVPool
 
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.ops.rows import index_page_bytes, pack_fp8_rows, store_index_keys
 from sglang_ess.pool import EssTokenToKVPool
 
 
-class _Float32IndexKeyCache(IndexKeyCache):
+class _CpuIndexKeyCache(IndexKeyCache):
+    """IndexKeyCache whose copies for a retracted request wait for no CUDA stream."""
+
+    def cpu_copy(self, indices: torch.Tensor) -> list[torch.Tensor]:
+        """The pages of the slots indices [n], of each layer."""
+        pages = indices[:: self.pool.page_size] // self.pool.page_size
+        return [buffer[pages if len(buffer) else pages[:0]] for buffer in self.buffer]
+
+    def load_cpu_copy(self, index_k_cpu: list[torch.Tensor], indices: torch.Tensor) -> None:
+        pages = indices[:: self.pool.page_size] // self.pool.page_size
+        for buffer, copy in zip(self.buffer, index_k_cpu, strict=True):
+            if len(buffer):
+                buffer[pages] = copy
+
+
+class _Float32IndexKeyCache(_CpuIndexKeyCache):
     """Index keys in float32, 512 B each: the reference that fp8 is measured against."""
 
     def _buffer_shape(self, num_pages: int) -> tuple[int, int]:
@@ -31,7 +46,16 @@ class CpuDsaTokenToKVPool(DSATokenToKVPool):
     def _create_index_key_cache(self) -> IndexKeyCache:
         config = EssConfig.from_env()
         exact = config is not None and config.index_dtype == "float32"
-        return (_Float32IndexKeyCache if exact else IndexKeyCache)(self, self.index_buf_size)
+        return (_Float32IndexKeyCache if exact else _CpuIndexKeyCache)(self, self.index_buf_size)
+
+    def get_cpu_copy(self, indices, mamba_indices=None, req_pool_index=None) -> dict:
+        """A retracted request's rows and index keys. Upstream's ends with a wait for CUDA."""
+        rows = MLATokenToKVPool.get_cpu_copy(self, indices)
+        return {"kv": rows, "index_k": self.index_key_cache.cpu_copy(indices)}
+
+    def load_cpu_copy(self, kv_cache_cpu, indices, mamba_indices=None, req_pool_index=None) -> None:
+        MLATokenToKVPool.load_cpu_copy(self, kv_cache_cpu["kv"], indices)
+        self.index_key_cache.load_cpu_copy(kv_cache_cpu["index_k"], indices)
 
     def latent_rows(self, layer_id: int) -> torch.Tensor:
         """Latent rows of one layer as the kernels take them: [slots, row width]."""

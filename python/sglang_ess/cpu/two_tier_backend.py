@@ -72,6 +72,7 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         pool, cache = self.token_to_kv_pool, self.token_to_kv_pool.hot_cache(layer.layer_id)
         if self._trace is not None and self._trace.recording:
             self._record(layer.layer_id - pool.start_layer, forward_batch.rids, topk)
+        pool.sample.take(layer.layer_id - pool.start_layer, topk)
         check = partial(self._check, cache, layer.layer_id)
         outs = []
         for first in range(0, len(q), PLAN_QUERIES):

@@ -253,6 +253,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         if not len(heads):
             return heads.new_empty(0, layer.tp_q_head_num, layer.v_head_dim)
         topk = self._pad_topk_indices(topk_indices, len(heads))
+        pool.sample.take(index, topk)
         slots = forward_batch.out_cache_loc
         planned = self._started.pop(layer.layer_id, None)
         if planned is not None and planned.topk.shape != topk.shape:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_ess.attention.overlap import Mode
+from sglang_ess.config import EssConfig
 
 
 def kv_pool_class(pool_class: type, configurator: Any, *, kind: str, default: type) -> type:
     """AFTER KVCacheConfigurator._resolve_kv_pool_class: ours for a sparse model's main pool."""
-    if kind != "dsa" or configurator.is_draft_worker or configurator.device == "cpu":
+    from sglang_ess.capacity import serves_two_tiers
+
+    is_main = kind == "dsa" and not configurator.is_draft_worker and configurator.device != "cpu"
+    if not is_main or not serves_two_tiers(EssConfig.from_env()):
         return pool_class
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
@@ -20,6 +24,17 @@ def kv_pool_class(pool_class: type, configurator: Any, *, kind: str, default: ty
     for name in ("dsa", "nsa"):
         register_attention_backend(name)(EssDsaBackend)
     return CudaEssTokenToKVPool
+
+
+def paged_allocator_class(allocator_class: type | None, platform: Any) -> type | None:
+    """AFTER SRTPlatform.get_paged_allocator_cls: ours over our pool."""
+    from sglang_ess.capacity import serves_two_tiers
+
+    if allocator_class is not None or not serves_two_tiers(EssConfig.from_env()):
+        return allocator_class
+    from sglang_ess.allocator import EssPagedAllocator
+
+    return EssPagedAllocator
 
 
 class OverlapVariants:

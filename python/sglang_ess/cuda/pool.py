@@ -10,7 +10,9 @@ from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
 
 from ess_kernels.scatter import scatter_rows
 from sglang_ess.attention.overlap import TransferStream
+from sglang_ess.attention.sampling import TopkSample
 from sglang_ess.capacity import DEVICE_PLAN_QUERIES
+from sglang_ess.cuda.link import LinkProbe
 from sglang_ess.cuda.staging import DeviceStaging
 from sglang_ess.pool import IDLE_STEPS, EssTokenToKVPool
 from sglang_ess.tiers.device_hot_cache import DeviceTier
@@ -33,6 +35,9 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
             self.kv_buffer, self.capacity.hot_rows, topk, DEVICE_PLAN_QUERIES, self.device
         )
         self.hot_caches = self.tier.caches
+        pinned = torch.device(self.device).type == "cuda"
+        self.sample = TopkSample(self.layer_num, topk, pinned)
+        self._probe = LinkProbe(self.kv_buffer[0], self.device, self.transfer)
         self.staging = DeviceStaging(
             self.kv_buffer, self.capacity.staging_rows, self.device, self.transfer
         )
@@ -44,7 +49,19 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
     @property
     def device_bytes(self) -> int:
         index_keys = sum(buffer.nbytes for buffer in self.index_k_with_scale_buffer)
-        return index_keys + self.tier.nbytes + self.staging.nbytes
+        return index_keys + self.tier.nbytes + self.staging.nbytes + self._probe.nbytes
+
+    def totals(self) -> tuple[int, int, int] | None:
+        return self.tier.totals()
+
+    def measure_link(self) -> float:
+        return self._probe.bytes_per_second()
+
+    def warm(self, layer: int, topk: torch.Tensor) -> None:
+        with self.transfer.fork():
+            slots = topk.to(self.device, non_blocking=True)
+            self.hot_caches[layer].warm(slots)
+            self.transfer.uses(slots)
 
     @contextmanager
     def reading(self, rows: torch.Tensor) -> Iterator[None]:

@@ -151,6 +151,18 @@ class DeviceTier:
             self._copied.synchronize()
         return tuple(tensor.numpy().copy() for tensor in self._mirror)
 
+    def totals(self) -> tuple[int, int, int] | None:
+        """misses, evictions and evicted_age of all layers, as of the last mirror(); None while
+        that is under way: nobody waits.
+        """
+        if self._mirror is None or (self._copied is not None and not self._copied.query()):
+            return None
+        counters = self._mirror[0].numpy().sum(axis=0)
+        return tuple(
+            int(counters[hot_state.COUNTERS.index(name)])
+            for name in ("misses", "evictions", "evicted_age")
+        )
+
     def figures(self) -> list[dict[str, int]]:
         """Each layer's counters, steps and rows in use, as of the last mirror()."""
         counters, words = self.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from sglang_ess.tiers import lru
+from sglang_ess.tiers.link import CountedLink
 from sglang_ess.tiers.rows import as_words
 
 # Per hot row: its slot, its place in the queue, its entry in the free list, and two entries
@@ -84,6 +86,7 @@ class HotCache:
 
     host_rows  [slots, ...] one layer of the host tier, or None to run the policy alone
     num_rows   hot rows, at least 1 and no more than slots
+    link       how fast rows come from the host tier; None: as fast as they can
     With as many rows as slots nothing is ever evicted, and no order of use is kept.
     counters: since the start; misses of the last step, by query, are in query_misses.
     Raises: ValueError for a num_rows outside its limits or rows not of 8-byte words.
@@ -95,6 +98,7 @@ class HotCache:
         num_rows: int,
         num_slots: int | None = None,
         buffers: PlanBuffers | None = None,
+        link: CountedLink | None = None,
     ):
         num_slots = len(host_rows) if host_rows is not None else num_slots or 0
         if not 1 <= num_rows <= num_slots:
@@ -102,7 +106,7 @@ class HotCache:
                 f"hot rows must be 1 to {num_slots}, the slots of the host tier: got {num_rows}."
             )
         self.num_rows, self.num_slots = num_rows, num_slots
-        self.host_rows = host_rows
+        self.host_rows, self._link = host_rows, link
         self.rows = self._host_words = self._hot_words = None
         if host_rows is not None:
             self.rows = torch.zeros(num_rows, *host_rows.shape[1:], dtype=host_rows.dtype)
@@ -163,7 +167,7 @@ class HotCache:
 
     def fetch(self, plan: Plan) -> None:
         """Copy the plan's missed rows from the host tier."""
-        self._copy(self._host_words, plan.miss_slots, plan.miss_rows)
+        self._load(plan.miss_slots, plan.miss_rows)
 
     # --- writes -------------------------------------------------------------------------
 
@@ -199,7 +203,7 @@ class HotCache:
         unread = self.buffers.rows[: topk.numel()].reshape(topk.shape)
         topk = topk.contiguous().numpy()
         count = lru.warm(topk, *self._lru, self.free, self.state, unread, slots, rows)
-        self._copy(self._host_words, slots[:count], rows[:count])
+        self._load(slots[:count], rows[:count])
         return count
 
     def clear(self) -> None:
@@ -278,6 +282,14 @@ class HotCache:
         }  # fmt: skip
         if broken := [rule for rule, holds in problems.items() if not holds]:
             raise RuntimeError("; ".join(broken))
+
+    def _load(self, slots: np.ndarray, rows: np.ndarray) -> None:
+        """Copy host rows of the slots into hot rows, over the link."""
+        since = time.perf_counter()
+        self._copy(self._host_words, slots, rows)
+        if self._link is not None and self.rows is not None:
+            num_bytes = len(slots) * self._hot_words[0].nbytes
+            self._link.carried(num_bytes, time.perf_counter() - since)
 
     def _copy(self, source: np.ndarray, source_rows: np.ndarray, rows: np.ndarray) -> None:
         if self.rows is not None and len(rows):

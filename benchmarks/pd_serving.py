@@ -1,0 +1,469 @@
+"""Prefill-decode disaggregation under load: SGLang one-tier against ESS on the decode server.
+
+    python -m benchmarks.pd_serving [--quick] [--json FILE] [--plot FILE]
+
+Real processes and sockets: one prefill server, one decode server, sglang-router, Mooncake over
+TCP. bench_serving-style load: Poisson arrivals, token ids in and out, streamed, greedy.
+ (A) Output: the decode server one-tier and with ESS, at the same --ess-device-gib. Tokens/s,
+     batch, inter-token latency and time to first token against request rate; saturation is all
+     requests at once. summary.output_ratio is ESS over one-tier there.
+ (B) Thrash: ESS decode with a hot tier far below the sum of the working sets, admission off
+     and on, up to 3x saturation (the model: SparseServe, figure 1 and its ablation).
+ (C) Warm-up across the hand-over, on and off: misses in a request's first 8 decode steps, and
+     inter-token latency while requests keep joining.
+
+One machine stands in for two. The decode server runs alone on the last core, its torch and
+numba with one thread; the prefill server (at a lower priority), the router and the client share
+the others. So that prefill does not bound what is measured, prompts are documents that the
+prefill server has in its radix cache: each request computes its last page there and transfers
+all its rows. No two requests that decode together have one document, and the decode server
+has no radix cache in either system.
+
+Both tiers are this machine's one DRAM, so a miss is nearly free. In (B) and (C) fetches are
+slowed (--ess-link-gib) to the share of one core's memory bandwidth, measured at start, that a
+H100's PCIe link is of its HBM's: 55 of 3350 GB/s. (A) has no such brake: its ratio is what freed
+memory buys here. (B) has one row without it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+if not __package__:  # `python benchmarks/pd_serving.py` works too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from benchmarks.common import (
+    ROOT,
+    OtherLoad,
+    Progress,
+    Report,
+    arguments,
+    failed,
+    measured,
+    save_figure,
+)
+from benchmarks.cpu_serving import prompts_of
+from benchmarks.pd_serving_cluster import Cores, Decode, Prefill, Router, decoding
+from benchmarks.pd_serving_load import SATURATED, Result, requests_of, run_load
+from benchmarks.pd_serving_report import (
+    ESS,
+    OFF,
+    ON,
+    ONE_TIER,
+    draw,
+    handover_row,
+    point_rows,
+    print_tables,
+    rate_name,
+    summarise,
+)
+
+PAGE = 64
+ROW_BYTES, INDEX_KEY_BYTES = 656, 132
+REQUEST_SECONDS = 900  # after which a request counts as an error
+SETTLE_SECONDS = 0.5  # between two looks at a server's counters
+FIRST_STEPS = 8  # decode steps of (C)'s hand-over figure
+LINK_SHARE = 55 / 3350  # GB/s: a H100's host-to-device link over its device memory
+COPIED_BYTES, COPIES = 64 << 20, 20
+ITL_TARGET_MS = 300.0
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A model and what is asked of it.
+
+    model: tiny_model's shape, where it is not the default
+    prompt, outputs: tokens of a request, the second a range; documents: distinct prompts
+    """
+
+    model: dict[str, int]
+    prompt: int
+    outputs: tuple[int, int]
+    documents: int
+
+    @property
+    def request_tokens(self) -> int:
+        """What a request may take of the pool, to the end of its last page."""
+        return -(-(self.prompt + self.outputs[1]) // PAGE) * PAGE + PAGE
+
+    @property
+    def cell_bytes(self) -> int:
+        """Of one token, one-tier."""
+        return self.model["layers"] * (ROW_BYTES + INDEX_KEY_BYTES)
+
+    @property
+    def mean_output(self) -> float:
+        return sum(self.outputs) / 2
+
+    def server_flags(self) -> tuple[str, ...]:
+        """Of the prefill and the decode server alike. The batch limit is never reached."""
+        return "--context-length", str(self.request_tokens + PAGE), "--max-running-requests", "64"
+
+    def prefill_flags(self) -> tuple[str, ...]:
+        slots = (self.documents + 2) * self.request_tokens + 4096
+        return "--max-total-tokens", str(slots), *self.server_flags()
+
+    def decode_flags(self) -> tuple[str, ...]:
+        """SGLang keeps 512 tokens free for each running request: more than any will write."""
+        return "--num-reserved-decode-tokens", str(self.outputs[1]), *self.server_flags()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run measures.
+
+    burst: requests sent at once at saturation, in (A) and to find it in (B)
+    shares, thrash_shares: request rates as shares of the saturated one; seconds: of arrivals
+    handovers: requests of (C), each alone, whose misses are counted
+    without_link: whether (B) has its row without a slowed link
+    """
+
+    burst: int
+    shares: tuple[float, ...]
+    seconds: float
+    thrash_burst: int
+    thrash_shares: tuple[float, ...]
+    thrash_seconds: float
+    handovers: int
+    without_link: bool
+
+
+# A model whose decode step costs by the step and not only by the request, as a real one's:
+# two_tier's, with four times the experts' weights, as a step here has one core and its requests'
+# share of it is larger. Two of four experts are active for a token, nearly all for a batch of 4.
+OUTPUT = Scenario(
+    model={
+        "layers": 6,
+        "dense_layers": 0,
+        "hidden": 1024,
+        "experts": 4,
+        "moe_intermediate": 4096,
+        "index_heads": 4,
+    },
+    prompt=4096,
+    outputs=(96, 160),
+    documents=18,
+)
+ONE_TIER_REQUESTS = 4.3  # what the device bytes hold one-tier; a fraction is never admitted
+HOT_RATIO = 0.1
+LEAST_USED = 0.95  # of the device bytes
+# A small model, so that a step costs little beside its misses, and a top-k of most of the context,
+# so that a request's working set is nearly its whole context and stays that.
+THRASH = Scenario(
+    model={"layers": 4, "heads": 2, "index_topk": 1024, "index_heads": 2},
+    prompt=1536,
+    outputs=(96, 160),
+    documents=30,
+)
+THRASH_REQUESTS = 24  # that the slots hold
+THRASH_FITTING = 6  # whose whole contexts the hot tier holds
+QUICK = Plan(
+    burst=30,
+    shares=(0.5,),
+    seconds=15,
+    thrash_burst=16,
+    thrash_shares=(0.5, 1.0, 2.0, 3.0),
+    thrash_seconds=8,
+    handovers=3,
+    without_link=False,
+)
+FULL = Plan(
+    burst=60,
+    shares=(0.25, 0.5, 0.75, 1.0),
+    seconds=45,
+    thrash_burst=32,
+    thrash_shares=(0.25, 0.5, 0.75, 1.0, 2.0, 3.0),
+    thrash_seconds=20,
+    handovers=12,
+    without_link=True,
+)
+
+
+# --- the systems ------------------------------------------------------------------------
+
+
+class Bench:
+    """One run: a report, and servers as the parts need them."""
+
+    def __init__(self, plan: Plan, seed: int, directory: Path, link_gib: float):
+        """link_gib: GiB/s that count as the link in (B) and (C)."""
+        self.plan, self.seed, self.directory, self.link_gib = plan, seed, directory, link_gib
+        self.cores = Cores.of_machine()
+        self.report, self.progress, self.started = Report(), Progress(), time.monotonic()
+
+    @contextmanager
+    def side(self, scenario: Scenario, name: str) -> Iterator[Side]:
+        """A scenario's prefill server, warm once the first decode server stands behind it."""
+        model, log = self.model(scenario, name), self.directory / f"{name}.prefill.log"
+        flags = (*scenario.prefill_flags(), "--ess-pd-warmup", "on")
+        with Prefill(model, *flags, log=log, cores=self.cores.front) as prefill:
+            yield Side(self, scenario, model, prefill)
+
+    def model(self, scenario: Scenario, name: str) -> str:
+        """In a process of its own: the client has no use for torch's memory and threads."""
+        path = str(self.directory / name)
+        shape = [f"--{key.replace('_', '-')}={value}" for key, value in scenario.model.items()]
+        command = [sys.executable, "-m", "sglang_ess.tiny_model", "--out", path, *shape]
+        command += ["--seed", str(self.seed)]
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        return path
+
+
+class Side:
+    """One scenario's model, documents and prefill server."""
+
+    def __init__(self, bench: Bench, scenario: Scenario, model: str, prefill: Prefill):
+        self.bench, self.scenario, self.model, self.prefill = bench, scenario, model, prefill
+        self.documents = prompts_of(bench.seed, scenario.documents, scenario.prompt)
+        self._warm = False
+
+    @contextmanager
+    def system(self, name: str, *flags: str) -> Iterator[System]:
+        bench = self.bench
+        flags = (*self.scenario.decode_flags(), *flags)
+        bench.progress(f"{name}: starting")
+        with decoding(self.prefill, self.model, flags, bench.directory, bench.cores) as nodes:
+            bench.progress(f"{name}: ready, {_facts_line(nodes[0].facts())}")
+            system = System(self, *nodes)
+            if not self._warm:
+                result = system.load((2, 2), SATURATED, len(self.documents))
+                if result.errors:
+                    raise RuntimeError(f"prefill must warm up: {result.errors[0]}")
+                bench.progress(f"prefill server has its documents after {result.seconds:.0f} s")
+                self._warm = True
+            system.load((2, 16), SATURATED, 4)
+            yield system
+
+
+class System:
+    """A decode server with its router, and loads on them."""
+
+    def __init__(self, side: Side, decode: Decode, router: Router):
+        self.side, self.decode, self.router = side, decode, router
+        self.bench = side.bench
+
+    def load(self, outputs: tuple[int, int], rate: float, count: int) -> Result:
+        seed = self.bench.seed
+        requests = requests_of(self.side.documents, outputs, rate, count, seed)
+        return run_load(self.router.url, requests, REQUEST_SECONDS)
+
+    def point(self, name: str, config: dict, rate: float, count: int) -> Result:
+        """One load and its rows."""
+        config = config | {"rate": rate_name(rate), "requests": count}
+        decode, others = self.decode, OtherLoad()
+        offset, before, spent = decode.log_offset(), decode.counters(), decode.cpu_seconds()
+        result = self.load(self.side.scenario.outputs, rate, count)
+        spent, after = decode.cpu_seconds() - spent, decode.counters()
+        counted = {key: value - before.get(key, 0.0) for key, value in after.items()}
+        rows = point_rows(name, config, result, decode.batches(offset), counted, spent)
+        load = others.ratio()
+        self.bench.report.add(*[{**row, "other_cpu_ratio": load} for row in rows])
+        self.bench.progress(_point_line(name, config, result))
+        return result
+
+
+def _facts_line(facts: dict) -> str:
+    rows = f", {facts['hot_rows']} hot rows a layer" if "hot_rows" in facts else ""
+    return f"{facts['slots']} slots{rows}, {facts['device_bytes'] / 2**20:.1f} MiB on the device"
+
+
+def _point_line(name: str, config: dict, result: Result) -> str:
+    what = ", ".join(f"{key} {value}" for key, value in config.items())
+    if not result.completed:
+        return f"{name}, {what}: none of {len(result.answers)} completed"
+    errors = f", {len(result.errors)} errors" if result.errors else ""
+    return f"{name}, {what}: {result.tokens_per_s:.0f} tokens/s in {result.seconds:.0f} s{errors}"
+
+
+def arrivals_in(seconds: float, rate: float) -> int:
+    """Requests of a point: no fewer than make a figure."""
+    return max(round(rate * seconds), 6)
+
+
+# --- the parts --------------------------------------------------------------------------
+
+
+def device_gib() -> float:
+    """What (A) gives to each decode server: ONE_TIER_REQUESTS of latent rows and index keys."""
+    tokens = ONE_TIER_REQUESTS * (OUTPUT.request_tokens + OUTPUT.outputs[1]) + PAGE
+    return tokens * OUTPUT.cell_bytes / 2**30
+
+
+def output(bench: Bench) -> None:
+    """Part (A), and (C) on the same prefill server. ESS first: its saturation sets the rates."""
+    plan, size = bench.plan, ("--ess-device-gib", str(device_gib()))
+    ess = (*size, "--ess-hot-ratio", str(HOT_RATIO))
+    systems = {ESS: (*ess, "--ess-itl-ms", str(ITL_TARGET_MS)), ONE_TIER: (*size, "--disable-ess")}
+    with bench.side(OUTPUT, "output") as side:
+        rates: list[float] = []
+        for name, flags in systems.items():
+            with side.system(name, *flags) as system:
+                record_sizes(bench, name, system.decode.facts())
+                result = system.point("output", {"system": name}, SATURATED, plan.burst)
+                if name == ESS:
+                    saturated = result.tokens_per_s / OUTPUT.mean_output
+                    rates = [share * saturated for share in plan.shares]
+                for rate in rates:
+                    count = min(arrivals_in(plan.seconds, rate), plan.burst)
+                    system.point("output", {"system": name}, rate, count)
+        for warm in (ON, OFF):
+            flags = (*ess, "--ess-link-gib", str(bench.link_gib), "--ess-pd-warmup", warm)
+            with side.system(f"warm-up {warm}", *flags) as system:
+                warmup(system, {"pd_warmup": warm}, rates[-1])
+
+
+def record_sizes(bench: Bench, name: str, facts: dict) -> None:
+    """Raises: RuntimeError if the pool takes more device bytes than it was given, or far fewer:
+    then the host tier was too small, for want of host memory."""
+    limit, found = device_gib() * 2**30, facts["device_bytes"]
+    if not LEAST_USED * limit <= found <= limit:
+        raise RuntimeError(
+            f"{name} must take {LEAST_USED:g} to 1 of its {limit:.0f} device bytes: got {found}. "
+            "Free host memory."
+        )
+    for key, unit in (("device_bytes", "B"), ("host_bytes", "B"), ("slots", "")):
+        bench.report.add(measured("output", {"system": name}, key, unit, [facts[key]]))
+
+
+def warmup(system: System, config: dict, rate: float) -> None:
+    """Part (C) on one decode server."""
+    plan = system.bench.plan
+    system.bench.report.add(handover_row(config, handover_misses(system, plan.handovers)))
+    churn = max(arrivals_in(plan.seconds, rate), 8)
+    system.point("warmup", config, rate, churn)
+
+
+def handover_misses(system: System, count: int) -> list[float]:
+    """Misses a layer in the first FIRST_STEPS decode steps of requests that run alone."""
+    layers = system.side.scenario.model["layers"]
+    found = []
+    for document in system.side.documents[:count]:
+        before = settled_counters(system.decode)
+        requests = requests_of([document], (FIRST_STEPS + 1,) * 2, SATURATED, 1, 0)
+        result = run_load(system.router.url, requests, REQUEST_SECONDS)
+        if result.errors:
+            raise RuntimeError(f"a request alone must complete: {result.errors[0]}")
+        after = settled_counters(system.decode)
+        found.append((after["misses"] - before["misses"]) / layers)
+    return found
+
+
+def settled_counters(decode: Decode, seconds: float = 30) -> dict[str, float]:
+    """Counters that a second look finds unchanged: the scheduler publishes when it is idle.
+
+    Raises: RuntimeError if they never are.
+    """
+    until, found = time.monotonic() + seconds, decode.counters()
+    while time.monotonic() < until:
+        time.sleep(SETTLE_SECONDS)
+        again = decode.counters()
+        if again == found:
+            return found
+        found = again
+    raise RuntimeError(f"an idle decode server's counters must settle: got {found}")
+
+
+def thrash_flags(*more: str) -> tuple[str, ...]:
+    slots = THRASH_REQUESTS * (THRASH.request_tokens + THRASH.outputs[1])
+    ratio = THRASH_FITTING * (THRASH.prompt + THRASH.mean_output) / slots
+    return "--max-total-tokens", str(slots), "--ess-hot-ratio", f"{ratio:.4f}", *more
+
+
+def thrash(bench: Bench) -> None:
+    """Part (B). Admission on first: what it can do at saturation sets the rates of both."""
+    plan, link = bench.plan, ("--ess-link-gib", str(bench.link_gib))
+    with bench.side(THRASH, "thrash") as side:
+        rates: list[float] = []
+        for admission in (ON, OFF):
+            flags = thrash_flags("--ess-admission", admission, *link)
+            config = {"admission": admission, "linked": True}
+            with side.system(f"admission {admission}", *flags) as system:
+                if not rates:
+                    result = system.point("thrash", config, SATURATED, plan.thrash_burst)
+                    saturated = result.tokens_per_s / THRASH.mean_output
+                    rates = [share * saturated for share in plan.thrash_shares]
+                for rate in rates:
+                    system.point("thrash", config, rate, arrivals_in(plan.thrash_seconds, rate))
+        if plan.without_link:
+            config = {"admission": OFF, "linked": False}
+            with side.system("no link", *thrash_flags("--ess-admission", OFF)) as system:
+                rate = rates[-1]
+                system.point("thrash", config, rate, arrivals_in(plan.thrash_seconds, rate))
+
+
+def run(bench: Bench, parts: Sequence) -> None:
+    """A part that fails becomes a row, and the other part is measured still."""
+    for part in parts:
+        try:
+            part(bench)
+        except (RuntimeError, ValueError, OSError) as error:
+            bench.report.add(failed(part.__name__, {}, "all", "", error))
+            bench.progress(f"{part.__name__}: not measured: {error}")
+
+
+PARTS = {"output": output, "thrash": thrash}
+
+
+def parser():
+    options = arguments("Prefill-decode disaggregation: SGLang one-tier against ESS, under load.")
+    options.add_argument("--only", choices=PARTS, help="one part instead of all")
+    options.add_argument(
+        "--link-gib",
+        type=float,
+        help="GiB/s that count as the host-to-device link in (B) and (C) [measured: the share of "
+        "one core's memory bandwidth that a H100's link is of its HBM's]",
+    )
+    return options
+
+
+def memory_gib_per_s() -> float:
+    """One core's, bytes read and written: the best of COPIES, as others may use the machine."""
+    source = np.ones(COPIED_BYTES, np.uint8)
+    target, seconds = np.empty_like(source), []
+    for _ in range(COPIES):
+        since = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - since)
+    return 2 * COPIED_BYTES / min(seconds[1:]) / 2**30  # the first one maps target's pages
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    plan = QUICK if options.quick else FULL
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the servers on the way out
+    parts = [part for name, part in PARTS.items() if options.only in (None, name)]
+    with tempfile.TemporaryDirectory(prefix="ess-bench-") as directory:
+        link_gib = options.link_gib or round(memory_gib_per_s() * LINK_SHARE, 3)
+        bench = Bench(plan, options.seed, Path(directory), link_gib)
+        os.sched_setaffinity(0, bench.cores.front)
+        others = OtherLoad()
+        run(bench, parts)
+        bench.report.machine["other_cpu_ratio"] = others.ratio()
+    report, link = bench.report, f"link {link_gib:g} GiB/s"
+    summarise(report, ITL_TARGET_MS)
+    print_tables(report, link)
+    if options.json:
+        config = {"quick": options.quick, "plan": asdict(plan), "cores": asdict(bench.cores)}
+        config |= {"decode_threads": len(bench.cores.decode), "link_gib_per_s": link_gib}
+        config |= {"output": asdict(OUTPUT), "thrash": asdict(THRASH), "hot_ratio": HOT_RATIO}
+        config |= {"device_gib": device_gib(), "itl_target_ms": ITL_TARGET_MS}
+        config |= {"minutes": round((time.monotonic() - bench.started) / 60, 1)}
+        report.write(options.json, options.seed, **config)
+    if options.plot:
+        save_figure(options.plot, lambda axes: draw(report, axes, link), size=(15, 4.5), panels=3)
+    return 0 if report.summary else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""The processes of pd_serving: prefill server, decode server and router, each on its cores.
+
+In production prefill and decode are different machines. Here the decode server has a core to
+itself, and everything else shares the others: SGLang's schedulers poll without pause while a
+request waits for its transfer, so a shared core would charge decode for prefill's waiting.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.support.server import Server, free_port
+
+START_SECONDS = 600
+WAIT_SECONDS = 1800  # the router's own limit
+# Under the client and the router, whose clock readings must not wait for a polling scheduler.
+PREFILL_NICE = 5
+DECODE_LOG_INTERVAL = 4  # steps between two of the decode server's log lines
+TRANSFER = ("--disaggregation-transfer-backend", "mooncake")
+COMMON = (
+    *("--kv-cache-dtype", "fp8_e4m3", "--chunked-prefill-size", "2048"),
+    *("--skip-tokenizer-init", "--incremental-streaming-output", "--skip-server-warmup"),
+)
+BATCH = re.compile(r"Decode batch.*?#running-req: (\d+)")
+COUNTER = re.compile(r"sglang:ess_(\w+?)_total\{[^}]*\} (\S+)")
+
+
+@dataclass(frozen=True)
+class Cores:
+    """front: of the prefill server, the router and the client; decode: the decode server's."""
+
+    front: tuple[int, ...]
+    decode: tuple[int, ...]
+
+    @classmethod
+    def of_machine(cls) -> Cores:
+        """The last usable core decodes. On a machine with one core everything shares it."""
+        usable = sorted(os.sched_getaffinity(0))
+        return cls(tuple(usable[:-1] or usable), (usable[-1],))
+
+
+def node_env(threads: int) -> dict[str, str]:
+    """No more threads than cores in torch and in numba; no network; patience.
+
+    A request that is sent at saturation waits for minutes before its transfer begins, which
+    SGLang would take for a lost peer.
+    """
+    names = ("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "SGLANG_DISAGGREGATION_WAITING_TIMEOUT")
+    waits = dict.fromkeys(names, str(WAIT_SECONDS))
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+    return {"HF_HUB_OFFLINE": "1", **counts, **waits}
+
+
+class Node(Server):
+    """A process that serves HTTP, on its cores; its exit as a context manager stops it.
+
+    nice: added to the process's and its children's own
+    """
+
+    def __init__(self, module: str, *flags: str, log: Path, cores: Sequence[int], nice: int = 0):
+        self.port, self.log, self.cores = free_port(), Path(log), tuple(cores)
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(self.port)]
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*command, *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **node_env(len(self.cores))},
+                start_new_session=True,
+                preexec_fn=functools.partial(_settle, self.cores, nice),
+            )
+
+    def _family(self) -> list[psutil.Process]:
+        process = psutil.Process(self.process.pid)
+        return [process, *process.children(recursive=True)]
+
+    def cpu_seconds(self) -> float:
+        """Of the node's processes so far."""
+        times = [process.cpu_times() for process in self._family()]
+        return sum(one.user + one.system for one in times)
+
+    def check_cores(self) -> None:
+        """Raises: RuntimeError if a process of the node may run elsewhere."""
+        for process in self._family():
+            found = set(process.cpu_affinity())
+            if found != set(self.cores):
+                raise RuntimeError(
+                    f"{process.name()} must run on cores {self.cores} alone: got {found}"
+                )
+
+
+def _settle(cores: Sequence[int], nice: int) -> None:
+    os.sched_setaffinity(0, cores)
+    os.nice(nice)
+
+
+class Prefill(Node):
+    """One-tier: it keeps the rows of a prompt only until they are sent, or as its radix cache."""
+
+    def __init__(self, model: str, *flags: str, log: Path, cores: Sequence[int]):
+        self.bootstrap = free_port()
+        own = ("--model-path", model, "--disaggregation-mode", "prefill", *TRANSFER)
+        own += ("--disaggregation-bootstrap-port", str(self.bootstrap), *COMMON)
+        super().__init__(
+            "sglang_ess.launch_server", *own, *flags, log=log, cores=cores, nice=PREFILL_NICE
+        )
+
+
+class Decode(Node):
+    """Its log has the batch of every DECODE_LOG_INTERVAL-th step, its /metrics the misses."""
+
+    def __init__(self, model: str, *flags: str, log: Path, cores: Sequence[int]):
+        own = ("--model-path", model, "--disaggregation-mode", "decode", *TRANSFER)
+        own += ("--decode-log-interval", str(DECODE_LOG_INTERVAL), "--enable-metrics", *COMMON)
+        super().__init__("sglang_ess.launch_server", *own, *flags, log=log, cores=cores)
+
+    def facts(self) -> dict:
+        """What the running pool says of itself: slots, hot rows, device and host bytes."""
+        return self.get("/server_info")["ess"]
+
+    def log_offset(self) -> int:
+        return self.log.stat().st_size
+
+    def batches(self, since: int) -> list[int]:
+        """Requests in the steps logged after this offset."""
+        with self.log.open("rb") as file:
+            file.seek(since)
+            text = file.read().decode(errors="replace")
+        return logged_batches(text)
+
+    def counters(self) -> dict[str, float]:
+        """ESS's Prometheus counters, summed over the layers; empty one-tier."""
+        with self.open("/metrics") as response:
+            return summed_counters(response.read().decode())
+
+
+def logged_batches(text: str) -> list[int]:
+    return [int(found) for found in BATCH.findall(text)]
+
+
+def summed_counters(text: str) -> dict[str, float]:
+    """{name: sum over the layers} of the lines `sglang:ess_NAME_total{...} VALUE`."""
+    found: dict[str, float] = {}
+    for name, value in COUNTER.findall(text):
+        found[name] = found.get(name, 0.0) + float(value)
+    return found
+
+
+class Router(Node):
+    def __init__(self, prefill: Prefill, decode: Decode, log: Path, cores: Sequence[int]):
+        flags = ("--pd-disaggregation", "--mini-lb", "--decode", decode.url)
+        flags += ("--prefill", prefill.url, str(prefill.bootstrap))
+        super().__init__("sglang_router.launch_router", *flags, log=log, cores=cores)
+
+    def is_ready(self) -> bool:
+        try:
+            return self.open("/health").status == 200
+        except OSError:
+            return False
+
+
+@contextmanager
+def decoding(
+    prefill: Prefill, model: str, flags: Sequence[str], directory: Path, cores: Cores
+) -> Iterator[tuple[Decode, Router]]:
+    """A decode server and a router in front of it and of a prefill server that runs already.
+
+    Raises: RuntimeError with a log's tail if one of them does not start.
+    """
+    log = directory / f"decode-{free_port()}.log"
+    with Decode(model, *flags, log=log, cores=cores.decode) as decode:
+        with Router(prefill, decode, log.with_suffix(".router"), cores.front) as router:
+            for node in (prefill, decode, router):
+                node.wait_ready(START_SECONDS)
+                node.check_cores()
+            yield decode, router

@@ -1,0 +1,44 @@
+"""sglang.srt.platforms.interface: the classes that a platform supplies."""
+
+from ess_patches.contract import Hook
+
+_PAGED = "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator"
+_BODY = "sglang_ess.allocator"
+
+HOOKS = (
+    Hook(
+        target="sglang.srt.platforms.interface.SRTPlatform.get_paged_allocator_cls",
+        kind="after",
+        signature="(self)",
+        body="sglang_ess.cuda.hooks:paged_allocator_class",
+        reason="The allocator is asked whether a decode step fits and told which slots are free; "
+        "CUDA's own platform cannot be told to name another. Ours drops hot rows with their "
+        "slots, which took a hook on Scheduler.flush_cache before.",
+        when="cuda",
+        test="tests/cuda/test_hooks.py",
+    ),
+    Hook(
+        target=f"{_PAGED}.check_decode_capacity",
+        kind="subclass",
+        signature="(self, *, num_tokens, tree_cache, requests=None, spec_algorithm=None)",
+        body=_BODY,
+        reason="Asked before each decode step; a no retracts requests until it is a yes.",
+        test="tests/test_scheduling.py",
+    ),
+    Hook(
+        target=f"{_PAGED}._release_page_ids",
+        kind="subclass",
+        signature="(self, *page_ids)",
+        body=_BODY,
+        reason="Private, but where every way of freeing slots ends: their hot rows go with them.",
+        test="tests/test_scheduling.py",
+    ),
+    Hook(
+        target=f"{_PAGED}.clear",
+        kind="subclass",
+        signature="(self)",
+        body=_BODY,
+        reason="A flush frees every slot at once.",
+        test="tests/test_soak.py",
+    ),
+)

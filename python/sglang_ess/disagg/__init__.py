@@ -1,0 +1,1 @@
+"""Prefill-decode disaggregation: what the two nodes tell each other besides the rows."""

@@ -1,0 +1,155 @@
+"""Prefill and decode on two nodes, over real sockets, against one colocated one-tier server."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+
+from tests.disagg.conftest import SERVER_FLAGS
+from tests.support import parity
+from tests.support.pd import PdCluster
+
+ROOT = Path(__file__).parents[2]
+OUTPUT = 12
+PAGE = 64
+DECODE_FLAGS = ("--ess-hot-ratio", "0.1", "--disaggregation-decode-enable-radix-cache")
+
+
+@pytest.fixture(scope="module")
+def cluster(model, tmp_path_factory):
+    flags = (*SERVER_FLAGS, "--max-total-tokens", "16384", "--enable-metrics")
+    directory = tmp_path_factory.mktemp("pd")
+    with PdCluster(model, directory, flags, decode_flags=DECODE_FLAGS) as running:
+        running.wait_ready()
+        yield running
+        running.settle()
+
+
+@pytest.fixture(scope="module")
+def client(cluster):
+    return openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0)
+
+
+def prompts():
+    """Below top-k and far beyond it, several chunks of prefill; the last two share 900 tokens."""
+    cold = parity.prompts_of([20, 100, 700, 3000, 1500], seed=11)
+    return [*cold, cold[4][:900] + cold[1], cold[4][:900] + cold[2]]
+
+
+def served(cluster, prompt, **more):
+    status, answer = cluster.generate(prompt, OUTPUT, **more)
+    assert status == 200, answer
+    return answer
+
+
+def logprobs(answer):
+    return np.array([value for value, *_ in answer["meta_info"]["output_token_logprobs"]])
+
+
+def test_same_as_colocated(cluster, colocated):
+    """Tokens and logprobs, one request at a time, so that both compute the same batches."""
+    for prompt in prompts():
+        (expected,) = colocated.generate([prompt], OUTPUT, start=-1)
+        answer = served(cluster, prompt, return_logprob=True)
+        assert answer["output_ids"] == expected.token_ids, len(prompt)
+        np.testing.assert_allclose(logprobs(answer), expected.logprobs, rtol=0, atol=1e-5)
+    cluster.settle()
+
+
+def test_decode_keeps_prefixes(cluster, colocated):
+    """A repeated prompt's pages are not sent again; the answer stays the same."""
+    (prompt,) = parity.prompts_of([1000], seed=12)
+    first, again = served(cluster, prompt), served(cluster, prompt)
+    longer = served(cluster, prompt + first["output_ids"] + [1, 2, 3])
+    cached = [one["meta_info"]["cached_tokens"] for one in (first, again, longer)]
+    assert cached[0] == 0
+    assert 1000 - 2 * PAGE < cached[1] < 1000
+    assert cached[2] >= cached[1]
+    assert first["output_ids"] == again["output_ids"]
+    (expected,) = colocated.generate([prompt], OUTPUT, start=-1)
+    assert first["output_ids"] == expected.token_ids
+
+
+def test_concurrent_requests(cluster):
+    """Together, the same tokens as one by one."""
+    many = parity.prompts_of([40, 300, 900, 64, 128, 1300, 500, 77], seed=13)
+    alone = [served(cluster, prompt)["output_ids"] for prompt in many]
+    cluster.settle()
+    with ThreadPoolExecutor(len(many)) as pool:
+        answers = list(pool.map(lambda prompt: served(cluster, prompt), many))
+    assert [answer["output_ids"] for answer in answers] == alone
+    cluster.settle()
+
+
+def chat(client, **more):
+    return client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Count the words of a licence."}],
+        temperature=0,
+        max_tokens=24,
+        extra_body={"ignore_eos": True},
+        **more,
+    )
+
+
+def test_chat(client):
+    """A completion, and the same one streamed."""
+    whole = chat(client)
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 24
+    parts = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    pieces = [part.choices[0].delta.content or "" for part in parts if part.choices]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert sum(bool(piece) for piece in pieces) > 4  # it came in pieces, not at once
+    assert parts[-1].usage.completion_tokens == 24
+
+
+def test_rows_went_through_the_tiers(cluster):
+    """The decode node that served all of the above is two-tier, and its hot tier too small."""
+    with cluster.decode.open("/metrics") as response:
+        text = response.read().decode()
+    misses = re.findall(r'^sglang:ess_misses_total\{.*layer="(\d)".*\} (\S+)$', text, re.M)
+    assert [layer for layer, _ in misses] == ["0", "1", "2"]
+    assert all(float(value) > 100 for _, value in misses)
+
+
+@pytest.mark.slow
+def test_script_once(model):
+    """scripts/pd.sh starts all three, prints one answer and leaves nothing running."""
+    command = [ROOT / "scripts/pd.sh", "--once", "--model-path", model]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = next(line for line in done.stdout.splitlines() if line.startswith('{"id"'))
+    assert json.loads(answer)["choices"][0]["message"]["content"]
+    (router,) = re.findall(r"POST (http://[^/]+)/v1", done.stdout)
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"{router}/health", timeout=10)
+
+
+@pytest.mark.slow
+def test_script_until_interrupted(model):
+    """Without --once it says how to ask, serves, and Ctrl-C ends what it started."""
+    command = [ROOT / "scripts/pd.sh", "--model-path", model]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as script:
+        lines = []
+        for line in script.stdout:
+            lines.append(line)
+            if line.startswith("Ctrl-C"):
+                break
+        nodes = re.findall(r"^(prefill|decode|router) +(http://\S+)$", "".join(lines), re.M)
+        assert [name for name, _ in nodes] == ["prefill", "decode", "router"]
+        for _, url in nodes:
+            assert urllib.request.urlopen(f"{url}/health", timeout=60).status == 200
+        os.killpg(script.pid, signal.SIGINT)
+        assert script.wait(120) == 0
+    for _, url in nodes:
+        with pytest.raises(OSError):
+            urllib.request.urlopen(f"{url}/health", timeout=10)

@@ -1,0 +1,219 @@
+"""A prefill server, a decode server and a router on this machine, for tests and scripts/pd.sh."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.server import Server
+
+# A log line of a check of SGLang's own that failed, or of a scheduler that died.
+BROKEN = ("leak detected", "Leak Detected", "double free", "use-after-free", "Scheduler hit an exc")
+# /v1/loads: what a node still has to do, and the part of it that only disaggregation has.
+BUSY = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens")
+QUEUES = (
+    *("prefill_bootstrap_queue_reqs", "prefill_inflight_queue_reqs"),
+    *("decode_prealloc_queue_reqs", "decode_transfer_queue_reqs", "decode_retracted_queue_reqs"),
+)
+# SGLang's Rust gateway, and how it outlasts a node's restart: it tries again at every error but
+# a 4xx, with a new bootstrap room. By its defaults it gives up after 5 tries in half a second, and
+# 10 failures close its circuits to both nodes for a minute.
+GATEWAY_FLAGS = (
+    *("--disable-circuit-breaker", "--disable-health-check"),
+    *("--retry-max-retries", "1000", "--retry-max-backoff-ms", "1000"),
+    *("--worker-startup-check-interval", "1"),
+)
+# Below Linux's ephemeral ports, from which every connection takes one, and above Mooncake's
+# (12001 to 17000): a node that is killed finds its port free again.
+PORTS = range(20_000, 32_000)
+
+
+def fixed_port() -> int:
+    """A port that nobody uses, and that no outgoing connection will take by chance."""
+    while True:
+        port = random.choice(PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+class Node(Server):
+    """A process of a cluster: a module that serves HTTP, on a port of the caller's choice.
+
+    A node that was killed is started again with start(), on the same port.
+    """
+
+    ready_path = "/ready"
+    last_loads: dict[str, int] | None = None  # at the last is_idle()
+
+    def __init__(self, module: str, *flags: str, log: Path, env: dict[str, str] | None = None):
+        self.port, self.log = fixed_port(), Path(log)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.command = [sys.executable, "-m", module, "--host", "127.0.0.1"]
+        self.command += ["--port", str(self.port), *flags]
+        self.env = {**os.environ, **(env or {})}
+        self.start()
+
+    def start(self) -> None:
+        """Start the process; its log is continued. It must not be running."""
+        with self.log.open("ab") as output:
+            self.log_start = output.tell()
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self.env,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        """SIGKILL to the process and its children at once, as when a host is lost."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def is_ready(self) -> bool:
+        try:
+            return self.open(self.ready_path).status == 200
+        except OSError:
+            return False
+
+    def loads(self) -> dict[str, int]:
+        """{field of BUSY and QUEUES: now, summed over the node's ranks}."""
+        found = dict.fromkeys((*BUSY, *QUEUES), 0)
+        for load in self.get("/v1/loads?include=all")["loads"]:
+            for name in found:
+                found[name] += (load | load["disaggregation"])[name]
+        return found
+
+    def is_idle(self) -> bool:
+        """Whether nothing runs or waits and every slot is free. Effect: no cached prefix."""
+        try:
+            # SGLang refuses to flush while a request is anywhere in the node.
+            flushed = self.post("/flush_cache", b"")[0] == 200
+            self.last_loads = self.loads()
+        except OSError:  # it died, or died and is not yet back
+            return False
+        return flushed and not any(self.last_loads.values())
+
+    def complaints(self) -> list[str]:
+        """Lines, cut, in which SGLang found its own books wrong or died, since the last start."""
+        lines = self.log.read_bytes()[self.log_start :].decode(errors="replace").splitlines()
+        return [line[:300] for line in lines if any(words in line for words in BROKEN)]
+
+    def generate(
+        self, input_ids, max_new_tokens: int, seconds: float = 300, **more
+    ) -> tuple[int, dict]:
+        """(status, answer) of one greedy request to /generate, given up after seconds.
+
+        more: further fields of the body. An answer that is not JSON comes as {"text": it}.
+        Raises: OSError if the server is not there, hangs up or takes too long.
+        """
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        body = {"input_ids": input_ids, "sampling_params": sampling, **more}
+        status, text = self.post("/generate", body, seconds)
+        try:
+            return status, json.loads(text)
+        except ValueError:
+            return status, {"text": text}
+
+
+class PdCluster:
+    """Prefill (one-tier), decode (two-tier) and a router in front; a context manager.
+
+    model: checkpoint directory; directory: for the logs
+    flags: of both nodes; decode_flags may hold "--disable-ess"
+    router_flags: of sglang-router, the Rust gateway; its "--mini-lb" never tries again
+    env: variables on top of this process's, for both nodes
+    """
+
+    def __init__(
+        self,
+        model,
+        directory: Path,
+        flags: tuple[str, ...] = (),
+        prefill_flags: tuple[str, ...] = (),
+        decode_flags: tuple[str, ...] = ("--ess-hot-ratio", "0.2"),
+        router_flags: tuple[str, ...] = GATEWAY_FLAGS,
+        env: dict[str, str] | None = None,
+    ):
+        launcher, bootstrap = "sglang_ess.launch_server", str(fixed_port())
+        both = ("--model-path", str(model), "--disaggregation-transfer-backend", "mooncake", *flags)
+        role = "--disaggregation-mode"
+        first = (role, "prefill", "--disaggregation-bootstrap-port", bootstrap, "--disable-ess")
+        # The nodes import SGLang and load the model at the same time.
+        self.prefill = Node(
+            launcher,
+            *(*both, *first, *prefill_flags),
+            log=Path(directory) / "prefill.log",
+            env=env,
+        )
+        self.decode = Node(
+            launcher,
+            *(*both, role, "decode", *decode_flags),
+            log=Path(directory) / "decode.log",
+            env=env,
+        )
+        pair = ("--prefill", self.prefill.url, bootstrap, "--decode", self.decode.url)
+        self.router = Node(
+            "sglang_router.launch_router",
+            *("--pd-disaggregation", *router_flags, *pair),
+            log=Path(directory) / "router.log",
+        )
+        self.router.ready_path = "/health" if "--mini-lb" in router_flags else "/readiness"
+        self.url = self.router.url
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    @property
+    def nodes(self) -> tuple[Node, Node]:
+        return self.prefill, self.decode
+
+    def wait_ready(self, seconds: float = 300) -> None:
+        """Return once a request to the router would be served.
+
+        Raises: RuntimeError with the log's tail of the process that ended or is not ready.
+        """
+        for node in (*self.nodes, self.router):
+            node.wait_ready(seconds)
+
+    def generate(self, input_ids, max_new_tokens: int, **more) -> tuple[int, dict]:
+        """Node.generate() through the router."""
+        return self.router.generate(input_ids, max_new_tokens, **more)
+
+    def settle(self, seconds: float = 120) -> None:
+        """Wait until both nodes are idle, with every slot and every request row free.
+
+        Effect: both radix caches are emptied, so that no slot is in use for their sake. SGLang
+        counts slots and rows itself when it falls idle, and its scheduler dies of a leak.
+        Raises: RuntimeError saying what is in use, or with the log's tail of a node that ended.
+        """
+        for node in self.nodes:
+            try:
+                node.wait_for(node.is_idle, seconds, "idle")
+            except RuntimeError as error:
+                raise RuntimeError(f"{node.log.stem}: {node.last_loads}\n{error}") from None
+            if lines := node.complaints():
+                raise RuntimeError(f"{node.log.stem}: " + "\n".join(lines))
+
+    def restart(self, node: Node) -> None:
+        """Kill a node and start it again on its port; returns once it is ready."""
+        if node.process.poll() is None:
+            node.kill()
+        node.start()
+        node.wait_ready()
+
+    def stop(self) -> list[int]:
+        """Exit status of router, decode and prefill, asked to end in this order."""
+        return [node.stop() for node in (self.router, self.decode, self.prefill)]

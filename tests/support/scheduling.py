@@ -1,0 +1,41 @@
+"""What admission decides, recorded from inside a running engine, and ways to blind it."""
+
+from dataclasses import dataclass
+
+from tests.support.retraction import _writer
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One decode step: its requests, and the policy's figures so far."""
+
+    running: int
+    shed: int
+    held: dict[str, int]
+    working_set_rows: float
+
+
+def record() -> None:
+    """Append a Decode to the file named by RECORD_VAR at each step."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    write, update = _writer(), Scheduler.update_running_batch
+
+    def recording(scheduler, batch):
+        batch = update(scheduler, batch)
+        policy = scheduler.ess_gate.admission
+        running = 0 if batch is None else len(batch.reqs)
+        if policy is None:
+            write(Decode(running, 0, {}, 0.0))
+        else:
+            write(Decode(running, policy.retractions, dict(policy.held), policy.working_set_rows))
+        return batch
+
+    Scheduler.update_running_batch = recording
+
+
+def blind() -> None:
+    """Every working set fits: what is admitted too much shows as thrashing only."""
+    from sglang_ess.admission import Admission
+
+    Admission._hot_tier_holds = lambda *args: True
