@@ -59,6 +59,22 @@ install_openmp() { # without it numba falls back to a thread pool that we did no
   fi
 }
 
+install_transport() { # what Mooncake moves KV with between prefill and decode servers
+  local missing
+  missing=$(for library in ibverbs:libibverbs1 rdmacm:librdmacm1 numa:libnuma1 curl:libcurl4 \
+    uring:liburing2; do
+    PATH=$PATH:/usr/sbin:/sbin ldconfig -p | grep "lib${library%%:*}\.so\." >/dev/null ||
+      echo "${library##*:}"
+  done)
+  [ -n "$missing" ] || return 0
+  if can_install; then
+    # shellcheck disable=SC2086  # one word a package
+    install_packages $missing
+  else
+    say "for prefill-decode disaggregation these should be installed:" $missing
+  fi
+}
+
 install_project() { # pip in the background, a line of its log every 15 s
   local total pid
   total=$(grep -c == constraints.txt)
@@ -89,6 +105,7 @@ fingerprint() { # of the path too: a virtual environment cannot be moved
 if [ "$(cat "$STAMP" 2>/dev/null)" != "$(fingerprint)" ]; then
   .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
   install_openmp
+  install_transport
   install_project
   fingerprint >"$STAMP"
   say "done in $SECONDS s"

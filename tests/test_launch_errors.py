@@ -223,8 +223,10 @@ def test_the_cpu_platforms_limits(launch, flag, value, limit):
     "flags",
     [
         ["--kv-cache-dtype", "fp8_e4m3", "--page-size", "64", "--attention-backend", "dsa"],
+        ["--disaggregation-mode", "decode"],
         ["--disaggregation-mode", "decode", "--disable-ess"],
-        ["--disaggregation-mode", "prefill", "--disable-ess"],
+        ["--disaggregation-mode", "prefill"],
+        ["--ess-link-gib", "0.5", "--ess-itl-ms", "80", "--ess-admission", "off"],
         ["--ess-hot-ratio", "0.3", "--ess-host-gib", "0.5", "--ess-device-gib", "0.25"],
         ["--ess-device-gib", "0.25", "--disable-ess"],
     ],
@@ -259,7 +261,19 @@ def test_float32_indexer_keys_off_the_cpu_platform(launch):
 
 
 RULE_CASES = {
-    "disaggregation_mode": ["--disaggregation-mode", "decode"],
+    "disaggregation_transfer_backend": ["--disaggregation-transfer-backend", "mori"],
+    "disaggregation_decode_enable_offload_kvcache": [
+        "--disaggregation-decode-enable-offload-kvcache"
+    ],
+    "disaggregation_decode_host_receive_threshold": [
+        "--disaggregation-decode-host-receive-threshold",
+        "0.5",
+    ],
+    "disaggregation_decode_retraction_backup": [
+        "--disaggregation-decode-retraction-backup",
+        "host_pool",
+    ],
+    "enable_pd_role_switch": ["--enable-pd-role-switch"],
     "enable_memory_saver": ["--enable-memory-saver"],
     "enable_unified_memory": ["--enable-unified-memory"],
     "enable_hisparse": ["--enable-hisparse"],

@@ -27,9 +27,11 @@ CLOSED_ROOMS = {
     "config": set(),
     "tiers": {"torch", "numpy", "numba", "ess_kernels", "sglang_ess.tiers"},
     "admission": {"numpy", "sglang_ess.tiers"},  # which the simulator runs too
-    "sim": {"torch", "numpy", "numba", "sglang_ess.tiers", "sglang_ess.admission", "sglang_ess.sim"},
+    "sim": {
+        "torch", "numpy", "numba", "sglang_ess.tiers", "sglang_ess.admission", "sglang_ess.sim",
+    },
     "ess_kernels": {"torch", "triton", "numpy", "numba", "tvm_ffi", "ess_kernels"},
-}
+}  # fmt: skip
 
 
 def room(file):

@@ -60,6 +60,30 @@ ESS_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("enable_hierarchical_cache", "--enable-hierarchical-cache", (False,)),
     ("enable_lmcache", "--enable-lmcache", (False,)),
     ("enable_flexkv", "--enable-flexkv", (False,)),
+    # The transports that write into host memory; the others go by the device's pointers.
+    (
+        "disaggregation_transfer_backend",
+        "--disaggregation-transfer-backend",
+        ("mooncake", "nixl", "fake"),
+    ),
+    # The host tier is the place for what these would copy to the host.
+    (
+        "disaggregation_decode_enable_offload_kvcache",
+        "--disaggregation-decode-enable-offload-kvcache",
+        (False,),
+    ),
+    (
+        "disaggregation_decode_host_receive_threshold",
+        "--disaggregation-decode-host-receive-threshold",
+        (1, 1.0),
+    ),
+    (
+        "disaggregation_decode_retraction_backup",
+        "--disaggregation-decode-retraction-backup",
+        (None, "cpu_tensor", "none"),
+    ),
+    # A server's pool is of one kind for good.
+    ("enable_pd_role_switch", "--enable-pd-role-switch", (False,)),
     # A draft model has a pool of its own, and verifies several queries a request.
     ("speculative_algorithm", "--speculative-algorithm", (None,)),
     ("pp_size", "--pp-size", (1,)),
@@ -160,9 +184,14 @@ def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
             f"--ess-device-gib must not be given off the CPU platform: got {config.device_gib:g}. "
             "Use --mem-fraction-static there."
         )
+    if config.link_gib is not None and not on_cpu:
+        reasons.append(
+            f"--ess-link-gib must not be given off the CPU platform: got {config.link_gib:g}. "
+            "Drop it: a GPU's link is what it is."
+        )
     if on_cpu:
         reasons += _rule_reasons(server_args, CPU_RULES)
-    if config.enabled:
+    if config.enabled and server_args.disaggregation_mode != "prefill":  # which has one tier
         known = {rule[0] for rule in CPU_RULES} if on_cpu else set()
         rules = ESS_RULES if on_cpu else ESS_RULES + CUDA_RULES
         rules = tuple(rule for rule in rules if rule[0] not in known | {"enable_hisparse"})

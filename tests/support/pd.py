@@ -162,9 +162,10 @@ class PdCluster:
             env=env,
         )
         pair = ("--prefill", self.prefill.url, bootstrap, "--decode", self.decode.url)
+        metrics = ("--prometheus-port", str(fixed_port()))  # 29000 for every gateway otherwise
         self.router = Node(
             "sglang_router.launch_router",
-            *("--pd-disaggregation", *router_flags, *pair),
+            *("--pd-disaggregation", *router_flags, *metrics, *pair),
             log=Path(directory) / "router.log",
         )
         self.router.ready_path = "/health" if "--mini-lb" in router_flags else "/readiness"
