@@ -283,6 +283,14 @@ def model(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("model") / "glm", config)
 
 
+def test_batches_beyond_the_decode_graphs_are_said():
+    """Slots for 10 whole requests: one tier's graphs may end before."""
+    geometry = Geometry(2, 656, 264, 64, 1000, PAGE)
+    decided = Capacity(geometry, 10_240, 100, 1 << 30)
+    assert "--cuda-graph-max-bs-decode 10." in capacity.graph_advice(decided, 8)
+    assert capacity.graph_advice(decided, 10) is capacity.graph_advice(decided, None) is None
+
+
 def facts_of(model, ess, **server_args):
     args = {"max_total_tokens": None, "context_length": 2048} | server_args
     patch = "tests.test_capacity:expose_sizes"

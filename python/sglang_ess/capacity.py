@@ -8,6 +8,7 @@ SGLang asks for a number of slots once, with the device bytes it has left for KV
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from sglang_ess.tiers.host_tier import GIB
 from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES, MAP_BYTES
 from sglang_ess.tiers.link import probe_bytes
 from sglang_ess.tiers.lru import STATE_SIZE
+
+logger = logging.getLogger(__name__)
 
 # A pass needs somewhere to put rows; below top-k every query takes several passes.
 MIN_HOT_ROWS = 64
@@ -296,7 +299,33 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
         # launcher knows this exit status.
         print(f"sglang-ess: {error}", file=sys.stderr, flush=True)
         raise SystemExit(REFUSED) from None
+    if configurator.device != "cpu" and (advice := graph_advice(_decided, _largest_graph())):
+        logger.warning("ESS: %s", advice)
     return result
+
+
+def graph_advice(capacity: Capacity, largest: int | None) -> str | None:
+    """What to say where decode batches outgrow the captured graphs; None where they do not.
+
+    largest: requests of the largest decode graph, None without graphs. SGLang chooses it by the
+    size of the GPU's memory, for batches that one tier can hold, and keeps memory for it.
+    """
+    requests = capacity.slots // capacity.geometry.context_tokens
+    if largest is None or requests <= largest:
+        return None
+    return (
+        f"{capacity.slots} slots hold {requests} requests of {capacity.geometry.context_tokens} "
+        f"tokens, and decode graphs end at {largest}: larger batches run without one. Add "
+        f"--cuda-graph-max-bs-decode {requests}."
+    )
+
+
+def _largest_graph() -> int | None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+    from sglang.srt.runtime_context import get_exec
+
+    decode = get_exec().graph.cuda_graph_config.decode
+    return None if decode.backend == Backend.DISABLED or not decode.bs else max(decode.bs)
 
 
 def _padding_bytes(configurator: Any) -> int:

@@ -11,18 +11,28 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from ess_patches import (
     contract,
+    disaggregation_utils,
     layers_attention,
     mem_cache_kv_cache_configurator,
+    platforms_interface,
     touch_points_cuda,
 )
+from sglang_ess.allocator import EssPagedAllocator
 from sglang_ess.attention.overlap import Mode
+from sglang_ess.config import EssConfig
 from sglang_ess.cuda import attention_backend, hooks
 from sglang_ess.cuda.attention_backend import EssDsaBackend, _check, _check_mode
 from sglang_ess.cuda.pool import CudaEssTokenToKVPool
 
 ROWS = [
     row
-    for module in (layers_attention, mem_cache_kv_cache_configurator, touch_points_cuda)
+    for module in (
+        layers_attention,
+        mem_cache_kv_cache_configurator,
+        touch_points_cuda,
+        platforms_interface,
+        disaggregation_utils,
+    )
     for row in module.HOOKS
     if row.when == "cuda"
 ]
@@ -40,6 +50,8 @@ def test_hooked_functions_take_what_upstream_passes():
         "_get_topk_paged",
         "config_from_budget",
         "_resolve_kv_pool_class",
+        "get_paged_allocator_cls",
+        "setup_state_kv_args",
     }
     for row in bodies.values():
         assert row.body.startswith("sglang_ess.") and row.applies("cuda")
@@ -56,17 +68,35 @@ def registry(monkeypatch):
     return backends
 
 
+@pytest.fixture
+def role(monkeypatch):
+    """role(mode, enabled): what this process is, and whether ESS is on."""
+
+    def put(mode, enabled=True):
+        disagg = SimpleNamespace(disaggregation_mode=mode)
+        monkeypatch.setattr("sglang.srt.runtime_context.get_disagg", lambda: disagg)
+        for name, value in EssConfig(enabled=enabled).to_env().items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
 @pytest.mark.parametrize(
-    ("kind", "draft", "device", "ours"),
+    ("kind", "draft", "device", "mode", "ours"),
     [
-        ("dsa", False, "cuda", True),
-        ("dsa", True, "cuda", False),
-        ("dsa", False, "cpu", False),
-        ("mla", False, "cuda", False),
-        ("mha", False, "cuda", False),
+        ("dsa", False, "cuda", "null", True),
+        ("dsa", False, "cuda", "decode", True),
+        ("dsa", False, "cuda", "prefill", False),
+        ("dsa", True, "cuda", "null", False),
+        ("dsa", False, "cpu", "null", False),
+        ("mla", False, "cuda", "null", False),
+        ("mha", False, "cuda", "null", False),
     ],
 )
-def test_a_sparse_models_main_pool_and_its_backend_are_ours(registry, kind, draft, device, ours):
+def test_a_sparse_models_main_pool_and_its_backend_are_ours(
+    registry, role, kind, draft, device, mode, ours
+):
+    role(mode)
     before = dict(registry)
     configurator = SimpleNamespace(is_draft_worker=draft, device=device)
     chosen = hooks.kv_pool_class(
@@ -76,6 +106,21 @@ def test_a_sparse_models_main_pool_and_its_backend_are_ours(registry, kind, draf
     changed = {name for name in registry if registry[name] is not before.get(name)}
     assert changed == ({"dsa", "nsa"} if ours else set())
     assert all(registry[name] is EssDsaBackend for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("mode", "enabled", "ours"),
+    [
+        ("null", True, True),
+        ("decode", True, True),
+        ("prefill", True, False),
+        ("null", False, False),
+    ],
+)
+def test_the_allocator_over_it_is_ours(role, mode, enabled, ours):
+    role(mode, enabled)
+    assert hooks.paged_allocator_class(None, None) is (EssPagedAllocator if ours else None)
+    assert hooks.paged_allocator_class(dict, None) is dict, "a platform's own stays"
 
 
 # --- a graph for each mode ----------------------------------------------------------------

@@ -9,6 +9,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from ess_kernels.launch import interpreted
 from sglang_ess import capacity
+from sglang_ess.allocator import EssPagedAllocator
 from sglang_ess.capacity import GPU_TIER, Capacity, Geometry
 from sglang_ess.config import EssConfig
 from tests.support import device_tier
@@ -260,3 +261,23 @@ def test_after_a_flush_no_slot_is_hot(build, schedule):
     pool.settle()
     assert not hot(pool, 0) and not hot(pool, 1)
     assert pool.hot_caches[0].counters == before
+
+
+def test_freed_pages_are_not_hot_and_the_link_is_measured(build, schedule):
+    """What the allocator and admission ask of a pool."""
+    pool = build()
+    allocator = EssPagedAllocator(256, PAGE, torch.uint8, "cpu", pool, need_sort=False)
+    slots = allocator.alloc(2 * PAGE)
+    write(pool, slots[:100].tolist(), 1)
+    pool.settle()
+    assert len(hot(pool, 0)) == 100
+    allocator.free(slots[:PAGE])
+    pool.settle()
+    assert hot(pool, 0) == hot(pool, 1) == set(slots[PAGE:100].tolist())
+    assert pool.measure_link() > 0
+    assert pool.device_bytes == pool.capacity.device_bytes
+    pool.tier.mirror()
+    assert pool.totals() == (0, 0, 0)
+    pool.warm(1, slots[:PAGE].view(-1, TOPK).int())
+    pool.settle()
+    assert hot(pool, 1) >= set(slots[:PAGE].tolist())

@@ -1,0 +1,185 @@
+"""Warm-up ids from a prompt's end to a hot tier: recorded, sent, refused or used."""
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_ess.disagg import recorder, warmup
+from sglang_ess.disagg.metadata import EssMetadataBuffers
+from sglang_ess.disagg.recorder import Recorder
+from sglang_ess.disagg.warmup_payload import HEADER, ITEM_BYTES, encode
+
+LAYERS, TOPK, SLOTS, ROOM = 2, 4, 256, 99
+
+
+def request(rid="a", tokens=40, row=1, index=0, room=ROOM):
+    kv = SimpleNamespace(req_pool_idx=row)
+    return SimpleNamespace(
+        rid=rid, kv=kv, origin_input_ids=[0] * tokens, metadata_buffer_index=index,
+        bootstrap_room=room, output_ids=[5], cached_tokens=0, cached_tokens_device=0,
+        cached_tokens_host=0, cached_tokens_storage=0, get_mm_token_counts=lambda: (0, 0, 0),
+        return_logprob=False, return_sampling_mask=False, hidden_states_tensor=None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def table():
+    """Request 1 has slots 100, 99, 98 ...: positions and slots differ."""
+    table = np.zeros((3, 64), np.int32)
+    table[1] = 100 - np.arange(64)
+    return table
+
+
+@pytest.fixture
+def buffers():
+    return EssMetadataBuffers(4, 8, torch.bfloat16, 16)
+
+
+@pytest.fixture
+def active(monkeypatch):
+    monkeypatch.setattr(recorder, "active", Recorder(LAYERS, SLOTS))
+    return recorder.active
+
+
+def record(active, table, positions, prefix=36, rid="a"):
+    """One pass: the last four queries of a prompt of 40 select these positions, in each layer."""
+    topk = 100 - np.array(positions, np.int32)
+    for layer in range(LAYERS):
+        active.record(
+            layer, [rid], [(1, prefix, len(topk))], topk,
+            np.arange(prefix, prefix + len(topk), dtype=np.int32) + 1, table,
+        )  # fmt: skip
+
+
+POSITIONS = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [0, 12, 13, 14]]
+
+
+def hot_pool():
+    """Remembers what it is asked to warm, query by query."""
+    pool = SimpleNamespace(warmed=[[] for _ in range(LAYERS)])
+    pool.capacity = SimpleNamespace(geometry=SimpleNamespace(layers=LAYERS, topk=TOPK))
+    pool.warm = lambda layer, topk: pool.warmed[layer].extend(
+        row[row >= 0].tolist() for row in topk.numpy()
+    )
+    return pool
+
+
+def hand_over(prefill, decode):
+    """What a transport does: the items of one node, byte for byte, into those of the other."""
+    decode.warmup.copy_(prefill.warmup)
+    decode.bootstrap_room.copy_(prefill.bootstrap_room)
+
+
+def test_from_prompt_to_hot_tier(active, table, buffers):
+    record(active, table, POSITIONS)
+    buffers.set_buf(request())
+    decode = EssMetadataBuffers(4, 8, torch.bfloat16, 16)
+    hand_over(buffers, decode)
+    decode.get_buf(0)
+    pool, req = hot_pool(), request(row=2)
+    warm_up = warmup.WarmUp(pool, decode)
+    assert warm_up.working_set(req) == 15
+    slots = torch.arange(64) + 300  # of this request, on this node
+    warm_up.warm(req, slots)
+    for warmed in pool.warmed:
+        flat = [slot - 300 for row in warmed for slot in row]
+        assert sorted(flat) == list(range(15)), "each once"
+        assert flat.index(4) < flat.index(8) < flat.index(0), "newest use last"
+    warm_up.warm(req, slots)
+    assert sum(map(len, pool.warmed[0])) == 15, "used up"
+
+
+def test_a_chunk_after_another_replaces_it(active, table, buffers):
+    record(active, table, [[30, 31, 32, 33]], prefix=35)
+    record(active, table, POSITIONS)
+    buffers.set_buf(request())
+    decode = EssMetadataBuffers(4, 8, torch.bfloat16, 16)
+    hand_over(buffers, decode)
+    decode.get_buf(0)
+    assert warmup.WarmUp(hot_pool(), decode).working_set(request()) == 15
+
+
+@pytest.mark.parametrize("rid", ["b", None])
+def test_another_requests_row_is_not_sent(active, table, buffers, rid):
+    """The row of the request table has a new owner, or nothing was recorded for it."""
+    if rid:
+        record(active, table, POSITIONS, rid=rid)
+    buffers.warmup[0] = 1  # what the item's last owner left
+    buffers.set_buf(request())
+    assert not buffers.warmup[0, : HEADER.size].any()
+
+
+def test_a_plain_prefill_node_sends_nothing_and_a_cleared_slot_is_empty(buffers):
+    buffers.get_buf(0)
+    assert not buffers.arrived
+    warm_up = warmup.WarmUp(hot_pool(), buffers)
+    assert warm_up.working_set(request()) is None
+    encode([np.zeros((1, 1), np.int32)] * LAYERS, 40, ROOM, buffers.warmup[1].numpy())
+    buffers.clear_slot(1)
+    buffers.get_buf(1)
+    assert not buffers.arrived and warm_up.refused == 0
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda item: item[4:6].__setitem__(slice(None), 9),  # version
+        lambda item: item[40:].__setitem__(slice(None), 0),  # truncated
+        lambda item: item.__setitem__(slice(None), 255),
+        lambda item: item[20:24].__setitem__(slice(None), 255),  # longer than the item
+    ],
+)
+def test_hostile_payloads_cost_one_warning_and_no_request(buffers, caplog, spoil):
+    pool, warm_up = hot_pool(), None
+    with caplog.at_level(logging.WARNING, logger="sglang_ess.disagg.warmup"):
+        warm_up = warmup.WarmUp(pool, buffers)
+        for room in (ROOM, ROOM + 1):
+            positions = np.arange(12, dtype=np.int32).reshape(3, 4)
+            encode([positions] * LAYERS, 40, room, buffers.warmup[0].numpy())
+            spoil(buffers.warmup[0].numpy())
+            buffers.bootstrap_room[0, 0] = room
+            buffers.get_buf(0)
+            warm_up.warm(request(room=room), torch.arange(64))
+    assert warm_up.refused == 2 and pool.warmed == [[], []]
+    assert len(caplog.records) == 1
+
+
+def test_a_payload_of_another_request_is_refused(buffers):
+    """Positions beyond its prompt would be another request's slots."""
+    encode([np.array([[39]], np.int32)] * LAYERS, 40, ROOM, buffers.warmup[0].numpy())
+    buffers.bootstrap_room[0, 0] = ROOM
+    buffers.get_buf(0)
+    warm_up = warmup.WarmUp(hot_pool(), buffers)
+    assert warm_up.working_set(request(tokens=20)) is None and warm_up.refused == 1
+
+
+def test_what_never_starts_is_forgotten(buffers):
+    for room in range(1, 9):
+        buffers.bootstrap_room[0, 0] = room
+        encode([np.zeros((1, 1), np.int32)] * LAYERS, 40, room, buffers.warmup[0].numpy())
+        buffers.get_buf(0)
+    assert list(buffers.arrived) == [5, 6, 7, 8], "no more than there are items"
+    warm_up = warmup.WarmUp(hot_pool(), buffers)
+    assert warm_up.working_set(request(room=8)) == 1
+    warm_up.forget_others([])
+    assert warm_up._ids == {}
+
+
+def test_the_buffer_is_the_last_and_one_item_a_request(buffers):
+    pointers, lengths, items = buffers.get_buf_infos()
+    assert pointers[-1] == buffers.warmup.data_ptr() and items[-1] == ITEM_BYTES
+    assert lengths[-1] == 4 * ITEM_BYTES and pointers[-2] == buffers.bootstrap_room.data_ptr()
+
+
+def test_a_recorder_that_fails_costs_the_ids_only(active, buffers, caplog):
+    """A position beyond the prompt: encode refuses it."""
+    active._rows[1] = ("a", [np.array([[41]], np.int32)] * LAYERS)
+    with caplog.at_level(logging.WARNING, logger="sglang_ess.disagg.recorder"):
+        buffers.set_buf(request())
+        active._rows[1] = ("a", [np.array([[41]], np.int32)] * LAYERS)
+        buffers.set_buf(request())
+    assert active.failures == 2 and len(caplog.records) == 1
+    assert not buffers.warmup[0, : HEADER.size].any()
