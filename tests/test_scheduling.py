@@ -74,6 +74,7 @@ def test_a_thrashing_hot_tier_sheds_requests_and_they_resume(model, ungated):
     assert min(running[running.index(max(running)) :]) < max(running)
 
 
+@pytest.mark.slow
 def test_requests_wait_for_the_link(model, ungated):
     """With the hot tier out of the question: the steps alone are predicted too long."""
     tokens, steps = serve(model, "blind", itl_ms=60, **SLOW_LINK)

@@ -13,7 +13,8 @@ PATCHES = [
 ]
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [150, 2000])
 def test_soak(tmp_path, count):
     """SGLang's own leak check is on, at every step (tests/support/retraction.py)."""
     model = parity.write_model(tmp_path / "m", arch="v32", index_topk=32, heads=4, layers=2)

@@ -150,6 +150,7 @@ def test_a_chat_over_the_limit(client, lives_on):
         chat(client, "x" * (CONTEXT + 1))
 
 
+@pytest.mark.slow
 def test_the_longest_prompt(server, lives_on):
     """SGLang keeps a few positions of the context for itself, and says how many."""
     limit = server.get("/server_info")["max_req_input_len"]  # the first length refused

@@ -28,4 +28,12 @@ HOOKS = (
         when="cuda",
         test="tests/disagg/test_transfer.py",
     ),
+    Hook(
+        target=f"{_UTILS}.all_reduce_flags",
+        kind="call",
+        signature="(flags, group, op)",
+        body="sglang_ess.scheduling",
+        reason="Ranks that run one batch agree on who joins it.",
+        test="tests/test_scheduling.py",
+    ),
 )

@@ -13,6 +13,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from sglang.srt.disaggregation.utils import all_reduce_flags
+
 from sglang_ess.admission import Admission, Candidate, Limits, Step
 from sglang_ess.attention.sampling import SAMPLES
 from sglang_ess.config import EssConfig
@@ -33,7 +36,9 @@ def prefill_round(original: Any, scheduler: Any, running_batch: Any) -> Any:
     gate = gate_of(scheduler)
     if gate is None:
         return original(scheduler, running_batch)
-    scheduler.token_to_kv_pool_allocator.keep_running = gate.keep(running_batch)
+    if (keep := gate.keep(running_batch)) is not None:
+        # Until it is done: this round may run a prompt instead of a decode step.
+        scheduler.token_to_kv_pool_allocator.keep_running = keep
     return gate.round(original, running_batch)
 
 
@@ -136,10 +141,12 @@ class Gate:
         warms = config.pd_warmup == "on" and isinstance(buffers, EssMetadataBuffers)
         self._warm_up = WarmUp(pool, buffers) if warms else None
         self._layer = 0  # of the sample, whose window is under way
-        self._before = pool.totals()
+        self._before = pool.totals() or (0, 0, 0)
         self._steps, self._seconds, self._requests = 0, 0.0, 0
         self._round_began = self._link_measured = time.perf_counter()
         self._shed_logged = 0.0
+        # Colocated, a prompt's own pass warms the tier.
+        self._arrives_cold = buffers is not None or config.warmup == "off"
 
     # --- what the policy is told --------------------------------------------------------
 
@@ -150,14 +157,16 @@ class Gate:
         now = time.perf_counter()
         last, seconds = self._scheduler.last_batch, now - self._round_began
         self._round_began = now
-        if last is not None and last.forward_mode.is_decode() and last.reqs:
-            self._decoded(last.reqs, seconds)
+        if last is None or not last.forward_mode.is_decode() or not last.reqs:
+            return None
+        told = self._decoded(last.reqs, seconds)
         if now - self._link_measured > LINK_SECONDS:
             self._link_measured = now
             self.link_bytes_per_second = self._pool.measure_link()
             self.admission.link(self.link_bytes_per_second)
         running = len(running_batch.reqs)
-        keep = self.admission.keep(running)
+        # Only then, because ranks count steps alike, and to agree costs a message each.
+        keep = self._agreed(self.admission.keep(running)) if told else running
         if keep >= running:
             return None
         if now - self._shed_logged > SHED_LOG_SECONDS:
@@ -169,14 +178,23 @@ class Gate:
             )  # fmt: skip
         return keep
 
-    def _decoded(self, reqs: list[Any], seconds: float) -> None:
-        """One decode step of these requests, so many seconds after the round before."""
+    def _decoded(self, reqs: list[Any], seconds: float) -> bool:
+        """One decode step of these requests, so many seconds after the round before.
+
+        Returns whether the policy was told of it.
+        """
         if len(reqs) != self._requests:
             self._flush()
             self._requests = len(reqs)
         self._steps, self._seconds = self._steps + 1, self._seconds + seconds
-        if self._steps == OBSERVED_STEPS:
+        told = self._steps == OBSERVED_STEPS
+        if told:
             self._flush()
+        self._sample(reqs)
+        return told
+
+    def _sample(self, reqs: list[Any]) -> None:
+        """Count what the step's first requests selected, when a window of steps is full."""
         sampled = {hash(req.rid): req for req in reqs[:SAMPLES]}
         if len(sampled) < min(len(reqs), SAMPLES):
             return
@@ -192,6 +210,7 @@ class Gate:
         """Tell the policy of the steps since the last time."""
         totals = self._pool.totals()
         if totals is None or not self._steps:
+            self._steps, self._seconds = 0, 0.0  # the device has not reported: not these
             return
         misses, evictions, age = (now - old for now, old in zip(totals, self._before, strict=True))
         self._before = totals
@@ -212,7 +231,7 @@ class Gate:
             if scheduler.enable_priority_scheduling:
                 scheduler.policy.calc_priority(scheduler.waiting_queue, running_batch)
             running = len(running_batch.reqs) + (scheduler.chunked_req is not None)
-            count = self.admission.admit(running, self._candidates()).count
+            count = self._agreed(self.admission.admit(running, self._candidates()).count)
             held = scheduler.waiting_queue[count:]
             scheduler.waiting_queue = scheduler.waiting_queue[:count]
         if self._warm_up is not None:
@@ -222,10 +241,15 @@ class Gate:
         finally:
             scheduler.waiting_queue = scheduler.waiting_queue + held
 
+    def _agreed(self, number: int) -> int:
+        """The least of all ranks that run one batch: their clocks and links differ."""
+        group = self._scheduler.attn_tp_cpu_group
+        return all_reduce_flags([number], group, torch.distributed.ReduceOp.MIN)[0]
+
     def _candidates(self) -> Iterator[Candidate]:
         for req in self._scheduler.waiting_queue:
             rows = self._warm_up.working_set(req) if self._warm_up else None
-            yield Candidate(req.seqlen, rows, cold=rows is None)
+            yield Candidate(req.seqlen, rows, cold=self._arrives_cold and rows is None)
 
     def _warm(self, joining: list[Any], held: list[Any]) -> None:
         """Disaggregated decode: the rows that a joining prompt's end selected become hot."""

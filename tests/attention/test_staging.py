@@ -259,7 +259,7 @@ def test_two_buffers_and_a_map_whatever_the_prompts(fmt, num_rows):
 sizes = st.lists(st.tuples(st.integers(0, 18), st.integers(1, 7)), min_size=1, max_size=4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(sizes, st.booleans()), min_size=1, max_size=3), st.integers(25, 60))
 def test_any_passes(passes, num_rows):
     host = host_tier(layers=2)

@@ -100,6 +100,7 @@ torch.save((packed, codes.view(torch.uint8), scale[:, 0]), path)
 """
 
 
+@pytest.mark.slow
 def test_matches_sglangs_triton_kernels(tmp_path):
     """SGLang's quantisers, run by Triton's interpreter. It rounds ties upwards and loses the
     carry into the next exponent (124 becomes 64), so codes are compared off those values."""

@@ -174,7 +174,14 @@ def test_memory_no_kernel_reaches_is_refused(monkeypatch):
         check_reachable("host_rows", pageable)
 
 
-@pytest.mark.parametrize("row_words", [82, 144, 288], ids=["fp8", "bf16", "pair"])
+@pytest.mark.parametrize(
+    "row_words",
+    [
+        pytest.param(82, id="fp8"),
+        pytest.param(144, id="bf16", marks=pytest.mark.slow),
+        pytest.param(288, id="pair", marks=pytest.mark.slow),
+    ],
+)
 def test_hopper_code_keeps_four_16_byte_loads_in_flight(row_words):
     asm = compile_for_hopper(
         _fetch_kernel,

@@ -42,8 +42,8 @@ CASES = [
     Case(1, 1, 1, pads=0),
     Case(1, 128, 36, pads=0.1),  # V3.2's heads, one request: two blocks of heads
     Case(4, 16, 77),
-    Case(5, 16, 129, lengths=(129, 0, 1, 33, 64)),
-    Case(3, 20, 64, lengths=(70, 64, 63)),  # longer than the list; heads no power of two
+    Case(5, 16, 67, lengths=(67, 0, 1, 33, 64)),
+    Case(3, 20, 40, lengths=(45, 40, 39)),  # longer than the list; heads no power of two
     Case(2, 3, 33, pads=1.0),  # nothing but pads
     Case(2, 5, 50, magnitude=40.0),  # scores past exp's range, so the peak matters
 ]

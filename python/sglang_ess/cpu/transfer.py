@@ -12,11 +12,15 @@ def use_host_transport() -> None:
     from sglang.srt.environ import envs
     from sglang.srt.runtime_context import get_disagg
 
-    if get_disagg().disaggregation_mode == "null":
+    try:
+        disagg = get_disagg()
+    except ValueError:  # no server's process: its options are not published
+        return
+    if disagg.disaggregation_mode == "null":
         return
     # Sends a cached prefix before the rest is computed, behind a CUDA event.
     envs.SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX.set(False)
-    if get_disagg().disaggregation_transfer_backend != "mooncake":
+    if disagg.disaggregation_transfer_backend != "mooncake":
         return
     os.environ.setdefault("MOONCAKE_PROTOCOL", "tcp")
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
