@@ -409,3 +409,31 @@ def test_refuses_limits_that_are_not_positive(field_name):
 def test_refuses_no_bandwidth():
     with pytest.raises(ValueError, match="link bandwidth must be positive: got 0"):
         Admission(LIMITS, 0)
+
+
+# --- where misses are cheap ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("link", "fit"), [(LINK, 20), (1e9, 30)])
+def test_the_hot_tier_binds_only_where_misses_hurt(link, fit):
+    """Ten run in 50 ms steps; missing all takes 100 ms over one link, 1 ms over the other."""
+    admission = Admission(replace(LIMITS, hot_rows=6000), link)
+    admission.observe_working_sets([(10_000, 300)], 1.0)
+    settle(admission, settled(10, seconds=0.05))
+    waiting = [WARM] * 20
+    assert 10 + admission.admit(10, waiting).count == fit
+
+
+def test_cheap_misses_are_no_thrashing():
+    admission = Admission(LIMITS, 1e9)
+    settle(admission, settled(4, seconds=0.05, missed=200, evictions=200, age=1))
+    assert admission.eviction_age == 1 and not admission.is_thrashing
+    assert admission.keep(4) == 4
+
+
+def test_ids_of_a_prompt_name_the_least_that_it_needs():
+    admission = make()
+    admission.observe_working_sets([(10_000, 300)], 1.0)
+    known = [replace(WARM, working_set=rows) for rows in (100, 2000)]
+    estimates = [admission._sets.estimate(c.tokens, c.working_set) for c in known]
+    assert estimates == [300, 2000]

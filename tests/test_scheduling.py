@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sglang_ess import scheduling
-from sglang_ess.admission import HOT_TIER, LINK
+from sglang_ess.admission import HOT_TIER, LINK, Decision
 from sglang_ess.allocator import EssPagedAllocator
 from tests.support import parity, retraction
 from tests.support.scheduling import Decode
@@ -167,3 +167,29 @@ def test_parking_takes_in_the_step_under_way_and_leaves_the_finished(overlap):
     assert all(req.retracted_stain for req in parked) and not batch.batch_is_full
     assert done == ([("batch", "result")] if overlap else [])
     assert (scheduler.last_batch is None) == overlap
+
+
+# --- several ranks --------------------------------------------------------------------------
+
+
+def test_the_rank_that_can_hold_least_decides(monkeypatch):
+    """Clocks and links differ between ranks that must run the same batch."""
+    asked = []
+
+    def reduce(flags, group, op):
+        asked.append((flags, group, op))
+        return [1]
+
+    monkeypatch.setattr(scheduling, "all_reduce_flags", reduce)
+    queue = [SimpleNamespace(seqlen=100) for _ in range(5)]
+    gate = object.__new__(scheduling.Gate)
+    gate._scheduler = SimpleNamespace(
+        waiting_queue=queue, enable_priority_scheduling=False, chunked_req=None,
+        attn_tp_cpu_group="ranks",
+    )  # fmt: skip
+    gate.admission = SimpleNamespace(admit=lambda running, waiting: Decision(len([*waiting]), None))
+    gate._warm_up, gate._arrives_cold = None, False
+    seen = []
+    gate.round(lambda scheduler, batch: seen.extend(scheduler.waiting_queue), Batch([]))
+    assert asked == [([5], "ranks", torch.distributed.ReduceOp.MIN)]
+    assert seen == queue[:1] and gate._scheduler.waiting_queue == queue
