@@ -34,7 +34,10 @@ def start(model, *patches, **server_args):
     return parity.EngineProcess(
         model,
         ess={
-            "index_dtype": "float32", "hot_ratio": 0.1, "canary_rate": 0.2, "admission": "off",
+            "index_dtype": "float32",
+            "hot_ratio": 0.1,
+            "canary_rate": 0.2,
+            "admission": "off",
         },  # fmt: skip
         patches=faults,
         dtype="float32",

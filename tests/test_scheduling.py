@@ -134,6 +134,15 @@ def test_alone_a_request_needs_no_reserve(allocator):
     assert not allocator.prealloc_fits(None, 200, 0, **too_much), "the second one is not alone"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "asked", "given"), [(800, 50, 50), (800, 500, 127), (990, 50, None), (990, 0, 0)]
+)
+def test_a_prompt_that_leaves_no_token_is_refused(allocator, prompt, asked, given):
+    """1,024 slots: the prompt's pages, a page and a token are kept. None is a 400."""
+    limits = {"token_capacity": 1024, "sliding_window_size": None, "chunk_size": None}
+    assert allocator.max_new_tokens_for_memory(prompt, asked, **limits) == given
+
+
 # --- parking --------------------------------------------------------------------------------
 
 

@@ -26,6 +26,24 @@ HOOKS = (
         test="tests/test_scheduling.py",
     ),
     Hook(
+        target=f"{_PAGED}.max_new_tokens_for_memory",
+        kind="subclass",
+        signature="(self, input_tokens, max_new_tokens, *, token_capacity, sliding_window_size, "
+        "chunk_size)",
+        body=_BODY,
+        reason="Asked for each request at intake; None refuses one that can never fit.",
+        test="tests/test_scheduling.py",
+    ),
+    Hook(
+        target=f"{_PAGED}.prealloc_fits",
+        kind="subclass",
+        signature="(self, tree_cache, full_tokens, swa_tokens, *, full_budget_tokens, "
+        "swa_budget_tokens=None)",
+        body=_BODY,
+        reason="Asked before slots are given to a request that is to be transferred.",
+        test="tests/test_scheduling.py",
+    ),
+    Hook(
         target=f"{_PAGED}._release_page_ids",
         kind="subclass",
         signature="(self, *page_ids)",

@@ -38,6 +38,14 @@ class EssPagedAllocator(PagedTokenToKVPoolAllocator):
         alone, self.is_idle = self.is_idle, False  # the next one is not alone
         return fits or alone
 
+    def max_new_tokens_for_memory(self, input_tokens, max_new_tokens, **limits) -> int | None:
+        """Upstream's; None, which is refused with status 400, for a prompt that leaves no token.
+
+        Upstream serves such a prompt with nothing, or has it wait for ever.
+        """
+        fits = super().max_new_tokens_for_memory(input_tokens, max_new_tokens, **limits)
+        return fits or (0 if max_new_tokens == 0 else None)
+
     def check_decode_capacity(self, *, num_tokens, tree_cache, requests=None, **kwargs) -> bool:
         """Upstream's, and no more requests than may go on."""
         if self.keep_running is not None and requests is not None:

@@ -15,19 +15,25 @@ import pytest
 
 from tests.disagg.conftest import SERVER_FLAGS
 from tests.support import parity
-from tests.support.pd import PdCluster
+from tests.support.pd import PdCluster, faulty
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = 12
 PAGE = 64
-DECODE_FLAGS = ("--ess-hot-ratio", "0.1", "--disaggregation-decode-enable-radix-cache")
+SLOTS = 4096
+FLAGS = (*SERVER_FLAGS, "--max-total-tokens", str(SLOTS), "--enable-metrics")
+DECODE_FLAGS = (
+    *("--ess-hot-ratio", "0.3", "--disaggregation-decode-enable-radix-cache"),
+    # Few enough that all of test_concurrent_requests run together; metrics of each step.
+    *("--num-reserved-decode-tokens", "64", "--decode-log-interval", "1"),
+)
+LAYERS = 3
 
 
 @pytest.fixture(scope="module")
 def cluster(model, tmp_path_factory):
-    flags = (*SERVER_FLAGS, "--max-total-tokens", "16384", "--enable-metrics")
     directory = tmp_path_factory.mktemp("pd")
-    with PdCluster(model, directory, flags, decode_flags=DECODE_FLAGS) as running:
+    with PdCluster(model, directory, FLAGS, decode_flags=DECODE_FLAGS) as running:
         running.wait_ready()
         yield running
         running.settle()
@@ -44,8 +50,8 @@ def prompts():
     return [*cold, cold[4][:900] + cold[1], cold[4][:900] + cold[2]]
 
 
-def served(cluster, prompt, **more):
-    status, answer = cluster.generate(prompt, OUTPUT, **more)
+def served(cluster, prompt, tokens=OUTPUT, **more):
+    status, answer = cluster.generate(prompt, tokens, **more)
     assert status == 200, answer
     return answer
 
@@ -54,14 +60,61 @@ def logprobs(answer):
     return np.array([value for value, *_ in answer["meta_info"]["output_token_logprobs"]])
 
 
+def check_same(cluster, colocated, prompt):
+    """Tokens and logprobs of a request that runs alone, so that both compute the same batches."""
+    (expected,) = colocated.generate([prompt], OUTPUT, start=-1)
+    answer = served(cluster, prompt, return_logprob=True)
+    assert answer["output_ids"] == expected.token_ids, len(prompt)
+    np.testing.assert_allclose(logprobs(answer), expected.logprobs, rtol=0, atol=1e-5)
+
+
+def counted(cluster, name):
+    """An ESS counter of the decode node, [layers]."""
+    with cluster.decode.open("/metrics") as response:
+        text = response.read().decode()
+    series = rf'^sglang:ess_{name}_total\{{.*layer="(\d)".*\}} (\S+)$'
+    found = re.findall(series, text, re.M)
+    assert [layer for layer, _ in found] == [str(layer) for layer in range(LAYERS)]
+    return np.array([float(value) for _, value in found])
+
+
 def test_same_as_colocated(cluster, colocated):
-    """Tokens and logprobs, one request at a time, so that both compute the same batches."""
     for prompt in prompts():
-        (expected,) = colocated.generate([prompt], OUTPUT, start=-1)
-        answer = served(cluster, prompt, return_logprob=True)
-        assert answer["output_ids"] == expected.token_ids, len(prompt)
-        np.testing.assert_allclose(logprobs(answer), expected.logprobs, rtol=0, atol=1e-5)
+        check_same(cluster, colocated, prompt)
     cluster.settle()
+
+
+def in_reused_slots(cluster, colocated):
+    """A prompt that will arrive in the slots of another, whose rows are hot until then."""
+    cluster.settle()  # slots are handed out from the first on again
+    lengths = [500, SLOTS - 500 - 6 * PAGE, 500]  # the third must evict the first
+    *before, prompt = parity.prompts_of(lengths, seed=15)
+    for other in before:
+        check_same(cluster, colocated, other)
+    return prompt
+
+
+def test_reused_slots(cluster, colocated):
+    """Invariant 3: rows that a transfer has written are not read from where they are stale."""
+    check_same(cluster, colocated, in_reused_slots(cluster, colocated))
+
+
+def first_step(cluster, seed):
+    """(rows made hot, top-k entries, those missed), each [layers], of one prompt's first step."""
+    prompt, other = parity.prompts_of([900, 100], seed=seed)
+    served(cluster, other, 2)  # whose figures are published by its last step
+    names = ("installed_rows", "lookups", "misses")
+    before = [counted(cluster, name) for name in names]
+    served(cluster, prompt, 2)  # prefill's token, and one step
+    return [counted(cluster, name) - old for name, old in zip(names, before, strict=True)]
+
+
+def test_warm_up(cluster):
+    """What a prompt's end selected on the prefill node is hot on the decode node."""
+    installed, lookups, misses = first_step(cluster, seed=16)
+    assert (installed > 64).all(), installed
+    assert (misses < lookups / 2).all(), (misses, lookups)
+    assert "warm-up ids" not in cluster.decode.log.read_text(errors="replace")
 
 
 def test_decode_keeps_prefixes(cluster, colocated):
@@ -114,11 +167,34 @@ def test_chat(client):
 
 def test_rows_went_through_the_tiers(cluster):
     """The decode node that served all of the above is two-tier, and its hot tier too small."""
-    with cluster.decode.open("/metrics") as response:
-        text = response.read().decode()
-    misses = re.findall(r'^sglang:ess_misses_total\{.*layer="(\d)".*\} (\S+)$', text, re.M)
-    assert [layer for layer, _ in misses] == ["0", "1", "2"]
-    assert all(float(value) > 100 for _, value in misses)
+    assert (counted(cluster, "misses") > 100).all()
+    assert (counted(cluster, "evictions") > 100).all()
+
+
+@pytest.mark.slow
+def test_plain_prefill_node(model, colocated, tmp_path):
+    """One without ESS: the same answers, from a hot tier that starts cold."""
+    plain = ("--disable-ess",)
+    with PdCluster(model, tmp_path, FLAGS, plain, decode_flags=DECODE_FLAGS) as cluster:
+        cluster.wait_ready()
+        installed, lookups, misses = first_step(cluster, seed=16)
+        assert (installed < 8).all(), installed  # the new tokens' own
+        assert (misses > lookups / 2).all(), (misses, lookups)
+        for prompt in prompts()[2:]:
+            check_same(cluster, colocated, prompt)
+        cluster.settle()
+
+
+@pytest.mark.slow
+def test_stale_rows_would_be_seen(model, colocated, tmp_path):
+    """That test_reused_slots can fail: with a node that leaves freed slots hot, it does."""
+    env = faulty(tmp_path, "tests.support.pd:freed_slots_stay_hot")
+    with PdCluster(model, tmp_path, FLAGS, decode_flags=DECODE_FLAGS, env=env) as cluster:
+        cluster.wait_ready()
+        check_same(cluster, colocated, prompts()[2])
+        prompt = in_reused_slots(cluster, colocated)
+        with pytest.raises(AssertionError, match=r"^500\n|Not equal to tolerance"):  # no refusal
+            check_same(cluster, colocated, prompt)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.support.server import Server
@@ -30,6 +31,7 @@ GATEWAY_FLAGS = (
 # Below Linux's ephemeral ports, from which every connection takes one, and above Mooncake's
 # (12001 to 17000): a node that is killed finds its port free again.
 PORTS = range(20_000, 32_000)
+ROOT = Path(__file__).parents[2]
 
 
 def fixed_port() -> int:
@@ -42,6 +44,43 @@ def fixed_port() -> int:
             except OSError:
                 continue
             return port
+
+
+def faulty(directory: Path, fault: str) -> dict[str, str]:
+    """Variables for a node that calls fault, "module:function", in each of its processes.
+
+    SGLang calls its plugins, so it becomes one: of a distribution written to directory.
+    """
+    info = Path(directory) / "ess_test_fault-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ess-test-fault\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\ness_test_fault = {fault}\n")
+    paths = [str(directory), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def freed_slots_stay_hot() -> None:
+    """Fault, invariant 3: whoever gets a freed slot finds the hot row of its last owner."""
+    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator as Plain
+
+    from sglang_ess.allocator import EssPagedAllocator
+
+    EssPagedAllocator._release_page_ids = Plain._release_page_ids
+
+
+def a_page_is_lost() -> None:
+    """Fault: of the pages that are freed first, one is never handed out again."""
+    from sglang_ess.allocator import EssPagedAllocator
+
+    release, lost = EssPagedAllocator._release_page_ids, []
+
+    def leaky(allocator, *page_ids):
+        if not lost and len(page_ids[0]):
+            lost.append(page_ids[0][:1])
+            page_ids = (page_ids[0][1:], *page_ids[1:])
+        release(allocator, *page_ids)
+
+    EssPagedAllocator._release_page_ids = leaky
 
 
 class Node(Server):
@@ -126,10 +165,12 @@ class Node(Server):
 
 
 class PdCluster:
-    """Prefill (one-tier), decode (two-tier) and a router in front; a context manager.
+    """Prefill, decode (two-tier) and a router in front; a context manager.
+
+    The launcher serves prefill one-tier, and lets it send warm-up ids.
 
     model: checkpoint directory; directory: for the logs
-    flags: of both nodes; decode_flags may hold "--disable-ess"
+    flags: of both nodes; "--disable-ess" among prefill_flags makes a plain node, that sends none
     router_flags: of sglang-router, the Rust gateway; its "--mini-lb" never tries again
     env: variables on top of this process's, for both nodes
     """
@@ -147,7 +188,7 @@ class PdCluster:
         launcher, bootstrap = "sglang_ess.launch_server", str(fixed_port())
         both = ("--model-path", str(model), "--disaggregation-transfer-backend", "mooncake", *flags)
         role = "--disaggregation-mode"
-        first = (role, "prefill", "--disaggregation-bootstrap-port", bootstrap, "--disable-ess")
+        first = (role, "prefill", "--disaggregation-bootstrap-port", bootstrap)
         # The nodes import SGLang and load the model at the same time.
         self.prefill = Node(
             launcher,
@@ -216,5 +257,6 @@ class PdCluster:
         node.wait_ready()
 
     def stop(self) -> list[int]:
-        """Exit status of router, decode and prefill, asked to end in this order."""
-        return [node.stop() for node in (self.router, self.decode, self.prefill)]
+        """Exit status of router, decode and prefill, all asked to end at once."""
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(Node.stop, (self.router, self.decode, self.prefill)))
