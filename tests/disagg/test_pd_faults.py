@@ -247,7 +247,8 @@ def test_transfers_that_fail(model, right, tmp_path):
     """Some of many, by SGLang's own failure injection: an error for each, and for no other."""
     prompts = parity.prompts_of([30 + 13 * i for i in range(40)], seed=29)
     flags = (*SERVER_FLAGS, *slots(4 * SLOTS))
-    env = {"SGLANG_TEST_DISAGG_FAILURE_PROB": "0.01"}  # of each poll of each request
+    # Of each poll of each request, and a spinning scheduler polls about a thousand times.
+    env = {"SGLANG_TEST_DISAGG_FAILURE_PROB": "0.0003"}
     more = dict(decode_flags=DECODE_FLAGS, router_flags=("--mini-lb",))  # which never tries again
     with PdCluster(model, tmp_path, flags, env=env, **more) as broken:
         broken.wait_ready()
@@ -262,12 +263,11 @@ def test_transfers_that_fail(model, right, tmp_path):
         broken.settle()
 
 
-def test_a_leak_would_be_seen(model, right, tmp_path):
-    """That settle() can fail: a node that loses one page serves on, and settle() says so."""
+def test_a_leak_would_be_seen(model, tmp_path):
+    """That a cluster's checks can fail: a node that loses one page does not come to rest."""
     flags, env = (*SERVER_FLAGS, *slots(SLOTS)), faulty(tmp_path, "tests.support.pd:a_page_is_lost")
     with PdCluster(model, tmp_path, flags, decode_flags=DECODE_FLAGS, env=env) as leaky:
-        leaky.wait_ready()
-        (prompt,) = parity.prompts_of([333], seed=99)
-        assert ask(leaky, prompt) == right(prompt)
-        with pytest.raises(RuntimeError, match="leak|ended with"):
+        with pytest.raises(RuntimeError, match="leak"):
+            leaky.wait_ready()  # SGLang's own first request may be enough
+            ask(leaky, parity.prompts_of([333], seed=99)[0])
             leaky.settle(60)
