@@ -160,7 +160,8 @@ class TestRunLoad:
         with served(stream) as url:
             result = run_load(url, [Request([0], 2, 0.0), Request([0], 2, 0.2)], timeout_s=10)
         first, second = result.answers
-        assert first.sent - result.started < 0.2 <= second.sent - result.started
+        # A loop's timer may fire a tick of its clock early.
+        assert first.sent - result.started < 0.19 < second.sent - result.started
 
     def test_a_dead_server_is_an_error_of_the_request(self):
         with served(stream) as url:

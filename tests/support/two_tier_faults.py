@@ -18,9 +18,10 @@ def host_row_forgotten() -> None:
 
 
 def stale_hot_row() -> None:
-    """Invariant 3: a write reaches the host tier and leaves the slot's hot row as it was."""
+    """Invariant 3: neither a write of the slot nor its being freed touches its hot row."""
     from sglang_ess.cpu.pool import CpuEssTokenToKVPool
 
+    CpuEssTokenToKVPool.written_in_all_layers = lambda *_: None
     CpuEssTokenToKVPool._written = lambda *_: None
     CpuEssTokenToKVPool.install = lambda *_: None
 
