@@ -16,6 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_ess import metrics
+from sglang_ess.admission import HOT_TIER, Admission, Limits
 from sglang_ess.metrics import Exporter, Metrics, Watch, log_line
 from sglang_ess.tiers import HotCache
 from tests.support.server import Server
@@ -371,3 +372,22 @@ def check_lines(log):
         assert re.search(
             r"ESS: hot rows \d+% .*, hit rate .*misses/step, fetched .*, host slots \d+/\d+$", ours
         ), ours
+
+
+def test_admission_is_exported_as_it_stands():
+    """Gauges as they are, counters by what came since the last time."""
+    registry = CollectorRegistry()
+    exporter = Exporter({"model_name": "m"}, range(1), registry)
+    admission = Admission(Limits(hot_rows=100, topk=10, layers=1, row_bytes=656), 5e9)
+
+    def value(name, **more):
+        return registry.get_sample_value(f"sglang:ess_{name}", {"model_name": "m"} | more)
+
+    for refusals in (2, 3):
+        admission.held[HOT_TIER], admission.retractions = refusals, refusals - 1
+        exporter.update_admission(admission)
+        assert value("held_rounds_total", reason=HOT_TIER) == refusals
+        assert value("held_rounds_total", reason="link") == 0
+        assert value("shed_requests_total") == refusals - 1
+        assert value("link_bytes_per_second") == 5e9 and value("thrashing") == 0
+        assert value("working_set_rows") == admission.working_set_rows > 0

@@ -44,7 +44,7 @@ MAX_PATIENCE = 32 * COOLDOWN_STEPS  # healthy steps before the cap rises, at mos
 MISS_SHARE = 1 / 4  # of a step's computing: what fetching may add before it counts
 SHED_FRACTION = 8  # 1 / of the batch is shed at once, one request at least
 
-HOT_TIER, LINK, THRASH = "hot tier", "link", "thrash"
+REASONS = HOT_TIER, LINK, THRASH = "hot tier", "link", "thrash"
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Admission:
         self._cooldown = self._healthy = 0  # steps
         self._patience, self._has_risen = COOLDOWN_STEPS // 2, False
         self.retractions = 0
-        self.held = dict.fromkeys((HOT_TIER, LINK, THRASH), 0)
+        self.held = dict.fromkeys(REASONS, 0)
 
     # --- what is observed ---------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class Admission:
         """The host-to-device bandwidth, measured anew. Raises: ValueError if not positive."""
         if not bytes_per_second > 0:
             raise ValueError(f"link bandwidth must be positive: got {bytes_per_second} B/s.")
-        self._bandwidth = bytes_per_second
+        self.link_bytes_per_second = bytes_per_second
 
     def observe_working_sets(
         self, tokens_and_rows: Sequence[tuple[int, int]], sharing: float
@@ -198,7 +198,7 @@ class Admission:
             return
         self._passed_over = max(0, self._passed_over - step.steps)
         missed = step.missed_rows / step.steps
-        fetch_seconds = missed * self.limits.row_bytes / self._bandwidth
+        fetch_seconds = missed * self.limits.row_bytes / self.link_bytes_per_second
         self._fit.add(step.running, max(0.0, step.seconds - fetch_seconds), step.steps)
         rate = missed / step.running
         old = rate if self._missed is None else self._missed
@@ -259,7 +259,7 @@ class Admission:
 
     def _is_slow(self, running: int, missed: float) -> bool:
         """Whether so many missed rows a step count beside its computing."""
-        seconds = missed * self.limits.row_bytes / self._bandwidth
+        seconds = missed * self.limits.row_bytes / self.link_bytes_per_second
         return seconds >= MISS_SHARE * self._fit.seconds(running)
 
     def _hot_tier_holds(self, running: int, rows: float, new_rows: float) -> bool:
@@ -296,7 +296,7 @@ class Admission:
 
     def _fetch_seconds(self, running: int, cold: int) -> float:
         rows = running * (self._missed or 0.0) + cold * self.limits.layers * self.limits.topk
-        return rows * self.limits.row_bytes / self._bandwidth
+        return rows * self.limits.row_bytes / self.link_bytes_per_second
 
     def _step_seconds(self, running: int, cold: int = 0) -> float:
         return self._fit.seconds(running) + self._fetch_seconds(running, cold)

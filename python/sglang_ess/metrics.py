@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from sglang_ess.admission import HOT_TIER, LINK, THRASH
+from sglang_ess.admission import REASONS
 
 logger = logging.getLogger(__name__)
 
-HELD_REASONS = (HOT_TIER, LINK, THRASH)
 # What both kinds of hot tier count.
 COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs")
 
@@ -235,7 +234,7 @@ class Exporter:
             [*labels, "reason"],
             registry=registry,
         )
-        self._held = {reason: held.labels(**labels, reason=reason) for reason in HELD_REASONS}
+        self._held = {reason: held.labels(**labels, reason=reason) for reason in REASONS}
         self._counted: dict[str, int] = {}
         self._request_misses = Histogram(
             "sglang:ess_request_misses",
@@ -258,13 +257,13 @@ class Exporter:
         self._gauges["host_slots"].set(snapshot.host_slots)
         self._gauges["host_slots_used"].set(snapshot.host_slots_used)
 
-    def update_admission(self, admission: Any, link_bytes_per_second: float) -> None:
+    def update_admission(self, admission: Any) -> None:
         """admission: the Admission of this scheduler."""
         values = {
             "working_set_rows": admission.working_set_rows,
             "hot_tier_demand_rows": admission.hot_tier_demand,
             "predicted_step_seconds": admission.step_seconds,
-            "link_bytes_per_second": link_bytes_per_second,
+            "link_bytes_per_second": admission.link_bytes_per_second,
             "thrashing": float(admission.is_thrashing),
         }
         for name, value in values.items():
@@ -330,7 +329,7 @@ class Watch:
         self._exporter.update(self._exported.snapshot(self._pool, used_slots))
         gate = getattr(self._scheduler, "ess_gate", None)
         if gate is not None and gate.admission is not None:
-            self._exporter.update_admission(gate.admission, gate.link_bytes_per_second)
+            self._exporter.update_admission(gate.admission)
         self._take_misses(self._requests.free_slots)
 
     def _take_misses(self, rows: Sequence[int]) -> None:

@@ -104,7 +104,7 @@ def _finish_step_under_way(scheduler: Any) -> None:
 
 
 def gate_of(scheduler: Any) -> Gate | None:
-    """The scheduler's gate; None where ESS serves one-tier, or admission is off."""
+    """The scheduler's gate; None where ESS serves one-tier."""
     if "ess_gate" not in vars(scheduler):
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         config = EssConfig.from_env()
@@ -134,9 +134,8 @@ class Gate:
             )
             rate = pool.measure_link()
             self.admission = Admission(limits, rate)
-            self.link_bytes_per_second = rate
+            self._window = WorkingSetWindow(pool.host_tier.num_slots, SAMPLES, geometry.topk)
             logger.info("ESS: host-to-device link %.1f GB/s at row size", rate / 1e9)
-        self._window = WorkingSetWindow(pool.host_tier.num_slots, SAMPLES, geometry.topk)
         buffers = getattr(scheduler, "disagg_metadata_buffers", None)
         warms = config.pd_warmup == "on" and isinstance(buffers, EssMetadataBuffers)
         self._warm_up = WarmUp(pool, buffers) if warms else None
@@ -162,8 +161,7 @@ class Gate:
         told = self._decoded(last.reqs, seconds)
         if now - self._link_measured > LINK_SECONDS:
             self._link_measured = now
-            self.link_bytes_per_second = self._pool.measure_link()
-            self.admission.link(self.link_bytes_per_second)
+            self.admission.link(self._pool.measure_link())
         running = len(running_batch.reqs)
         # Only then, because ranks count steps alike, and to agree costs a message each.
         keep = self._agreed(self.admission.keep(running)) if told else running
@@ -255,5 +253,5 @@ class Gate:
         """Disaggregated decode: the rows that a joining prompt's end selected become hot."""
         table = self._scheduler.req_to_token_pool.req_to_token
         for req in joining:
-            self._warm_up.warm(req, table[req.kv.req_pool_idx].cpu())
+            self._warm_up.warm(req, table)
         self._warm_up.forget_others(held)

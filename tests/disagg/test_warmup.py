@@ -82,7 +82,8 @@ def test_from_prompt_to_hot_tier(active, table, buffers):
     pool, req = hot_pool(), request(row=2)
     warm_up = warmup.WarmUp(pool, decode)
     assert warm_up.working_set(req) == 15
-    slots = torch.arange(64) + 300  # of this request, on this node
+    slots = torch.zeros(3, 64, dtype=torch.int64)
+    slots[2] = torch.arange(64) + 300  # of this request, on this node
     warm_up.warm(req, slots)
     for warmed in pool.warmed:
         flat = [slot - 300 for row in warmed for slot in row]
@@ -142,7 +143,7 @@ def test_hostile_payloads_cost_one_warning_and_no_request(buffers, caplog, spoil
             spoil(buffers.warmup[0].numpy())
             buffers.bootstrap_room[0, 0] = room
             buffers.get_buf(0)
-            warm_up.warm(request(room=room), torch.arange(64))
+            warm_up.warm(request(room=room), torch.zeros(3, 64, dtype=torch.int64))
     assert warm_up.refused == 2 and pool.warmed == [[], []]
     assert len(caplog.records) == 1
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from ess_kernels.fetch import fetch
 from sglang_ess.attention.overlap import TransferStream
-from sglang_ess.tiers.link import PROBE_ROWS
+from sglang_ess.tiers.link import PROBE_ROWS, measure
 
 
 class LinkProbe:
@@ -40,9 +38,7 @@ class LinkProbe:
 
     def bytes_per_second(self) -> float:
         if not self._is_cuda:
-            since = time.perf_counter()
-            self._fetch()
-            return self._target.nbytes / (time.perf_counter() - since)
+            return measure(self._fetch)
         if self._rate is None:
             self._fetch()  # compiles
             self._time_one()
@@ -61,5 +57,7 @@ class LinkProbe:
             end.record()
         self._events = start, end
 
-    def _fetch(self) -> None:
+    def _fetch(self) -> int:
+        """Returns the bytes it moves."""
         fetch(self._host_rows, self._target, self._slots, self._places, self._count)
+        return self._target.nbytes

@@ -41,15 +41,16 @@ class WarmUp:
         recent = [groups[1:] if len(groups) == NUM_CLASSES else groups for groups in ids]
         return max(sum(map(len, groups)) for groups in recent)
 
-    def warm(self, req: Any, table_row: torch.Tensor) -> None:
+    def warm(self, req: Any, req_to_token: torch.Tensor) -> None:
         """Make the request's rows hot, those of its last query the most recently used.
 
-        table_row: its row of req_to_token
+        req_to_token: SGLang's table; the request's row is brought to the host if it is needed
         """
         ids = self._take(req)
         self._ids.pop(req.bootstrap_room, None)
         if ids is None:
             return
+        table_row = req_to_token[req.kv.req_pool_idx].cpu()
         width = self._pool.capacity.geometry.topk
         for layer, groups in enumerate(ids):
             topk = _as_queries([table_row[torch.from_numpy(group)] for group in groups], width)
