@@ -16,9 +16,12 @@ SHARES = st.floats(0, 1, exclude_min=True)
 SIZES = st.floats(0, 1e6, exclude_min=True) | st.integers(1, 1000)
 # One of the two ways to size the hot tier, or none.
 HOT = st.just({}) | SHARES.map(lambda x: {"hot_ratio": x}) | SIZES.map(lambda x: {"hot_gib": x})
+# Each needs the other.
+STREAM = st.just({}) | st.text(min_size=1).map(lambda x: {"topk_stream": x, "unsafe": True})
 CONFIGS = st.builds(
-    lambda hot, **rest: EssConfig(**hot, **rest),
+    lambda hot, stream, **rest: EssConfig(**hot, **stream, **rest),
     HOT,
+    STREAM,
     enabled=st.booleans(),
     platform=st.sampled_from(("auto", "cpu", "native")),
     index_dtype=st.sampled_from(("fp8", "float32")),
@@ -54,9 +57,10 @@ def test_environment_round_trip(config):
 @given(CONFIGS)
 def test_command_line_round_trip(config):
     given_values = {f.metadata["flag"]: getattr(config, f.name) for f in fields(EssConfig)}
-    enabled = given_values.pop("--disable-ess")
+    switches = ["--disable-ess"] * (not given_values.pop("--disable-ess"))
+    switches += ["--ess-unsafe"] * given_values.pop("--ess-unsafe")
     argv = [f"{flag}={value}" for flag, value in given_values.items() if value is not None]
-    assert parse(EssConfig, argv + ["--disable-ess"] * (not enabled)) == config
+    assert parse(EssConfig, argv + switches) == config
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -108,6 +112,9 @@ def test_unset_is_none_and_defaults_are_the_flags_defaults():
         ('{"trace": null}', ["--ess-trace", "a str", "got None"]),
         ('{"hot_ratio": 0.5, "hot_gib": 2}', ["must not both", "got 0.5 and 2 GiB"]),
         ('{"hot_ratio": 9, "hot_gib": -2}', ["got 9", "got -2"]),
+        ('{"topk_stream": "x"}', ["must come with --ess-unsafe", "got 'x' without", "wrong"]),
+        ('{"topk_stream": "x", "unsafe": 1}', ["--ess-unsafe", "a bool", "got 1"]),
+        ('{"unsafe": true}', ["--ess-topk-stream", "got it alone"]),
     ],
 )
 def test_refusals_hold_every_reason_and_the_valid_values(text, names):

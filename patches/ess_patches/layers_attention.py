@@ -19,8 +19,10 @@ HOOKS = (
         signature="(self, forward_batch, layer_id, q_fp8, weights, metadata)",
         body="sglang_ess.cuda.hooks:topk_selected",
         reason="Private, but the one place between `top-k known` and the work that the fetch can "
-        "hide behind; an attention backend hears of top-k only when that work is done.",
+        "hide behind; an attention backend hears of top-k only when that work is done. A top-k "
+        "stream takes the result's place there, before it is planned.",
         when="cuda",
         test="tests/cuda/test_hooks.py",
+        plays_stream=True,
     ),
 )

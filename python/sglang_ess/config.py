@@ -148,8 +148,8 @@ class EssConfig:
         None,
         "--ess-layer-budgets",
         "auto: hot rows move to the layers where they save the most misses, as sampled ghost "
-        "caches see it; uniform: as many in each. Left out: auto on the CPU platform, uniform on "
-        "a GPU, which has nothing else yet.",
+        "caches see it, or on a GPU the ages of the rows; uniform: as many in each. Left out: "
+        "auto on the CPU platform, uniform on a GPU, where auto was never measured.",
         choices=("auto", "uniform"),
         kind=str,
     )
@@ -165,6 +165,19 @@ class EssConfig:
         "difference stops the server.",
         limit=("0 to 1", lambda value: 0 <= value <= 1),
     )
+    topk_stream: str = _option(
+        "",
+        "--ess-topk-stream",
+        "For measurements on dummy weights, wrong outputs: decode's top-k are replaced by this "
+        "locality profile's (deepseek-v3.2, or deepseek-v3.2@32768 for that context alone) or by "
+        "those of a file of python -m sglang_ess.topk_stream. One- and two-tier; needs "
+        "--ess-unsafe; empty: none.",
+    )
+    unsafe: bool = _option(
+        False,
+        "--ess-unsafe",
+        "Allow --ess-topk-stream, whose outputs are wrong.",
+    )
 
     def __post_init__(self) -> None:
         if reasons := _reasons(type(self), vars(self)):
@@ -173,6 +186,17 @@ class EssConfig:
             raise ValueError(
                 "--ess-hot-ratio and --ess-hot-gib must not both be given: got "
                 f"{self.hot_ratio:g} and {self.hot_gib:g} GiB. Drop one."
+            )
+        if self.topk_stream and not self.unsafe:
+            raise ValueError(
+                "--ess-topk-stream must come with --ess-unsafe: got "
+                f"{self.topk_stream!r} without. Its outputs are wrong: it makes dummy weights miss "
+                "as a real model does, for measurements. Add --ess-unsafe, or drop it to serve."
+            )
+        if self.unsafe and not self.topk_stream:  # left in a script, it would allow the next one
+            raise ValueError(
+                "--ess-unsafe must come with what it allows, --ess-topk-stream: got it alone. "
+                "Drop it."
             )
 
     def to_env(self) -> dict[str, str]:

@@ -31,6 +31,7 @@ def register() -> None:
     if config is None:
         logger.info("sglang-ess: inert, %s is not set", ENV_VAR)
         return
+    _announce(config)
     try:
         targets = _arm(config)
     except Exception as error:
@@ -47,11 +48,13 @@ def _arm(config: EssConfig) -> list[str]:
     from ess_patches import all_hooks, contract
 
     platform = active_platform()
-    # "cpu" rows make the CPU platform work, with or without ESS; the others are ESS itself.
+    # "cpu" rows make the CPU platform work, with or without ESS; the others are ESS itself, but
+    # for those that play a top-k stream.
     hooks = [
         hook
         for hook in all_hooks()
-        if hook.applies(platform) and (config.enabled or hook.when == "cpu")
+        if hook.applies(platform)
+        and (config.enabled or hook.when == "cpu" or (hook.plays_stream and config.topk_stream))
     ]
     if mismatches := contract.check(hooks):
         for mismatch in mismatches:
@@ -70,6 +73,7 @@ def activate_cpu_platform() -> str | None:
     Raises: SystemExit if ENV_VAR is malformed.
     """
     config = _config()
+    _announce(config)
     if os.environ.get("SGLANG_PLATFORM") == "ess_cpu":
         taken = config is None or config.platform != "native"
     elif config is None:
@@ -93,6 +97,13 @@ def accelerator() -> str | None:
 def active_platform() -> str:
     """The name for Hook.when: "cpu" on the CPU platform, else accelerator() or "none"."""
     return "cpu" if activate_cpu_platform() else accelerator() or "none"
+
+
+def _announce(config: EssConfig | None) -> None:
+    if config is not None and config.topk_stream:
+        from sglang_ess.topk_stream.announce import mark_log_lines
+
+        mark_log_lines()
 
 
 def _config() -> EssConfig | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_ess.config import EssConfig
-from sglang_ess.plugin import PLUGIN_NAMES
+from sglang_ess.plugin import PLUGIN_NAMES, active_platform
 
 # What the CPU platform serves. (ServerArgs field, flag, allowed values)
 CPU_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
@@ -99,6 +99,10 @@ CUDA_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("attention_backend", "--attention-backend", (None, "dsa", "nsa")),
     ("prefill_attention_backend", "--prefill-attention-backend", (None, "dsa", "nsa")),
     ("decode_attention_backend", "--decode-attention-backend", (None, "dsa", "nsa")),
+)
+# What has another number of queries a request in decode, or another page table.
+STREAM_RULES = tuple(
+    rule for rule in ESS_RULES if rule[0] in ("speculative_algorithm", "dcp_size", "attn_cp_size")
 )
 
 
@@ -188,11 +192,6 @@ def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
         reasons.append(
             f"--ess-link-gib must not be given off the CPU platform: got {config.link_gib:g}. "
             "Drop it: a GPU's link is what it is."
-        )
-    if config.layer_budgets == "auto" and not on_cpu:
-        reasons.append(
-            "--ess-layer-budgets must not be auto off the CPU platform: got auto. Leave it out or "
-            "give uniform: a GPU's layers keep their hot rows."
         )
     if on_cpu:
         reasons += _rule_reasons(server_args, CPU_RULES)
@@ -314,6 +313,8 @@ def model_reasons(
         )
     if on_cpu and sparse:
         reasons += _rule_reasons(server_args, CPU_SPARSE_RULES)
+    if config.topk_stream:
+        reasons += stream_reasons(server_args, model, config, on_cpu, sparse)
     stored = _mapping(model.get("quantization_config")).get("quant_method")
     if on_cpu and stored:
         reasons.append(
@@ -321,6 +322,29 @@ def model_reasons(
             "in config.json. Use a bfloat16 checkpoint."
         )
     return reasons
+
+
+def stream_reasons(
+    server_args: Any, model: Mapping[str, Any], config: EssConfig, on_cpu: bool, sparse: bool
+) -> list[str]:
+    """Why --ess-topk-stream could not play in this model's decode."""
+    platform = "cpu" if on_cpu else active_platform()
+    if platform not in ("cpu", "cuda"):
+        return [
+            "--ess-topk-stream must have the CPU platform or a CUDA device: got "
+            f"{platform}. Drop it or --ess-platform native."
+        ]
+    if not sparse:
+        return [
+            "--ess-topk-stream must have a model with DeepSeek sparse attention: got "
+            f"architectures {model.get('architectures')}. Drop it."
+        ]
+    from sglang_ess.topk_stream import spec
+
+    others = () if config.enabled or on_cpu else STREAM_RULES  # refused without a stream too
+    return spec.reasons(config.topk_stream, model) + _rule_reasons(
+        server_args, others, "with --ess-topk-stream"
+    )
 
 
 def port_reasons(host: str, port: int) -> list[str]:

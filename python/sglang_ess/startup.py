@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sglang_ess.topk_stream import announce
+
 PREFIX = "[sglang-ess]"  # "sglang-ess: " is for refusals, which end the process
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 POLL_SECONDS = 0.1
@@ -21,11 +23,20 @@ MIB = 1 << 20
 
 def progress(text: str) -> None:
     """One line on stderr, at once."""
-    print(f"{PREFIX} {text}", file=sys.stderr, flush=True)
+    print(f"{_prefix()} {text}", file=sys.stderr, flush=True)
+
+
+def _prefix() -> str:
+    return f"{announce.MARK} {PREFIX}" if announce.requested() else PREFIX
 
 
 def before_processes(enabled: bool, on_cpu: bool) -> None:
     """The launcher's last words and work before SGLang starts its processes."""
+    if announce.requested():
+        progress(
+            "warning: --ess-topk-stream replaces what decode attends to: outputs are wrong, only "
+            "times and misses mean anything"
+        )
     if enabled and not on_cpu:
         progress(
             "warning: ESS on a GPU is written and tested without one; docs/gpu.md says what has "
@@ -63,6 +74,8 @@ def scheduler_ready(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
         from sglang_ess.cpu.warmup import warm_up
 
         warm_up()
+    if stream := announce.requested():
+        facts["topk_stream"] = stream
     return {**info, "ess": facts}
 
 
@@ -174,7 +187,9 @@ def block(server_args: Any, facts: dict[str, Any], seconds: float) -> str:
     if "latent_format" in facts:
         rows += _ROW_ROWS + _TIER_ROWS[facts["tiers"]]
     rows += (_LIMIT_ROWS if facts else ()) + (("URL", "{url}"),)
-    lines = [f"{PREFIX} ready after {seconds:.1f} s"]
+    if "topk_stream" in facts:
+        rows += (("top-k stream", "{topk_stream}: outputs are wrong (--ess-unsafe)"),)
+    lines = [f"{_prefix()} ready after {seconds:.1f} s"]
     return "\n".join(lines + [f"    {name:<15} {text.format_map(values)}" for name, text in rows])
 
 
