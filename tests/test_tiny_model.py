@@ -109,6 +109,8 @@ def test_weights_are_readable_by_others(paths):
     [
         {"layers": 1, "heads": 1, "index_heads": 2, "hidden": 64, "q_lora_rank": 32},
         {"layers": 2, "dense_layers": 0, "heads": 16, "index_heads": 3, "rope": "plain"},
+        {"layers": 1, "nope_dim": 128, "v_dim": 96, "yarn_factor": 8},
+        {"layers": 1, "nope_dim": 32},
         {"layers": 3, "dense_layers": 3, "index_topk": 16, "context": 256},
         {"experts": 16, "groups": 4, "topk_groups": 2, "experts_per_token": 8, "layers": 2},
         {"arch": "glm", "layers": 6, "topk_freq": 4, "rope": "yarn"},
@@ -339,6 +341,7 @@ def test_rope_and_softmax_scale_agree(tmp_path, arch, rope, monkeypatch):
         ({"experts_per_token": 5}, "experts_per_token must be <= 4 (topk_groups 1 x 4 experts)"),
         ({"topk_groups": 3}, "topk_groups must be <= groups 2: got 3"),
         ({"index_topk": 20_000}, "index_topk must be <= context 16384: got 20000"),
+        ({"yarn_factor": 5}, "yarn_factor must divide context 16384: got 5"),
         ({"dense_layers": 5}, "dense_layers must be <= layers 4: got 5"),
         ({"topk_freq": 2}, "topk_freq must be 1 for arch v32"),
         ({"rope": "linear"}, "rope must be yarn or plain: got 'linear'"),

@@ -24,9 +24,7 @@ from safetensors.torch import save
 from sglang_ess.tiny_model import (
     INDEX_HEAD_DIM,
     KV_LORA_RANK,
-    QK_NOPE_HEAD_DIM,
     QK_ROPE_HEAD_DIM,
-    V_HEAD_DIM,
     TinyModelConfig,
 )
 from sglang_ess.tiny_tokenizer import NUM_BYTES
@@ -108,22 +106,22 @@ def _attention(config, draws, layer):
     source = max(i for i in range(layer + 1) if config.indexer_types[i] == "full")
     shared = f"from layer {source} "
     name = f"model.layers.{layer}.self_attn."
-    q_rank, rope, nope = config.q_lora_rank, QK_ROPE_HEAD_DIM, QK_NOPE_HEAD_DIM
+    q_rank, rope = config.q_lora_rank, QK_ROPE_HEAD_DIM
     kv_a = draws.blind(shared + "kv_a", KV_LORA_RANK + rope)
-    index_k = draws.matrix(shared + "index k", nope, KV_LORA_RANK)
+    index_k = draws.matrix(shared + "index k", INDEX_HEAD_DIM - rope, KV_LORA_RANK)
     index_q = _index_queries(config, draws, shared)
     q_b = _attention_queries(config, draws, name, index_q)
-    k_b = _blend(
-        INDEXER_ALIKENESS, index_k, draws.matrix(name + "k", config.heads, nope, KV_LORA_RANK)
-    )
-    v_b = draws.matrix(name + "v", config.heads, V_HEAD_DIM, KV_LORA_RANK)
+    k_b = draws.matrix(name + "k", config.heads, config.nope_dim, KV_LORA_RANK)
+    alike = _indexed(config)
+    k_b[:, :alike] = _blend(INDEXER_ALIKENESS, index_k[:alike], k_b[:, :alike])
+    v_b = draws.matrix(name + "v", config.heads, config.v_dim, KV_LORA_RANK)
     yield name + "q_a_proj.weight", draws.matrix(shared + "q_a", q_rank, config.hidden)
     yield name + "q_a_layernorm.weight", draws.norm(name + "q_a norm", q_rank)
     yield name + "q_b_proj.weight", q_b.reshape(-1, q_rank)
     yield name + "kv_a_proj_with_mqa.weight", kv_a
     yield name + "kv_a_layernorm.weight", draws.norm(name + "kv_a norm", KV_LORA_RANK)
     yield name + "kv_b_proj.weight", np.concatenate([k_b, v_b], axis=1).reshape(-1, KV_LORA_RANK)
-    value_width = config.heads * V_HEAD_DIM
+    value_width = config.heads * config.v_dim
     yield (
         name + "o_proj.weight",
         draws.matrix(name + "o", config.hidden, value_width, gain=ATTENTION_GAIN),
@@ -137,6 +135,11 @@ def _attention(config, draws, layer):
             index_k @ kv_a[:KV_LORA_RANK],
             kv_a[KV_LORA_RANK:],
         )
+
+
+def _indexed(config) -> int:
+    """How many of a head's dimensions without rope the indexer has too."""
+    return min(config.nope_dim, INDEX_HEAD_DIM - QK_ROPE_HEAD_DIM)
 
 
 def _rope_rows(config) -> np.ndarray:
@@ -168,14 +171,16 @@ def _head_signs(config) -> np.ndarray:
 
 def _attention_queries(config, draws, name, index_q):
     """[heads, nope + rope, q_lora_rank] built on the even indexer heads."""
-    rope = QK_ROPE_HEAD_DIM
+    rope, nope, alike = QK_ROPE_HEAD_DIM, config.nope_dim, _indexed(config)
     even = index_q[::2]
     like = even[np.arange(config.heads) % len(even)]
-    like = np.concatenate([like[:, rope:], like[:, :rope][:, _rope_rows(config)]], axis=1)
-    own = draws.matrix(name + "q", *like.shape)
-    return _blend(INDEXER_ALIKENESS, like, own) * np.float32(
-        ATTENTION_LOGIT_STD / config.attention_mscale
-    )
+    q_b = draws.matrix(name + "q", config.heads, nope + rope, config.q_lora_rank)
+    for rows, ours in (
+        (slice(alike), like[:, rope : rope + alike]),
+        (slice(nope, None), like[:, :rope][:, _rope_rows(config)]),
+    ):
+        q_b[:, rows] = _blend(INDEXER_ALIKENESS, ours, q_b[:, rows])
+    return q_b * np.float32(ATTENTION_LOGIT_STD / config.attention_mscale)
 
 
 def _indexer(config, draws, name, index_q, k_nope, k_rope):
