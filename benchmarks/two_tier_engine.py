@@ -114,46 +114,71 @@ def pool_bytes(pool: Any) -> dict[str, int]:
 # --- in a Worker ------------------------------------------------------------------------
 
 
-class HeldEngine:
-    """An sglang.Engine; lives in a Worker.
+class RecordedEngine:
+    """An sglang.Engine whose scheduler's process is `scheduler`; lives in a Worker.
 
-    generate() runs prompts to their end. fill() submits requests and holds the engine once
-    it runs as many as it can; window() lets it make some decode steps more; drain() ends it.
-    server_args: of the Engine; record: file of the passes
+    record: file to which it appends a line a pass; server_args: of the Engine
+    fork: its children need not import SGLang again; not with CUDA, which a fork cannot use
     """
 
-    def __init__(self, record: str, server_args: dict[str, Any]):
-        set_thread_defaults()
+    def __init__(self, record: str, server_args: dict[str, Any], scheduler: Callable, fork=True):
         os.environ[RECORD_VAR] = record
         Path(record).touch()
         import sglang.srt.entrypoints.engine as engine_module
 
-        # The engine would spawn its children: twice more 12 s of importing SGLang.
-        multiprocessing.set_start_method("fork", force=True)
-        engine_module.mp.set_start_method = lambda *args, **kwargs: None
+        if fork:  # the Engine would spawn its children: twice more 12 s of importing SGLang
+            multiprocessing.set_start_method("fork", force=True)
+            engine_module.mp.set_start_method = lambda *args, **kwargs: None
 
-        class RecordedEngine(engine_module.Engine):
-            run_scheduler_process_func = staticmethod(run_recorded_scheduler)
+        class Engine(engine_module.Engine):
+            run_scheduler_process_func = staticmethod(scheduler)
 
         # A held scheduler must not look hung. sleep_on_idle: see cpu_serving.
         fixed = {"skip_tokenizer_init": True, "sleep_on_idle": True, "log_level": "error"}
-        self._engine = RecordedEngine(**fixed, watchdog_timeout=3600, **server_args)
+        self._engine = Engine(**(fixed | {"watchdog_timeout": 3600} | server_args))
         self._record = open(record)
         info = self._engine._scheduler_init_result.scheduler_infos[0]
         self._sizes = info["bench_pool"]
+
+    def sizes(self) -> dict[str, Any]:
+        """What the scheduler's process said of its pool."""
+        return self._sizes
+
+    def _passes(self) -> list[dict]:
+        """The passes recorded since the last call."""
+        return list(self._complete_lines())
+
+    def _complete_lines(self) -> Iterator[dict]:
+        while line := self._record.readline():
+            if not line.endswith("\n"):  # being written
+                self._record.seek(self._record.tell() - len(line))
+                return
+            yield json.loads(line)
+
+    def close(self) -> None:
+        self._engine.shutdown()
+
+
+class HeldEngine(RecordedEngine):
+    """A RecordedEngine that can be stopped between two steps.
+
+    generate() runs prompts to their end. fill() submits requests and holds the engine once
+    it runs as many as it can; window() lets it make some decode steps more; drain() ends it.
+    sizes(): device_bytes, host_bytes, slots, hot_rows, row_bytes of its pool
+    """
+
+    def __init__(self, record: str, server_args: dict[str, Any]):
+        set_thread_defaults()
+        super().__init__(record, server_args, run_recorded_scheduler)
         self._scheduler = psutil.Process(self._sizes["pid"])
         self._requests: list[asyncio.Task] = []
-
-    def sizes(self) -> dict[str, int]:
-        """device_bytes, host_bytes, slots, hot_rows, row_bytes of this process's pool."""
-        return self._sizes
 
     def generate(self, prompts, new_tokens: int) -> dict[str, Any]:
         """Run the prompts from an empty radix cache: token_ids, passes, submitted."""
         self._engine.flush_cache()
         self._passes()
         submitted = time.perf_counter()
-        answers = self._engine.generate(input_ids=prompts, sampling_params=_greedy(new_tokens))
+        answers = self._engine.generate(input_ids=prompts, sampling_params=greedy(new_tokens))
         token_ids = [list(answer["output_ids"]) for answer in answers]
         return {"token_ids": token_ids, "passes": self._passes(), "submitted": submitted}
 
@@ -198,7 +223,7 @@ class HeldEngine:
         self._requests = []
 
     async def _request(self, prompt: list[int], new_tokens: int) -> None:
-        await self._engine.async_generate(input_ids=prompt, sampling_params=_greedy(new_tokens))
+        await self._engine.async_generate(input_ids=prompt, sampling_params=greedy(new_tokens))
 
     async def _settled(self) -> list[dict]:
         passes: list[dict] = []
@@ -218,24 +243,13 @@ class HeldEngine:
         self._engine.tokenizer_manager.abort_request(abort_all=True)
         await asyncio.wait_for(asyncio.gather(*self._requests, return_exceptions=True), 60)
 
-    def _passes(self) -> list[dict]:
-        """The passes recorded since the last call."""
-        return list(self._complete_lines())
-
-    def _complete_lines(self) -> Iterator[dict]:
-        while line := self._record.readline():
-            if not line.endswith("\n"):  # being written
-                self._record.seek(self._record.tell() - len(line))
-                return
-            yield json.loads(line)
-
     def close(self) -> None:
         if self._requests:
             self._scheduler.resume()
-        self._engine.shutdown()
+        super().close()
 
 
-def _greedy(new_tokens: int) -> dict[str, Any]:
+def greedy(new_tokens: int) -> dict[str, Any]:
     return {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
 
 
