@@ -9,7 +9,7 @@ Per layer and micro-batch of n requests with q queries each:
     attention                       tokens x top-k rows x flops / attention_tflops
     elementwise, latency            token_bytes x tokens / HBM; layer_us
     communication                   dispatch and combine: network_us + bytes / network_gb_s
-    transfer                        what a fetch exposes, see sim/overlap.py
+    transfer                        what plan and fetch expose, see sim/overlap.py
 
 Two-batch overlap runs two micro-batches, which hide their communication behind one another's
 compute: 2 x max(compute, communication) a layer, weights read twice. Without it: compute +
@@ -123,7 +123,7 @@ class CostModel:
         model = self.model
         keys = requests * context_tokens
         num_bytes, flops = keys * model.index_bytes, keys * queries * model.index_flops
-        scan = self._roofline(num_bytes, flops)
+        scan = self.calibration.scan_ratio * self._roofline(num_bytes, flops)
         return scan + self._matrices(model.indexer_weights, requests * queries)
 
     def attention(self, tokens: float, context_tokens: float) -> float:
@@ -135,7 +135,7 @@ class CostModel:
     def transfer(self, requests: float, context_tokens: float, misses) -> np.ndarray:
         """[layers] seconds that a micro-batch waits for its missed rows, layer by layer."""
         misses = self._per_layer(misses)
-        if not misses.any():
+        if not misses.any() and not self.calibration.plan_us:
             return np.zeros(len(misses))
         choice = self.deployment.overlap
         return cheapest(
@@ -156,10 +156,12 @@ class CostModel:
             indexer=self.indexer(requests, queries, context_tokens),
             da=calibration.da_us * MICRO + merge,
             dba=calibration.dba_us * MICRO + merge,
+            early=calibration.early_us * MICRO,
         )
         selected = queries * min(self.model.topk, context_tokens)
         share = np.minimum(1.0, misses / selected)
-        return self.fetch_seconds(requests * misses), share, window
+        fetch = calibration.plan_us * MICRO + self.fetch_seconds(requests * misses)
+        return fetch, share, window
 
     def fetch_seconds(self, rows):
         """Seconds that the link takes for scattered rows, number or array."""

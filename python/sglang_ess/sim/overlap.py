@@ -1,6 +1,6 @@
 """How much of a fetch a layer waits for: off, DA and DBA of ESS section 3.3, as time lines.
 
-    off   indexer, fetch, attention: all of the fetch
+    off   indexer, fetch, attention: all of the fetch, less what runs early beside PreAttn
     DA    indexer, then fetch beside the projections left (PreAttn) and attention to the hits
     DBA   as DA, but the first half's fetch runs beside the second half's indexer
 
@@ -31,6 +31,7 @@ class Window:
     attention  over all rows, hits and misses
     indexer    of the whole micro-batch
     da, dba    that the split of attention, and of the indexer too, adds
+    early      of preattn, behind which a fetch runs in off too
     """
 
     preattn: float
@@ -38,6 +39,7 @@ class Window:
     indexer: float
     da: float
     dba: float
+    early: float = 0.0
 
 
 def exposed(mode: str, fetch: np.ndarray, missed_share: np.ndarray, window: Window) -> np.ndarray:
@@ -48,7 +50,7 @@ def exposed(mode: str, fetch: np.ndarray, missed_share: np.ndarray, window: Wind
     """
     hits = window.attention * (1 - missed_share)
     if mode == "off":
-        cost = fetch
+        cost = np.maximum(0, fetch - window.early)
     elif mode == "da":
         cost = np.maximum(0, fetch - window.preattn - hits) + window.da
     else:

@@ -154,6 +154,9 @@ class Calibration(Checked):
     transfer_ratio    seconds of a fetch over bytes / gather_gb_s
     preattn_us        of work between indexer and attention that hides a fetch, beside attention
     da_us, dba_us     that splitting attention, and the indexer too, adds to a micro-batch's layer
+    scan_ratio        seconds of the indexer's pass over all keys, top-k included, over the rule's
+    plan_us           before a fetch: resolving top-k to hot rows, which two tiers do at any misses
+    early_us          of preattn_us that a fetch runs beside without overlap too, as our server's
     """
 
     roofline_share: float = spec(SHARE)
@@ -165,6 +168,9 @@ class Calibration(Checked):
     preattn_us: float = spec(NOT_NEGATIVE)
     da_us: float = spec(NOT_NEGATIVE)
     dba_us: float = spec(NOT_NEGATIVE)
+    scan_ratio: float = spec(NOT_NEGATIVE, default=1.0)
+    plan_us: float = spec(NOT_NEGATIVE, default=0.0)
+    early_us: float = spec(NOT_NEGATIVE, default=0.0)
 
 
 @dataclass(frozen=True)
