@@ -1,28 +1,39 @@
 #!/usr/bin/env bash
-# One command on a host with an NVIDIA GPU and no network: kernel tests on the device, then
-# benchmarks/kernels.py. docs/gpu.md says which wheels it needs and what it prints.
+# One command on a host with an NVIDIA GPU and no network: everything that needs the device, stage
+# by stage. docs/gpu.md says which host, what has to be carried there, and what each stage prints.
 #
-#   scripts/gpu_check.sh [--quick] [--sanitize] [--seconds N] [--no-tests] [--no-bench]
-#                        [-- arguments of benchmarks.kernels]
+#   scripts/gpu_check.sh [--stages LIST] [--quick] [--seconds N] [-- arguments]
+#   scripts/gpu_check.sh --receive      keep the parts of a bundle that were carried, and end
 #
-# All stages fit in N seconds [570, --quick 230]; a failed one does not stop the next.
-#   OUT     folder of kernels.json, kernels.png and gpu_check.log [out]
-#   WHEELS  folders of wheels or of a bundle's parts [.whl /tmp/ess_wheels]
-#   SITE    where the wheels are installed [/tmp/ess_site]
+# LIST, separated by commas; they run in this order [facts,wheels,build,tests,bench]:
+#   facts    the card, the driver, versions: always
+#   wheels   what the kernel stages need, from the bundle, into SITE
+#   install  what serving needs, from the bundle, into VENV, where later stages run from then on
+#   build    our CUDA C++ sources, compiled for this card
+#   tests    the kernel tests on the device; memcheck, racecheck: some under compute-sanitizer
+#   bench    benchmarks.kernels: kernels.json, kernels.png
+#   exact    tests/gpu: two tiers give one tier's logprobs
+#   serving  benchmarks.gpu_serving: gpu_serving.json, gpu_serving.png; both: logs.tar.gz
+#   predict  benchmarks.predict_gpu: the simulator beside both: predict_gpu.json, predict_gpu.png
+#
+# All fit in N seconds [570, --quick 230]; a failed one does not stop the next. bench, exact and
+# serving share what the others leave. The arguments, and --quick, go to the last of bench,
+# serving and predict. --receive: exit status 1 while parts are missing, or if one is spoilt.
+#   OUT     folder of the files above and of gpu_check.log, with every stage's output [out]
+#   WHEELS  folders of wheels or of a bundle's parts [.whl]
+#   JOINED  [/tmp/ess_wheels]   SITE  [/tmp/ess_site]   VENV  [/tmp/ess_venv]
+#   WORK    models, engines' logs, results for later calls [/tmp/ess_work]
 #   PYTHON  an interpreter with torch, triton, numba, numpy, psutil, pytest, hypothesis [python3]
 # Exit status: 0 if every stage passed, 1 if one failed, 2 without a GPU.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-OUT=${OUT:-out} SITE=${SITE:-/tmp/ess_site} PYTHON=${PYTHON:-python3}
-WHEELS=${WHEELS:-.whl /tmp/ess_wheels}
-JOINED=/tmp/ess_wheels
-CUDA_TESTS=tests/kernels/test_cuda_sources.py
-TESTS=(tests/kernels tests/tiers/test_device_hot_cache.py)
-# Short of the whole: the sanitizer slows a kernel by ten to a hundred times.
-SANITIZED=(tests/kernels/test_fetch.py tests/kernels/test_plan.py -k
-  "equals_its_reference or plans_one_after_another or empty_lists")
-quick=0 sanitize=0 tests=1 bench=1 seconds='' more=()
+OUT=${OUT:-out} SITE=${SITE:-/tmp/ess_site} VENV=${VENV:-/tmp/ess_venv} PYTHON=${PYTHON:-python3}
+WHEELS=${WHEELS:-.whl} JOINED=${JOINED:-/tmp/ess_wheels} WORK=${WORK:-/tmp/ess_work}
+ALL=(facts wheels install build tests memcheck racecheck bench exact serving predict)
+PREDICT_SECONDS=60
+LOG_BYTES=$((12 << 20)) # of gpu_check.log: a file larger than 16 MiB does not come back
+stages=facts,wheels,build,tests,bench quick=0 seconds='' receive=0 more=()
 names=() results=() times=()
 
 usage() {
@@ -30,13 +41,37 @@ usage() {
   exit 1
 }
 
+wanted() { [[ ",$stages," == *",$1,"* ]]; }
+
 left() { # seconds of the budget, less what the summary takes
   echo $((seconds - SECONDS - 5))
 }
 
-stage() { # name, most seconds, command...: runs it, logs it, keeps what became of it
-  local name=$1 most=$2 start=$SECONDS status before
-  shift 2
+most_of() { # stage: its most seconds
+  local name sharing=0 rest reached=0
+  case $1 in
+    facts) echo 30 ;;
+    wheels) echo 90 ;;
+    install) echo 300 ;;
+    build) echo 120 ;;
+    tests) echo $((seconds / 2)) ;;
+    memcheck | racecheck) echo $((seconds / 4)) ;;
+    predict) echo $PREDICT_SECONDS ;;
+    *) # what the others leave, shared with those still to come
+      for name in bench exact serving; do
+        [ "$name" != "$1" ] || reached=1
+        [ $reached = 0 ] || ! wanted "$name" || sharing=$((sharing + 1))
+      done
+      rest=$(left)
+      ! wanted predict || rest=$((rest - PREDICT_SECONDS))
+      echo $((rest / sharing))
+      ;;
+  esac
+}
+
+stage() { # name, arguments...: runs it, logs it, keeps what became of it
+  local name=$1 start=$SECONDS most before status
+  most=$(most_of "$name")
   [ "$most" -le "$(left)" ] || most=$(left)
   names+=("$name")
   if [ "$most" -lt 5 ]; then
@@ -45,9 +80,9 @@ stage() { # name, most seconds, command...: runs it, logs it, keeps what became 
   fi
   echo "== $name (at most $most s)" | tee -a "$LOG"
   before=$(stat -c %s "$LOG")
-  timeout --kill-after=10 "$most" "$@" >>"$LOG" 2>&1 </dev/null
+  MOST=$most timeout --kill-after=10 "$most" scripts/gpu_stage.sh "$@" >>"$LOG" 2>&1 </dev/null
   status=$?
-  tail -c "+$((before + 1))" "$LOG" | tail -n "${TAIL:-15}"
+  tail -c "+$((before + 1))" "$LOG" | tail -n 60 | cut -c1-300
   times+=($((SECONDS - start)))
   case $status in
     0) results+=(passed) ;;
@@ -57,70 +92,29 @@ stage() { # name, most seconds, command...: runs it, logs it, keeps what became 
   return "$status"
 }
 
-facts() {
-  nvidia-smi --query-gpu=name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max \
-    --format=csv
-  nvcc --version | tail -n 2 | head -n 1
-  lscpu | grep -E '^(Model name|CPU\(s\)|NUMA node\(s\))'
-  free -g | sed -n 2p
-  "$PYTHON" - <<'PY'
-import sys, torch, triton
-print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__)
-sys.exit(0 if torch.cuda.is_available() else 2)
-PY
+enter() { # the stages to come run in VENV if its installation is complete, else with SITE
+  local ours=$PWD/python:$PWD/kernels:$PWD/patches:$PWD
+  if [ -f "$VENV/complete" ]; then
+    PYTHON=$VENV/bin/python PATH=$VENV/bin:$first_path PYTHONPATH=$ours
+  else
+    PATH=$first_path:$SITE/bin PYTHONPATH=$SITE:$ours${first_pythonpath:+:$first_pythonpath}
+  fi
 }
 
-install_wheels() {
-  local folder found=()
-  for folder in $WHEELS; do
-    if [ -n "$(find "$folder" -name SHA256SUMS -print -quit 2>/dev/null)" ]; then
-      scripts/gpu_bundle.sh --join "$folder" "$JOINED"
-    fi
+summary() { # a line for each stage; 1 if one did not pass
+  local i status=0
+  for i in "${!names[@]}"; do
+    printf '%-10s %6s s  %s\n' "${names[$i]}" "${times[$i]}" "${results[$i]}"
+    [ "${results[$i]}" = passed ] || status=1
   done
-  for folder in $WHEELS $JOINED; do
-    for wheel in "$folder"/*.whl; do
-      [ ! -f "$wheel" ] || [[ " ${found[*]##*/} " == *" ${wheel##*/} "* ]] || found+=("$wheel")
-    done
-  done
-  echo "${#found[@]} wheels"
-  [ ${#found[@]} -gt 0 ] || return 1
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
-    --no-cache-dir --upgrade --target "$SITE" "${found[@]}"
-}
-
-build() { # all CUDA C++ sources side by side: each compiler uses one core
-  local name jobs=() status=0
-  for name in fetch save plan; do
-    "$PYTHON" -c "from ess_kernels import cuda_build; cuda_build.load('$name')" &
-    jobs+=($!)
-  done
-  for name in "${jobs[@]}"; do wait "$name" || status=1; done
-  return $status
-}
-
-run_tests() { # the CUDA C++ tests share their builds, so they have one process; the others several
-  local spread=() status=0 log
-  log=$(mktemp)
-  "$PYTHON" -m pytest -q "$CUDA_TESTS" >"$log" 2>&1 &
-  ! "$PYTHON" -c 'import xdist' 2>/dev/null || spread=(-n 8)
-  "$PYTHON" -m pytest -q "${spread[@]}" --ignore "$CUDA_TESTS" "${TESTS[@]}" || status=1
-  wait $! || status=1
-  cat "$log"
-  rm -f "$log"
-  return $status
-}
-
-sanitized() { # tool
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    --target-processes all "$PYTHON" -m pytest -q -x "${SANITIZED[@]}"
+  return "$status"
 }
 
 while [ $# -gt 0 ]; do
   case $1 in
+    --receive) receive=1 ;;
+    --stages) stages=${2:-} && shift ;;
     --quick) quick=1 ;;
-    --sanitize) sanitize=1 ;;
-    --no-tests) tests=0 ;;
-    --no-bench) bench=0 ;;
     --seconds) seconds=${2:-} && shift ;;
     --)
       shift
@@ -131,53 +125,42 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+for name in ${stages//,/ }; do [[ " ${ALL[*]} " == *" $name "* ]] || usage; done
 [ -n "$seconds" ] || seconds=$([ $quick = 1 ] && echo 230 || echo 570)
 [[ $seconds =~ ^[0-9]+$ ]] || usage
 [ $quick = 0 ] || more=(--quick "${more[@]}")
 
-mkdir -p "$OUT"
+mkdir -p "$OUT" "$WORK"
+OUT=$(realpath "$OUT")
 LOG=$OUT/gpu_check.log
 : >"$LOG"
-export PYTHONPATH="$SITE:python:kernels:patches:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export PATH="$PATH:$SITE/bin:/usr/local/cuda/bin"
+first_path=$PATH:/usr/local/cuda/bin first_pythonpath=${PYTHONPATH:-}
 [ -n "${CUDA_HOME:-}" ] || [ ! -d /usr/local/cuda ] || export CUDA_HOME=/usr/local/cuda
-export -f facts install_wheels build run_tests sanitized
-export PYTHON SITE WHEELS JOINED CUDA_TESTS
+export OUT SITE VENV PYTHON WHEELS WORK JOINED PATH PYTHONPATH PYTHONUNBUFFERED=1
+if [ $receive = 1 ]; then
+  scripts/gpu_stage.sh receive 2>&1 | tee "$LOG"
+  exit "${PIPESTATUS[0]}"
+fi
 
-in_shell() { # a function above in a shell of its own, so that `timeout` can end it
-  local lists
-  lists=$(declare -p TESTS SANITIZED)
-  echo "$lists; $*"
-}
-
-stage facts 30 bash -c "$(in_shell facts)"
+enter
+stage facts
 if [ $? = 2 ]; then
   echo "gpu_check: a CUDA device must be there: got none." >&2
   exit 2
 fi
-stage wheels 90 bash -c "$(in_shell install_wheels)"
-stage build 120 bash -c "$(in_shell build)"
-if [ $tests = 1 ]; then
-  TAIL=40 stage tests $((seconds / 2)) bash -c "$(in_shell run_tests)"
-fi
-if [ $sanitize = 1 ]; then
-  for tool in memcheck racecheck; do
-    stage "$tool" $((seconds / 4)) bash -c "$(in_shell sanitized $tool)"
-  done
-fi
-if [ $bench = 1 ]; then
-  rest=$(left)
-  # What is running when --seconds end is finished, and the files are written.
-  TAIL=400 stage bench "$rest" "$PYTHON" -m benchmarks.kernels --json "$OUT/kernels.json" \
-    --plot "$OUT/kernels.png" --seconds $((rest > 60 ? rest - 40 : rest / 2)) "${more[@]}"
-fi
-
-status=0
-echo
-printf '%-10s %6s  %s\n' stage s result
-for i in "${!names[@]}"; do
-  printf '%-10s %6s  %s\n' "${names[$i]}" "${times[$i]}" "${results[$i]}"
-  [ "${results[$i]}" = passed ] || status=1
+last=''
+for name in bench serving predict; do ! wanted "$name" || last=$name; done
+for name in "${ALL[@]:1}"; do
+  wanted "$name" || continue
+  if [ "$name" = "$last" ]; then stage "$name" "${more[@]}"; else stage "$name"; fi
+  [ "$name" != install ] || enter
 done
-echo "in $SECONDS s; gpu_check.log, kernels.json and kernels.png are in $OUT"
-exit $status
+
+echo
+summary | tee -a "$LOG"
+status=${PIPESTATUS[0]}
+if [ "$(stat -c %s "$LOG")" -gt $LOG_BYTES ]; then
+  tail -c $LOG_BYTES "$LOG" >"$LOG.end" && mv "$LOG.end" "$LOG"
+fi
+echo "in $SECONDS s; the files are in $OUT"
+exit "$status"

@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# One stage of scripts/gpu_check.sh, which says what each does and starts it with a time limit:
+#   scripts/gpu_stage.sh NAME [arguments of its program]
+# Environment, all set by gpu_check.sh: its own OUT, WHEELS, SITE, VENV, WORK, PYTHON; JOINED,
+# where wheels go as parts of a bundle arrive; MOST, the seconds the stage has.
+# Exit status: 0 if it passed.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+CUDA_TESTS=tests/kernels/test_cuda_sources.py
+TESTS=(tests/kernels tests/tiers/test_device_hot_cache.py)
+# Short of the whole: the sanitizer slows a kernel by ten to a hundred times.
+SANITIZED=(tests/kernels/test_fetch.py tests/kernels/test_plan.py -k
+  "equals_its_reference or plans_one_after_another or empty_lists")
+SLICE=(--layers 4 --experts 8) # of the model that `serving` serves
+
+receive() { # joins what was carried with what came before: 1 while something is to come
+  local folder status=0
+  for folder in $WHEELS; do
+    [ -n "$(find "$folder" -name SHA256SUMS -print -quit 2>/dev/null)" ] || continue
+    scripts/gpu_bundle.sh --join "$folder" "$JOINED" || status=1
+  done
+  return "$status"
+}
+
+facts() { # exit status 2: no device
+  nvidia-smi --query-gpu=name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max \
+    --format=csv
+  nvcc --version | tail -n 2 | head -n 1
+  lscpu | grep -E '^(Model name|CPU\(s\)|NUMA node\(s\))'
+  free -g | sed -n 2p
+  df -h /tmp | tail -n 1
+  "$PYTHON" - <<'PY'
+import sys, torch, triton
+print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__)
+sys.exit(0 if torch.cuda.is_available() else 2)
+PY
+}
+
+wheels() {
+  local folder wheel found=()
+  receive
+  for folder in $WHEELS $JOINED; do
+    for wheel in "$folder"/*.whl; do
+      [ ! -f "$wheel" ] || [[ " ${found[*]##*/} " == *" ${wheel##*/} "* ]] || found+=("$wheel")
+    done
+  done
+  echo "${#found[@]} wheels"
+  [ ${#found[@]} -gt 0 ] || return 1
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
+    --no-cache-dir --upgrade --target "$SITE" "${found[@]}"
+}
+
+install() {
+  rm -f "$VENV/complete"
+  receive && scripts/gpu_install.sh "$PYTHON" "$JOINED" "$VENV" && touch "$VENV/complete"
+}
+
+build() { # all CUDA C++ sources side by side: each compiler uses one core
+  local name job jobs=() status=0
+  for name in fetch save plan; do
+    "$PYTHON" -c "from ess_kernels import cuda_build; cuda_build.load('$name')" &
+    jobs+=($!)
+  done
+  for job in "${jobs[@]}"; do wait "$job" || status=1; done
+  return "$status"
+}
+
+tests() { # the CUDA C++ tests share their builds, so they have one process; the others several
+  local spread=() status=0 log
+  log=$(mktemp)
+  "$PYTHON" -m pytest -q "$CUDA_TESTS" >"$log" 2>&1 &
+  ! "$PYTHON" -c 'import xdist' 2>/dev/null || spread=(-n 8)
+  "$PYTHON" -m pytest -q "${spread[@]}" --ignore "$CUDA_TESTS" "${TESTS[@]}" || status=1
+  wait $! || status=1
+  cat "$log"
+  rm -f "$log"
+  return "$status"
+}
+
+sanitized() { # tool
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
+    --target-processes all "$PYTHON" -m pytest -q -x "${SANITIZED[@]}"
+}
+
+memcheck() { sanitized memcheck; }
+
+racecheck() { sanitized racecheck; }
+
+measure() { # name, module, arguments...: a benchmark that writes name.json and name.png
+  local name=$1 module=$2 rest=$((MOST > 60 ? MOST - 40 : MOST / 2)) status
+  shift 2
+  # What is running when --seconds end is finished, and the files are written.
+  "$PYTHON" -m "$module" --json "$OUT/$name.json" --plot "$OUT/$name.png" --seconds $rest "$@"
+  status=$?
+  cp "$OUT/$name.json" "$WORK/" # a lent machine's OUT is emptied before the next call
+  return "$status"
+}
+
+bench() { measure kernels benchmarks.kernels "$@"; }
+
+exact() {
+  local status
+  rm -rf "$WORK/exact"
+  "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' || return # else: all skipped
+  # The rest of MOST is for engines that do not answer any more, and for the report.
+  ESS_GPU_ENDS=$(($(date +%s) + MOST - 45)) "$PYTHON" -m pytest -q -s -p no:cacheprovider \
+    --tb=short -m gpu --basetemp "$WORK/exact" tests/gpu
+  status=$?
+  pack_logs
+  return "$status"
+}
+
+pack_logs() { # of all engines so far
+  find "$WORK" -name '*.log' -size -64M -print0 | tar -czf "$OUT/logs.tar.gz" --null -T -
+}
+
+serving() {
+  local costs=() table=$WORK/kernels.json status
+  if [ ! -f "$WORK/slice/config.json" ]; then
+    "$PYTHON" -m sglang_ess.slice_model --out "$WORK/slice" "${SLICE[@]}" || return
+  fi
+  # bench may have run out of time before its cost table was whole
+  ! "$PYTHON" -c "from sglang_ess.attention import overlap_policy as o; o.CostTable.read('$table')" ||
+    costs=(--overlap-costs "$table")
+  measure gpu_serving benchmarks.gpu_serving --model "$WORK/slice" --logs "$WORK/serving" \
+    "${costs[@]}" "$@"
+  status=$?
+  pack_logs
+  return "$status"
+}
+
+predict() {
+  "$PYTHON" -m benchmarks.predict_gpu --kernels "$WORK/kernels.json" \
+    --serving "$WORK/gpu_serving.json" --json "$OUT/predict_gpu.json" \
+    --plot "$OUT/predict_gpu.png" "$@"
+}
+
+"$@"
