@@ -1,9 +1,10 @@
 """What it buys to move hot rows between layers, and what watching for it costs.
 
-Two sets of production HotCaches decode the same generated streams (DeepSeek-V3.2's localities,
-fitted on ESS's figures): one keeps as many rows in each layer, in the other a Rebalancer moves
-them, as a CPU server's does, from the sampled ghost caches that its plans feed. `before` is the
-time until it has moved them, `after` as many steps from then on; both sets are timed in both.
+Three sets of production HotCaches decode the same generated streams (DeepSeek-V3.2's localities,
+fitted on ESS's figures): one keeps as many rows in each layer, in the second a Rebalancer moves
+them, as a CPU server's does, from the sampled ghost caches that its plans feed, in the third an
+AgeRebalancer does, as a GPU server's, by how old the rows are. `before` is the time until they
+have moved, once, `after` as many steps from then on; all are timed in both.
 Beside each plan one ghost more is timed alone: ghosts run for a part of a round of steps, and
 `ghost_share` is of all plans of a round. Misses are generated ones: rows of kind "simulated".
 """
@@ -18,10 +19,11 @@ import torch
 
 from benchmarks import common
 from sglang_ess.sim.locality import Locality, TopkStream
-from sglang_ess.tiers import HotCache, PlanBuffers, layer_budgets, rebalance
+from sglang_ess.tiers import HotCache, PlanBuffers, layer_budgets, lru, rebalance
 from sglang_ess.tiers.ghost_cache import GhostCache
 from sglang_ess.tiers.hot_arena import HotArena
-from sglang_ess.tiers.rebalance import Rebalancer, Schedule
+from sglang_ess.tiers.rebalance import AgeRebalancer, AgeSchedule, Rebalancer, Schedule
+from sglang_ess.tiers.row_ages import Look
 
 PROFILE = "deepseek-v3.2"
 POINTS = [
@@ -32,7 +34,10 @@ POINTS = [
 QUICK_POINT = {"context": 32768, "requests": 4, "ratio": 0.2}
 LAYERS, QUICK_LAYERS = 16, 8  # spread over the model's 61 by how often they miss
 AFTER_STEPS = 64
+SIDES = ("uniform", "auto", "ages")
 FILL_STEPS = 16  # after a fill by recency, which the generator's own order is not quite
+LOOK_STEPS = 8  # between two looks at the ages, as cuda/attention_backend.py mirrors them
+AGES = 1024  # told apart by ess_kernels.reorder
 
 
 @dataclass
@@ -47,6 +52,38 @@ class Phase:
         return np.mean(self.misses, axis=0)
 
 
+def look_at(caches: list[HotCache]) -> Look:
+    """As DeviceTier.look()."""
+    evictions = np.array([cache.counters["evictions"] for cache in caches])
+    steps = np.array([cache.steps for cache in caches])
+    return Look(np.stack([_ages_of(cache) for cache in caches]), evictions, steps)
+
+
+def _ages_of(cache: HotCache) -> np.ndarray:
+    """[AGES] rows by steps since their last use, the oldest together: reorder's count of them."""
+    head, tail = cache.state[lru.HEAD], cache.state[lru.TAIL]
+    rows = cache.queue[head:tail]
+    live = cache.row_place[rows] == np.arange(head, tail)
+    ages = cache.steps - cache.queue_step[head:tail][live]
+    return np.bincount(np.minimum(ages, AGES - 1), minlength=AGES)
+
+
+class ByAge:
+    """An AgeRebalancer over the caches of an arena, as a CUDA pool has one over a DeviceTier."""
+
+    def __init__(self, arena: HotArena, demand: int, least: int, schedule: AgeSchedule):
+        rows, slots = arena.caches[0].num_rows, arena.caches[0].num_slots
+        self.decides = AgeRebalancer(len(arena.caches), rows, slots - 1, least, schedule)
+        self._arena, self._demand, self._steps = arena, min(demand, rows), 0
+
+    def step(self) -> None:
+        look, self._steps = None, self._steps + 1
+        if self._steps % LOOK_STEPS == 0:
+            look = look_at(self._arena.caches)
+        if (budgets := self.decides.step(self._demand, look)) is not None:
+            self._arena.resize(list(budgets.rows))
+
+
 class Side:
     """The layers' hot tiers in one arena, filled with what was selected last."""
 
@@ -55,7 +92,7 @@ class Side:
         self.caches = [
             HotCache(None, rows, num_slots, buffers, arena=self.arena) for _ in range(layers)
         ]
-        self.rebalancer: Rebalancer | None = None
+        self.rebalancer: Rebalancer | ByAge | None = None
         self.phase = Phase()
 
     def step(self, topks: list[torch.Tensor], layer: int) -> None:
@@ -76,7 +113,7 @@ class Side:
 
 
 class Stage:
-    """Streams of some layers for a batch of requests, and the two sides that serve them."""
+    """Streams of some layers for a batch of requests, and the sides that serve them."""
 
     def __init__(self, context: int, requests: int, ratio: float, num_layers: int, seed: int):
         locality = Locality.load(PROFILE)
@@ -90,10 +127,7 @@ class Stage:
             TopkStream(locality, layer, requests, context, seed) for layer in self.layers
         ]
         buffers = PlanBuffers(requests * locality.topk)
-        self.sides = {
-            name: Side(num_layers, self.rows, self.num_slots, buffers)
-            for name in ("uniform", "auto")
-        }
+        self.sides = {name: Side(num_layers, self.rows, self.num_slots, buffers) for name in SIDES}
         for layer, stream in enumerate(self._streams):
             for row in range(requests):
                 stream.begin(row, context)
@@ -107,7 +141,7 @@ class Stage:
         self.ghost_seconds: list[float] = []
 
     def run(self, steps: int) -> None:
-        """Each step both sides, in turn first; every layer is planned before the next."""
+        """Each step all sides, in turn first; every layer is planned before the next."""
         for step in range(steps):
             for side in self.sides.values():
                 if side.rebalancer is not None:
@@ -116,7 +150,8 @@ class Stage:
                 torch.from_numpy(stream.next(self._which, self._lengths, self._slots, 1))
                 for stream in self._streams
             ]
-            order = list(self.sides.values())[:: 1 if step % 2 else -1]
+            order = list(self.sides.values())
+            order = order[step % len(order) :] + order[: step % len(order)]
             for side in order:
                 for layer in range(len(self.layers)):
                     side.step(topks, layer)
@@ -130,16 +165,22 @@ def measure(report: common.Report, point: dict, num_layers: int, seed: int) -> N
     stage = Stage(**point, num_layers=num_layers, seed=seed)
     schedule = Schedule(rest=1 << 30)  # one round
     stage.run(FILL_STEPS)
-    auto = stage.sides["auto"]
-    auto.rebalancer = Rebalancer(auto.arena, Locality.load(PROFILE).topk, schedule)
+    auto, by_age = stage.sides["auto"], stage.sides["ages"]
+    topk = Locality.load(PROFILE).topk
+    auto.rebalancer = Rebalancer(auto.arena, topk, schedule)
     for side in stage.sides.values():
         side.begin()
     stage.ghost_seconds.clear()
     watched = -(-num_layers // rebalance.LAYERS_A_STEP) + schedule.settle + schedule.counted
+    # One round too, that ends with the other's.
+    age_schedule = AgeSchedule(settle=watched - AgeSchedule.counted)
+    demand = point["requests"] * (topk + 1)
+    by_age.rebalancer = ByAge(by_age.arena, demand, topk, age_schedule)
     stage.run(watched)
     before = {name: side.begin() for name, side in stage.sides.items()}
     stage.run(1 + num_layers)  # decides, and moves the rows
-    rows = [cache.num_rows for cache in auto.caches]
+    rows_of = {name: [c.num_rows for c in side.caches] for name, side in stage.sides.items()}
+    rows = rows_of["auto"]
     curves = auto.rebalancer.curves
     for side in stage.sides.values():
         side.begin()
@@ -157,7 +198,7 @@ def measure(report: common.Report, point: dict, num_layers: int, seed: int) -> N
                 "misses",
                 "rows/request/layer/step",
                 found,
-                rows=rows if name == "auto" else [stage.rows] * num_layers,
+                rows=rows_of[name],
             )
             report.add(row | {"kind": "simulated"})
             seconds = phase.seconds
@@ -180,9 +221,12 @@ def measure(report: common.Report, point: dict, num_layers: int, seed: int) -> N
     expected = layer_budgets.expected_misses(curves, rows) / layer_budgets.expected_misses(
         curves, [stage.rows] * num_layers
     )
-    got = after["auto"].per_step.sum() / after["uniform"].per_step.sum()
+    got, aged = (
+        after[name].per_step.sum() / after["uniform"].per_step.sum() for name in ("auto", "ages")
+    )
     plans = np.median(after["auto"].seconds) / np.median(after["uniform"].seconds)
-    for metric, value in (("miss_ratio", got), ("expected_miss_ratio", expected),
+    for metric, value in (("miss_ratio", got), ("age_miss_ratio", aged),
+                          ("expected_miss_ratio", expected),
                           ("total_curve_error", total_error)):  # fmt: skip
         row = common.measured("budgets", config, metric, "ratio", [value], rows=rows,
                               model_layers=list(stage.layers))  # fmt: skip
@@ -205,6 +249,7 @@ def _value(report: common.Report, name: str, metric: str, config: dict) -> float
 def summarise(report: common.Report, point: dict) -> None:
     for key, (name, metric) in {
         "miss_ratio": ("budgets", "miss_ratio"),
+        "age_miss_ratio": ("budgets", "age_miss_ratio"),
         "expected_miss_ratio": ("budgets", "expected_miss_ratio"),
         "plan_time_ratio": ("budgets", "plan_time"),
         "ghost_share": ("ghost", "share"),
@@ -216,10 +261,10 @@ def summarise(report: common.Report, point: dict) -> None:
 
 
 def _means(report: common.Report, point: dict) -> list[float | None]:
-    """Misses a request, layer and step after the move: uniform, auto."""
+    """Misses a request, layer and step after the move, of each of SIDES."""
     return [
         row["mean"]
-        for side in ("uniform", "auto")
+        for side in SIDES
         for row in report.rows
         if row["name"] == "misses"
         and (point | {"side": side, "when": "after"}).items() <= row["config"].items()
@@ -227,12 +272,14 @@ def _means(report: common.Report, point: dict) -> list[float | None]:
 
 
 def print_tables(report: common.Report, points: list[dict]) -> None:
-    headers = ("context", "requests", "ratio", "misses uniform", "auto", "auto/uniform", "expected",
-               "plan time", "ghosts of a plan", "while on", "curve error")  # fmt: skip
+    headers = ("context", "requests", "ratio", "misses uniform", "auto", "ages", "auto/uniform",
+               "ages/uniform", "expected", "plan time", "ghosts of a plan", "while on",
+               "curve error")  # fmt: skip
     lines = []
     for point in points:
         figures = [_value(report, *key, point) for key in (
-            ("budgets", "miss_ratio"), ("budgets", "expected_miss_ratio"), ("budgets", "plan_time"),
+            ("budgets", "miss_ratio"), ("budgets", "age_miss_ratio"),
+            ("budgets", "expected_miss_ratio"), ("budgets", "plan_time"),
             ("ghost", "share"), ("ghost", "share_while_on"), ("curve_error", "error"),
         )]  # fmt: skip
         lines.append([*point.values(), *_means(report, point), *figures])
@@ -248,9 +295,9 @@ def draw(report: common.Report, axes, point: dict) -> None:
         if row["name"] == "misses" and row["config"]["when"] == "after"
         and point.items() <= row["config"].items()
     }  # fmt: skip
-    for place, (name, row) in zip((-0.2, 0.2), sorted(sides.items()), strict=True):
-        layers = np.arange(len(row["rows"]))
-        axes[0].bar(layers + place, row["rows"], 0.4, label=name)
+    for place, name in zip((-0.27, 0, 0.27), SIDES, strict=True):
+        layers = np.arange(len(sides[name]["rows"]))
+        axes[0].bar(layers + place, sides[name]["rows"], 0.27, label=name)
     axes[0].set_xlabel("layer, by number")
     axes[0].set_ylabel("hot rows")
     axes[0].legend()

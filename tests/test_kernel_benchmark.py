@@ -452,6 +452,6 @@ def test_a_spoilt_wheel_is_refused(tmp_path):
 def test_the_check_wants_a_gpu(tmp_path):
     done = subprocess.run(
         ["scripts/gpu_check.sh", "--quick"], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable},
+        env={**os.environ, "OUT": str(tmp_path), "WORK": str(tmp_path), "PYTHON": sys.executable},
     )  # fmt: skip
     assert done.returncode == 2 and "a CUDA device must be there: got none" in done.stderr

@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks import layer_budgets as benchmark
 from sglang_ess import capacity, preflight
-from sglang_ess.capacity import Geometry, settle
+from sglang_ess.capacity import GPU_TIER, GPU_TIER_THAT_MOVES, Geometry, settle
 from sglang_ess.config import EssConfig
+from sglang_ess.tiers.device_hot_cache import MOST_SHARE
 from sglang_ess.tiers.host_tier import GIB
 from sglang_ess.tiers.rebalance import ghost_bytes
 from tests.support import parity
@@ -34,25 +35,23 @@ def test_the_flag():
         parsed("--ess-layer-budgets", "even")
 
 
-@pytest.mark.parametrize(
-    "value, on_cpu, count",
-    [("auto", False, 1), ("auto", True, 0), ("uniform", False, 0), (None, False, 0)],
-)
-def test_a_gpu_server_refuses_auto_in_one_line(value, on_cpu, count, monkeypatch):
+@pytest.mark.parametrize("value", ["auto", "uniform", None])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_every_value_is_served_everywhere(value, on_cpu, monkeypatch):
     monkeypatch.setattr(preflight, "_rule_reasons", lambda *_: [])
     args = SimpleNamespace(enable_hisparse=False, disaggregation_mode="prefill")
-    reasons = preflight.option_reasons(args, EssConfig(layer_budgets=value), on_cpu)
-    assert len(reasons) == count
-    assert all("must not be auto" in text and "\n" not in text for text in reasons)
+    assert preflight.option_reasons(args, EssConfig(layer_budgets=value), on_cpu) == []
 
 
 @pytest.mark.parametrize(
-    "options, layers, moves",
-    [({}, 4, True), ({"layer_budgets": "auto"}, 4, True), ({"layer_budgets": "uniform"}, 4, False),
-     ({}, 1, False), ({"hot_ratio": 1.0}, 4, False)],
+    "options, layers, on_cpu, on_gpu",
+    [({}, 4, True, False), ({"layer_budgets": "auto"}, 4, True, True),
+     ({"layer_budgets": "uniform"}, 4, False, False), ({}, 1, False, False),
+     ({"layer_budgets": "auto", "hot_ratio": 1.0}, 4, False, False)],
 )  # fmt: skip
-def test_when_rows_move(options, layers, moves):
-    assert capacity.moves_rows(EssConfig(**options), layers) is moves
+def test_when_rows_move(options, layers, on_cpu, on_gpu):
+    assert capacity.moves_rows(EssConfig(**options), layers) is on_cpu
+    assert capacity.moves_rows(EssConfig(**options), layers, on_cpu=False) is on_gpu
 
 
 def test_ghosts_are_charged():
@@ -63,6 +62,20 @@ def test_ghosts_are_charged():
     assert settled.geometry.ghosts and settled.device_bytes <= 10_000_000
     # A row for every slot: nothing is ever missed, whoever has the rows.
     assert not settle(EssConfig(), GEOMETRY, 6400, GIB, 100 * GIB).geometry.ghosts
+
+
+def test_a_gpu_tier_that_moves_rows_is_charged():
+    """Which rows are whose: 4 B each; the ages of each layer's; room to sort a large layer."""
+    sizes = {
+        tier.moves: Geometry(**{**vars(GEOMETRY), "ghosts": False, "tier": tier}).device_bytes(
+            6400, 640
+        )
+        for tier in (GPU_TIER, GPU_TIER_THAT_MOVES)
+    }
+    assert sizes[True] - sizes[False] == 4 * (640 * 4 + 1024 * 4) + 640 * 4 * (MOST_SHARE - 1)
+    moving = Geometry(**{**vars(GEOMETRY), "ghosts": False, "tier": GPU_TIER_THAT_MOVES})
+    assert settle(EssConfig(), moving, 6400, 10_000_000, 100 * GIB).geometry.tier.moves
+    assert settle(EssConfig(), moving, 6400, GIB, 100 * GIB).geometry.tier == GPU_TIER  # all is hot
 
 
 def test_the_benchmark(tmp_path, monkeypatch, capsys):

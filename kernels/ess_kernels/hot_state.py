@@ -24,7 +24,9 @@ CURSOR = 4  # next entry of `order`
 LENGTH = 5  # entries of `order`
 POPS = 6  # rows asked for by the plan in progress
 SPLIT = 7  # set by the host: list hits and misses apart, for dual attention
-NUM_WORDS = 8
+START = 8  # where the layer's part of `free` and of `order` begins
+ROWS = 9  # rows of the layer
+NUM_WORDS = 10
 
 # counters [NUM_COUNTERS] int64, since the start
 COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs", "skipped", "short")
@@ -40,11 +42,15 @@ LAYER_STATE_BYTES = NUM_WORDS * 4 + NUM_COUNTERS * 8
 class HotState:
     """State of one layer, or of all layers with a leading dimension [layers].
 
+    Either each layer has its own rows, numbered from 0, or all have rows of one arena: then
+    row_slot to order are the arena's, the same for every layer, and each row is one layer's at a
+    time. That layer's parts of `free` and `order` are words[ROWS] entries from words[START] on.
+
     slot_row   [slots] int32  the slot's hot row, NOT_HOT if it has none; negative values
                               below that are claims of a plan in progress
     row_slot   [rows] int32   the row's slot, -1 if the row is free
     row_stamp  [rows] int32   tick of the last use, FREE_STAMP if the row is free
-    free       [rows] int32   stack of free rows
+    free       [rows] int32   stack of the layer's free rows
     order      [rows] int32   rows by last use, see above
     words      [NUM_WORDS] int32
     counters   [NUM_COUNTERS] int64
@@ -59,9 +65,12 @@ class HotState:
     counters: torch.Tensor
 
     @classmethod
-    def new(cls, layers: int, num_slots: int, num_rows: int, device) -> HotState:
-        """All layers' states, every row free.
+    def new(
+        cls, layers: int, num_slots: int, num_rows: int, device, shared: bool = False
+    ) -> HotState:
+        """All layers' states, num_rows each, every row free.
 
+        shared: of one arena, in which layer i begins with rows i * num_rows on
         Raises: ValueError unless 1 <= num_rows <= num_slots.
         """
         if not 1 <= num_rows <= num_slots:
@@ -72,18 +81,28 @@ class HotState:
         def full(size, value, dtype=torch.int32):
             return torch.full((layers, size), value, dtype=dtype, device=device)
 
+        def of_rows(value):
+            if not shared:
+                return full(num_rows, value)
+            one = torch.full((1, layers * num_rows), value, dtype=torch.int32, device=device)
+            return one.expand(layers, -1)
+
         # Popped from the end: row 0 first.
         stack = torch.arange(num_rows - 1, -1, -1, dtype=torch.int32, device=device)
-        words = full(NUM_WORDS, 0)
+        first = torch.arange(layers, dtype=torch.int32, device=device) * (num_rows * shared)
+        free, words = of_rows(0), full(NUM_WORDS, 0)
+        stacks = first[:, None] + stack
+        (free[0] if shared else free).copy_(stacks.flatten() if shared else stacks)
         words[:, TICK] = 1
-        words[:, NUM_FREE] = num_rows
+        words[:, NUM_FREE] = words[:, ROWS] = num_rows
         words[:, SPLIT] = 1
+        words[:, START] = first
         return cls(
             slot_row=full(num_slots, NOT_HOT),
-            row_slot=full(num_rows, -1),
-            row_stamp=full(num_rows, FREE_STAMP),
-            free=stack.repeat(layers, 1),
-            order=full(num_rows, 0),
+            row_slot=of_rows(-1),
+            row_stamp=of_rows(FREE_STAMP),
+            free=free,
+            order=of_rows(0),
             words=words,
             counters=full(NUM_COUNTERS, 0, torch.int64),
         )
@@ -98,6 +117,7 @@ class HotState:
 
     @property
     def num_rows(self) -> int:
+        """Rows that row_slot has: of a layer, or of the arena."""
         return self.row_slot.shape[-1]
 
     @property
@@ -106,4 +126,5 @@ class HotState:
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, f.name).nbytes for f in fields(self))
+        tensors = (getattr(self, f.name) for f in fields(self))
+        return sum(t[:1].nbytes if t.stride(0) == 0 else t.nbytes for t in tensors)

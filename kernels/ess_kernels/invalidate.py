@@ -18,6 +18,7 @@ BLOCK = 256
 BUILT = tl.constexpr(hot_state.BUILT)
 NUM_FREE = tl.constexpr(hot_state.NUM_FREE)
 VALID = tl.constexpr(hot_state.VALID)
+START = tl.constexpr(hot_state.START)
 NUM_WORDS = tl.constexpr(hot_state.NUM_WORDS)
 FREE_STAMP = tl.constexpr(hot_state.FREE_STAMP)
 
@@ -27,20 +28,20 @@ def _invalidate_kernel(
     slots,  # [n] int32 or int64; negative: skipped
     n,
     slot_row,  # [layers, num_slots] int32
-    row_slot,  # [layers, num_rows] int32
-    row_stamp,  # [layers, num_rows] int32
-    free,  # [layers, num_rows] int32
+    row_slot,  # [layers, rows] int32
+    row_stamp,  # [layers, rows] int32
+    free,  # [layers, rows] int32
     words,  # [layers, NUM_WORDS] int32
     num_slots,
-    num_rows,
+    row_stride,  # from a layer's rows to the next one's; 0 in an arena
     BLOCK: tl.constexpr,
 ):
     layer = tl.program_id(1).to(tl.int64)  # layers x slots passes 2**31
     slot_row += layer * num_slots
-    row_slot += layer * num_rows
-    row_stamp += layer * num_rows
-    free += layer * num_rows
+    row_slot += layer * row_stride
+    row_stamp += layer * row_stride
     words += layer * NUM_WORDS
+    free += layer * row_stride + tl.load(words + START)
 
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots + i, mask=i < n, other=-1)
@@ -67,10 +68,12 @@ def invalidate(state: HotState, slots: torch.Tensor) -> None:
     check_tensor("slots", slots, (torch.int32, torch.int64), (None,))
     if not len(slots):
         return
-    layers = state.slot_row.shape[0] if state.slot_row.dim() == 2 else 1
+    layers, row_stride = 1, 0
+    if state.slot_row.dim() == 2:
+        layers, row_stride = len(state.slot_row), state.row_slot.stride(0)
     _invalidate_kernel[(triton.cdiv(len(slots), BLOCK), layers)](
         slots.contiguous(), len(slots), state.slot_row, state.row_slot, state.row_stamp,
-        state.free, state.words, state.num_slots, state.num_rows, BLOCK=BLOCK,
+        state.free, state.words, state.num_slots, row_stride, BLOCK=BLOCK,
     )  # fmt: skip
 
 
@@ -84,5 +87,6 @@ def invalidate_reference(state: HotState, slots: torch.Tensor) -> None:
         state.slot_row[slot] = hot_state.NOT_HOT
         state.row_slot[row] = -1
         state.row_stamp[row] = hot_state.FREE_STAMP
-        state.free[int(state.words[hot_state.NUM_FREE])] = row
+        top = state.words[hot_state.START] + state.words[hot_state.NUM_FREE]
+        state.free[int(top)] = row
         state.words[hot_state.NUM_FREE] += 1

@@ -44,6 +44,7 @@ CURSOR = tl.constexpr(hot_state.CURSOR)
 LENGTH = tl.constexpr(hot_state.LENGTH)
 POPS = tl.constexpr(hot_state.POPS)
 SPLIT = tl.constexpr(hot_state.SPLIT)
+START = tl.constexpr(hot_state.START)
 
 LOOKUPS = tl.constexpr(hot_state.LOOKUPS)
 MISSES = tl.constexpr(hot_state.MISSES)
@@ -177,6 +178,9 @@ def _assign(
     cursor = tl.load(words + CURSOR)
     length = tl.load(words + LENGTH)
     youngest = tl.minimum(built, tick - min_age)
+    start = tl.load(words + START)
+    free += start
+    order += start
 
     row = tl.full([BLOCK], -1, tl.int32)
     age = tl.zeros([BLOCK], tl.int32)
@@ -215,8 +219,8 @@ def _assign(
         tl.store(query_misses + q, count)
     failed = tl.sum(mine.to(tl.int32), 0) - count
     if count > 0:
-        start = tl.atomic_add(num_misses, count, sem="relaxed")
-        index = start + tl.cumsum(got.to(tl.int32), 0) - 1
+        listed = tl.atomic_add(num_misses, count, sem="relaxed")
+        index = listed + tl.cumsum(got.to(tl.int32), 0) - 1
         tl.store(miss_slots + index, slot.to(tl.int32), mask=got)
         tl.store(miss_rows + index, row, mask=got)
         tl.atomic_add(words + VALID, -tl.sum(used, 0), sem="relaxed")
@@ -447,13 +451,13 @@ def plan_reference(
 
 
 def _next_row(state: HotState, tick: int, min_age: int) -> int | None:
-    words = state.words
+    words, start = state.words, int(state.words[hot_state.START])
     if words[hot_state.NUM_FREE] > 0:
         words[hot_state.NUM_FREE] -= 1
-        return int(state.free[words[hot_state.NUM_FREE]])
+        return int(state.free[start + words[hot_state.NUM_FREE]])
     built = int(words[hot_state.BUILT])
     while words[hot_state.CURSOR] < words[hot_state.LENGTH]:
-        row = int(state.order[words[hot_state.CURSOR]])
+        row = int(state.order[start + words[hot_state.CURSOR]])
         words[hot_state.CURSOR] += 1
         if int(state.row_stamp[row]) <= built:
             words[hot_state.VALID] -= 1

@@ -5,7 +5,8 @@
 A counting sort by age in ticks; rows unused for MAX_AGE ticks or more count as equally old.
 Off the critical path: between one plan of a layer and the next. Three launches that return at
 once while the list is long enough, which the device decides. Bytes when it is not: per row
-4 + 4 read and 4 written twice (stamps, ranks), 4 scattered.
+4 + 4 read and 4 written twice (stamps, ranks), 4 scattered; 8 more read in an arena, whose layers
+look up which rows are theirs.
 
 With `need` = the most lookups and installs that come before the next reorder, no plan can run
 out of rows: each lookup takes at most one row, by hitting one of the list or by popping it.
@@ -33,14 +34,19 @@ NUM_FREE = tl.constexpr(hot_state.NUM_FREE)
 VALID = tl.constexpr(hot_state.VALID)
 CURSOR = tl.constexpr(hot_state.CURSOR)
 LENGTH = tl.constexpr(hot_state.LENGTH)
+START = tl.constexpr(hot_state.START)
+ROWS = tl.constexpr(hot_state.ROWS)
 FREE_STAMP = tl.constexpr(hot_state.FREE_STAMP)
+
+OWNED_ROW_BYTES = 4  # Owned's, of a hot row
+OWNED_LAYER_BYTES = 4 * MAX_AGE
 
 
 @dataclass(frozen=True)
 class ReorderScratch:
     """Shared by the layers, which reorder one after another.
 
-    rank    [rows] int32  a row's rank among the rows of its age and program
+    rank    [rows] int32  a row's rank among the rows of its age and program; of the largest layer
     counts  [MAX_PROGRAMS, ages] int32  rows of a program and age; then where they go
     active  [1] int32  whether this reorder runs
     """
@@ -68,39 +74,75 @@ class ReorderScratch:
         return self.rank.nbytes + self.counts.nbytes + self.active.nbytes
 
 
+@dataclass(frozen=True)
+class Owned:
+    """Which rows of an arena are whose, and how old they are; of all layers, or of one.
+
+    rows  [rows] int32  every layer's rows, its own from words[START] on; one tensor for all
+    ages  [layers, ages] int32  rows of each age in ticks when the layer's list was made last, the
+          oldest together; -1 before. What a hot tier of another size would miss shows in it
+    """
+
+    rows: torch.Tensor
+    ages: torch.Tensor
+
+    @classmethod
+    def new(cls, layers: int, num_rows: int, device, max_age: int = MAX_AGE) -> Owned:
+        """Layer i's rows are the num_rows from i * num_rows on, as HotState.new has them."""
+        rows = torch.arange(layers * num_rows, dtype=torch.int32, device=device)
+        return cls(rows, torch.full((layers, max_age), -1, dtype=torch.int32, device=device))
+
+    def layer(self, index: int) -> Owned:
+        return Owned(self.rows, self.ages[index])
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + self.ages.nbytes
+
+
 @triton.jit
-def _age(row_stamp, row, inside, tick, AGES: tl.constexpr):
-    """(whether the list takes the row, its age counted from 0) of a block of rows."""
+def _rows_by_age(
+    owned, row_stamp, words, first, share, AGES: tl.constexpr, BLOCK: tl.constexpr,
+    IN_ARENA: tl.constexpr,
+):  # fmt: skip
+    """A block of a program's share of the layer's rows: (which of them, numbers, whether the list
+    takes them, ages counted from 0).
+    """
+    i = first + tl.arange(0, BLOCK)
+    place = tl.program_id(0) * share + i
+    inside = (i < share) & (place < tl.load(words + ROWS))
+    row = place
+    if IN_ARENA:
+        row = tl.load(owned + tl.load(words + START) + place, mask=inside, other=0)
+    tick = tl.load(words + TICK)
     stamp = tl.load(row_stamp + row, mask=inside, other=FREE_STAMP)
-    return stamp < tick, tl.minimum(tl.maximum(tick - 1 - stamp, 0), AGES - 1)
+    return place, row, stamp < tick, tl.minimum(tl.maximum(tick - 1 - stamp, 0), AGES - 1)
 
 
 @triton.jit
 def _rank_kernel(
-    row_stamp,  # [num_rows] int32
+    owned,  # [arena rows] int32
+    row_stamp,  # [rows] int32
     words,  # [NUM_WORDS] int32
-    rank,  # [num_rows] int32
+    rank,  # [rows of the largest layer] int32
     counts,  # [programs, AGES] int32
-    num_rows,
-    rows_per_program,
     need,
     AGES: tl.constexpr,
     BLOCK: tl.constexpr,
+    IN_ARENA: tl.constexpr,
 ):
     if tl.load(words + NUM_FREE) + tl.load(words + VALID) >= need:
         return
-    program = tl.program_id(0)
-    counts += program * AGES
+    counts += tl.program_id(0) * AGES
     tl.store(counts + tl.arange(0, AGES), tl.zeros([AGES], tl.int32))
     tl.debug_barrier()
-    tick = tl.load(words + TICK)
-    for first in range(0, rows_per_program, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        row = program * rows_per_program + i
-        inside = (i < rows_per_program) & (row < num_rows)
-        listed, age = _age(row_stamp, row, inside, tick, AGES)
-        place = tl.atomic_add(counts + age, 1, mask=listed, sem="relaxed")
-        tl.store(rank + row, place, mask=listed)
+    share = tl.cdiv(tl.load(words + ROWS), tl.num_programs(0))
+    for first in range(0, share, BLOCK):
+        place, row, listed, age = _rows_by_age(
+            owned, row_stamp, words, first, share, AGES, BLOCK, IN_ARENA
+        )
+        before = tl.atomic_add(counts + age, 1, mask=listed, sem="relaxed")
+        tl.store(rank + place, before, mask=listed)
 
 
 @triton.jit
@@ -108,11 +150,13 @@ def _offset_kernel(
     words,  # [NUM_WORDS] int32
     counts,  # [programs, AGES] int32
     active,  # [1] int32
+    ages,  # [AGES] int32
     need,
     programs,
     AGES: tl.constexpr,
     PROGRAMS: tl.constexpr,
     STEP: tl.constexpr,
+    IN_ARENA: tl.constexpr,
 ):
     """Counts to places: the oldest age first, within an age program by program."""
     short = tl.load(words + NUM_FREE) + tl.load(words + VALID) < need
@@ -126,6 +170,8 @@ def _offset_kernel(
         at = counts + program * AGES + age
         count = tl.load(at, mask=program < programs, other=0)
         column = tl.sum(count, 0)
+        if IN_ARENA:
+            tl.store(ages + AGES - 1 - step - tl.arange(0, STEP), column)
         before_age = tl.cumsum(column, 0) - column
         before_program = tl.cumsum(count, 0) - count
         tl.store(at, total + before_age[None, :] + before_program, mask=program < programs)
@@ -138,51 +184,51 @@ def _offset_kernel(
 
 @triton.jit
 def _list_kernel(
-    row_stamp,  # [num_rows] int32
-    order,  # [num_rows] int32
+    owned,  # [arena rows] int32
+    row_stamp,  # [rows] int32
+    order,  # [rows] int32
     words,  # [NUM_WORDS] int32
-    rank,  # [num_rows] int32
+    rank,  # [rows of the largest layer] int32
     counts,  # [programs, AGES] int32
     active,  # [1] int32
-    num_rows,
-    rows_per_program,
     AGES: tl.constexpr,
     BLOCK: tl.constexpr,
+    IN_ARENA: tl.constexpr,
 ):
     if tl.load(active) == 0:
         return
-    program = tl.program_id(0)
-    tick = tl.load(words + TICK)
-    for first in range(0, rows_per_program, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        row = program * rows_per_program + i
-        inside = (i < rows_per_program) & (row < num_rows)
-        listed, age = _age(row_stamp, row, inside, tick, AGES)
-        start = tl.load(counts + program * AGES + age, mask=listed, other=0)
-        place = start + tl.load(rank + row, mask=listed, other=0)
-        tl.store(order + place, row, mask=listed)
+    counts += tl.program_id(0) * AGES
+    order += tl.load(words + START)
+    share = tl.cdiv(tl.load(words + ROWS), tl.num_programs(0))
+    for first in range(0, share, BLOCK):
+        place, row, listed, age = _rows_by_age(
+            owned, row_stamp, words, first, share, AGES, BLOCK, IN_ARENA
+        )
+        begin = tl.load(counts + age, mask=listed, other=0)
+        entry = begin + tl.load(rank + place, mask=listed, other=0)
+        tl.store(order + entry, row, mask=listed)
 
 
-def reorder(state: HotState, need: int, scratch: ReorderScratch) -> None:
+def reorder(
+    state: HotState, need: int, scratch: ReorderScratch, owned: Owned | None = None
+) -> None:
     """Make sure that the next `need` rows asked for can be had.
 
     After a plan that advanced, or before any: a tick in progress protects its rows.
     need: no more than the tier has rows, else the list is made anew every time
+    owned: the layer's, where it has rows of an arena
     """
-    ages, rows = scratch.counts.shape[1], state.num_rows
+    ages, in_arena = scratch.counts.shape[1], owned is not None
+    rows = len(scratch.rank) if in_arena else state.num_rows
     programs = min(MAX_PROGRAMS, triton.cdiv(rows, BLOCK))
-    per_program = triton.cdiv(rows, programs)
-    programs = triton.cdiv(rows, per_program)
     tile = triton.next_power_of_2(programs)
     s, c = state, scratch
-    _rank_kernel[(programs,)](
-        s.row_stamp, s.words, c.rank, c.counts, rows, per_program, need, AGES=ages, BLOCK=BLOCK
-    )
+    own, seen = (owned.rows, owned.ages) if in_arena else (s.order, c.counts)
+    options = {"AGES": ages, "BLOCK": BLOCK, "IN_ARENA": in_arena}
+    grid = (programs,)
+    _rank_kernel[grid](own, s.row_stamp, s.words, c.rank, c.counts, need, **options)
     _offset_kernel[(1,)](
-        s.words, c.counts, c.active, need, programs,
-        AGES=ages, PROGRAMS=tile, STEP=min(ages, COUNTS_PER_STEP // tile),
+        s.words, c.counts, c.active, seen, need, programs,
+        AGES=ages, PROGRAMS=tile, STEP=min(ages, COUNTS_PER_STEP // tile), IN_ARENA=in_arena,
     )  # fmt: skip
-    _list_kernel[(programs,)](
-        s.row_stamp, s.order, s.words, c.rank, c.counts, c.active, rows, per_program,
-        AGES=ages, BLOCK=BLOCK,
-    )  # fmt: skip
+    _list_kernel[grid](own, s.row_stamp, s.order, s.words, c.rank, c.counts, c.active, **options)

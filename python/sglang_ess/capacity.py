@@ -16,11 +16,11 @@ from typing import Any
 
 from ess_kernels.hot_state import HOT_ROW_STATE_BYTES, LAYER_STATE_BYTES
 from ess_kernels.plan import PlanBuffers as DevicePlanBuffers
-from ess_kernels.reorder import ReorderScratch
+from ess_kernels.reorder import OWNED_LAYER_BYTES, OWNED_ROW_BYTES, ReorderScratch
 from sglang_ess.config import REFUSED, EssConfig
 from sglang_ess.cpu.ops.rows import index_page_bytes
 from sglang_ess.tiers import free_host_bytes
-from sglang_ess.tiers.device_hot_cache import PAGE_ROWS, DeviceTier
+from sglang_ess.tiers.device_hot_cache import MOST_SHARE, PAGE_ROWS, DeviceTier
 from sglang_ess.tiers.host_tier import GIB
 from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES, MAP_BYTES
 from sglang_ess.tiers.link import probe_bytes
@@ -55,12 +55,14 @@ class TierBytes:
     row_state    per hot row and layer; row_shared: per hot row, once
     layer_state  per layer
     page_rows    rows are allocated in multiples of this
+    moves        rows change their layer by the tier's own figures (DeviceTier)
     """
 
     row_state: int
     row_shared: int
     layer_state: int
     page_rows: int
+    moves: bool = False
 
     def shared(self, topk: int, row_bytes: int) -> int:
         """Buffers that the layers use one after another, but for row_shared."""
@@ -81,6 +83,10 @@ CPU_TIER = TierBytes(HOT_ROW_OVERHEAD_BYTES, 0, STATE_BYTES, 1)
 GPU_TIER = GpuTierBytes(
     HOT_ROW_STATE_BYTES, ReorderScratch.bytes_for(1) - ReorderScratch.bytes_for(0),
     LAYER_STATE_BYTES, PAGE_ROWS,
+)  # fmt: skip
+GPU_TIER_THAT_MOVES = GpuTierBytes(
+    HOT_ROW_STATE_BYTES + OWNED_ROW_BYTES, MOST_SHARE * GPU_TIER.row_shared,
+    LAYER_STATE_BYTES + OWNED_LAYER_BYTES, PAGE_ROWS, moves=True,
 )  # fmt: skip
 
 
@@ -235,8 +241,9 @@ def settle(
             f"host tier must fit into host memory: got {size(geometry.host_bytes(slots))} "
             f"for {slots} slots, limit {size(host_bytes)}. Lower --max-total-tokens."
         )
-    if rows == slots + geometry.page_slots:
-        geometry = replace(geometry, ghosts=False)  # all is hot: no layer wants more
+    if rows == slots + geometry.page_slots:  # all is hot: no layer wants more
+        tier = GPU_TIER if geometry.tier.moves else geometry.tier
+        geometry = replace(geometry, ghosts=False, tier=tier)
     return Capacity(geometry, slots, rows, device_bytes)
 
 
@@ -336,9 +343,10 @@ def _largest_graph() -> int | None:
     return None if decode.backend == Backend.DISABLED or not decode.bs else max(decode.bs)
 
 
-def moves_rows(config: EssConfig, layers: int) -> bool:
-    """Whether the CPU platform's layers share out their hot rows anew: not if all are hot."""
-    return config.layer_budgets != "uniform" and config.hot_ratio != 1.0 and layers > 1
+def moves_rows(config: EssConfig, layers: int, on_cpu: bool = True) -> bool:
+    """Whether layers share out their hot rows anew: not if all are hot."""
+    wanted = config.layer_budgets or ("auto" if on_cpu else "uniform")
+    return wanted == "auto" and config.hot_ratio != 1.0 and layers > 1
 
 
 def _padding_bytes(configurator: Any) -> int:
@@ -359,6 +367,9 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
     row_bytes = calculate_mla_kv_cache_dim(model_config=model, kv_cache_dtype=dtype)
     row_bytes *= dtype.itemsize
     cell_bytes = create_memory_pool_configurator(configurator)._cell_size
+    on_cpu = configurator.device == "cpu"
+    moves = moves_rows(config, layers, on_cpu)
+    gpu_tier = GPU_TIER_THAT_MOVES if moves else GPU_TIER
     index_bytes = cell_bytes - layers * row_bytes
     if config.index_dtype == "float32":  # which SGLang does not know of
         index_bytes = index_bytes * index_page_bytes(fp32=True) // index_page_bytes(fp32=False)
@@ -369,6 +380,6 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
         topk=model.hf_config.index_topk,
         context_tokens=model.context_len,
         page_slots=configurator.pool_page_size,
-        tier=CPU_TIER if configurator.device == "cpu" else GPU_TIER,
-        ghosts=configurator.device == "cpu" and moves_rows(config, layers),
+        tier=CPU_TIER if on_cpu else gpu_tier,
+        ghosts=on_cpu and moves,
     )

@@ -115,7 +115,7 @@ class Metrics:
 
 
 def _moved(pool: Any) -> tuple[int, int]:
-    """Rebalances since the start, and the rows they moved; a GPU's layers keep theirs."""
+    """Rebalances since the start, and the rows they moved; zeros where layers keep theirs."""
     rebalancer = getattr(pool, "rebalancer", None)
     return (rebalancer.rebalances, rebalancer.rows_moved) if rebalancer is not None else (0, 0)
 

@@ -20,7 +20,8 @@ from sglang_ess.config import EssConfig
 from sglang_ess.tiers import HostTier, HotCache, PlanBuffers, link, lru
 from sglang_ess.tiers.host_tier import GIB
 from sglang_ess.tiers.hot_arena import HotArena
-from sglang_ess.tiers.rebalance import Rebalancer
+from sglang_ess.tiers.layer_budgets import Budgets
+from sglang_ess.tiers.rebalance import AgeRebalancer, Rebalancer
 from sglang_ess.tiers.recorded import hot_cache_factory
 from sglang_ess.tiers.rows import as_words
 
@@ -47,7 +48,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
     no path can leave a stale one; write(), attention's own, refreshes them instead.
     """
 
-    rebalancer: Rebalancer | None = None
+    rebalancer: Rebalancer | AgeRebalancer | None = None
 
     def _create_buffers(self) -> None:
         self.capacity = capacity.decided()
@@ -91,15 +92,22 @@ class EssTokenToKVPool(DSATokenToKVPool):
         meta = {"row_bytes": rows[0].nbytes, "page_slots": self.page_size}
         return self.layer_num, topk, len(rows), meta | {"plan_queries": capacity.PLAN_QUERIES}
 
-    def before_decode_step(self) -> None:
-        """Hot rows change their layer here, if at all, before anything of a step is planned."""
-        if self.rebalancer is not None and (budgets := self.rebalancer.step()) is not None:
+    def before_decode_step(self, num_queries: int = 0) -> None:
+        """Hot rows change their layer here, if at all, before anything of a step is planned.
+
+        num_queries: of the step, its padding included; this tier does not ask
+        """
+        if self.rebalancer is not None and (budgets := self._rebalance(num_queries)) is not None:
             logger.info(
                 "ESS: hot rows move between layers: %d to %d each, %.1f misses/step expected",
                 min(budgets.rows),
                 max(budgets.rows),
                 budgets.misses,
             )
+
+    def _rebalance(self, num_queries: int) -> Budgets | None:
+        """New budgets, on their way."""
+        return self.rebalancer.step()
 
     def totals(self) -> tuple[int, int, int] | None:
         """Rows fetched, rows evicted and their ages (sum, in steps), of all layers since the

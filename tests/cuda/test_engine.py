@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DEVICE = "tests.support.device_tier:"
+BUDGETS = "tests.support.device_budgets:"
 PATCHES = ["tests.support.gather:install", "tests.support.tiers:expose"]
 SLOTS, CHUNK, CONTEXT = 1024, 128, 512
 MINIMUM = 64 / SLOTS  # capacity.MIN_HOT_ROWS
@@ -38,7 +39,7 @@ def engine(model, ess, patches=(), **server_args):
     return EngineProcess(
         model,
         ess={"index_dtype": "float32", "admission": "off"} | ess,
-        patches=[*PATCHES, *(DEVICE + patch for patch in patches)],
+        patches=[*PATCHES, *(patch if ":" in patch else DEVICE + patch for patch in patches)],
         **{"dtype": "float32", "max_total_tokens": SLOTS, "chunked_prefill_size": CHUNK}
         | server_args,
     )
@@ -140,6 +141,36 @@ def test_same_output_everywhere(models, mode, ratio, schedule):
     outputs, counters = run(models["v32"], mode, ratio, [schedule])
     check(outputs, baseline(models["v32"]), counters, mode, ratio)
     assert (counters[0]["in_passes"] > 0) == (ratio == MINIMUM)
+
+
+@pytest.mark.parametrize(
+    ("mode", "ratio", "schedule", "moves"),
+    [
+        ("da", 0.2, "install_late", "rows_move"),
+        pytest.param("dba", 0.2, "install", "rows_move", marks=pytest.mark.slow),
+        pytest.param("off", 0.2, "install_late", "rows_move_by_age", marks=pytest.mark.slow),
+        pytest.param("dba", 0.12, "install_late", "rows_move", marks=pytest.mark.slow),
+        pytest.param("da", MINIMUM, "install_late", "rows_move", marks=pytest.mark.slow),
+    ],
+)
+def test_same_output_while_rows_move_between_layers(models, mode, ratio, schedule, moves):
+    short = (ratio, schedule) == (0.2, "install_late") and mode == "da"
+    args = dict(script=short_script if short else script)
+    expected = baseline(models["v32"], **args)
+    outputs, counters = run(models["v32"], mode, ratio, [schedule, BUDGETS + moves], **args)
+    check(outputs, expected, counters, mode, ratio)
+    assert counters[0]["moves"] >= (1 if moves == "rows_move_by_age" else 5)
+    assert counters[0]["rows_moved"] > 20
+    even = sum(layer["rows"] for layer in counters) / len(counters)
+    assert even == round(ratio * SLOTS)
+    assert counters[0]["rows"] != even or ratio == MINIMUM  # as many as its last steps need
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_get_the_rows_it_needs_is_noticed(models):
+    patches = ["install", BUDGETS + "any_size_will_do", BUDGETS + "rows_move"]
+    outputs, _ = run(models["v32"], "off", 0.1, patches, canary=0.0)
+    assert worst(outputs, baseline(models["v32"])) > 1e-2
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ from sglang.srt.runtime_context import get_parallel
 from ess_kernels.launch import interpreted
 from sglang_ess import capacity
 from sglang_ess.allocator import EssPagedAllocator
-from sglang_ess.capacity import GPU_TIER, Capacity, Geometry
+from sglang_ess.capacity import GPU_TIER, GPU_TIER_THAT_MOVES, Capacity, Geometry
 from sglang_ess.config import EssConfig
+from sglang_ess.tiers.layer_budgets import Budgets
 from tests.support import device_tier
 from tests.support.hot_state import check_state
 
@@ -35,11 +36,10 @@ def build(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # SGLang's, without asking
 
-    def make(slots=256, hot_rows=100, dtype=torch.float8_e4m3fn, context=200, start_layer=0):
+    def make(slots=256, hot_rows=100, dtype=torch.float8_e4m3fn, context=200, start_layer=0,
+             tier=GPU_TIER):  # fmt: skip
         width = WIDTHS[dtype]
-        geometry = Geometry(
-            LAYERS, width * dtype.itemsize, LAYERS * 132, TOPK, context, PAGE, GPU_TIER
-        )
+        geometry = Geometry(LAYERS, width * dtype.itemsize, LAYERS * 132, TOPK, context, PAGE, tier)
         decided = Capacity(geometry, slots, hot_rows, device_limit_bytes=1 << 40)
         monkeypatch.setattr(capacity, "_decided", decided)
         return device_tier.interpreted_pool_class()(
@@ -69,8 +69,8 @@ def write(pool, slots, seed, layers=range(LAYERS)):
 
 
 def hot(pool, layer) -> set[int]:
-    state = pool.hot_caches[layer].state
-    check_state(state)
+    state, owned = pool.hot_caches[layer].state, pool.tier.owned
+    check_state(state, owned and owned.layer(layer))
     return set((state.slot_row >= 0).nonzero().flatten().tolist())
 
 
@@ -86,15 +86,17 @@ def check(pool, layer, slots, rows) -> None:
 @pytest.mark.parametrize(
     ("slots", "hot_rows", "context"), [(256, 100, 200), (640, 704, 4000), (128, 64, 65), (64, 1, 9)]
 )
-def test_device_bytes_are_those_that_were_decided(build, dtype, slots, hot_rows, context):
-    pool = build(slots, hot_rows, dtype, context)
+@pytest.mark.parametrize("tier", [GPU_TIER, GPU_TIER_THAT_MOVES])
+def test_device_bytes_are_those_that_were_decided(build, dtype, slots, hot_rows, context, tier):
+    pool = build(slots, hot_rows, dtype, context, tier=tier)
     assert pool.device_bytes == capacity.decided().device_bytes
     assert pool.host_tier.nbytes == capacity.decided().geometry.host_bytes(slots)
 
 
-def test_device_bytes_is_what_the_tensors_have(build):
+@pytest.mark.parametrize("tier", [GPU_TIER, GPU_TIER_THAT_MOVES])
+def test_device_bytes_is_what_the_tensors_have(build, tier):
     """Each tensor that the tiers keep, found by walking their objects."""
-    pool = build()
+    pool = build(tier=tier)
     seen, objects = {}, [pool.tier, pool.staging]
     known = set()
     while objects:
@@ -281,3 +283,40 @@ def test_freed_pages_are_not_hot_and_the_link_is_measured(build, schedule):
     pool.warm(1, slots[:PAGE].view(-1, TOPK).int())
     pool.settle()
     assert hot(pool, 1) >= set(slots[:PAGE].tolist())
+
+
+def test_rows_move_before_a_step_behind_all_that_was_issued(build, schedule, caplog):
+    """A prompt's rows are still under way when the host decides; nobody waits for the device."""
+    pool = build(hot_rows=90, tier=GPU_TIER_THAT_MOVES)
+    assert pool.rebalancer.rows == (90, 90) and pool.tier.demand(3) == 3 * (TOPK + 1)
+    rows = write(pool, range(64, 134), 1)
+    asked = []
+
+    def step(demand, look):
+        asked.append((demand, look))
+        return pool.rebalancer._moved(Budgets((150, 30), 1.0)) if len(asked) == 1 else None
+
+    pool.rebalancer.step = step
+    with caplog.at_level("INFO"):
+        pool.before_decode_step(3)
+    assert "hot rows move between layers: 30 to 150 each" in caplog.text
+    assert len(hot(pool, 0)) == 70 and len(hot(pool, 1)) == 30  # done, or before all of the step
+    for layer in range(LAYERS):
+        check(pool, layer, list(range(64, 134)), rows[layer])
+    pool.warm(0, torch.arange(64, 72, dtype=torch.int32).view(1, TOPK))
+    pool.before_decode_step(2)
+    pool.tier.mirror()
+    pool.before_decode_step(2)
+    assert [demand for demand, _ in asked] == [27, 18, 18]
+    assert asked[0][1] is None and asked[2][1].ages.sum() == 140  # of the lists made for the move
+    assert (pool.rebalancer.rebalances, pool.rebalancer.rows_moved) == (1, 60)
+    assert [cache.num_rows for cache in pool.hot_caches] == [150, 30]
+
+
+def test_a_step_is_behind_what_prompts_left_under_way(build, schedule):
+    """A graph is replayed on the main stream: it cannot know of saves issued since its capture."""
+    pool = build()
+    write(pool, range(64, 134), 1)
+    pool.before_decode_step(1)
+    assert len(hot(pool, 0)) == len(hot(pool, 1)) == 70
+    assert pool.rebalancer is None

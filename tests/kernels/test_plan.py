@@ -17,8 +17,9 @@ from tests.support.hot_state import check_state, victims
 from tests.support.triton_compile import compile_for_hopper
 
 # By name: the functions of these names hide the modules.
-plan_module, reorder_module, invalidate_module = (
-    importlib.import_module(f"ess_kernels.{name}") for name in ("plan", "reorder", "invalidate")
+plan_module, reorder_module, invalidate_module, move_module = (
+    importlib.import_module(f"ess_kernels.{name}")
+    for name in ("plan", "reorder", "invalidate", "move")
 )
 AGES = 64
 
@@ -323,9 +324,10 @@ def test_a_lost_claim_is_noticed(device):
 
 POINTERS = {
     "*i32": "topk slots rows hit_rows hit_lengths late_rows late_lengths query_misses miss_slots "
-    "miss_rows num_misses slot_row row_slot row_stamp free order words rank counts active",
+    "miss_rows num_misses slot_row row_slot row_stamp free order words rank counts active owned "
+    "ages table",
     "*i64": "counters written",
-    "i32": "total width min_age first_slot n num_slots num_rows rows_per_program need programs",
+    "i32": "total width min_age first_slot n num_slots row_stride need programs layers",
 }
 KINDS = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 NARROW = {"KIND": 0, "BLOCK": 2048}
@@ -343,17 +345,25 @@ WIDE = NARROW | {"WRITES": True}
         (plan_module._single_kernel, WIDE | {"ADVANCE": True}, 8),
         pytest.param(
             reorder_module._rank_kernel,
-            {"AGES": 1024, "BLOCK": 1024},
+            {"AGES": 1024, "BLOCK": 1024, "IN_ARENA": True},
             4,
             marks=pytest.mark.slow,
         ),
-        (reorder_module._offset_kernel, {"AGES": 1024, "PROGRAMS": 64, "STEP": 64}, 4),
+        (
+            reorder_module._offset_kernel,
+            {"AGES": 1024, "PROGRAMS": 64, "STEP": 64, "IN_ARENA": True},
+            4,
+        ),
         pytest.param(
             reorder_module._list_kernel,
-            {"AGES": 1024, "BLOCK": 1024},
+            {"AGES": 1024, "BLOCK": 1024, "IN_ARENA": True},
             4,
             marks=pytest.mark.slow,
         ),
+        (move_module._own_kernel, {"BLOCK": 1024}, 4),
+        pytest.param(move_module._list_kernel, {"BLOCK": 1024}, 4, marks=pytest.mark.slow),
+        pytest.param(move_module._words_kernel, {}, 4, marks=pytest.mark.slow),
+        pytest.param(move_module._tick_kernel, {}, 4, marks=pytest.mark.slow),
         pytest.param(
             invalidate_module._invalidate_kernel, {"BLOCK": 256}, 4, marks=pytest.mark.slow
         ),

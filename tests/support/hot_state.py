@@ -4,26 +4,36 @@ import torch
 
 from ess_kernels import hot_state
 from ess_kernels.hot_state import FREE_STAMP, HotState
+from ess_kernels.reorder import Owned
 
 
-def check_state(state: HotState) -> None:
-    """Every invariant that one layer's state shows. state: on any device."""
+def rows_of(state: HotState, owned: Owned | None = None) -> torch.Tensor:
+    """A layer's rows, ascending; owned: where it has them of an arena."""
+    start, count = state.words[hot_state.START], state.words[hot_state.ROWS]
+    rows = torch.arange(state.num_rows) if owned is None else owned.rows.cpu()
+    return rows[start : start + count].long().sort().values
+
+
+def check_state(state: HotState, owned: Owned | None = None) -> None:
+    """Every invariant that one layer's state shows. state, owned: on any device."""
     s = state.cpu()
-    w = s.words.tolist()
-    owned = (s.row_slot >= 0).nonzero().flatten()
+    w, rows = s.words.tolist(), rows_of(s, owned)
+    assert len(rows) == w[hot_state.ROWS] and len(rows.unique()) == len(rows)
+    free, order = (part[w[hot_state.START] :][: len(rows)] for part in (s.free, s.order))
+    owned = rows[s.row_slot[rows] >= 0]
     hot = (s.slot_row >= 0).nonzero().flatten()
-    free = s.free[: w[hot_state.NUM_FREE]].long()
+    free = free[: w[hot_state.NUM_FREE]].long()
     assert (s.slot_row >= hot_state.NOT_HOT).all(), "a claim was left behind"
     assert len(owned) == len(hot) and torch.equal(
         s.slot_row[s.row_slot[owned].long()].long(), owned
     ), "slot and row must map to each other"
-    assert torch.equal(torch.cat([owned, free]).sort().values, torch.arange(s.num_rows)), (
+    assert torch.equal(torch.cat([owned, free]).sort().values, rows), (
         "a row must be free or owned, once"
     )
     assert (s.row_stamp[free] == FREE_STAMP).all() and (s.row_stamp[owned] < FREE_STAMP).all()
     assert w[hot_state.POPS] == 0
-    assert 0 <= w[hot_state.CURSOR] <= w[hot_state.LENGTH] <= s.num_rows
-    rest = s.order[w[hot_state.CURSOR] : w[hot_state.LENGTH]].long()
+    assert 0 <= w[hot_state.CURSOR] <= w[hot_state.LENGTH] <= len(rows)
+    rest = order[w[hot_state.CURSOR] : w[hot_state.LENGTH]].long()
     assert len(rest.unique()) == len(rest)
     valid = rest[s.row_stamp[rest] <= w[hot_state.BUILT]]
     assert w[hot_state.VALID] <= len(valid), "more rows promised than the list has"

@@ -16,24 +16,29 @@ ROW = (1, 16)
 
 
 class Served:
-    """A tier of two layers; every written slot has the row `content` says."""
+    """A tier of some layers; in each every written slot has the row `content` says."""
 
-    def __init__(self, slots, rows, topk, max_queries, seed=0):
+    def __init__(self, slots, rows, topk, max_queries, seed=0, layers=2, moves=False):
         self.random = np.random.default_rng(seed)
-        self.content = torch.zeros(slots, *ROW, dtype=torch.int32)
-        host = [torch.zeros(slots, *ROW, dtype=torch.int32) for _ in range(2)]
+        self.content = torch.zeros(layers, slots, *ROW, dtype=torch.int32)
+        host = [torch.zeros(slots, *ROW, dtype=torch.int32) for _ in range(layers)]
         self.host = [rows.pin_memory() for rows in host] if DEVICE == "cuda" else host
-        self.tier = DeviceTier(self.host, rows, topk, max_queries, DEVICE)
+        self.tier = DeviceTier(self.host, rows, topk, max_queries, DEVICE, moves)
         self.version = 0
 
     def save(self, slots):
-        """New values of slots in the host tier of both layers."""
+        """New values of slots in the host tier of all layers: [layers][slots, ...]."""
         self.version += 1
-        values = slots.int()[:, None, None] * 1000 + self.version
-        self.content[slots] = values.expand(-1, *ROW).contiguous()
-        for host in self.host:
-            host[slots] = self.content[slots]
-        return self.content[slots].to(DEVICE)
+        for layer, host in enumerate(self.host):
+            values = slots.int()[:, None, None] * 10_000 + layer * 1000 + self.version
+            self.content[layer, slots] = values.expand(-1, *ROW).contiguous()
+            host[slots] = self.content[layer, slots]
+        return self.content[:, slots].to(DEVICE)
+
+    def check_states(self):
+        for layer, cache in enumerate(self.tier.caches):
+            owned = None if self.tier.owned is None else self.tier.owned.layer(layer)
+            check_state(cache.state, owned)
 
     def decode(self, layer, topk, written=()):
         """One step of one layer. Returns the plan of its last pass."""
@@ -44,23 +49,23 @@ class Served:
             for other in self.tier.caches:
                 room = other.has_room_for_writes(len(written), topk.shape[1])
                 if other is cache and room:
-                    scatter_rows(rows, other.claim(written.to(DEVICE)), other.rows)
+                    scatter_rows(rows[layer], other.claim(written.to(DEVICE)), other.rows)
                 else:
                     other.invalidate(written.to(DEVICE))
         for part in cache.passes(*topk.shape):
             lookups = topk[part.queries, part.columns].to(DEVICE)
             planned = cache.plan(lookups, part.queries.start)
             cache.fetch(planned)
-            self.check_rows(cache, topk[part.queries, part.columns], planned.rows.cpu())
+            self.check_rows(layer, topk[part.queries, part.columns], planned.rows.cpu())
             cache.reorder()
-            check_state(cache.state)
+            self.check_states()
         return planned
 
-    def check_rows(self, cache, lookups, rows):
+    def check_rows(self, layer, lookups, rows):
         real = lookups >= 0
         assert torch.equal(rows >= 0, real)
-        got = cache.rows[rows[real].long().to(DEVICE)].cpu()
-        assert torch.equal(got, self.content[lookups[real].long()])
+        got = self.tier.caches[layer].rows[rows[real].long().to(DEVICE)].cpu()
+        assert torch.equal(got, self.content[layer, lookups[real].long()])
 
     def draw(self, queries, width, universe):
         lists = [self.random.permutation(universe)[:width] for _ in range(queries)]
@@ -112,7 +117,7 @@ def test_any_order_of_operations(rows, steps, seed):
             values = served.save(torch.tensor(slots))
             for i, cache in enumerate(served.tier.caches):
                 if i == layer:
-                    cache.install(torch.tensor(slots), values, int(random.integers(4)))
+                    cache.install(torch.tensor(slots), values[i], int(random.integers(4)))
                 else:
                     cache.invalidate(torch.tensor(slots))
         elif kind < 0.85:
@@ -120,8 +125,8 @@ def test_any_order_of_operations(rows, steps, seed):
             served.tier.invalidate(torch.tensor(slots))
         else:
             served.tier.caches[layer].warm(served.draw(4, 8, 64))
+        served.check_states()
         for cache in served.tier.caches:
-            check_state(cache.state)
             cache.check_rows(np.arange(rows), "any layer")
     assert all(cache.counters["short"] == 0 for cache in served.tier.caches)
 
@@ -155,7 +160,7 @@ def test_prompts_of_any_length_leave_rows_for_the_next_plan():
     for start in (0, 130, 260):
         slots = torch.arange(start, start + 125)
         rows = served.save(slots)
-        cache.install(slots.to(DEVICE), rows, min_age=start // 130)
+        cache.install(slots.to(DEVICE), rows[0], min_age=start // 130)
         check_state(cache.state)
         served.decode(0, served.draw(3, 10, 385))
     assert cache.counters["short"] == 0 and cache.counters["installs"] >= 40

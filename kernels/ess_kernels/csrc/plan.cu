@@ -20,7 +20,7 @@ namespace ess {
 constexpr int kPlanThreads = ESS_PLAN_THREADS;  // 4 lookups a thread at top-k 2048
 
 // hot_state.py and plan.py
-enum Word { TICK, BUILT, NUM_FREE, VALID, CURSOR, LENGTH, POPS, SPLIT };
+enum Word { TICK, BUILT, NUM_FREE, VALID, CURSOR, LENGTH, POPS, SPLIT, START, ROWS };
 enum Counter { LOOKUPS, MISSES, EVICTIONS, EVICTED_AGE, INSTALLS, SKIPPED, SHORT };
 enum Kind { DECODE, INSTALL, WARM };
 constexpr int kClaim = INT_MIN;
@@ -157,6 +157,8 @@ __device__ __forceinline__ void assign(PlanShared<kItems>& s, const PlanArgument
                                        const Lookups<kItems>& x) {
   const int tick = a.words[TICK], built = a.words[BUILT], num_free = a.words[NUM_FREE];
   const int cursor = a.words[CURSOR], length = a.words[LENGTH];
+  const int* const free = a.free + a.words[START];
+  const int* const order = a.order + a.words[START];
   const int youngest = min(built, tick - a.min_age);
   bool mine[kItems], need[kItems], evicts[kItems];
   int row[kItems], rank[kItems], used = 0, evictions = 0;
@@ -181,10 +183,10 @@ __device__ __forceinline__ void assign(PlanShared<kItems>& s, const PlanArgument
     for (int i = 0; i < kItems; ++i) {
       const int turn = rank[i], entry = cursor + turn - num_free;
       if (need[i] && turn < num_free) {
-        row[i] = a.free[num_free - 1 - turn];
+        row[i] = free[num_free - 1 - turn];
         need[i] = false;
       } else if (need[i] && entry < length) {
-        const int candidate = a.order[entry];
+        const int candidate = order[entry];
         const int stamp = load_relaxed(a.row_stamp + candidate);
         // Used since the list was made: the next entry. Too young: give up.
         need[i] = stamp > built;

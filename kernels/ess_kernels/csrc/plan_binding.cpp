@@ -63,7 +63,7 @@ void plan_tensors(TensorView slots, TensorView written, bool writes, int64_t tot
   a.row_stamp = words_of("row_stamp", row_stamp, hot);
   a.free = words_of("free", free, hot);
   a.order = words_of("order", order, hot);
-  a.words = words_of("words", words, 8);
+  a.words = words_of("words", words, 10);
   a.counters = static_cast<int64_t*>(counters.data_ptr());
   a.min_age = static_cast<int>(min_age);
   a.first_slot = static_cast<int>(first_slot);

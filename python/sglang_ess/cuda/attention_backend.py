@@ -149,6 +149,8 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
     def next_step(self, batch: int) -> None:
         """Once a decode step, on the host: read the counters, choose for the steps to come."""
         tier = self.token_to_kv_pool.tier
+        self.token_to_kv_pool.transfer.begin_step()
+        self.token_to_kv_pool.before_decode_step(batch)
         self._canary()
         self._steps += 1
         if self._steps % MIRROR_STEPS:

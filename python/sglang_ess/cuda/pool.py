@@ -16,6 +16,8 @@ from sglang_ess.cuda.link import LinkProbe
 from sglang_ess.cuda.staging import DeviceStaging
 from sglang_ess.pool import IDLE_STEPS, EssTokenToKVPool
 from sglang_ess.tiers.device_hot_cache import DeviceTier
+from sglang_ess.tiers.layer_budgets import Budgets
+from sglang_ess.tiers.rebalance import AgeRebalancer
 
 
 class CudaEssTokenToKVPool(EssTokenToKVPool):
@@ -31,10 +33,13 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
     def _create_tiers(self) -> None:
         self.transfer = TransferStream(self.device)
         topk = self.capacity.geometry.topk
+        moves, hot_rows = self.capacity.geometry.tier.moves, self.capacity.hot_rows
         self.tier = DeviceTier(
-            self.kv_buffer, self.capacity.hot_rows, topk, DEVICE_PLAN_QUERIES, self.device
+            self.kv_buffer, hot_rows, topk, DEVICE_PLAN_QUERIES, self.device, moves
         )
         self.hot_caches = self.tier.caches
+        if moves:
+            self.rebalancer = AgeRebalancer(self.layer_num, hot_rows, self.tier.most_rows, topk)
         pinned = torch.device(self.device).type == "cuda"
         self.sample = TopkSample(self.layer_num, topk, pinned)
         self._probe = LinkProbe(self.kv_buffer[0], self.device, self.transfer)
@@ -50,6 +55,22 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
     def device_bytes(self) -> int:
         index_keys = sum(buffer.nbytes for buffer in self.index_k_with_scale_buffer)
         return index_keys + self.tier.nbytes + self.staging.nbytes + self._probe.nbytes
+
+    def before_decode_step(self, num_queries: int = 0) -> None:
+        """And all that is under way on the transfer stream comes first: a replayed graph runs on
+        the main stream and knows nothing of what was issued to that one since its capture.
+        """
+        super().before_decode_step(num_queries)
+        self.transfer.join()
+
+    def _rebalance(self, num_queries: int) -> Budgets | None:
+        """The host decides by the last mirror of the ages and waits for nothing."""
+        tier = self.tier
+        budgets = self.rebalancer.step(tier.demand(num_queries), tier.look())
+        if budgets is not None:
+            with self.transfer.fork():
+                tier.move(budgets.rows)
+        return budgets
 
     def totals(self) -> tuple[int, int, int] | None:
         return self.tier.totals()

@@ -20,12 +20,15 @@ from ess_kernels.fetch import fetch
 from ess_kernels.hot_state import HotState
 from ess_kernels.install import install
 from ess_kernels.invalidate import invalidate
+from ess_kernels.move import move, move_table
 from ess_kernels.plan import MAX_WIDTH, WARM, PlanBuffers, plan
-from ess_kernels.reorder import ReorderScratch, reorder
+from ess_kernels.reorder import Owned, ReorderScratch, reorder
 from ess_kernels.scatter import scatter_rows
 from sglang_ess.tiers.hot_cache import RowCorruption
+from sglang_ess.tiers.row_ages import Look
 
 PAGE_ROWS = 64  # FlashMLA reads its cache in pages; rows are allocated in whole ones
+MOST_SHARE = 8  # rows of one layer, of as many in each, where they move: what reorder has room for
 
 
 def whole_pages(num_rows: int) -> int:
@@ -60,39 +63,48 @@ class DeviceTier:
     """Hot rows, state and scratch of every layer.
 
     host_rows  per layer [slots, ...]: the host tier, pinned where the device is a GPU
-    num_rows   hot rows a layer; max_queries, topk: the largest plan
-    rows       per layer [num_rows rounded up to a page, ...] on the device
+    num_rows   hot rows a layer, by which batches are cut; max_queries, topk: the largest plan
+    moves      rows may change their layer: all are in one arena
+    rows       per layer [num_rows rounded up to a page, ...] on the device, or the arena
+    sizes      hot rows that each layer has now; their sum never changes
     Layers use the scratch one after another; both halves of a DBA batch are live at a time.
+    A step whose passes look up more rows than a layer has now must not be planned: demand() says
+    how many that is, and whoever moves rows leaves each layer as many (rebalance.AgeRebalancer).
     Raises: ValueError for a num_rows outside [1, slots].
     """
 
     HALVES = 2
 
     def __init__(self, host_rows: Sequence[torch.Tensor], num_rows: int, topk: int,
-                 max_queries: int, device) -> None:  # fmt: skip
-        first = host_rows[0]
+                 max_queries: int, device, moves: bool = False) -> None:  # fmt: skip
+        first, layers = host_rows[0], len(host_rows)
         self.num_rows, self.num_slots, self.topk = num_rows, len(first), topk
         self.max_queries = max_queries
+        self.sizes = (num_rows,) * layers
         # What may be asked for before the next reorder: a plan and one written row a query.
         self.need = min(num_rows, max_queries * (topk + 1))
-        self.state = HotState.new(len(host_rows), self.num_slots, num_rows, device)
-        self.rows = [
-            torch.zeros(whole_pages(num_rows), *first.shape[1:], dtype=first.dtype, device=device)
-            for _ in host_rows
-        ]
+        self.state = HotState.new(layers, self.num_slots, num_rows, device, shared=moves)
+        self.owned = Owned.new(layers, num_rows, device) if moves else None
+        paged = whole_pages(num_rows)
+
+        def zeros(count):
+            return torch.zeros(count, *first.shape[1:], dtype=first.dtype, device=device)
+
+        self.rows = [zeros(layers * paged)] * layers if moves else [zeros(paged) for _ in host_rows]
         self.buffers = PlanBuffers.new(max_queries, topk, device)
         # Of the step's writes, whose rows are filled after the plan has used the ones above.
         self.claims = PlanBuffers.new(1, max_queries, device)
         self._num_misses = torch.zeros(self.HALVES, dtype=torch.int32, device=device)
-        self.scratch = ReorderScratch.new(num_rows, device)
-        self.caches = [
-            DeviceHotCache(self, rows, self.rows[i], self.state.layer(i))
-            for i, rows in enumerate(host_rows)
-        ]
+        self.scratch = ReorderScratch.new(num_rows * (MOST_SHARE if moves else 1), device)
+        self.caches = [DeviceHotCache(self, i, rows) for i, rows in enumerate(host_rows)]
         self._pinned = torch.device(device).type == "cuda"
         self._split = np.ones(len(host_rows), bool)  # what the layers' words[SPLIT] say
-        self._mirror: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._mirror: tuple[torch.Tensor, ...] | None = None
         self._copied: torch.cuda.Event | None = None
+        self._was_looked_at = False
+        if moves:
+            self.move(self.sizes)  # compiles what a later one launches
+            self.owned.ages.fill_(-1)
 
     def part(self, queries: int, width: int, first: int = 0, half: int = 0) -> PlanBuffers:
         """Buffers of a plan [queries, width] that starts at query `first` of the batch."""
@@ -128,17 +140,71 @@ class DeviceTier:
             host = host.pin_memory()
         self.state.words[:, hot_state.SPLIT].copy_(host, non_blocking=True)
 
+    # --- rows by layer --------------------------------------------------------------------
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that one layer may have."""
+        return min(self.num_slots, len(self.scratch.rank))
+
+    def demand(self, num_queries: int) -> int:
+        """Rows of one layer that a pass of a decode step may need at the same time, at most.
+
+        More queries may need fewer: where their writes find no room, they ask for none.
+        """
+        first = passes(num_queries, self.topk, self.num_rows, self.max_queries)[:1]
+        lookups = sum(_lookups(part) for part in first)
+        return lookups + num_queries if self.has_room(lookups, num_queries) else lookups
+
+    def has_room(self, lookups: int, writes: int) -> bool:
+        """Whether a pass of so many lookups leaves room for the rows that its step writes."""
+        return writes <= self.max_queries and lookups + writes <= self.num_rows
+
+    def move(self, sizes: Sequence[int]) -> None:
+        """Each layer has so many hot rows from now on, free ones and the most recently used of
+        its own. Between steps, on the stream of the tiers. Raises: ValueError as ess_kernels.move.
+        """
+        table = move_table(self.sizes, sizes)
+        if self._pinned:
+            table = table.pin_memory()
+        table = table.to(self.state.words.device, non_blocking=True)
+        move(self.state, self.owned, self.scratch, table, max(sizes))
+        self.sizes = tuple(sizes)
+
+    def look(self) -> Look | None:
+        """What the last mirror() shows; None where that is under way, was given before, or came
+        before any plan. Its ages are a view, valid until the next mirror().
+        """
+        if self._was_looked_at or not self._is_mirrored():
+            return None
+        self._was_looked_at = True
+        counters, words, ages = (tensor.numpy() for tensor in self._mirror)
+        if (ages < 0).any():
+            return None
+        evictions, ticks = counters[:, hot_state.EVICTIONS], words[:, hot_state.TICK]
+        return Look(ages, evictions.copy(), ticks.astype(np.int64))
+
+    # --- figures --------------------------------------------------------------------------
+
+    def _figures_on_device(self) -> tuple[torch.Tensor, ...]:
+        ages = () if self.owned is None else (self.owned.ages,)
+        return self.state.counters, self.state.words, *ages
+
+    def _is_mirrored(self) -> bool:
+        return self._mirror is not None and (self._copied is None or self._copied.query())
+
     def mirror(self) -> None:
         """Start a copy of counters and words to the host; what read() gives is the last done."""
         if self._copied is not None and not self._copied.query():
             return  # the one before is under way
+        figures = self._figures_on_device()
         if self._mirror is None:
             self._mirror = tuple(
-                torch.empty(t.shape, dtype=t.dtype, pin_memory=self._pinned)
-                for t in (self.state.counters, self.state.words)
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=self._pinned) for t in figures
             )
-        for host, device in zip(self._mirror, (self.state.counters, self.state.words), strict=True):
+        for host, device in zip(self._mirror, figures, strict=True):
             host.copy_(device, non_blocking=True)
+        self._was_looked_at = False
         if self._pinned:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -149,13 +215,13 @@ class DeviceTier:
             self.mirror()
         if self._copied is not None:
             self._copied.synchronize()
-        return tuple(tensor.numpy().copy() for tensor in self._mirror)
+        return tuple(tensor.numpy().copy() for tensor in self._mirror[:2])
 
     def totals(self) -> tuple[int, int, int] | None:
         """misses, evictions and evicted_age of all layers, as of the last mirror(); None while
         that is under way: nobody waits.
         """
-        if self._mirror is None or (self._copied is not None and not self._copied.query()):
+        if not self._is_mirrored():
             return None
         counters = self._mirror[0].numpy().sum(axis=0)
         return tuple(
@@ -170,7 +236,7 @@ class DeviceTier:
             {
                 **dict(zip(hot_state.COUNTERS, layer.tolist(), strict=True)),
                 "steps": int(word[hot_state.TICK]) - 1,
-                "occupied": self.num_rows - int(word[hot_state.NUM_FREE]),
+                "occupied": int(word[hot_state.ROWS] - word[hot_state.NUM_FREE]),
             }
             for layer, word in zip(counters, words, strict=True)
         ]
@@ -178,10 +244,16 @@ class DeviceTier:
     @property
     def nbytes(self) -> int:
         """Device bytes of all layers, scratch included."""
-        rows = sum(rows.nbytes for rows in self.rows)
+        rows = self.rows[0].nbytes + self.owned.nbytes if self.owned is not None else sum(
+            rows.nbytes for rows in self.rows
+        )  # fmt: skip
         shared = self.buffers.nbytes + self._num_misses.nbytes + self.scratch.nbytes
         shared += self.claims.nbytes
         return rows + self.state.nbytes + shared
+
+
+def _lookups(part: Pass) -> int:
+    return (part.queries.stop - part.queries.start) * (part.columns.stop - part.columns.start)
 
 
 class DeviceHotCache:
@@ -191,13 +263,22 @@ class DeviceHotCache:
     then for each pass plan, fetch, [attention], reorder.
     """
 
-    def __init__(self, tier: DeviceTier, host_rows, rows, state: HotState):
-        self._tier, self.state = tier, state
-        self.host_rows, self.rows = host_rows, rows
-        self.num_rows, self.num_slots = tier.num_rows, tier.num_slots
+    def __init__(self, tier: DeviceTier, index: int, host_rows):
+        self._tier, self._index = tier, index
+        self.host_rows, self.rows = host_rows, tier.rows[index]
+        self.state, self.num_slots = tier.state.layer(index), tier.num_slots
+        self._owned = None if tier.owned is None else tier.owned.layer(index)
+
+    @property
+    def num_rows(self) -> int:
+        """Hot rows it has now."""
+        return self._tier.sizes[self._index]
 
     def passes(self, num_queries: int, width: int) -> list[Pass]:
-        return passes(num_queries, width, self.num_rows, self._tier.max_queries)
+        """Of a decode step: by what each layer has where rows do not move, so that it is the
+        same for a graph whenever it is replayed.
+        """
+        return passes(num_queries, width, self._tier.num_rows, self._tier.max_queries)
 
     def plan(
         self,
@@ -222,18 +303,15 @@ class DeviceHotCache:
 
     def reorder(self) -> None:
         """After each plan that advanced: the installs and the plan to come will find rows."""
-        reorder(self.state, self._tier.need, self._tier.scratch)
+        reorder(self.state, self._tier.need, self._tier.scratch, self._owned)
 
     def has_room_for_writes(self, num_queries: int, width: int) -> bool:
         """Whether a step may claim a row a query and still be sure of its first plan.
 
         Where it may not, the new rows are invalidated and fetched like any other.
         """
-        if num_queries > self._tier.max_queries:
-            return False
         first = self.passes(num_queries, width)[0]
-        lookups = (first.queries.stop - first.queries.start) * min(width, first.columns.stop)
-        return lookups + num_queries <= self.num_rows
+        return self._tier.has_room(_lookups(first), num_queries)
 
     def claim(self, slots: torch.Tensor, first_slot: int = 0) -> torch.Tensor:
         """Rows for the slots [n] that a decode step writes, one a query, safe from its plan.
@@ -261,7 +339,7 @@ class DeviceHotCache:
 
     def warm(self, topk: torch.Tensor) -> None:
         """Make the slots of topk [queries, K] hot, the last query's the most recently used."""
-        for part in self.passes(*topk.shape):
+        for part in passes(*topk.shape, self.num_rows, self._tier.max_queries):
             lookups = topk[part.queries, part.columns].contiguous()
             buffers = self._tier.part(*lookups.shape)
             plan(self.state, lookups, buffers, advance=True, kind=WARM.value)
@@ -284,12 +362,15 @@ class DeviceHotCache:
         return self.num_rows - int(self.state.words[hot_state.NUM_FREE])
 
     def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0) -> None:
-        """Compare hot rows, picked by number modulo num_rows, with their host rows.
+        """Compare hot rows, picked by place among the layer's, modulo num_rows, with host rows.
 
         first_slot: slots below it take the writes of padding and are not compared
         Raises: RowCorruption with the slot and both checksums.
         """
         rows = torch.from_numpy(np.unique(np.asarray(picks) % self.num_rows))
+        if self._owned is not None:
+            start = int(self.state.words[hot_state.START])
+            rows = self._owned.rows.cpu()[start + rows].long()
         slots = self.state.row_slot.cpu()[rows].long()
         rows, slots = rows[slots >= first_slot], slots[slots >= first_slot]
         hot = self.rows[rows.to(self.rows.device)].cpu().flatten(1).view(torch.uint8)

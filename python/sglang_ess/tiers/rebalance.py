@@ -8,14 +8,24 @@ step is asked to do beside, seeding or resizing a layer or two, takes as long as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from sglang_ess.tiers.ghost_cache import GhostCache, MissCurve
 from sglang_ess.tiers.hot_arena import HotArena
 from sglang_ess.tiers.hot_cache import HotCache
-from sglang_ess.tiers.layer_budgets import MIN_GAIN, Budgets, allot, rebalanced
+from sglang_ess.tiers.layer_budgets import (
+    MIN_GAIN,
+    Budgets,
+    allot,
+    expected_misses,
+    rebalanced,
+    uniform,
+)
+from sglang_ess.tiers.row_ages import Look, age_curve
 
 # Sampled slots of a host tier, and the rates that may give them: about 400 sampled rows at a hot
 # ratio of 0.2, which gives a layer's misses to some per cent (benchmarks/layer_budgets.py; SHARDS
@@ -31,12 +41,30 @@ UNION_MARGIN = 1.25  # of a step's slots as sampled: that much more is kept for 
 # Of n misses that ghosts counted, sqrt(n) is chance, and the best of many budgets has picked the
 # luckiest: a gain below this many times that is none.
 NOISE = 3.0
+# By ages: rows that they say are evicted a step, of those that are. Further apart, the layers have
+# not turned over since their sizes or their load changed, and the ages tell of what was before.
+STEADY = 0.85, 1.2
 LAYERS_A_STEP = 2  # that are seeded or resized in one decode step
 
 
 def ghost_rate(num_slots: int) -> float:
     """Share of the slots that a layer's ghost samples."""
     return min(MOST_RATE, max(LEAST_RATE, SAMPLED_SLOTS / num_slots))
+
+
+def floor_rows(even: int, least: int) -> int:
+    """Rows that each layer keeps where all would have `even` and a step takes `least`."""
+    return min(max(least, round(MIN_SHARE * even)), even)
+
+
+def _choose(
+    curves: list[MissCurve], current: Sequence[int], floor: int, cap: int, counted: float
+) -> Budgets | None:
+    """Budgets worth moving to from the current rows, if any; counted: misses that curves saw."""
+    if min(current) < floor:  # a step has become larger than a layer: that is not for choice
+        return allot(curves, sum(current), floor, cap)
+    gain = max(MIN_GAIN, NOISE / max(1.0, counted) ** 0.5)
+    return rebalanced(curves, current, floor, cap, min_gain=gain)
 
 
 def ghost_bytes(num_slots: int) -> int:
@@ -81,8 +109,8 @@ class Rebalancer:
         self.curves: list[MissCurve] | None = None
         self.rebalances = self.rows_moved = 0
         num_slots = arena.caches[0].num_slots
-        self._total = sum(cache.num_rows for cache in arena.caches)
-        even = self._even = self._total // len(arena.caches)
+        rows = sum(cache.num_rows for cache in arena.caches)
+        even = self._even = rows // len(arena.caches)
         sizes = [
             min(num_slots, max(1, round(even * MIN_SHARE * SIZE_STEP**i)))
             for i in range(NUM_SIZES)
@@ -129,15 +157,10 @@ class Rebalancer:
         self.curves = [ghost.curve() for ghost in self._ghosts]
         current = [cache.num_rows for cache in caches]
         union = max(curve.union for curve in self.curves)
-        floor = max(self._least, round(MIN_SHARE * self._even), round(UNION_MARGIN * union))
-        floor = min(floor, self._even)
+        floor = floor_rows(self._even, max(self._least, round(UNION_MARGIN * union)))
         # One row less than all: with all of them a layer keeps no order of use to go by.
         cap = caches[0].num_slots - 1
-        if min(current) < floor:  # a step has become larger than a layer: that is not for choice
-            found = allot(self.curves, self._total, floor, cap)
-        else:
-            gain = max(MIN_GAIN, NOISE / max(1.0, self._counted(current)) ** 0.5)
-            found = rebalanced(self.curves, current, floor, cap, min_gain=gain)
+        found = _choose(self.curves, current, floor, cap, self._counted(current))
         if found is None:
             return None
         self.budgets = found
@@ -161,6 +184,99 @@ class Rebalancer:
             takes = 0 < self._change(self._pending[-1]) <= self.arena.spare
             cache = self._pending.pop(-1 if takes else 0)
             cache.resize(self.budgets.rows[cache.number])
+
+
+@dataclass(frozen=True)
+class AgeSchedule:
+    """Decode steps of each part of a round by ages.
+
+    settle   after rows have moved, or a round before has ended
+    counted  of which the curves are made
+    """
+
+    settle: int = 64
+    counted: int = 192
+
+
+class AgeRebalancer:
+    """When and how rows move in a device's tier, by the ages of its rows (row_ages.py).
+
+    A decision only: who calls step() moves the rows. Looks at the ages cost a step nothing, so
+    rounds follow one another, each with layers that grow by row_ages.GROWTH at the most.
+    rows        of each layer now, in the beginning as many in each
+    cap, least  rows that a layer may have, and keeps
+    budgets, curves, rebalances, rows_moved: as Rebalancer's
+    """
+
+    def __init__(
+        self, layers: int, even: int, cap: int, least: int = 1, schedule: AgeSchedule | None = None
+    ):
+        self.rows = uniform(layers, layers * even)
+        self._even, self._cap, self._least = even, cap, least
+        self._schedule = schedule or AgeSchedule()
+        self.budgets: Budgets | None = None
+        self.curves: list[MissCurve] | None = None
+        self.rebalances = self.rows_moved = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._position, self._demand = 0, 0
+        self._looks, self._ages = 0, 0
+        self._first: Look | None = None
+
+    def step(self, demand: int, look: Look | None = None) -> Budgets | None:
+        """Before each decode step. Returns budgets to move to before it is planned, if any.
+
+        demand: rows that the step needs in each layer, no more than even; the layers have them
+            when it returns and its budgets are kept
+        look: where there has been one since the step before
+        """
+        schedule = self._schedule
+        self._position += 1
+        self._demand = max(self._demand, demand)
+        if look is not None and self._position > schedule.settle:
+            self._ages = self._ages + look.ages.astype(np.int64)
+            self._looks += 1
+            self._first = self._first or look
+        is_end = look is not None and self._position > schedule.settle + schedule.counted
+        is_short = min(self.rows) < demand
+        if not (is_end or is_short):
+            return None
+        is_steady = is_end and self._measure(look)
+        floor = floor_rows(self._even, max(self._least, round(UNION_MARGIN * self._demand)))
+        found = None
+        if is_steady:
+            counted = self._looks * expected_misses(self.curves, self.rows)
+            found = _choose(self.curves, self.rows, floor, self._cap, counted)
+        elif is_short:
+            found = allot(self.curves, sum(self.rows), floor, self._cap)
+        self._begin()
+        return self._moved(found)
+
+    def _measure(self, last: Look) -> bool:
+        """Make the round's curves; whether they are of the layers as they are now."""
+        first = self._first
+        steps = np.maximum(1, last.steps - first.steps)
+        evicted = float(((last.evictions - first.evictions) / steps).sum())
+        curves = [
+            age_curve(counts / self._looks, rows, self._looks)
+            for counts, rows in zip(self._ages, self.rows, strict=True)
+        ]
+        least, most = (limit * evicted for limit in STEADY)
+        if not least <= expected_misses(curves, self.rows) <= most:
+            return False
+        self.curves = curves
+        return True
+
+    def _moved(self, found: Budgets | None) -> Budgets | None:
+        if found is None or found.rows == self.rows:
+            return None
+        self.rows_moved += sum(
+            max(0, new - old) for new, old in zip(found.rows, self.rows, strict=True)
+        )
+        self.rebalances += 1
+        self.budgets, self.rows = found, found.rows
+        return found
 
 
 def _compile() -> None:
