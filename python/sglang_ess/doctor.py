@@ -139,7 +139,7 @@ def summary(active: str) -> str:
     if active == "cpu":
         return "CPU platform: DSA models run in full, for function and tests, not for speed."
     if active == "cuda":
-        return "CUDA: SGLang serves one-tier; ESS's hot tier is not in this version yet."
+        return "CUDA: two tiers; docs/gpu.md says what of it has run on a device."
     return f"Nothing: ESS must have the CPU platform or CUDA: got {active}."
 
 
