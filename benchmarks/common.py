@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.processes import end_with_parent
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sglang", "torch", "numba", "transformers", "numpy")
 
@@ -325,6 +327,7 @@ def _environment(changes: dict[str, str | None]):
 
 def _worker_main(pipe, log: str, memory_gib, factory, args) -> None:
     """Body of a worker's process. What it prints goes to the log."""
+    end_with_parent()
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,11 +1,13 @@
 """Processes that serve HTTP, each in a session of its own: for benchmarks, tests and scripts.
 
-Whatever one leaves behind is ended by its group, so no process of anybody else's is touched.
+Whatever one leaves behind is ended by its group, so no process of anybody else's is touched;
+and all end with the process that started them, be it killed (guard.py).
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -25,6 +27,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def guard(leader: int, parent: int) -> subprocess.Popen:
+    """Let the process `leader`, and all that it starts, end when `parent` has ended."""
+    script = Path(__file__).with_name("guard.py")
+    return subprocess.Popen(
+        # No site-packages: it only waits. No pipe of ours: who reads one waits for its end.
+        [sys.executable, "-I", "-S", script, str(parent), str(leader)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a Ctrl-C is not for it
+    )
+
+
+def end_with_parent() -> None:
+    """In a process of multiprocessing: it and all that it starts end with whoever made it."""
+    global _own_guard
+    _own_guard = guard(os.getpid(), multiprocessing.parent_process().pid)
+
+
+_own_guard: subprocess.Popen | None = None  # kept, so that it is not reported as forgotten
 
 
 class HttpProcess:
@@ -67,6 +91,7 @@ class HttpProcess:
                 start_new_session=True,
                 preexec_fn=self._settle,
             )
+        self._guard = guard(self.process.pid, os.getpid())
 
     def __enter__(self):
         return self
@@ -144,3 +169,4 @@ class HttpProcess:
             except ProcessLookupError:
                 pass
             self.process.wait()
+            self._guard.wait()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.processes import end_with_parent
 from sglang_ess.config import EssConfig
 from tests.support.gather import rids
 
@@ -158,6 +159,7 @@ def run_launcher(argv: list[str], log: Path, seconds: float = 300) -> int | None
 def _launch(argv, log) -> None:
     """Body of the launcher's process."""
     os.setsid()
+    end_with_parent()
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     _fork_children()
@@ -178,6 +180,7 @@ def _fork_children() -> None:
 
 def _serve(pipe, server_args, env, patches) -> None:
     """Body of the engine's process: build the engine, then run calls from the pipe."""
+    end_with_parent()
     os.environ.update(env)
     import sglang.srt.entrypoints.engine as engine_module
 
