@@ -114,7 +114,7 @@ class Server:
             if counts := self.window.add(topk[sample], list(tokens)):
                 self.sampled += SAMPLES
                 samples = [(tokens[name], rows) for name, rows in counts.rows.items()]
-                self.admission.observe_working_sets(samples, counts.sharing)
+                self.admission.observe_working_sets(samples, counts.sharing, counts.growth)
         self.shed()
 
     def throughput(self, steps, seed=1):

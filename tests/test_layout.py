@@ -26,9 +26,11 @@ SGLANG_ROOMS = {
 CLOSED_ROOMS = {
     "config": set(),
     "tiers": {"torch", "numpy", "numba", "ess_kernels", "sglang_ess.tiers"},
-    "admission": {"numpy", "sglang_ess.tiers"},  # which the simulator runs too
+    "admission": {"numpy", "sglang_ess.tiers"},  # which the simulator runs too,
+    "admission_feed": {"numpy", "sglang_ess.tiers", "sglang_ess.admission"},  # and this
     "sim": {
-        "torch", "numpy", "numba", "sglang_ess.tiers", "sglang_ess.admission", "sglang_ess.sim",
+        "torch", "numpy", "numba", "sglang_ess.tiers", "sglang_ess.admission",
+        "sglang_ess.admission_feed", "sglang_ess.sim",
     },
     "ess_kernels": {"torch", "triton", "numpy", "numba", "tvm_ffi", "ess_kernels"},
 }  # fmt: skip

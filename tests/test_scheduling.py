@@ -50,7 +50,7 @@ def ungated(model):
 
 
 def test_requests_wait_for_the_hot_tier(model, ungated):
-    tokens, steps = serve(model, **SLOW_LINK)
+    tokens, steps = serve(model, "cautious", **SLOW_LINK)
     assert tokens == ungated
     most = max(step.running for step in steps)
     assert 1 <= most < REQUESTS and steps[-1].held[HOT_TIER] > 0
@@ -194,11 +194,32 @@ def test_the_rank_that_can_hold_least_decides(monkeypatch):
     gate = object.__new__(scheduling.Gate)
     gate._scheduler = SimpleNamespace(
         waiting_queue=queue, enable_priority_scheduling=False, chunked_req=None,
-        attn_tp_cpu_group="ranks",
+        attn_tp_cpu_group="ranks", max_running_requests=8,
     )  # fmt: skip
-    gate.admission = SimpleNamespace(admit=lambda running, waiting: Decision(len([*waiting]), None))
-    gate._warm_up, gate._arrives_cold = None, False
+    gate.admission = SimpleNamespace(
+        admit=lambda running, waiting, within: Decision(len([*waiting]), None)
+    )
+    gate._warm_up, gate._arrives_cold, gate._is_decode_server = None, False, True
     seen = []
     gate.round(lambda scheduler, batch: seen.extend(scheduler.waiting_queue), Batch([]))
     assert asked == [([5], "ranks", torch.distributed.ReduceOp.MIN)]
     assert seen == queue[:1] and gate._scheduler.waiting_queue == queue
+
+
+@pytest.mark.parametrize(
+    ("is_decode_server", "places", "free", "most"),
+    [(False, 8, 350, 3), (False, 2, 350, 2), (False, 0, 350, 0), (True, 4, 0, 4)],
+)
+def test_a_larger_batch_is_planned_with_those_only_who_can_join(
+    is_decode_server, places, free, most
+):
+    """Five of 100 tokens wait, three run. A tenth of the free slots are in the radix tree."""
+    gate = object.__new__(scheduling.Gate)
+    gate._is_decode_server = is_decode_server
+    gate._scheduler = SimpleNamespace(
+        waiting_queue=[SimpleNamespace(seqlen=100) for _ in range(5)],
+        max_running_requests=3 + places,
+        token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: free * 9 // 10),
+        tree_cache=SimpleNamespace(evictable_size=lambda: free // 10),
+    )
+    assert gate._most_joining(3) == most

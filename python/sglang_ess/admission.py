@@ -1,15 +1,19 @@
 """Admission: how many requests the hot tier and the host link carry at once. Policy only.
 
-A hot tier smaller than the working sets of what runs misses on nearly every lookup, and a
-request more then lowers the throughput (papers.md 2.1: batch 6 -> 12, throughput down 1.73x).
+A hot tier smaller than the working sets of what runs misses more with each request, and past
+some batch one more lowers the throughput (papers.md 2.1: batch 6 -> 12, down 1.73x).
 So the head of the queue joins while
   hot tier  sharing x (sum of working sets) <= hot rows of a layer, and
-  link      compute(n) + bytes(n) / bandwidth <= the inter-token-latency target, if one is set.
-The first holds only where misses hurt: where fetching all that a step selects would take
-MISS_SHARE of its computing. Below that, a larger batch pays for whatever it misses.
-Neither figure is exact, so each has its feedback: sizes are measured again in every window,
+  link      compute(n) + bytes(n) / bandwidth <= tokens of a request in a step
+            x the inter-token-latency target, if one is set.
+The first does not bind where fetching all that a step selects would take less than MISS_SHARE
+of its computing, nor where a larger batch is worth its misses: of all batches that the queue
+makes, the least that brings nearly the most  n / (compute(n) + misses(n) / bandwidth). What n
+requests miss follows from how their working sets grew step by step (WorkingSets.missed).
+No figure is exact, so each has its feedback: sizes are measured again in every window,
 compute(n) is fitted to observed steps, and a hot tier that thrashes all the same (rows evicted
-a few steps after their use) sheds requests and caps the batch until it has been healthy.
+a few steps after their use, and fewer requests would bring more) sheds requests and caps the
+batch until it has been healthy.
 First come, first served, with no overtaking; alone, a request always runs: so none starves.
 
 Nothing here knows of SGLang: the scheduler and the simulator drive the same object.
@@ -17,6 +21,7 @@ Nothing here knows of SGLang: the scheduler and the simulator drive the same obj
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,6 +48,9 @@ COOLDOWN_STEPS = 24  # two windows of working sets: what was shed shows in their
 MAX_PATIENCE = 32 * COOLDOWN_STEPS  # healthy steps before the cap rises, at most
 MISS_SHARE = 1 / 4  # of a step's computing: what fetching may add before it counts
 SHED_FRACTION = 8  # 1 / of the batch is shed at once, one request at least
+NEAR_BEST = 0.98  # of the most tokens a second: beyond, the least batch that comes so near
+WORTH = 0.95  # of its tokens a second is more than those of a batch that fits
+LOOK_AHEAD = 256  # of the queue: SGLang's largest batches
 
 REASONS = HOT_TIER, LINK, THRASH = "hot tier", "link", "thrash"
 
@@ -76,6 +84,7 @@ class Step:
 
     steps        decode steps; running: requests in them; seconds: wall time of one
     missed_rows  fetched, evictions and evicted_age (in steps): sums over steps and layers
+    tokens       that a request got in a step, on average: more than one if drafts were accepted
     """
 
     steps: int
@@ -84,6 +93,7 @@ class Step:
     missed_rows: int
     evictions: int
     evicted_age: int
+    tokens: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -135,14 +145,19 @@ class StepFit:
         mean, _, variance, _ = self._moments()
         return variance > (FIT_SPREAD * mean) ** 2
 
-    def seconds(self, n: int) -> float:
-        """Of a step of n requests; 0 before the first observed."""
+    def seconds(self, n, is_hopeful: bool = False):
+        """Of a step of n requests, a number or an array; 0 before the first observed.
+
+        is_hopeful: a slope that is not measured is taken as none
+        """
         if not self.last:
-            return 0.0
+            return 0.0 * n
         mean, seconds, variance, covariance = self._moments()
+        if is_hopeful and not self.has_varied:
+            return seconds + 0.0 * n
         proportional, ridge = seconds / mean, (FIT_SPREAD * mean) ** 2
         slope = (covariance + ridge * proportional) / (variance + ridge)
-        return float(seconds + min(max(slope, 0.0), proportional) * (n - mean))
+        return seconds + min(max(slope, 0.0), proportional) * (n - mean)
 
 
 class Admission:
@@ -159,6 +174,7 @@ class Admission:
         self._sets = WorkingSets(limits.topk)
         self._fit = StepFit()
         self._missed: float | None = None  # rows per request and step, all layers
+        self._tokens = 1.0  # per request and step
         self._running = self._observed_running = 0
         self._unsettled = self._passed_over = 0  # steps
         self._recent: deque[Step] = deque()
@@ -178,10 +194,13 @@ class Admission:
         self.link_bytes_per_second = bytes_per_second
 
     def observe_working_sets(
-        self, tokens_and_rows: Sequence[tuple[int, int]], sharing: float
+        self,
+        tokens_and_rows: Sequence[tuple[int, int]],
+        sharing: float,
+        growth: Sequence[int] = (),
     ) -> None:
-        """A window of sampled requests: (tokens, distinct rows) of each, and their sharing."""
-        self._sets.observe(tokens_and_rows, sharing, self._running)
+        """A window of sampled requests: (tokens, distinct rows) of each; WindowCounts' others."""
+        self._sets.observe(tokens_and_rows, sharing, self._running, growth)
 
     def observe(self, step: Step) -> None:
         """The steps since the last call. Those in which joiners are cold count for nothing."""
@@ -198,11 +217,11 @@ class Admission:
             return
         self._passed_over = max(0, self._passed_over - step.steps)
         missed = step.missed_rows / step.steps
-        fetch_seconds = missed * self.limits.row_bytes / self.link_bytes_per_second
-        self._fit.add(step.running, max(0.0, step.seconds - fetch_seconds), step.steps)
-        rate = missed / step.running
-        old = rate if self._missed is None else self._missed
-        self._missed = blend(old, rate, 1 - MISS_DECAY**step.steps)
+        seconds = max(0.0, step.seconds - self._copy_seconds(missed))
+        self._fit.add(step.running, seconds, step.steps)
+        news = np.array([missed / step.running, step.tokens])
+        olds = news if self._missed is None else (self._missed, self._tokens)
+        self._missed, self._tokens = blend(olds, news, 1 - MISS_DECAY**step.steps).tolist()
         self._recent.append(step)
         while self._recent_steps - self._recent[0].steps >= THRASH_STEPS:
             self._recent.popleft()
@@ -219,38 +238,103 @@ class Admission:
 
     # --- decisions ----------------------------------------------------------------------
 
-    def admit(self, running: int, waiting: Iterable[Candidate]) -> Decision:
+    def admit(
+        self, running: int, waiting: Iterable[Candidate], within: int = LOOK_AHEAD
+    ) -> Decision:
         """How many of the head of the queue may join the running requests in the next step.
 
         running counts those admitted before that have not had a step yet (PD transfers).
+        within: as many of the queue as may find slots; only so many make a larger batch
         """
         self._running = running
-        rows, count, cold, reason = running * self._sets.mean, 0, 0, None
+        waiting, ahead = itertools.tee(waiting)
+        rows = first_rows = running * self._sets.mean
+        count, cold, reason, best = 0, 0, None, None
         for candidate in waiting:
-            more_rows, more_cold = (
-                self._sets.estimate(candidate.tokens, candidate.working_set),
-                cold + candidate.cold,
-            )
-            reason = self._refusal(running + count, rows, rows + more_rows, more_cold)
+            batch, misses = running + count, 1.0
+            more_rows, more_cold = rows + self._rows(candidate), cold + candidate.cold
+            fits = batch == 0 or self._hot_tier_holds(batch, rows, more_rows)
+            if not fits:
+                if best is None:
+                    more = itertools.islice(ahead, count, min(within, LOOK_AHEAD))
+                    best = self._best_batch(batch, rows, more)
+                fits = batch < best
+                misses = self._misses_against(more_rows, batch + 1, first_rows, running)
+            reason = self._refusal(batch, fits, more_cold, misses)
             if reason is not None:
                 self.held[reason] += 1
                 self._closed = self._closed if reason == THRASH else reason
                 break
-            rows, count, cold, self._closed = rows + more_rows, count + 1, more_cold, None
+            rows, count, cold, self._closed = more_rows, count + 1, more_cold, None
         if count:
             # The joiners are in no window yet.
             self._sets.mean = rows / (running + count)
         return Decision(count, reason)
 
-    def _refusal(self, running: int, rows: float, new_rows: float, cold: int) -> str | None:
-        """Why a request may not join `running` others: their rows, and those with its own."""
+    def _rows(self, candidate: Candidate) -> float:
+        return self._sets.estimate(candidate.tokens, candidate.working_set)
+
+    def _refusal(self, running: int, has_hot_rows: bool, cold: int, misses: float) -> str | None:
+        """Why a request may not join `running` others: `cold` of the joiners have no hot row, and
+        then each misses so many times what was observed.
+        """
         if running == 0:
             return None
-        if not self._hot_tier_holds(running, rows, new_rows):
+        if not has_hot_rows:
             return HOT_TIER
-        if not self._link_carries(running, cold):
+        if not self._link_carries(running, cold, misses):
             return LINK
         return THRASH if self._cap is not None and running >= self._cap else None
+
+    # --- tokens a second ----------------------------------------------------------------
+
+    def _rate(self, batch: np.ndarray, rows: np.ndarray, hot_rows: float) -> np.ndarray:
+        """Requests that a step serves per second, in batches whose working sets sum to rows."""
+        missed = self.limits.layers * self._sets.missed(rows, hot_rows)
+        seconds = self._fit.seconds(batch, is_hopeful=True) + self._copy_seconds(missed)
+        return batch / np.maximum(seconds, 1e-9)
+
+    def _misses_against(self, rows: float, batch: int, old_rows: float, old_batch: int) -> float:
+        """What a request of a larger batch misses, in misses of a smaller one's: 1 or more."""
+        hot_rows = self.limits.hot_rows
+        if not old_batch:
+            return 1.0
+        of_one = float(self._sets.missed(rows, hot_rows)) / batch
+        of_old = float(self._sets.missed(old_rows, hot_rows)) / old_batch
+        return max(1.0, of_one / max(of_old, 1e-9))
+
+    def _best_batch(self, running: int, rows: float, waiting: Iterable[Candidate]) -> int:
+        """The least batch among the fastest of those that the queue's head makes, for all its
+        misses; this one, if they are not faster than one whose working sets fit.
+        """
+        if not self._fit.last:
+            return running
+        batch = running + np.arange(1 + len(more := [self._rows(c) for c in waiting]))
+        rates = self._rate(batch, rows + np.cumsum([0.0, *more]), self.limits.hot_rows)
+        fits = self.limits.hot_rows / self._demand(rows)  # of these requests
+        fitting = self._rate(fits * running, fits * rows, self.limits.hot_rows)
+        if WORTH * rates.max() <= fitting:
+            return running
+        best = running + int(np.argmax(rates >= NEAR_BEST * rates.max()))
+        # One more shows the slope, where it is not known.
+        return best if self._fit.has_varied else min(best, self._fit.last + 1)
+
+    def _best_to_keep(self, running: int) -> int:
+        """The largest batch, up to this one, that is among the fastest as rows are evicted now."""
+        rows = self._sets.mean * np.arange(1, running + 1)
+        hot_rows = self.limits.hot_rows
+        if (age := self.eviction_age) is not None:
+            hot_rows = min(hot_rows, self._sets.held_steps(age) * self._demand(rows[-1]))
+        rates = self._rate(np.arange(1, running + 1), rows, hot_rows)
+        missed = sum(step.missed_rows for step in self._recent) / max(1, self._recent_steps)
+        seconds = self._fit.seconds(running) + self._copy_seconds(missed)
+        rates[-1] = running / max(seconds, 1e-9)
+        if rates[-1] >= REOPEN * rates.max():
+            return running
+        return 1 + int(np.flatnonzero(rates >= NEAR_BEST * rates.max())[-1])
+
+    def _copy_seconds(self, rows):
+        return rows * self.limits.row_bytes / self.link_bytes_per_second
 
     def _misses_hurt(self, running: int) -> bool:
         """Whether a hot tier that holds none of what it should would slow this batch down."""
@@ -259,8 +343,7 @@ class Admission:
 
     def _is_slow(self, running: int, missed: float) -> bool:
         """Whether so many missed rows a step count beside its computing."""
-        seconds = missed * self.limits.row_bytes / self.link_bytes_per_second
-        return seconds >= MISS_SHARE * self._fit.seconds(running)
+        return self._copy_seconds(missed) >= MISS_SHARE * self._fit.seconds(running)
 
     def _hot_tier_holds(self, running: int, rows: float, new_rows: float) -> bool:
         """Whether one more has its rows hot too, or can do without."""
@@ -277,29 +360,32 @@ class Admission:
         """Hot rows that working sets of this sum take: what requests share counts once."""
         return self._sets.sharing * rows
 
-    def _link_carries(self, running: int, cold: int) -> bool:
+    def _link_carries(self, running: int, cold: int, misses: float) -> bool:
         """Whether a step of one more keeps the latency target, `cold` of them joining now."""
-        target = self.limits.itl_seconds
-        if target is None:
+        if self.limits.itl_seconds is None:
             return True
+        target = self.limits.itl_seconds * self._tokens  # of a step, whose tokens share it
         if self._closed == LINK and self._step_seconds(running) >= REOPEN * target:
             return False
         if running >= SLOW_START * self._fit.last:
             return False
-        if self._step_seconds(running + 1, cold) <= target:
+        if self._step_seconds(running + 1, cold, misses) <= target:
             return True
         # Assumed proportional, a step of 30 ms at n = 1 would keep a target of 50 ms at n = 1
         # for ever: one more shows the slope, if it fits should the slope be none. One, for
         # with it the assumed step is past REOPEN.
-        flat_seconds = self._fit.seconds(running) + self._fetch_seconds(running + 1, cold)
+        fetch_seconds = self._fetch_seconds(running + 1, cold, misses)
+        flat_seconds = self._fit.seconds(running) + fetch_seconds
         return not self._fit.has_varied and flat_seconds <= REOPEN * target
 
-    def _fetch_seconds(self, running: int, cold: int) -> float:
-        rows = running * (self._missed or 0.0) + cold * self.limits.layers * self.limits.topk
-        return rows * self.limits.row_bytes / self.link_bytes_per_second
+    def _fetch_seconds(self, running: int, cold: int, misses: float) -> float:
+        rows = (
+            running * misses * (self._missed or 0.0) + cold * self.limits.layers * self.limits.topk
+        )
+        return self._copy_seconds(rows)
 
-    def _step_seconds(self, running: int, cold: int = 0) -> float:
-        return self._fit.seconds(running) + self._fetch_seconds(running, cold)
+    def _step_seconds(self, running: int, cold: int = 0, misses: float = 1.0) -> float:
+        return self._fit.seconds(running) + self._fetch_seconds(running, cold, misses)
 
     def keep(self, running: int) -> int:
         """How many of the running requests should go on: all, unless the hot tier thrashes."""
@@ -308,6 +394,7 @@ class Admission:
             return running
         # What fits by the working sets; if that is all of them, they are under-estimated.
         fitting = int(self.limits.hot_rows / max(1.0, self._demand(self._sets.mean)))
+        fitting = max(fitting, self._best_to_keep(running))
         kept = max(1, min(running - max(1, running // SHED_FRACTION), fitting))
         self._cap, self._cooldown, self._healthy = kept, COOLDOWN_STEPS, 0
         self._patience, self._has_risen = min(MAX_PATIENCE, 2 * self._patience), False
@@ -353,4 +440,6 @@ class Admission:
         running = self._recent[-1].running
         if running <= 1 or not self._is_slow(running, missed / self._recent_steps):
             return False
-        return missed > THRASH_MISSES * self.limits.topk * self.limits.layers * lookup_steps
+        if missed <= THRASH_MISSES * self.limits.topk * self.limits.layers * lookup_steps:
+            return False
+        return self._best_to_keep(running) < running

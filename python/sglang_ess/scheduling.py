@@ -8,6 +8,7 @@ own, and comes after: a request joins when both agree.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from sglang.srt.disaggregation.utils import all_reduce_flags
 
-from sglang_ess.admission import Admission, Candidate, Limits, Step
+from sglang_ess.admission import Admission, Candidate, Limits
+from sglang_ess.admission_feed import AdmissionFeed, LastStep, Totals
 from sglang_ess.attention.sampling import SAMPLES
 from sglang_ess.config import EssConfig
 from sglang_ess.disagg.metadata import EssMetadataBuffers
@@ -26,7 +28,6 @@ from sglang_ess.tiers.working_set import WorkingSetWindow
 
 logger = logging.getLogger(__name__)
 
-OBSERVED_STEPS = 4  # of one batch size, that are told to the policy at once
 LINK_SECONDS = 30  # between two measurements of the link
 SHED_LOG_SECONDS = 10
 
@@ -134,18 +135,18 @@ class Gate:
             )
             rate = pool.measure_link()
             self.admission = Admission(limits, rate)
-            self._window = WorkingSetWindow(pool.host_tier.num_slots, SAMPLES, geometry.topk)
+            window = WorkingSetWindow(pool.host_tier.num_slots, SAMPLES, geometry.topk)
+            layers = len(pool.sample.layers)
+            self._feed = AdmissionFeed(self.admission, window, layers, self._totals())
             logger.info("ESS: host-to-device link %.1f GB/s at row size", rate / 1e9)
         buffers = getattr(scheduler, "disagg_metadata_buffers", None)
         warms = config.pd_warmup == "on" and isinstance(buffers, EssMetadataBuffers)
         self._warm_up = WarmUp(pool, buffers) if warms else None
-        self._layer = 0  # of the sample, whose window is under way
-        self._before = pool.totals() or (0, 0, 0)
-        self._steps, self._seconds, self._requests = 0, 0.0, 0
         self._round_began = self._link_measured = time.perf_counter()
         self._shed_logged = 0.0
+        self._is_decode_server = buffers is not None
         # Colocated, a prompt's own pass warms the tier.
-        self._arrives_cold = buffers is not None or config.warmup == "off"
+        self._arrives_cold = self._is_decode_server or config.warmup == "off"
 
     # --- what the policy is told --------------------------------------------------------
 
@@ -158,7 +159,7 @@ class Gate:
         self._round_began = now
         if last is None or not last.forward_mode.is_decode() or not last.reqs:
             return None
-        told = self._decoded(last.reqs, seconds)
+        told = self._feed.decoded(self._last_step(last.reqs, seconds))
         if now - self._link_measured > LINK_SECONDS:
             self._link_measured = now
             self.admission.link(self._pool.measure_link())
@@ -176,48 +177,16 @@ class Gate:
             )  # fmt: skip
         return keep
 
-    def _decoded(self, reqs: list[Any], seconds: float) -> bool:
-        """One decode step of these requests, so many seconds after the round before.
+    def _last_step(self, reqs: list[Any], seconds: float) -> LastStep:
+        """One decode step of these requests, so many seconds after the round before."""
+        requests, sampled, topk = [hash(req.rid) for req in reqs], reqs[:SAMPLES], None
+        if len(set(requests[:SAMPLES])) == len(sampled):  # the window's owners are distinct
+            topk = self._pool.sample.rows[self._feed.layer, : len(sampled)].numpy()
+        return LastStep(requests, seconds, self._totals, topk, [req.seqlen for req in sampled])
 
-        Returns whether the policy was told of it.
-        """
-        if len(reqs) != self._requests:
-            self._flush()
-            self._requests = len(reqs)
-        self._steps, self._seconds = self._steps + 1, self._seconds + seconds
-        told = self._steps == OBSERVED_STEPS
-        if told:
-            self._flush()
-        self._sample(reqs)
-        return told
-
-    def _sample(self, reqs: list[Any]) -> None:
-        """Count what the step's first requests selected, when a window of steps is full."""
-        sampled = {hash(req.rid): req for req in reqs[:SAMPLES]}
-        if len(sampled) < min(len(reqs), SAMPLES):
-            return
-        topk = self._pool.sample.rows[self._layer, : len(sampled)].numpy()
-        counts = self._window.add(topk, list(sampled))
-        if counts is None:
-            return
-        self._layer = (self._layer + 1) % len(self._pool.sample.layers)
-        sizes = [(sampled[owner].seqlen, rows) for owner, rows in counts.rows.items()]
-        self.admission.observe_working_sets(sizes, counts.sharing)
-
-    def _flush(self) -> None:
-        """Tell the policy of the steps since the last time."""
+    def _totals(self) -> Totals | None:
         totals = self._pool.totals()
-        if totals is None or not self._steps:
-            self._steps, self._seconds = 0, 0.0  # the device has not reported: not these
-            return
-        misses, evictions, age = (now - old for now, old in zip(totals, self._before, strict=True))
-        self._before = totals
-        if min(misses, evictions, age) >= 0:  # else the counters began again
-            seconds = self._seconds / self._steps
-            self.admission.observe(
-                Step(self._steps, self._requests, seconds, misses, evictions, age)
-            )
-        self._steps, self._seconds = 0, 0.0
+        return None if totals is None else Totals(*totals)
 
     # --- the round ----------------------------------------------------------------------
 
@@ -229,7 +198,9 @@ class Gate:
             if scheduler.enable_priority_scheduling:
                 scheduler.policy.calc_priority(scheduler.waiting_queue, running_batch)
             running = len(running_batch.reqs) + (scheduler.chunked_req is not None)
-            count = self._agreed(self.admission.admit(running, self._candidates()).count)
+            within = self._most_joining(running)
+            joining = self.admission.admit(running, self._candidates(), within).count
+            count = self._agreed(joining)
             held = scheduler.waiting_queue[count:]
             scheduler.waiting_queue = scheduler.waiting_queue[:count]
         if self._warm_up is not None:
@@ -238,6 +209,17 @@ class Gate:
             return original(scheduler, running_batch)
         finally:
             scheduler.waiting_queue = scheduler.waiting_queue + held
+
+    def _most_joining(self, running: int) -> int:
+        """Of the queue's head: those that have a place in the batch, and slots, if none share."""
+        scheduler = self._scheduler
+        places = max(0, scheduler.max_running_requests - running)
+        if self._is_decode_server:  # who waits has slots
+            return places
+        free = scheduler.token_to_kv_pool_allocator.available_size()
+        free += scheduler.tree_cache.evictable_size()
+        needs = itertools.accumulate(req.seqlen for req in scheduler.waiting_queue[:places])
+        return sum(1 for _ in itertools.takewhile(lambda need: need <= free, needs))
 
     def _agreed(self, number: int) -> int:
         """The least of all ranks that run one batch: their clocks and links differ."""

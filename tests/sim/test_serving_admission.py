@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sglang_ess.admission import Admission, Limits, Step
-from sglang_ess.sim.gate import OBSERVED_STEPS, SAMPLES, Gate, LastStep, Totals
+from sglang_ess.admission_feed import OBSERVED_STEPS, AdmissionFeed, LastStep, Totals
+from sglang_ess.sim.gate import SAMPLES, Gate
 from tests.sim.serving_system import LAYERS, ROW_BYTES, TOPK, System, load, poisson
 
 PACKAGE = Path(__file__).parents[2] / "python" / "sglang_ess"
@@ -28,7 +29,7 @@ class Stub:
         self.seen.append(last)
         return self.kept if self.rounds == self.at else running
 
-    def admit(self, running, waiting):
+    def admit(self, running, waiting, within):
         self.candidates = list(waiting)
         return len(self.candidates)
 
@@ -67,8 +68,9 @@ def test_the_gate_is_told_of_every_decode_step():
     assert [last.seconds for last in steps] == pytest.approx(
         [0.012 + 1.6e-5, 0.012 + 1.6e-5, 0.011 + 8e-6]
     )
-    assert [last.totals.misses for last in steps] == [16, 32, 40]
+    assert [last.totals().misses for last in steps] == [16, 32, 40]
     assert [last.tokens for last in steps] == [[65, 41], [66, 42], [67]]
+    assert {last.accepted for last in steps} == {1.0}
 
 
 def thrashing(**changes):
@@ -104,19 +106,30 @@ def test_a_hot_tier_that_thrashes_sheds_requests_and_all_are_served(monkeypatch)
 
 
 def test_the_policy_is_told_of_four_steps_at_once_and_of_a_batch_that_changes():
-    gate = Gate(Limits(100, TOPK, LAYERS, ROW_BYTES), 1e9, 500, TOPK, 2)
-    gate.admission = Told()
+    gate = told_gate()
     for step in range(1, 8):
         batch = (0, 1) if step < 6 else (0, 1, 2)
         totals = Totals(10 * step, step, 5 * step)
-        gate.keep(len(batch), LastStep(batch, 0.5, totals, None, ()))
+        last = LastStep(batch, 0.5, lambda totals=totals: totals, None, (), 1 + step % 2)
+        gate.keep(len(batch), last)
     gate.keep(3, None)
     # The step that is the first of a new batch ends what came before: it is in those totals.
     assert gate.admission.calls == [
-        ("observe", Step(4, 2, 0.5, 40, 4, 20)),
+        ("observe", Step(4, 2, 0.5, 40, 4, 20, tokens=1.5)),
         ("keep", 2),
-        ("observe", Step(1, 2, 0.5, 20, 2, 10)),
+        ("observe", Step(1, 2, 0.5, 20, 2, 10, tokens=2)),
     ]
+
+
+def test_the_policy_is_not_told_of_steps_that_the_device_has_not_counted():
+    gate = told_gate()
+    counts = [None, Totals(90, 9, 9), Totals(10, 1, 1), Totals(30, 2, 2)]
+    for totals in counts:
+        for _ in range(OBSERVED_STEPS):
+            gate.keep(2, LastStep((0, 1), 0.5, lambda totals=totals: totals, None, ()))
+    observed = [args for name, *args in gate.admission.calls if name == "observe"]
+    # Not the first; nor the third, in which the counters began again.
+    assert observed == [[Step(4, 2, 0.5, 90, 9, 9)], [Step(4, 2, 0.5, 20, 1, 1)]]
 
 
 def test_seeds():
@@ -149,8 +162,7 @@ def constants(path):
     }
 
 
-def test_the_gate_has_the_server_gates_constants():
-    assert constants("scheduling.py")["OBSERVED_STEPS"] == OBSERVED_STEPS
+def test_as_many_requests_are_sampled_as_in_the_server():
     assert constants("attention/sampling.py")["SAMPLES"] == SAMPLES
 
 
@@ -166,6 +178,13 @@ class Told:
             return args[0]
 
         return call
+
+
+def told_gate():
+    """The simulator's gate, over an Admission that writes down what it is told."""
+    gate = Gate(Limits(500, TOPK, LAYERS, ROW_BYTES), 1e9, 500, TOPK, 2)
+    gate.admission = gate._feed._admission = Told()
+    return gate
 
 
 def some_steps(rng, steps=60):
@@ -187,7 +206,7 @@ def test_the_policy_is_told_what_the_server_tells_it(monkeypatch):
     import torch
 
     from sglang_ess import scheduling
-    from sglang_ess.tiers.working_set import WorkingSetWindow
+    from sglang_ess.tiers.working_set import WINDOW, WorkingSetWindow
 
     clock = iter(())
     monkeypatch.setattr(scheduling.time, "perf_counter", lambda: next(clock))
@@ -196,27 +215,28 @@ def test_the_policy_is_told_what_the_server_tells_it(monkeypatch):
     pool = SimpleNamespace(sample=SimpleNamespace(layers=(0, 1), rows=rows))
     scheduler = SimpleNamespace(last_batch=None)
     real = object.__new__(scheduling.Gate)
+    told = Told()
     state = dict(
-        _scheduler=scheduler, _pool=pool, admission=Told(), _layer=0, _before=(0, 0, 0), _steps=0,
-        _seconds=0.0, _requests=0, _round_began=0.0, _link_measured=1e9, _shed_logged=0.0,
-        _window=WorkingSetWindow(500, SAMPLES, TOPK),
+        _scheduler=scheduler, _pool=pool, admission=told, _round_began=0.0, _link_measured=1e9,
+        _shed_logged=0.0, _feed=AdmissionFeed(told, WorkingSetWindow(500, SAMPLES, TOPK), 2),
     )  # fmt: skip
     vars(real).update(state)
-    ours = Gate(Limits(500, TOPK, LAYERS, ROW_BYTES), 1e9, 500, TOPK, 2)
-    ours.admission = Told()
+    ours = told_gate()
     now = 0.0
     for batch, seconds, totals, topk, tokens in some_steps(np.random.default_rng(0)):
         reqs = [SimpleNamespace(rid=r, seqlen=t) for r, t in zip(batch, tokens, strict=True)]
         scheduler.last_batch = SimpleNamespace(
             reqs=reqs, forward_mode=SimpleNamespace(is_decode=lambda: True)
         )
-        rows[real._layer, : len(topk)] = torch.from_numpy(topk)
+        rows[real._feed.layer, : len(topk)] = torch.from_numpy(topk)
         counts = tuple(totals.tolist())
         pool.totals = lambda counts=counts: counts
         now += seconds
         clock = iter([now, now])
         real.keep(SimpleNamespace(reqs=reqs))
-        last = LastStep(tuple(batch), seconds, Totals(*counts), topk, tokens[:SAMPLES])
+        last = LastStep(
+            tuple(batch), seconds, lambda counts=counts: Totals(*counts), topk, tokens[:SAMPLES]
+        )
         ours.keep(len(batch), last)
     told, expected = ours.admission.calls, real.admission.calls
     assert len(expected) > 20 and {name for name, *_ in expected} == {
@@ -231,3 +251,4 @@ def test_the_policy_is_told_what_the_server_tells_it(monkeypatch):
             assert mine == theirs
         else:
             assert args == others
+            assert name == "keep" or len(args[2]) == WINDOW and min(args[2]) > 0

@@ -34,8 +34,20 @@ def record() -> None:
     Scheduler.update_running_batch = recording
 
 
+def cautious() -> None:
+    """Every miss hurts, and none is worth a larger batch: in a busy machine's long steps both may
+    be otherwise.
+    """
+    from sglang_ess.admission import Admission
+
+    Admission._misses_hurt = lambda *args: True
+    Admission._best_batch = lambda self, running, *_: running
+    Admission._best_to_keep = lambda self, running: 0
+
+
 def blind() -> None:
     """Every working set fits: what is admitted too much shows as thrashing only."""
     from sglang_ess.admission import Admission
 
+    cautious()
     Admission._hot_tier_holds = lambda *args: True

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ess.tiers import working_set
-from sglang_ess.tiers.working_set import PRIOR_TOPKS, WindowCounts, WorkingSets, WorkingSetWindow
+from sglang_ess.tiers.working_set import (
+    PRIOR_TOPKS,
+    WINDOW,
+    WindowCounts,
+    WorkingSets,
+    WorkingSetWindow,
+    prior_growth,
+)
 
 SLOTS, SAMPLES, TOPK, STEPS = 40, 4, 5, 3
 
@@ -27,10 +34,14 @@ def expected_counts(steps):
     slots = {}
     for row, owner in enumerate(steps[0][1]):
         if all(row < len(owners) and owners[row] == owner for _, owners in steps):
-            seen = {slot for rows, _ in steps for slot in rows[row] if 0 <= slot < SLOTS}
-            slots[owner] = seen
+            seen, slots[owner] = set(), []
+            for rows, _ in steps:
+                seen = seen | {slot for slot in rows[row] if 0 <= slot < SLOTS}
+                slots[owner].append(seen)
     return WindowCounts(
-        {owner: len(s) for owner, s in slots.items()}, len(set().union(*slots.values()))
+        {owner: len(sets[-1]) for owner, sets in slots.items()},
+        len(set().union(*(sets[-1] for sets in slots.values()))),
+        tuple(sum(len(sets[step]) for sets in slots.values()) for step in range(STEPS)),
     )
 
 
@@ -63,7 +74,7 @@ def test_nothing_counted_is_nothing_shared():
     window = WorkingSetWindow(SLOTS, SAMPLES, TOPK, 2)
     window.add(as_rows([[1, 2]]), [7])
     counts = window.add(as_rows([[1, 2]]), [8])
-    assert counts == WindowCounts({}, 0)
+    assert counts == WindowCounts({}, 0, (0, 0))
     assert counts.sharing == 1.0
 
 
@@ -103,7 +114,7 @@ def test_stamps_wrap_around():
     rows = as_rows([[1, 2, 3], [3, 4, 5]])
     window._base = np.iinfo(np.int32).max - 3 * SAMPLES
     for _ in range(6):
-        assert window.add(rows, [1, 2]) == WindowCounts({1: 3, 2: 3}, 5)
+        assert window.add(rows, [1, 2]) == WindowCounts({1: 3, 2: 3}, 5, (6,))
     assert window._base < 100
 
 
@@ -170,3 +181,46 @@ def test_an_empty_window_changes_nothing():
     sets.observe([], sharing=1.0, running=1)
     sets.observe([(100, 0)], sharing=0.1, running=1)
     assert (sets.mean, sets.sharing, sets.estimate(1000)) == (300, 1.0, 300)
+
+
+# --- what a hot tier misses ------------------------------------------------------------------
+
+
+def test_the_prior_growth_is_hisparses():
+    """papers.md 1.6: 614, 274 and 137 rows of 2,048 are missed at 2K, 4K and 8K slots."""
+    new = np.diff(prior_growth()) / prior_growth()[0] * 2048
+    assert new[:3] == pytest.approx([614, 453, 376], rel=0.01)
+    assert 1 / prior_growth()[0] == pytest.approx(2.7, rel=0.02)
+    sets = WorkingSets(2048)
+    missed = [float(sets.missed(2048 / prior_growth()[0], rows)) for rows in (2048, 4096)]
+    assert missed == pytest.approx([614, 274], rel=0.12)
+
+
+def test_a_tier_that_holds_some_steps_misses_what_one_more_adds():
+    sets = WorkingSets(100)
+    growth = np.array([100, 140, 170, 190, 200, 210, 220, 230, 240, 250, 260, 270])
+    for _ in range(40):  # until the prior is forgotten
+        sets.observe([(10_000, 270)], 1.0, 1, growth)
+    # One request, then three in as many rows, then half of it shared.
+    assert sets.missed(270, 140) == pytest.approx(30)
+    assert sets.missed(3 * 270, 3 * 140) == pytest.approx(90)
+    sets.sharing = 0.5
+    assert sets.missed(2 * 270, 140) == pytest.approx(30)
+    sets.sharing = 1.0
+    assert sets.missed(270, 99) == pytest.approx(100), "less than a step's: all"
+    assert sets.missed(270, 1000) == pytest.approx(10), "as far as windows see"
+    assert sets.missed(np.array([270, 540]), 280) == pytest.approx([10, 60])
+
+
+def test_ages_name_the_rows_that_are_held():
+    sets = WorkingSets(100)
+    assert sets.held_steps(12) == sets.held_steps(40) == 1.0
+    assert sets.held_steps(0.5) == sets.held_steps(1) == pytest.approx(prior_growth()[0])
+    assert sets.held_steps(2.5) == pytest.approx(prior_growth()[1:3].mean())
+
+
+def test_a_window_of_another_length_says_nothing_of_growth():
+    sets = WorkingSets(100)
+    sets.observe([(10_000, 270)], 1.0, 1, (100, 200))
+    assert (sets.growth == prior_growth()).all()
+    assert len(sets.growth) == WINDOW

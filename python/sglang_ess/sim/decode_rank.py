@@ -6,14 +6,15 @@ A round sheds, admits, makes room and steps, in the order of SGLang's scheduler.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from sglang_ess.admission import Candidate
+from sglang_ess.admission_feed import LastStep
 from sglang_ess.sim.fetches import Fetches
-from sglang_ess.sim.gate import SAMPLES, Gate, LastStep
+from sglang_ess.sim.gate import SAMPLES, Gate
 from sglang_ess.sim.requests import Requests, State
 from sglang_ess.sim.slots import Slots, whole_pages
 
@@ -154,7 +155,7 @@ class DecodeRank:
         if self.gate is None:
             return len(self.running)
         if last is not None:
-            last = LastStep(last.requests, last_seconds, last.totals, last.topk, last.tokens)
+            last = replace(last, seconds=last_seconds)
         return self.gate.keep(len(self.running), last)
 
     def _retract(self, keep: int, now: float, parks: bool) -> None:
@@ -192,7 +193,8 @@ class DecodeRank:
         """The queue's head joins the batch: [(request, tokens of it that need no computing)]."""
         most = min(self.limits.max_running - len(self.running), len(self.waiting))
         if self.gate is not None and self.waiting:
-            most = min(most, self.gate.admit(len(self.running), map(self._candidate, self.waiting)))
+            candidates = map(self._candidate, self.waiting)
+            most = min(most, self.gate.admit(len(self.running), candidates, most))
         joined = []
         while len(joined) < most and self._fits(self.waiting[0]):
             request = self.waiting.popleft()
@@ -287,10 +289,11 @@ class DecodeRank:
         for request, end in zip(self.running, ends, strict=True):
             self.slots.take(request, end)
         if self.gate is not None:
-            topk = self.fetches.topk(self.gate.layer)
+            topk, totals = self.fetches.topk(self.gate.layer), self.fetches.totals
             self._last = LastStep(
-                tuple(self.running), 0.0, self.fetches.totals, topk, ends[:SAMPLES]
-            )
+                tuple(self.running), 0.0, lambda: totals, topk, ends[:SAMPLES],
+                accepted=float(tokens.mean()),
+            )  # fmt: skip
         misses = float(fetched.misses.mean())
         return Round(batch, tokens, time.seconds, dict(time.parts), fetched.rows, misses)
 

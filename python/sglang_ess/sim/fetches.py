@@ -12,8 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
+from sglang_ess.admission_feed import Totals
 from sglang_ess.sim.decode_tiers import DecodeTiers
-from sglang_ess.sim.gate import SAMPLES, Totals
+from sglang_ess.sim.gate import SAMPLES
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,17 @@ WINDOW_WEIGHT = 0.5  # of the newest window in the means: chosen, see benchmarks
 # k = 2048 at 2K / 4K / 8K slots (papers.md 1.6), so from the first step's 2,048 on, the union
 # grows by 614, 453, 376 ... to about 5.5K rows after 12: 2.7 top-k's.
 PRIOR_TOPKS = 3
+PRIOR_NEW = 0.3  # of a top-k, that a step selects anew: HiSparse's 614 rows of 2,048
+PRIOR_DECAY = 0.44  # its 614, 453, 376 fall as 1, 2, 3 to the power of minus this
 
-_count_type = "i8(i4[:, :, ::1], b1[::1], i4[::1], i4, i8[::1])"
+_count_type = "i8(i4[:, :, ::1], b1[::1], i4[::1], i4, i8[:, ::1])"
 
 
 @numba.njit(_count_type, cache=True, nogil=True)
 def _count_distinct(topk, kept, stamps, base, counts):
-    """counts[row] = distinct slots of topk [steps, rows, K] in a kept row. Returns their union.
+    """counts[step, row] = distinct slots of topk[: step + 1, row] where the row is kept.
+
+    topk [steps, rows, K]. Returns the union of all.
 
     stamps holds nothing above base at first. Row by row: a slot stamped above base, but not
     with this row's stamp, was counted for another row. What is no slot is passed over.
@@ -45,7 +49,7 @@ def _count_distinct(topk, kept, stamps, base, counts):
                     stamps[place] = stamp
                     distinct += seen != stamp
                     union += seen <= base
-        counts[row] = distinct
+            counts[step, row] = distinct
     return union
 
 
@@ -55,10 +59,12 @@ class WindowCounts:
 
     rows   owner -> distinct slots that it selected in the window
     union  distinct slots of all these owners together
+    growth [steps] distinct slots of each owner after its first steps, summed over owners
     """
 
     rows: dict[int, int] = field(default_factory=dict)
     union: int = 0
+    growth: tuple[int, ...] = ()
 
     @property
     def sharing(self) -> float:
@@ -87,7 +93,7 @@ class WorkingSetWindow:
         self._topk = np.full((window, samples, topk), -1, np.int32)
         self._stamps = np.zeros(num_slots, np.int32)
         self._base = 0  # of the stamps: above all that earlier windows gave
-        self._counts = np.zeros(samples, np.int64)
+        self._counts = np.zeros((window, samples), np.int64)
         self.reset()
 
     def reset(self) -> None:
@@ -128,12 +134,13 @@ class WorkingSetWindow:
         union = _count_distinct(self._topk, self._kept, self._stamps, self._base, self._counts)
         self._base += len(self._kept)
         rows = {
-            owner: int(self._counts[row])
+            owner: int(self._counts[-1, row])
             for row, owner in enumerate(self._owners)
             if self._kept[row]
         }
+        growth = tuple(self._counts[:, self._kept].sum(1).tolist())
         self.reset()
-        return WindowCounts(rows, union)
+        return WindowCounts(rows, union, growth)
 
 
 def blend(old, new, weight: float):
@@ -141,11 +148,19 @@ def blend(old, new, weight: float):
     return old + weight * (new - old)
 
 
+def prior_growth() -> np.ndarray:
+    """[WINDOW] float64: the part of a working set that its first 1, 2 ... steps select."""
+    new = PRIOR_NEW * np.arange(1.0, WINDOW) ** -PRIOR_DECAY
+    rows = 1 + np.concatenate([[0.0], np.cumsum(new)])
+    return rows / rows[-1]
+
+
 class WorkingSets:
     """Working sets by length, from the windows measured so far.
 
     mean     rows of a running request; whoever admits others keeps it up to date
     sharing  union / sum of rows
+    growth   [WINDOW] the part of them that 1, 2 ... steps select; the last is 1
     """
 
     def __init__(self, topk: int):
@@ -153,6 +168,7 @@ class WorkingSets:
         self._buckets: dict[int, tuple[float, float]] = {}  # log2 tokens -> mean tokens, rows
         self.sharing = 1.0
         self.mean = float(PRIOR_TOPKS * topk)
+        self.growth = prior_growth()
 
     def _prior(self, tokens: float) -> float:
         return max(1, min(tokens, PRIOR_TOPKS * self._topk))
@@ -176,9 +192,15 @@ class WorkingSets:
         return min(tokens, max(least, scaled))
 
     def observe(
-        self, tokens_and_rows: Sequence[tuple[int, int]], sharing: float, running: int
+        self,
+        tokens_and_rows: Sequence[tuple[int, int]],
+        sharing: float,
+        running: int,
+        growth: Sequence[int] = (),
     ) -> None:
         """One window of samples: (tokens, rows) of each, and their union / sum of rows.
+
+        growth: of the window, where it has WINDOW steps
 
         They stand for themselves in the mean of the running requests, not for the others: a
         mean that follows a few samples admits at each low one, and takes none of it back.
@@ -195,3 +217,20 @@ class WorkingSets:
         rows = float(np.mean([rows for _, rows in samples]))
         self.mean = blend(self.mean, rows, weight)
         self.sharing = blend(self.sharing, min(1.0, sharing), weight)
+        if len(growth) == WINDOW:
+            self.growth = blend(self.growth, np.array(growth) / growth[-1], WINDOW_WEIGHT)
+
+    def missed(self, rows: np.ndarray | float, hot_rows: float) -> np.ndarray:
+        """Rows of a layer that a step misses of requests with working sets of so many rows.
+
+        Which LRU holds: where hot_rows are the union of t steps, what a step more would add
+        (Denning); where they are less than one step's, nothing is read twice before it goes.
+        """
+        new = np.diff(self.growth)
+        demand = self.sharing * np.asarray(rows, float)
+        held = hot_rows / np.maximum(demand, 1e-9)
+        return demand * np.interp(held, self.growth[:-1], new, left=self.growth[0])
+
+    def held_steps(self, steps: float) -> float:
+        """The part of the working sets that is hot where rows are evicted at so many steps."""
+        return float(np.interp(steps, np.arange(1, WINDOW + 1), self.growth))
