@@ -176,3 +176,28 @@ def test_a_row_written_in_this_step_is_read(decode, rows):
         out = two_tier.finish(q, planned, Mode.DA) if planned else two_tier.in_passes(0, q, topk)
         torch.testing.assert_close(out, expected(q, host[0], topk), atol=2e-6, rtol=1e-5)
     two_tier.tier.caches[0].check_rows(np.arange(rows), "layer 0")
+
+
+class FakeStream:
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_what_the_scheduler_forks_comes_after_the_step_under_way(monkeypatch, capturing):
+    steps, scheduler = FakeStream(), FakeStream()
+    transfer = TransferStream("cpu")
+    transfer._stream = FakeStream()
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: steps)
+    transfer.begin_step()
+    assert transfer.fork() is transfer._stream and transfer._stream.waited == [steps]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: scheduler)
+    transfer._stream.waited.clear()
+    transfer.fork()
+    # A capture must not wait for what is outside of it.
+    assert transfer._stream.waited == ([scheduler] if capturing else [scheduler, steps])

@@ -44,7 +44,9 @@ class Pool(pool.CudaEssTokenToKVPool):
         nan = float("nan")  # reading a row that nobody filled must show
         self.kv_buffer = [torch.full((SLOTS, 1, NOPE + ROPE), nan) for _ in range(LAYERS)]
         self.capacity = SimpleNamespace(
-            geometry=SimpleNamespace(topk=TOPK), hot_rows=hot_rows, staging_rows=staging_rows
+            geometry=SimpleNamespace(topk=TOPK, tier=SimpleNamespace(moves=False)),
+            hot_rows=hot_rows,
+            staging_rows=staging_rows,
         )
         self._create_tiers()
         for rows in self.tier.rows:

@@ -48,12 +48,25 @@ class TransferStream:
 
     def __init__(self, device):
         self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+        self._steps: torch.cuda.Stream | None = None  # the main stream of forward passes
+
+    def begin_step(self) -> None:
+        """A forward pass begins on the current stream, perhaps the replay of a graph."""
+        if self._stream is not None:
+            self._steps = torch.cuda.current_stream()
 
     def fork(self):
-        """Context: what is launched in it runs here, after the main stream's work so far."""
+        """Context: what is launched in it runs here, after the main stream's work so far.
+
+        And after the step under way, where another stream forks (the scheduler's, which frees
+        slots): a replayed graph touches the tiers without this stream knowing of it.
+        """
         if self._stream is None:
             return nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        if self._steps not in (None, current) and not torch.cuda.is_current_stream_capturing():
+            self._stream.wait_stream(self._steps)
         return torch.cuda.stream(self._stream)
 
     def event(self) -> torch.cuda.Event | None:
