@@ -14,6 +14,15 @@ HOOKS = (
         test="tests/test_startup.py",
     ),
     Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.get_init_info",
+        kind="after",
+        signature="(self)",
+        body="sglang_ess.startup:scheduler_ready",
+        reason="The same facts on a GPU, where one tier has no need of the hook.",
+        when="cuda",
+        test="tests/test_startup.py",
+    ),
+    Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
         kind="around",
         signature="(self, running_batch)",

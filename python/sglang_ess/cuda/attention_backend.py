@@ -147,13 +147,16 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             self.next_step(forward_batch.batch_size)
 
     def next_step(self, batch: int) -> None:
-        """Once a decode step, on the host: read the counters, choose for the steps to come."""
+        """Once a decode step, on the host: read the counters, choose for the steps to come.
+
+        The counters are a copy that set off steps ago; where it is not there yet nobody waits.
+        """
         tier = self.token_to_kv_pool.tier
         self.token_to_kv_pool.transfer.begin_step()
         self.token_to_kv_pool.before_decode_step(batch)
         self._canary()
         self._steps += 1
-        if self._steps % MIRROR_STEPS:
+        if self._steps % MIRROR_STEPS or not tier.is_mirrored():
             return
         self.policy.observe(tier.read()[0], self.dsa_index_topk)
         tier.mirror()

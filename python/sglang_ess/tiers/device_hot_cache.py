@@ -175,7 +175,7 @@ class DeviceTier:
         """What the last mirror() shows; None where that is under way, was given before, or came
         before any plan. Its ages are a view, valid until the next mirror().
         """
-        if self._was_looked_at or not self._is_mirrored():
+        if self._was_looked_at or not self.is_mirrored():
             return None
         self._was_looked_at = True
         counters, words, ages = (tensor.numpy() for tensor in self._mirror)
@@ -190,7 +190,7 @@ class DeviceTier:
         ages = () if self.owned is None else (self.owned.ages,)
         return self.state.counters, self.state.words, *ages
 
-    def _is_mirrored(self) -> bool:
+    def is_mirrored(self) -> bool:
         return self._mirror is not None and (self._copied is None or self._copied.query())
 
     def mirror(self) -> None:
@@ -221,7 +221,7 @@ class DeviceTier:
         """misses, evictions and evicted_age of all layers, as of the last mirror(); None while
         that is under way: nobody waits.
         """
-        if not self._is_mirrored():
+        if not self.is_mirrored():
             return None
         counters = self._mirror[0].numpy().sum(axis=0)
         return tuple(
