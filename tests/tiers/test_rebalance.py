@@ -127,6 +127,17 @@ def test_large_moves_take_several_steps():
     stage.arena.check_integrity()
 
 
+def test_rows_on_their_way_are_shared_out_too():
+    """A round without rest decides again while rows move; then a step outgrows its layer."""
+    stage = Stage([40] * 6 + [300] * 6, Schedule(settle=10, counted=30, rest=0))
+    while not stage.arena.spare:
+        stage.run(1)
+    stage.widths = [2000] * 12
+    stage.run(1, queries=24)
+    stage.run(2 * ROUND, queries=24)
+    assert stage.rows == [EVEN] * 12 and stage.arena.spare == 0
+
+
 @pytest.mark.parametrize("num_slots", [100, 16_384, 1 << 20, 5_000_000])
 def test_ghost_bytes(num_slots):
     """At most 16 B for each of the slots sampled, those of a domain of powers of two."""

@@ -58,11 +58,19 @@ def floor_rows(even: int, least: int) -> int:
 
 
 def _choose(
-    curves: list[MissCurve], current: Sequence[int], floor: int, cap: int, counted: float
+    curves: list[MissCurve],
+    current: Sequence[int],
+    total: int,
+    floor: int,
+    cap: int,
+    counted: float,
 ) -> Budgets | None:
-    """Budgets worth moving to from the current rows, if any; counted: misses that curves saw."""
+    """Budgets worth moving to from the current rows, if any; counted: misses that curves saw.
+
+    total: rows of all layers, those on their way from one to another too
+    """
     if min(current) < floor:  # a step has become larger than a layer: that is not for choice
-        return allot(curves, sum(current), floor, cap)
+        return allot(curves, total, floor, cap)
     gain = max(MIN_GAIN, NOISE / max(1.0, counted) ** 0.5)
     return rebalanced(curves, current, floor, cap, min_gain=gain)
 
@@ -109,8 +117,8 @@ class Rebalancer:
         self.curves: list[MissCurve] | None = None
         self.rebalances = self.rows_moved = 0
         num_slots = arena.caches[0].num_slots
-        rows = sum(cache.num_rows for cache in arena.caches)
-        even = self._even = rows // len(arena.caches)
+        self._total = sum(cache.num_rows for cache in arena.caches)
+        even = self._even = self._total // len(arena.caches)
         sizes = [
             min(num_slots, max(1, round(even * MIN_SHARE * SIZE_STEP**i)))
             for i in range(NUM_SIZES)
@@ -160,7 +168,8 @@ class Rebalancer:
         floor = floor_rows(self._even, max(self._least, round(UNION_MARGIN * union)))
         # One row less than all: with all of them a layer keeps no order of use to go by.
         cap = caches[0].num_slots - 1
-        found = _choose(self.curves, current, floor, cap, self._counted(current))
+        counted = self._counted(current)
+        found = _choose(self.curves, current, self._total, floor, cap, counted)
         if found is None:
             return None
         self.budgets = found
@@ -247,7 +256,8 @@ class AgeRebalancer:
         found = None
         if is_steady:
             counted = self._looks * expected_misses(self.curves, self.rows)
-            found = _choose(self.curves, self.rows, floor, self._cap, counted)
+            total = sum(self.rows)
+            found = _choose(self.curves, self.rows, total, floor, self._cap, counted)
         elif is_short:
             found = allot(self.curves, sum(self.rows), floor, self._cap)
         self._begin()
