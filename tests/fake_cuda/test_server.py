@@ -1,0 +1,184 @@
+"""A real ESS server on SGLang's CUDA path, over CUDA libraries whose kernels do nothing.
+
+Proved: the path starts (options, memory, pools, Triton kernels compiled for sm_90 with their real
+specialisations, others by nvcc); every launch has a legal configuration; decode graphs of off,
+DA and DBA are captured without a call that a capture forbids, end in one stream, and are
+replayed; no stream's work runs beside a graph that it must not; requests, prefix hits and an
+abort take their way to the end.
+
+Not proved: any value or time. Memory keeps what was in it, tokens are zeros, no kernel runs. The
+rules of capture are those of CUDA's documentation as csrc/ has them, not a driver's.
+"""
+
+import json
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_ess.attention.overlap import Mode
+from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
+from tests.fake_cuda import build
+from tests.support.server import Server
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(build.missing()), reason=f"needs {build.missing()}"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="here the real one is"),
+]
+
+LAYERS, BATCHES, SLOTS = 2, (1, 2, 4), 40_000
+START_SECONDS = 900  # the first start compiles some twenty kernels
+# DeepSeek-V3.2's own indexer and top-k, which the CUDA kernels ask for; the rest as small as goes.
+MODEL = TinyModelConfig(
+    layers=LAYERS, heads=16, hidden=1024, index_heads=32, index_topk=2048, q_lora_rank=256,
+    nope_dim=128, v_dim=128,
+)  # fmt: skip
+FLAGS = (
+    "--kv-cache-dtype", "bfloat16", "--cuda-graph-backend-prefill", "disabled",
+    "--cuda-graph-bs-decode", *map(str, BATCHES), "--max-running-requests", str(BATCHES[-1]),
+    "--max-total-tokens", str(SLOTS), "--ess-hot-ratio", "0.3", "--enable-cache-report",
+)  # fmt: skip
+# Made up, so that each batch takes another mode: the first off, the second DA, the third DBA.
+COSTS = {
+    "batches": BATCHES,
+    "misses": [0, 2048],
+    "us": {
+        mode.value: [[10 if place == chosen else 90] * 2 for place in range(len(BATCHES))]
+        for chosen, mode in enumerate(Mode)
+    },
+    "empty_us": 500,
+    "halving_us": 0,
+    "source": "made up",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One server's life. lines: (kind, text) that the fake runtime logged; answers: by name."""
+
+    lines: list[tuple[str, str]]
+    answers: dict[str, list[dict]]
+    status: int
+    log: str
+
+
+def generate(server, length, output, seed=0, **more):
+    """The meta_info of one request."""
+    ids = [3 + (seed * 7919 + i * (seed + 3)) % 200 for i in range(length)]
+    sampling = {"max_new_tokens": output, "ignore_eos": True, "temperature": 0}
+    body = {"input_ids": ids, "sampling_params": sampling, **more}
+    status, text = server.post("/generate", body)
+    assert status == 200, text
+    # A stream's last event has the whole answer.
+    last = [line for line in text.splitlines() if "meta_info" in line][-1]
+    return json.loads(last.removeprefix("data: "))["meta_info"]
+
+
+def together(server, count, length, output, seed):
+    with ThreadPoolExecutor(count) as pool:
+        jobs = [
+            pool.submit(generate, server, length + 7 * i, output, seed + i) for i in range(count)
+        ]
+        return [job.result() for job in jobs]
+
+
+def aborted(server, output):
+    """A request that is aborted once it is seen decoding."""
+
+    def decoding():
+        return "cuda graph: True" in server.log.read_text(errors="replace")[before:]
+
+    before = len(server.log.read_text(errors="replace"))
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(generate, server, 50, output, 9, rid="aborted")
+        server.wait_for(decoding, 60, "decoding")
+        server.post("/abort_request", {"rid": "aborted"})
+        return job.result()
+
+
+def requests(server) -> dict[str, list[dict]]:
+    found = {
+        "short": [generate(server, 20, 8)],
+        "long": [generate(server, 3000, 20, 5)],
+        "again": [generate(server, 3000, 5, 5)],
+        "two": together(server, 2, 100, 60, 50),
+        "four": together(server, 4, 2400, 60, 70),
+        "crowd": together(server, 8, 300, 20, 90),
+        "aborted": [aborted(server, 10_000)],
+    }
+    assert server.post("/flush_cache", b"")[0] == 200
+    return found | {"flushed": [generate(server, 3000, 5, 5)]}
+
+
+@pytest.fixture(scope="module")
+def run(request, tmp_path_factory):
+    folder, kept = tmp_path_factory.mktemp("fake_cuda"), request.config.cache.mkdir("fake_cuda")
+    model = write_tiny_model(folder / "model", MODEL)
+    (folder / "costs.json").write_text(json.dumps({"overlap_costs": COSTS}))
+    log = folder / "cuda.log"
+    flags = (*FLAGS, "--ess-overlap-costs", str(folder / "costs.json"))
+    env = build.environment(kept, log)
+    with Server(model, *flags, log=folder / "server.log", env=env) as server:
+        server.wait_ready(START_SECONDS)
+        answers = requests(server)
+        status = server.stop()
+        text = server.log.read_text(errors="replace")
+    lines = re.findall(r"^\d+ ([A-Z]+): (.*)$", log.read_text(errors="replace"), re.M)
+    yield Run(lines, answers, status, text)
+
+
+def graphs(run) -> list[SimpleNamespace]:
+    return [SimpleNamespace(**json.loads(text)) for kind, text in run.lines if kind == "GRAPH"]
+
+
+def mode_of(graph) -> Mode:
+    """What the graph's kernels say: parts are merged in DA and DBA, halves fetched in DBA."""
+    fetches = graph.kernels["_fetch_kernel"]
+    merges = sum(n for name, n in graph.kernels.items() if "merge" in name.lower())
+    assert merges in (0, LAYERS) and fetches in (LAYERS, 2 * LAYERS)
+    return Mode.DBA if fetches > LAYERS else Mode.DA if merges else Mode.OFF
+
+
+def test_no_illegal_call_and_no_breach_of_order(run):
+    harmless = {"GRAPH", "LAUNCH", "STUB", "MISSING"}
+    assert [(kind, text[:300]) for kind, text in run.lines if kind not in harmless] == []
+
+
+def test_each_mode_is_captured_for_each_batch(run):
+    # One request cannot be halved: its DBA is DA.
+    sizes = len(BATCHES)
+    expected = {Mode.OFF: sizes, Mode.DA: sizes + 1, Mode.DBA: sizes - 1}
+    assert Counter(map(mode_of, graphs(run))) == expected
+    assert all(graph.streams >= 2 for graph in graphs(run))
+
+
+def test_each_mode_is_replayed(run):
+    modes = {graph.id: mode_of(graph) for graph in graphs(run)}
+    launched = Counter(modes[int(text)] for kind, text in run.lines if kind == "LAUNCH")
+    assert set(launched) == set(Mode)
+
+
+def test_requests_are_answered(run):
+    sizes = {"short": 8, "long": 20, "again": 5, "two": 60, "four": 60, "crowd": 20, "flushed": 5}
+    for name, output in sizes.items():
+        for answer in run.answers[name]:
+            assert answer["finish_reason"]["type"] == "length", name
+            assert answer["completion_tokens"] == output, name
+    (stopped,) = run.answers["aborted"]
+    assert stopped["finish_reason"]["type"] == "abort"
+    assert stopped["completion_tokens"] < 10_000
+
+
+def test_prefixes_hit(run):
+    cached = {name: answers[0]["cached_tokens"] for name, answers in run.answers.items()}
+    assert (cached["long"], cached["again"], cached["flushed"]) == (0, 2944, 0)
+
+
+def test_the_server_ends_cleanly(run):
+    assert run.status == 0
+    assert "Traceback" not in run.log
