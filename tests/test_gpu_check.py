@@ -44,7 +44,7 @@ def host(tmp_path):
     def run(*arguments, **environment):
         calls = tmp_path / "calls"
         calls.write_text("")
-        names = dict(OUT="out", SITE="site", VENV="venv", WORK="work", WHEELS="whl", JOINED="all")
+        names = dict(OUT="out", SITE="site", VENV="venv", WORK="kept", WHEELS="whl", JOINED="all")
         env = os.environ | {name: str(tmp_path / path) for name, path in names.items()}
         env |= {"PATH": f"{bin}:{os.environ['PATH']}", "PYTHON": str(bin / "python")}
         done = subprocess.run(
@@ -79,15 +79,15 @@ def test_stages_are_chosen_and_later_ones_find_what_earlier_calls_left(host):
     assert done.returncode == 0 and list(results) == ["facts", "bench"]
     for name in ("kernels.json", "gpu_check.log"):  # as the device's OUT is before a call
         (host.folder / "out" / name).unlink()
-    (host.folder / "work" / "slice").mkdir()
-    (host.folder / "work" / "slice" / "config.json").write_text("{}")
+    (host.folder / "kept" / "slice").mkdir()
+    (host.folder / "kept" / "slice" / "config.json").write_text("{}")
     done, results, calls = host(
         "--stages", "predict,serving,exact", "--seconds", "205", "--", "--only", "first"
     )
     assert done.returncode == 0 and list(results) == ["facts", "exact", "serving", "predict"]
     exact, serving, predict = [call for call in calls if " -m " in call]
     assert "-m pytest" in exact and "tests/gpu" in exact
-    kernels = f"{host.folder}/work/kernels.json"
+    kernels = f"{host.folder}/kept/kernels.json"
     assert f"--overlap-costs {kernels}" in serving and "--only" not in serving
     assert f"--kernels {kernels}" in predict and predict.endswith("--only first")
     # Of 200 s, 60 are predict's; the rest is exact's and serving's, and serving inherits.

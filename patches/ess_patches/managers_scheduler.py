@@ -1,26 +1,26 @@
 """sglang.srt.managers.scheduler: its handshake with the HTTP process, who joins a batch."""
 
+from dataclasses import replace
+
 from ess_patches.contract import Hook
 
+_INIT_INFO = Hook(
+    target="sglang.srt.managers.scheduler.Scheduler.get_init_info",
+    kind="after",
+    signature="(self)",
+    body="sglang_ess.startup:scheduler_ready",
+    reason="Its result is sent once the pool exists and before the first request: the "
+    "kernels are prepared there, and what a token costs goes along to the HTTP process.",
+    when="cpu",
+    test="tests/test_startup.py",
+)
+
 HOOKS = (
-    Hook(
-        target="sglang.srt.managers.scheduler.Scheduler.get_init_info",
-        kind="after",
-        signature="(self)",
-        body="sglang_ess.startup:scheduler_ready",
-        reason="Its result is sent once the pool exists and before the first request: the "
-        "kernels are prepared there, and what a token costs goes along to the HTTP process.",
-        when="cpu",
-        test="tests/test_startup.py",
-    ),
-    Hook(
-        target="sglang.srt.managers.scheduler.Scheduler.get_init_info",
-        kind="after",
-        signature="(self)",
-        body="sglang_ess.startup:scheduler_ready",
+    _INIT_INFO,
+    replace(
+        _INIT_INFO,
         reason="The same facts on a GPU, where one tier has no need of the hook.",
         when="cuda",
-        test="tests/test_startup.py",
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",

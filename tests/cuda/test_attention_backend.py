@@ -43,11 +43,9 @@ class Pool(pool.CudaEssTokenToKVPool):
         self.kv_cache_dim, self.dsa_kv_cache_store_fp8 = NOPE + ROPE, False
         nan = float("nan")  # reading a row that nobody filled must show
         self.kv_buffer = [torch.full((SLOTS, 1, NOPE + ROPE), nan) for _ in range(LAYERS)]
-        self.capacity = SimpleNamespace(
-            geometry=SimpleNamespace(topk=TOPK, tier=SimpleNamespace(moves=False)),
-            hot_rows=hot_rows,
-            staging_rows=staging_rows,
-        )
+        shape = SimpleNamespace(topk=TOPK, tier=SimpleNamespace(moves=False))
+        sizes = {"hot_rows": hot_rows, "staging_rows": staging_rows}
+        self.capacity = SimpleNamespace(geometry=shape, **sizes)
         self._create_tiers()
         for rows in self.tier.rows:
             rows.fill_(nan)
