@@ -5,6 +5,9 @@ so they start before their tests come, where any of those will run.
 """
 
 import os
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -43,6 +46,29 @@ def starts_early(request):
     if any({"EngineProcess", "parity"} & vars(module).keys() for module in modules):
         engine.start_importing()
     early(request, needed_by="starting_cluster", start="starting_cluster")
+    early(request, needed_by="kernel_runs", start="kernel_runs")
+
+
+@pytest.fixture(scope="session")
+def kernel_runs(tmp_path_factory):
+    """() -> results of two processes, waited for: the first compiles, the second loads."""
+    root = tmp_path_factory.mktemp("kernels")
+    files = [root / "compiled.npz", root / "loaded.npz"]
+    run = f"{shlex.quote(sys.executable)} -m tests.support.kernel_results"
+    process = subprocess.Popen(
+        ["sh", "-c", " && ".join(f"{run} {shlex.quote(str(file))}" for file in files)],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(root / "cache")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def wait():
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+        return files
+
+    yield wait
+    process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
     on_cpu = plugin.activate_cpu_platform() is not None
     if reasons := preflight.server_reasons(server_args, config, on_cpu):
         return _refuse(reasons)
-    startup.before_processes(config.enabled, on_cpu)
+    startup.before_processes(config.enabled, on_cpu, preflight.may_be_sparse(server_args))
     try:
         with startup.announced(server_args, since):
             run_server(server_args)

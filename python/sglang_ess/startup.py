@@ -30,8 +30,11 @@ def _prefix() -> str:
     return f"{announce.MARK} {PREFIX}" if announce.requested() else PREFIX
 
 
-def before_processes(enabled: bool, on_cpu: bool) -> None:
-    """The launcher's last words and work before SGLang starts its processes."""
+def before_processes(enabled: bool, on_cpu: bool, sparse: bool) -> None:
+    """The launcher's last words and work before SGLang starts its processes.
+
+    sparse: whether the model may have sparse attention; a dense one runs none of our kernels
+    """
     if announce.requested():
         progress(
             "warning: --ess-topk-stream replaces what decode attends to: outputs are wrong, only "
@@ -42,7 +45,7 @@ def before_processes(enabled: bool, on_cpu: bool) -> None:
             "warning: ESS on a GPU is written and tested without one; docs/gpu.md says what has "
             "run on which card. --disable-ess serves one-tier."
         )
-    if enabled and on_cpu:  # one-tier serves dense models too: they have no kernels of ours
+    if on_cpu and sparse:
         _prepare_kernels()
     progress(
         "starting the scheduler and the detokenizer: each imports SGLang (10 to 20 s), then "

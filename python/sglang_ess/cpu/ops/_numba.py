@@ -12,7 +12,10 @@ from numba.extending import overload
 # Cached beside the sources (or in numba's user cache), so only a machine's first start
 # compiles. fastmath without nnan/ninf: -inf marks masked scores and must survive.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
-jit = numba.njit(cache=True, fastmath=FASTMATH, nogil=True)
+# For functions that kernels call. Numba compiles each alone and once more inside every kernel,
+# where LLVM may sum in another order: without forceinline the process that compiles runs the
+# first of the two and a process that loads the kernel from the cache the second.
+jit = numba.njit(cache=True, fastmath=FASTMATH, nogil=True, forceinline=True)
 parallel_jit = numba.njit(cache=True, fastmath=FASTMATH, nogil=True, parallel=True)
 
 # e4m3 bits placed in a float32's exponent and mantissa read 2**-120 too small: its bias
