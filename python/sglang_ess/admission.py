@@ -244,6 +244,8 @@ class Admission:
         """How many of the head of the queue may join the running requests in the next step.
 
         running counts those admitted before that have not had a step yet (PD transfers).
+        waiting: of the queue's head as many as have a place in the batch: while they are admitted
+        they are walked, and those that could not join would only blur what is known of the batch
         within: as many of the queue as may find slots; only so many make a larger batch
         """
         self._running = running

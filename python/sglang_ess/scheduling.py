@@ -12,6 +12,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,8 +52,10 @@ def prebuilt_round(original: Any, scheduler: Any, running_batch: Any) -> Any:
     keep, parked = gate.keep(running_batch), []
     if keep is not None:
         parked = park(scheduler, running_batch, keep)
-    batch = gate.round(original, running_batch)
-    scheduler.waiting_queue[:0] = parked
+    try:
+        batch = gate.round(original, running_batch)
+    finally:
+        scheduler.waiting_queue[:0] = parked
     scheduler.token_to_kv_pool_allocator.is_idle = batch is None and not holds_slots(
         scheduler, running_batch
     )
@@ -85,11 +88,12 @@ def park(scheduler: Any, running_batch: Any, keep: int) -> list[Any]:
     live = [i for i in order if not reqs[i].finished()]
     kept, gone = set(order) - set(live[keep:]), sorted(live[keep:])
     parked = [reqs[i] for i in gone]
-    if parked:
-        running_batch.filter_batch(keep_indices=sorted(kept))
-        running_batch.batch_is_full = False
     for req in parked:
         req.retracted_stain = True  # its cached tokens are counted
+    if parked:
+        running_batch.batch_is_full = False
+        # Last: once they are out of the batch, nothing may fail before the caller has them.
+        running_batch.filter_batch(keep_indices=sorted(kept))
     return parked
 
 
@@ -192,23 +196,66 @@ class Gate:
 
     def round(self, original: Any, running_batch: Any) -> Any:
         """SGLang's own round, over the part of the waiting queue that may join."""
-        scheduler = self._scheduler
-        held: list[Any] = []
-        if self.admission is not None and scheduler.waiting_queue:
+        scheduler, count = self._scheduler, len(self._scheduler.waiting_queue)
+        if self.admission is not None and count:
             if scheduler.enable_priority_scheduling:
                 scheduler.policy.calc_priority(scheduler.waiting_queue, running_batch)
             running = len(running_batch.reqs) + (scheduler.chunked_req is not None)
-            within = self._most_joining(running)
-            joining = self.admission.admit(running, self._candidates(), within).count
-            count = self._agreed(joining)
-            held = scheduler.waiting_queue[count:]
-            scheduler.waiting_queue = scheduler.waiting_queue[:count]
-        if self._warm_up is not None:
-            self._warm(scheduler.waiting_queue, held)
-        try:
+            within, head = self._most_joining(running), self._candidates(self._reach(running))
+            count = self._agreed(self.admission.admit(running, head, within).count)
+        with self._hiding_all_but(count):
+            if self._warm_up is not None:
+                for req in scheduler.waiting_queue:
+                    self._warm_up.warm(req, scheduler.req_to_token_pool.req_to_token)
             return original(scheduler, running_batch)
+
+    @contextmanager
+    def _hiding_all_but(self, count: int) -> Iterator[None]:
+        """Meanwhile the waiting queue is its head alone; then it is whole again, whatever happens.
+
+        What SGLang adds to the queue meanwhile comes last, as if it had seen all of it. The rest
+        of the queue is neither walked nor copied, however long.
+        """
+        scheduler, queue = self._scheduler, self._scheduler.waiting_queue
+        if count >= len(queue):
+            yield
+            return
+        head = queue[:count]
+        scheduler.waiting_queue = list(head)
+        try:
+            yield
         finally:
-            scheduler.waiting_queue = scheduler.waiting_queue + held
+            were, left = set(map(id, head)), scheduler.waiting_queue
+            queue[:count] = [req for req in left if id(req) in were]
+            queue += [req for req in left if id(req) not in were]
+            scheduler.waiting_queue = queue
+
+    def _reach(self, running: int) -> int:
+        """Of the queue's head: as many as one round of SGLang's can take."""
+        scheduler = self._scheduler
+        places = max(0, scheduler.max_running_requests - running)
+        if self._is_decode_server:
+            return places
+        if self._passes_over:
+            return len(scheduler.waiting_queue)
+        # One at least is shown, so that SGLang takes note that the batch is full.
+        return max(1, places)
+
+    @property
+    def _passes_over(self) -> bool:
+        """Whether a prompt round takes requests from anywhere in the queue, or places of others.
+
+        Its policy may sort the whole queue; it skips requests whose adapter or stored prefix is
+        not there yet; and with preemption a place need not be free.
+        """
+        scheduler = self._scheduler
+        return (
+            not (scheduler.schedule_policy == "fcfs" or scheduler.enable_priority_scheduling)
+            or scheduler.enable_priority_preemption
+            or scheduler.enable_lora
+            or scheduler.enable_hicache_storage
+            or scheduler.enable_lmcache
+        )
 
     def _most_joining(self, running: int) -> int:
         """Of the queue's head: those that have a place in the batch, and slots, if none share."""
@@ -226,14 +273,7 @@ class Gate:
         group = self._scheduler.attn_tp_cpu_group
         return all_reduce_flags([number], group, torch.distributed.ReduceOp.MIN)[0]
 
-    def _candidates(self) -> Iterator[Candidate]:
-        for req in self._scheduler.waiting_queue:
+    def _candidates(self, count: int) -> Iterator[Candidate]:
+        for req in itertools.islice(self._scheduler.waiting_queue, count):
             rows = self._warm_up.working_set(req) if self._warm_up else None
             yield Candidate(req.seqlen, rows, cold=self._arrives_cold and rows is None)
-
-    def _warm(self, joining: list[Any], held: list[Any]) -> None:
-        """Disaggregated decode: the rows that a joining prompt's end selected become hot."""
-        table = self._scheduler.req_to_token_pool.req_to_token
-        for req in joining:
-            self._warm_up.warm(req, table)
-        self._warm_up.forget_others(held)

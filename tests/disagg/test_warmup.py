@@ -1,6 +1,7 @@
 """Warm-up ids from a prompt's end to a hot tier: recorded, sent, refused or used."""
 
 import logging
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -164,9 +165,12 @@ def test_what_never_starts_is_forgotten(buffers):
         buffers.get_buf(0)
     assert list(buffers.arrived) == [5, 6, 7, 8], "no more than there are items"
     warm_up = warmup.WarmUp(hot_pool(), buffers)
-    assert warm_up.working_set(request(room=8)) == 1
-    warm_up.forget_others([])
-    assert warm_up._ids == {}
+    req = request(room=8)
+    assert warm_up.working_set(req) == 1 and warm_up.working_set(req) == 1
+    groups = weakref.ref(getattr(req, warmup.IDS)[0][0])
+    assert groups() is not None
+    del req
+    assert groups() is None
 
 
 def test_the_buffer_is_the_last_and_one_item_a_request(buffers):

@@ -115,7 +115,7 @@ def test_what_goes_in_comes_out(case):
     assert 30 <= firsts <= 30 * system.queries
     assert results.ttft.count == 30
     for rank in system.serving.ranks:
-        assert rank.slots.free == rank.slots.num_slots and not rank.members
+        assert rank.slots.free == rank.slots.num_slots and not rank.load
         if isinstance(rank.fetches, TierFetches):
             assert not rank.fetches.requests
     fetched = sum(rank.fetches.totals.misses for rank in system.serving.ranks)

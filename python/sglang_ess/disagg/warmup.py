@@ -14,6 +14,7 @@ from sglang_ess.pool import EssTokenToKVPool
 
 logger = logging.getLogger(__name__)
 
+IDS = "ess_warm_up_ids"  # attribute of a request: Groups, or None where nobody said
 # Of a layer, oldest use first.
 Groups = list[list[np.ndarray]]
 
@@ -21,12 +22,13 @@ Groups = list[list[np.ndarray]]
 class WarmUp:
     """Takes each request's payload when it is first asked for, and warms once.
 
+    What was taken stays on the request (IDS) until then, so that it goes with one that never
+    starts: nobody has to look through the queue for those.
     buffers: the scheduler's EssMetadataBuffers
     """
 
     def __init__(self, pool: EssTokenToKVPool, buffers: Any):
         self._pool, self._buffers = pool, buffers
-        self._ids: dict[int, Groups | None] = {}  # by bootstrap room
         self.refused = 0
 
     def working_set(self, req: Any) -> int | None:
@@ -47,7 +49,7 @@ class WarmUp:
         req_to_token: SGLang's table; the request's row is brought to the host if it is needed
         """
         ids = self._take(req)
-        self._ids.pop(req.bootstrap_room, None)
+        delattr(req, IDS)
         if ids is None:
             return
         table_row = req_to_token[req.kv.req_pool_idx].cpu()
@@ -57,17 +59,11 @@ class WarmUp:
             for part in topk.split(WARMUP_QUERIES):
                 self._pool.warm(layer, part)
 
-    def forget_others(self, reqs: list[Any]) -> None:
-        """Drop what was taken for requests that are not among these, which left unstarted."""
-        rooms = {req.bootstrap_room for req in reqs}
-        self._ids = {room: ids for room, ids in self._ids.items() if room in rooms}
-
     def _take(self, req: Any) -> Groups | None:
-        room = req.bootstrap_room
-        if room not in self._ids:
-            item = self._buffers.arrived.pop(room, None)
-            self._ids[room] = None if item is None else self._decode(item, req)
-        return self._ids[room]
+        if not hasattr(req, IDS):
+            item = self._buffers.arrived.pop(req.bootstrap_room, None)
+            setattr(req, IDS, None if item is None else self._decode(item, req))
+        return getattr(req, IDS)
 
     def _decode(self, item: np.ndarray, req: Any) -> Groups | None:
         layers = self._pool.capacity.geometry.layers

@@ -7,6 +7,7 @@ Working sets are measured by the production WorkingSetWindow and estimated by Wo
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -233,7 +234,7 @@ class Server:
         """The decode batch, and prefill requests with their tokens; first come, first served."""
         batch, used = self._batch()
         budget, prefills = self.setting.sparse.chunk_tokens - len(batch), []
-        for request in [*self._prefilling, *self._waiting]:
+        for request in [*self._prefilling, *itertools.islice(self._waiting, len(self._free))]:
             if budget <= 0:
                 break
             tokens = min(budget, request.prompt - request.prefilled)

@@ -5,7 +5,9 @@ A round sheds, admits, makes room and steps, in the order of SGLang's scheduler.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,10 +106,10 @@ class DecodeRank:
         self.retractions = self.shed = 0
 
     @property
-    def members(self) -> list[int]:
-        """Every request that is this rank's to serve."""
-        handing_off = [] if self.handing_off is None else [self.handing_off]
-        return [*self.inbox, *handing_off, *self.waiting, *self.running]
+    def load(self) -> int:
+        """Requests that are this rank's to serve."""
+        handing_off = self.handing_off is not None
+        return len(self.inbox) + handing_off + len(self.waiting) + len(self.running)
 
     # --- hand-off -----------------------------------------------------------------------
 
@@ -193,8 +195,8 @@ class DecodeRank:
         """The queue's head joins the batch: [(request, tokens of it that need no computing)]."""
         most = min(self.limits.max_running - len(self.running), len(self.waiting))
         if self.gate is not None and self.waiting:
-            candidates = map(self._candidate, self.waiting)
-            most = min(most, self.gate.admit(len(self.running), candidates, most))
+            head = map(self._candidate, itertools.islice(self.waiting, most))
+            most = min(most, self.gate.admit(len(self.running), head, most))
         joined = []
         while len(joined) < most and self._fits(self.waiting[0]):
             request = self.waiting.popleft()
@@ -221,17 +223,19 @@ class DecodeRank:
             return not self.limits.warmup
         return not self.limits.warmup or request in self._returning
 
-    def _reclaimable(self) -> list[int]:
+    def _reclaimable(self) -> Iterable[int]:
         """Waiting requests whose slots the radix tree gives up on demand, the first to go first."""
-        return list(reversed(self.waiting)) if self.limits.colocated else []
+        return reversed(self.waiting) if self.limits.colocated else ()
 
     def _fits(self, request: int) -> bool:
         """Whether its prompt has slots; on a decode server it has them already."""
         if not self.limits.colocated:
             return True
         tokens = int(self.requests.context_tokens[request])
-        kept = sum(self.slots.held(other) for other in self.waiting if other != request)
-        return self._has_room(self.slots.needs(request, tokens), self.slots.free + kept)
+        # Who neither runs nor is free waits. (Not asked one by one: the queue may be long.)
+        held = map(self.slots.held, [request, *self.running])
+        reclaimable = self.slots.num_slots - self.slots.free - sum(held)
+        return self._has_room(self.slots.needs(request, tokens), self.slots.free + reclaimable)
 
     def _cached(self, request: int) -> int:
         """Tokens of its context that are in the radix tree: its own, or a prefix of others."""

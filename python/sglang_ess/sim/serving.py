@@ -175,7 +175,7 @@ class Serving:
 
     def _route(self, request: int) -> None:
         """To the decode rank that has the fewest requests."""
-        loads = [len(rank.members) for rank in self.ranks]
+        loads = [rank.load for rank in self.ranks]
         number = int(np.argmin(loads))
         rank = self.ranks[number]
         self.requests.rank[request] = number
