@@ -94,26 +94,6 @@ def test_a_wrong_package_is_a_problem(capsys, monkeypatch, package, version, par
     assert status == 1 and part in out
 
 
-@pytest.mark.parametrize(
-    ("line", "files", "limit"),
-    [
-        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "4096"}, 4096),
-        ("0::/a/b", {"a/b/memory.max": "1024", "a/memory.max": "4096"}, 1024),
-        ("0::/host/only", {"memory.max": "512"}, 512),
-        ("0::/", {}, None),
-        ("4:memory:/job", {"memory/job/memory.limit_in_bytes": "2048"}, 2048),
-        ("4:cpu,memory:/job", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
-        ("3:cpuset:/job", {"memory/job/memory.limit_in_bytes": "2048"}, None),
-    ],
-)
-def test_cgroup_limit(tmp_path, line, files, limit):
-    (tmp_path / "membership").write_text(line + "\n")
-    for name, text in files.items():
-        file = tmp_path / "root" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n")
-    assert doctor.cgroup_limit_bytes(tmp_path / "membership", tmp_path / "root") == limit
-
-
-def test_no_cgroup_at_all(tmp_path):
-    assert doctor.cgroup_limit_bytes(tmp_path / "gone", tmp_path) is None
+def test_the_cgroup_limit_is_in_the_report(capsys, monkeypatch):
+    monkeypatch.setattr("sglang_ess.tiers.cgroup.limit_bytes", lambda: 3 << 30)
+    assert "memory_cgroup_limit_bytes  3.00 GiB" in run(capsys)[1]

@@ -12,7 +12,6 @@ import os
 import platform
 import resource
 import sys
-from pathlib import Path
 from typing import Any
 
 from sglang_ess.config import EssConfig
@@ -72,43 +71,17 @@ def host() -> dict[str, Any]:
     import llvmlite.binding as llvm
     import psutil
 
+    from sglang_ess.tiers import cgroup
+
     memory = psutil.virtual_memory()
     features = llvm.get_host_cpu_features()
     return {
         "cores": len(os.sched_getaffinity(0)),
         "memory_total_bytes": memory.total,
         "memory_available_bytes": memory.available,
-        "memory_cgroup_limit_bytes": cgroup_limit_bytes(),
+        "memory_cgroup_limit_bytes": cgroup.limit_bytes(),
         "cpu_features": [name for name in CPU_FEATURES if features.get(name)],
     }
-
-
-def cgroup_limit_bytes(
-    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """The tightest memory limit over this process's cgroup and its parents, v1 or v2.
-
-    Source: kernel docs, cgroup-v2 `memory.max` ("max" is none) and cgroup-v1
-    `memory.limit_in_bytes` (a value near 2^63 is none).
-    """
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return None
-    limits = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
-            continue
-        base = root / "memory" if controllers else root
-        file = "memory.limit_in_bytes" if controllers else "memory.max"
-        # In a container the path may be the host's: then only the mount's root exists.
-        group = base / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(base) and (folder / file).is_file():
-                text = (folder / file).read_text().strip()
-                limits += [int(text)] if text.isdigit() and int(text) < 1 << 60 else []
-    return min(limits, default=None)
 
 
 def contract_rows(active: str) -> tuple[list[dict[str, str]], list[str]]:

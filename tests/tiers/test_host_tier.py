@@ -4,11 +4,12 @@ import gc
 import logging
 import mmap
 import os
+from functools import partial
 
 import pytest
 import torch
 
-from sglang_ess.tiers import HostTier, free_host_bytes, host_tier
+from sglang_ess.tiers import HostTier, cgroup, free_host_bytes, host_tier
 
 GIB = 1 << 30
 
@@ -16,8 +17,8 @@ GIB = 1 << 30
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A machine with 8 GiB available and no cgroup; write(name, text) adds a file to it."""
-    monkeypatch.setattr(host_tier, "CGROUP", tmp_path)
     monkeypatch.setattr(host_tier, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(cgroup, "free_bytes", partial(cgroup.free_bytes, tmp_path / "proc"))
 
     def write(name, text):
         path = tmp_path / name
@@ -43,7 +44,9 @@ def test_sizes(shape, dtype, row_bytes):
     assert all(rows.is_pinned() == torch.cuda.is_available() for rows in tier.rows)
 
 
-def test_more_than_is_free_is_refused_with_numbers(machine):
+def test_more_than_is_free_is_refused_with_numbers(machine, tmp_path):
+    machine("proc/cgroup", "0::/job")
+    machine("proc/mountinfo", f"30 23 0:26 / {tmp_path} rw - cgroup2 cgroup2 rw")
     machine("memory.max", GIB)
     machine("memory.current", GIB // 2)
     machine("memory.stat", "anon 5")
@@ -59,36 +62,10 @@ def test_without_a_cgroup(machine):
     assert free_host_bytes() == 8 * GIB
 
 
-def test_cgroup_v2(machine):
-    machine("memory.max", 4 * GIB)
-    machine("memory.current", 3 * GIB)
-    machine("memory.stat", f"file 7\ninactive_file {GIB // 4}\nactive_file 9")
-    assert free_host_bytes() == GIB + GIB // 4
-    machine("memory.current", 5 * GIB)  # over its limit already: nothing, and not less
-    assert free_host_bytes() == 0
-    machine("memory.max", 99 * GIB)  # more than the machine has
-    assert free_host_bytes() == 8 * GIB
-
-
-def test_cgroup_v2_without_a_limit(machine):
-    machine("memory.max", "max")
-    machine("memory.current", 3 * GIB)
-    machine("memory.stat", "inactive_file 1")
-    assert free_host_bytes() == 8 * GIB
-
-
-def test_cgroup_v1(machine):
-    machine("memory/memory.limit_in_bytes", 2 * GIB)
-    machine("memory/memory.usage_in_bytes", GIB)
-    machine("memory/memory.stat", f"inactive_file 1\ntotal_inactive_file {GIB // 2}")
-    assert free_host_bytes() == GIB + GIB // 2
-    machine("memory/memory.limit_in_bytes", 2**63 - 4096)  # v1's word for no limit
-    assert free_host_bytes() == 8 * GIB
-
-
-def test_a_cgroup_that_cannot_be_read_is_no_limit(machine):
-    machine("memory.max", GIB)  # no memory.current: a hierarchy without the controller
-    assert free_host_bytes() == 8 * GIB
+def test_the_lesser_of_the_machine_and_the_cgroup(machine, monkeypatch):
+    for free, expected in ((2 * GIB, 2 * GIB), (0, 0), (99 * GIB, 8 * GIB)):
+        monkeypatch.setattr(cgroup, "free_bytes", lambda free=free: free)
+        assert free_host_bytes() == expected
 
 
 def test_a_kernel_without_mem_available(machine):

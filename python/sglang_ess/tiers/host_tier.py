@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from sglang_ess.tiers import cgroup
+
 logger = logging.getLogger(__name__)
 
-CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 GIB = 1 << 30
 LOG_SECONDS = 10  # between two lines of progress
@@ -124,14 +125,10 @@ def _unlock(cudart, locked: list[torch.Tensor]) -> None:
 
 
 def free_host_bytes() -> int:
-    """Host memory this process may still take: MemAvailable, or less under a cgroup limit."""
-    limits = [_meminfo("MemAvailable")]
-    for limit, usage, stat in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        limits.append(_cgroup_free(CGROUP / limit, CGROUP / usage, CGROUP / stat))
-    return min(value for value in limits if value is not None)
+    """Host memory this process may still take: MemAvailable, or less under a cgroup's limit."""
+    return min(
+        value for value in (_meminfo("MemAvailable"), cgroup.free_bytes()) if value is not None
+    )
 
 
 def _meminfo(key: str) -> int:
@@ -140,17 +137,3 @@ def _meminfo(key: str) -> int:
         if name == key:
             return int(value.split()[0]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_free(limit: Path, usage: Path, stat: Path) -> int | None:
-    """Bytes left of a cgroup's limit, file pages it can drop included; None without a limit."""
-    try:
-        total, used = limit.read_text().strip(), int(usage.read_text())
-        pairs = (line.split() for line in stat.read_text().splitlines())
-        droppable = {key: int(value) for key, value in pairs}
-    except OSError:
-        return None
-    if not total.isdigit():  # "max"
-        return None
-    file = droppable.get("total_inactive_file", droppable.get("inactive_file", 0))
-    return max(0, int(total) - used + file)
