@@ -120,6 +120,33 @@ def test_a_tier_smaller_than_the_batchs_union(decode, rows, width):
         torch.testing.assert_close(out, expected(q, host[0], topk), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_parts", [1, 8, 32])
+def test_bfloat16_parts_are_merged_in_float32(decode, num_parts):
+    """Of n parts of one row each part's rounding has weight 1 / n, as the result has 1 / sqrt(n)
+    of a row's size: together they err as one rounding does, and the result's own comes on top.
+    So the errors' root mean square is sqrt(2) of that of one part; merged in bfloat16, whose n
+    roundings come on top, several times as much.
+    """
+    two_tier, host = decode(rows=32 // num_parts, topk=32, max_queries=1)
+    host[0].copy_(host[0].bfloat16())  # as float32: what the kernel multiplies with bfloat16 q
+    rows, q = host[0].squeeze(1), 0.1 * torch.randn(2, HEADS, 576).bfloat16()
+
+    def attend(q, rows, indices, lengths):
+        return sparse_mla(q, rows.bfloat16(), indices, SCALE, lengths)
+
+    two_tier.attend = attend
+    topk = torch.stack([torch.arange(32), torch.arange(100, 132)]).int()
+    out = two_tier.in_passes(0, q, topk)
+    exact = sparse_mla_reference(q, rows, topk, SCALE)[0]
+    of_one = sparse_mla(q, rows.bfloat16(), topk, SCALE)[0]
+
+    def error(given):
+        return float((given.double() - exact).square().mean().sqrt())
+
+    assert out.dtype == torch.bfloat16
+    assert error(out) <= 1.2 * 2**0.5 * error(of_one)
+
+
 @pytest.mark.parametrize("mode", [Mode.DA, Mode.OFF])
 def test_attention_that_does_not_wait_is_noticed(decode, mode, monkeypatch):
     two_tier, host = decode(rows=90, topk=12)

@@ -217,14 +217,21 @@ class TwoTierDecode:
         wait(self._written)
 
     def in_passes(self, layer: int, q: torch.Tensor, topk: torch.Tensor) -> torch.Tensor:
-        """Attention of a batch that the hot tier cannot hold at once (invariant 5)."""
+        """Attention of a batch that the hot tier cannot hold at once (invariant 5).
+
+        Parts of a query are merged in float32 and rounded once: their number adds no error.
+        """
         cache, outs = self.tier.caches[layer], []
         parts: tuple[torch.Tensor, torch.Tensor] | None = None
         for part in cache.passes(*topk.shape):
-            got = self._one_pass(cache, q[part.queries], topk, part)
-            parts = got if part.columns.start == 0 else self.merge(parts, got)
-            if part.columns.stop == topk.shape[1]:
-                outs.append(parts[0])
+            out, lse = self._one_pass(cache, q[part.queries], topk, part)
+            if part.columns != slice(0, topk.shape[1]):
+                wide = out.float(), lse
+                parts = wide if part.columns.start == 0 else self.merge(parts, wide)
+                if part.columns.stop < topk.shape[1]:
+                    continue
+                out = parts[0].to(out.dtype)
+            outs.append(out)
         return torch.cat(outs)
 
     def _attend(self, q, cache: DeviceHotCache, indices, lengths=None):

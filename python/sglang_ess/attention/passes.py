@@ -8,8 +8,9 @@ import torch
 
 from sglang_ess.tiers import HotCache, Plan
 
-# (queries, hot rows [n, K] int32) -> (out [n, heads, dim], lse [n, heads], natural log)
-Attend = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# (queries, hot rows [n, K] int32, dtype) -> (out [n, heads, dim] of dtype, lse [n, heads], natural
+# log)
+Attend = Callable[[slice, torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
 
 
 def attend_hot(
@@ -17,30 +18,34 @@ def attend_hot(
     topk: torch.Tensor,
     attend: Attend,
     check: Callable[[Plan], None],
+    dtype: torch.dtype,
     same_step: bool = False,
 ) -> torch.Tensor:
-    """attend over the rows of topk [queries, K] int32 slots, -1 pads: out [queries, heads, dim].
+    """attend over the rows of topk [queries, K] int32 slots, -1 pads: out [queries, heads, dim] of dtype.
 
     A query is attended whole where the hot tier holds its top-k: then the result is that of
-    one tier, bit for bit. Else its parts are merged by log-sum-exp (invariant 5).
+    one tier, bit for bit. Else its parts are merged by log-sum-exp (invariant 5), in float32, and
+    rounded once: however many they are, only float32's error grows with them.
     check: called for each plan once its rows are there; same_step: see HotCache.plan
     """
-    passes = _passes(cache, topk, check, same_step)
-    plan = next(passes)
-    out, lse = attend(plan.queries, plan.rows)
-    if plan.stop is None:
-        return out
-    outs, lses = [out], [lse]
-    for plan in passes:
-        continues = plan.column > 0
-        out, lse = attend(plan.queries, plan.rows)
-        if continues:
-            merge_into(outs[-1][-1:], lses[-1][-1:], out[:1], lse[:1])
-            out, lse = out[1:], lse[1:]
-        if len(out):  # else the pass was one more part of a query that may go on
-            outs.append(out)
-            lses.append(lse)
-    return torch.cat(outs)
+    outs: list[torch.Tensor] = []
+    parts: tuple[torch.Tensor, torch.Tensor] | None = None  # of the query under way
+    for plan in _passes(cache, topk, check, same_step):
+        first, goes_on = plan.first, plan.stop is not None and plan.stop[1] > 0
+        if plan.column > 0 or goes_on:  # a part of its first query; if not the last, its only one
+            part = attend(slice(first, first + 1), plan.rows[:1], torch.float32)
+            if parts is None:
+                parts = part
+            else:
+                merge_into(*parts, *part)
+            if goes_on:
+                continue
+            outs.append(parts[0].to(dtype))
+            parts, first = None, first + 1
+        if first < plan.queries.stop or not outs:
+            whole = attend(slice(first, plan.queries.stop), plan.rows[first - plan.first :], dtype)
+            outs.append(whole[0])
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _passes(cache: HotCache, topk: torch.Tensor, check, same_step) -> Iterator[Plan]:
@@ -54,7 +59,7 @@ def _passes(cache: HotCache, topk: torch.Tensor, check, same_step) -> Iterator[P
 
 
 def merge_into(out, lse, other_out, other_lse) -> None:
-    """Fold attention over other rows into out [n, heads, dim] and lse [n, heads], in place.
+    """Fold attention over other rows into out [n, heads, dim] float32 and lse [n, heads], in place.
 
     A part without rows (lse -inf) changes nothing, bit for bit.
     """
@@ -64,5 +69,5 @@ def merge_into(out, lse, other_out, other_lse) -> None:
         torch.where(some, torch.exp(part - total), torch.zeros_like(total)).unsqueeze(-1)
         for part in (lse, other_lse)
     ]
-    out.copy_(out.float() * shares[0] + other_out.float() * shares[1])
+    out.copy_(out * shares[0] + other_out * shares[1])
     lse.copy_(total)

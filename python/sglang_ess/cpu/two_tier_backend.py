@@ -73,10 +73,11 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         for first in range(0, len(q), PLAN_QUERIES):
             block = slice(first, first + PLAN_QUERIES)
 
-            def attend(queries, rows, q=q[block], q_rope=q_rope[block]):
-                return attend_rows(layer, q[queries], q_rope[queries], cache.rows, rows)
+            def attend(queries, rows, dtype, q=q[block], q_rope=q_rope[block]):
+                parts = (part[queries].to(dtype) for part in (q, q_rope))
+                return attend_rows(layer, *parts, cache.rows, rows)
 
-            outs.append(attend_hot(cache, topk[block], attend, check, first > 0))
+            outs.append(attend_hot(cache, topk[block], attend, check, q.dtype, first > 0))
             if cache.query_misses.any():
                 requests = self.forward_metadata.req_rows[block].numpy()
                 pool.request_misses[requests] += cache.query_misses
