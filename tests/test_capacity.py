@@ -120,12 +120,37 @@ def test_not_one_page():
     line = refusal(most_slots, AUTO, SMALL, need - 1, SMALL.host_bytes(PAGE))
     for part in (
         f"one page of {PAGE} slots", capacity.size(need - 1), capacity.size(need),
-        "3 layers x 656 B", "--ess-hot-gib", "--ess-host-gib", "--ess-device-gib",
+        "3 layers x 656 B", "Raise the device memory (", "--ess-device-gib",
     ):  # fmt: skip
         assert part in line
     host = SMALL.host_bytes(PAGE)
     assert most_slots(AUTO, SMALL, GIB, host) == PAGE
     assert capacity.size(host) in refusal(most_slots, AUTO, SMALL, GIB, host - 1)
+
+
+@pytest.mark.parametrize(
+    ("device_is_short", "host_is_short"), [(True, False), (False, True), (True, True)]
+)
+@pytest.mark.parametrize(
+    ("config", "host_advice", "hot_advice"),
+    [
+        (AUTO, "free host memory or set --ess-host-gib", ""),
+        (EssConfig(host_gib=1, hot_ratio=0.5), "raise --ess-host-gib", ""),
+        (EssConfig(hot_gib=0.1), "free host memory or set --ess-host-gib", "lower --ess-hot-gib"),
+    ],
+)
+def test_the_memory_that_is_short_is_the_one_to_raise(
+    config, host_advice, hot_advice, device_is_short, host_is_short
+):
+    line = refusal(
+        most_slots, config, SMALL, 1 if device_is_short else GIB, 1 if host_is_short else GIB
+    )
+    _, _, advice = line.rpartition("of staging). ")
+    assert ("raise the device memory" in advice.lower()) == device_is_short
+    assert (host_advice in advice[0].lower() + advice[1:]) == host_is_short
+    assert ("--ess-host-gib" in advice) == host_is_short
+    assert ("--ess-hot-gib" in advice) == bool(device_is_short and hot_advice)
+    assert hot_advice in advice or not device_is_short
 
 
 def test_a_hot_tier_below_the_minimum_names_what_would_do():
@@ -139,13 +164,19 @@ def test_a_hot_tier_below_the_minimum_names_what_would_do():
 @settings(max_examples=100, deadline=None)
 @given(st.integers(64, 10**7), st.integers(1, 61))
 def test_the_remedy_is_enough(slots, layers):
-    """Printed with four digits, either flag is taken as it stands."""
+    """Printed with four digits it is taken as it stands, beside the flags that were given."""
     geometry = replace(SMALL, layers=layers)
-    line = refusal(settle, EssConfig(hot_ratio=1e-9), geometry, slots, GIB, PLENTY)
-    ratio = float(re.search(r"--ess-hot-ratio to ([\d.]*\d)", line)[1])
-    gib = float(re.search(r"--ess-hot-gib to ([\d.]*\d)", line)[1])
-    for config in (EssConfig(hot_ratio=ratio), EssConfig(hot_gib=gib)):
+    for flags in ({"hot_ratio": 1e-9}, {"hot_gib": 1e-12}):
+        line = refusal(settle, EssConfig(**flags), geometry, slots, GIB, PLENTY)
+        ((flag, value),) = re.findall(r"Raise --ess-(hot-\w+) to ([\d.]*\d)", line)
+        config = EssConfig(**flags | {flag.replace("-", "_"): float(value)})
         assert settle(config, geometry, slots, GIB, PLENTY).hot_rows >= 64
+
+
+def test_with_neither_flag_one_is_to_be_set():
+    line = refusal(settle, AUTO, SMALL, 64, 1, PLENTY)
+    ratio = float(re.search(r"Set --ess-hot-ratio to ([\d.]*\d)", line)[1])
+    assert settle(EssConfig(hot_ratio=ratio), SMALL, 64, 1, PLENTY).hot_rows >= 64
 
 
 def test_slots_that_the_host_cannot_hold():

@@ -183,13 +183,23 @@ def most_slots(config: EssConfig, geometry: Geometry, device_bytes: int, host_by
 
     if not fits(1):
         need = geometry.device_bytes(page, _least_hot_rows(config, geometry, page))
+        host_need, advice = geometry.host_bytes(page), []
+        if need > device_bytes:
+            advice.append(
+                "raise the device memory (--mem-fraction-static; --ess-device-gib on the CPU "
+                "platform)" + (" or lower --ess-hot-gib" if config.hot_gib is not None else "")
+            )
+        if host_need > host_bytes:
+            # Unset, it is a share of what is free.
+            verb = "raise" if config.host_gib is not None else "free host memory or set"
+            advice.append(f"{verb} --ess-host-gib")
+        advice = " and ".join(advice)
         raise CapacityError(
             f"memory must hold one page of {page} slots and the hot tier: got {size(device_bytes)} "
             f"of device and {size(host_bytes)} of host memory, limits {size(need)} and "
-            f"{size(geometry.host_bytes(page))} ({geometry.layers} layers x {geometry.row_bytes} "
-            f"B rows, {size(geometry.staging_bytes(page))} of staging). Lower --ess-hot-gib, or "
-            "raise --ess-host-gib or the device memory (--mem-fraction-static; --ess-device-gib "
-            "on the CPU platform)."
+            f"{size(host_need)} ({geometry.layers} layers x {geometry.row_bytes} "
+            f"B rows, {size(geometry.staging_bytes(page))} of staging). "
+            f"{advice[0].upper()}{advice[1:]}."
         )
     low, high = 1, 2
     while fits(high):
@@ -230,11 +240,14 @@ def settle(
         rows = min(max(rows, left // geometry.hot_row_bytes), slots + geometry.page_slots)
     least = min(MIN_HOT_ROWS, slots)
     if rows < least:
+        # The two flags exclude each other: the one that was given is the one to raise.
+        flag, value = "--ess-hot-ratio", least / slots
+        if config.hot_gib is not None:
+            flag, value = "--ess-hot-gib", least * geometry.hot_row_bytes / GIB
+        verb = "Set" if (config.hot_gib, config.hot_ratio) == (None, None) else "Raise"
         raise CapacityError(
             f"hot tier must hold {least} rows a layer: got {rows} for {slots} slots "
-            f"({size(rows * geometry.hot_row_bytes)}). Raise --ess-hot-ratio to "
-            f"{_rounded_up(least / slots)} or --ess-hot-gib to "
-            f"{_rounded_up(least * geometry.hot_row_bytes / GIB)}."
+            f"({size(rows * geometry.hot_row_bytes)}). {verb} {flag} to {_rounded_up(value)}."
         )
     if geometry.host_bytes(slots) > host_bytes:
         raise CapacityError(

@@ -1,5 +1,7 @@
 """Staging against a direct gather: what a prefill pass reads, in any grouping and order."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -129,6 +131,14 @@ def test_a_request_longer_than_a_buffer_is_refused_and_the_next_pass_works():
     run_pass(staging, host, small, small.topk(5))
 
 
+def test_where_slots_bound_the_buffer_more_context_is_no_advice():
+    staging = Staging(host_tier(), SLOTS)
+    table = torch.arange(SLOTS + 1, dtype=torch.int32).view(1, -1)
+    with pytest.raises(ValueError, match=f"limit {SLOTS}.*--max-total-tokens") as caught:
+        staging.begin([(0, SLOTS, 1)], table)
+    assert "--context-length" not in str(caught.value)
+
+
 def test_no_requests():
     staging = Staging(host_tier(), 8)
     assert staging.begin([], torch.zeros(1, 1, dtype=torch.int32)) == []
@@ -202,6 +212,43 @@ def test_a_pass_given_up_leaves_nothing_behind(given_up):
     for rows, values in zip(host, host_tier(seed=9), strict=True):
         rows.copy_(values)
     run_pass(staging, host, second, second.topk(6))
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+@pytest.mark.parametrize("failing", range(8))
+def test_a_failed_copy_is_reported_once_and_the_next_pass_works(
+    monkeypatch, caplog, failing, asked_for
+):
+    """Copy `failing` of a pass of two groups and three layers: of prefixes and of new rows.
+
+    asked_for: the pass goes on to where the failure shows; else it is given up as it sets off
+    """
+    host, batch, calls, real = host_tier(), Batch([(15, 2), (12, 3)]), [], module.copy_rows
+    staging, topk = Staging(host, 20), batch.topk(6)
+
+    def copy_rows(source, indices, target):
+        calls.append(indices)
+        if len(calls) == failing + 1:
+            raise OSError("injected")
+        real(source, indices, target)
+
+    monkeypatch.setattr(module, "copy_rows", copy_rows)
+    reported = 0
+    groups = staging.begin(batch.spans, batch.table)
+    for item in range(6):
+        if not asked_for and staging._pending and staging._pending[1].exception():
+            break
+        layer, i = divmod(item, 2)
+        try:
+            check_group(staging, host[layer], layer, i, topk[groups[i].queries])
+        except OSError:
+            reported += 1
+            break
+    with caplog.at_level(logging.WARNING, module.__name__):
+        run_pass(staging, host, batch, topk)
+        run_pass(staging, host, batch, topk)
+    assert reported + len(caplog.records) == 1
+    assert all("OSError: injected" in record.getMessage() for record in caplog.records)
 
 
 def test_the_same_slot_in_several_groups_and_passes():

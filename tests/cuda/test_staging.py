@@ -161,6 +161,29 @@ def test_a_request_longer_than_the_buffer(stream):
     run_pass(staging, host, Batch([(4, 2), (97, 3)]))
 
 
+def test_where_slots_bound_the_buffer_more_context_is_no_advice():
+    staging, _ = staging_of(num_rows=SLOTS)
+    with pytest.raises(ValueError, match=f"limit {SLOTS}.*--max-total-tokens"):
+        staging.begin([SLOTS], [1], torch.zeros(1, SLOTS + 1).int(), torch.zeros(1).long())
+
+
+@pytest.mark.parametrize("failing", range(6))
+def test_a_fetch_that_cannot_be_launched_leaves_nothing_behind(monkeypatch, failing):
+    staging, host = staging_of()
+    batch, calls, real = Batch([(60, 5), (70, 2)]), [], staging_module.fetch
+
+    def fetch(*args):
+        calls.append(args)
+        if len(calls) == failing + 1:
+            raise RuntimeError("injected")
+        real(*args)
+
+    monkeypatch.setattr(staging_module, "fetch", fetch)
+    with pytest.raises(RuntimeError, match="injected"):
+        run_pass(staging, host, batch)
+    run_pass(staging, host, Batch([(80, 3), (20, 9), (50, 1)], seed=4))
+
+
 def test_a_batch_without_requests(stream):
     staging, _ = staging_of(stream=stream)
     staging.begin([], [], torch.zeros(0, CONTEXT).int(), torch.zeros(0).long())

@@ -4,6 +4,7 @@ import gc
 import logging
 import mmap
 import os
+import resource
 from functools import partial
 
 import pytest
@@ -151,16 +152,23 @@ def test_rows_that_outlive_the_tier_are_unlocked_before_their_memory_goes(cuda_h
 
 
 @needs_a_fake
-def test_a_lock_that_fails_says_how_far_it_got_and_leaves_nothing_locked(cuda_host, monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "is_to_blame"), [(2 << 10, True), (8 << 10, False), (resource.RLIM_INFINITY, False)]
+)
+def test_a_lock_that_fails_says_how_far_it_got_and_leaves_nothing_locked(
+    cuda_host, monkeypatch, limit, is_to_blame
+):
+    """limit: on locked memory, beside a host tier of "4 GiB": by it the advice goes."""
     cudart = cuda_host(fails_at=2)
     monkeypatch.setattr(host_tier, "GIB", 1 << 10)
-    monkeypatch.setattr(host_tier.resource, "getrlimit", lambda _: (8 << 10, 8 << 10))
+    monkeypatch.setattr(host_tier.resource, "getrlimit", lambda _: (limit, limit))
     with pytest.raises(RuntimeError) as caught:
         HostTier(4, 64, (16,), torch.uint8)
-    for part in ("out of memory", "error 2", "2.00 of 4.00", "layer 2 of 4", "memory 8.00 GiB"):
+    for part in ("out of memory", "error 2", "2.00 of 4.00", "layer 2 of 4", "--ess-host-gib"):
         assert part in str(caught.value)
-    for part in ("ulimit -l", "--ulimit memlock=-1", "--ess-host-gib"):
-        assert part in str(caught.value)
+    assert f"memory {'unlimited' if limit < 0 else f'{limit >> 10}.00 GiB'}" in str(caught.value)
+    assert ("--ulimit memlock=-1" in str(caught.value)) == is_to_blame
+    assert ("Give the container more memory" in str(caught.value)) != is_to_blame
     assert "\n" not in str(caught.value)
     assert not cudart.locked and len(cudart.unlocked) == 2
 

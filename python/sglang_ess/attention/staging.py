@@ -7,6 +7,7 @@ device, whatever the number of layers and of slots (SparseServe's bound, papers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 
 from sglang_ess.tiers.rows import copy_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,25 @@ def _translate(topk, place, out):
             out[t, j] = place[slot] if slot >= 0 else -1
 
 
-def split_requests(lengths: Sequence[int], num_rows: int) -> list[range]:
+def split_requests(lengths: Sequence[int], num_rows: int, num_slots: int) -> list[range]:
     """Requests of `lengths` rows, in order, as runs that fit into num_rows together.
 
+    num_slots: of the host tier; num_rows is no more, and less where the context is what bounds it
     Raises: ValueError if one request alone is longer.
     """
     runs: list[range] = []
     first = size = 0
     for i, length in enumerate(lengths):
         if length > num_rows:
+            advice = "Raise --context-length."
+            if num_rows >= num_slots:
+                advice = (
+                    "All slots are fewer: raise --max-total-tokens, or the host and device memory "
+                    "that they are cut from."
+                )
             raise ValueError(
                 f"a prefill request must fit into the staging buffer: got {length} rows, "
-                f"limit {num_rows}. Raise --context-length."
+                f"limit {num_rows}. {advice}"
             )
         if size + length > num_rows:  # shared prefixes count twice: rarely worth more
             runs.append(range(first, i))
@@ -93,6 +103,7 @@ class Staging:
         Raises: ValueError if one request alone is longer than a buffer.
         """
         self._drop()
+        self.groups = []
         self.groups = self._group(spans, req_to_token)
         if self.groups:
             self._prefetch(0)
@@ -107,8 +118,8 @@ class Staging:
         if self._pending is None or self._pending[0] != item:
             self._drop()
             self._prefetch(item)
-        self._pending[1].result()
-        self._pending = None
+        (_, copy), self._pending = self._pending, None
+        copy.result()  # what it raises is raised once: nothing is pending any more
         buffer, host_rows = self._buffers[item % 2], self._host_rows[layer]
         first = len(group.prefix)
         copy_rows(host_rows, group.new, buffer[first : first + len(group.new)])
@@ -125,8 +136,8 @@ class Staging:
 
     def _group(self, spans, req_to_token) -> list[Group]:
         starts = np.cumsum([0] + [tokens for _, _, tokens in spans])
-        groups = []
-        for members in split_requests([prefix + n for _, prefix, n in spans], self.num_rows):
+        lengths, groups = [prefix + n for _, prefix, n in spans], []
+        for members in split_requests(lengths, self.num_rows, len(self._place)):
             parts = [(req_to_token[spans[i][0]], spans[i][1], spans[i][2]) for i in members]
             new = torch.cat([table[prefix : prefix + n] for table, prefix, n in parts]).long()
             old = torch.cat([table[:prefix] for table, prefix, _ in parts]).long().unique()
@@ -150,7 +161,13 @@ class Staging:
         self._pending = (item, copy)
 
     def _drop(self) -> None:
-        """Wait for a copy that nobody will ask for: a pass that was given up."""
-        if self._pending is not None:
-            self._pending[1].result()
-            self._pending = None
+        """Wait for a copy that nobody will ask for: a pass that was given up.
+
+        Should it have failed, that is logged: the pass that begins has no part in it.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None and (error := pending[1].exception()) is not None:
+            logger.warning(
+                "ESS: the copy of a prefill pass that was given up has failed: %s: %s",
+                type(error).__name__, error,
+            )  # fmt: skip

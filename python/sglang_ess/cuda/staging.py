@@ -90,7 +90,7 @@ class DeviceStaging:
         for tokens in new_tokens:
             starts.append(starts[-1] + tokens)
         self.groups = []
-        for run in split_requests(lengths, self.num_rows):
+        for run in split_requests(lengths, self.num_rows, len(self._place)):
             queries = slice(starts[run.start], starts[run.stop])
             prefix = torch.cat([tables[i, : prefix_tokens[i]] for i in run]).int()
             new, device = new_slots[queries], tables.device

@@ -105,13 +105,19 @@ def _lock(cudart, layers: list[torch.Tensor], locked: list[torch.Tensor]) -> Non
         error = cudart.cudaHostRegister(rows.data_ptr(), rows.nbytes, 0)
         if int(error) != 0:
             limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+            is_limited = limit != resource.RLIM_INFINITY and limit < total
             limit = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GIB:.2f} GiB"
+            advice = "Give the container more memory"
+            if is_limited:
+                advice = (
+                    "Raise that limit (ulimit -l unlimited; docker run --ulimit memlock=-1), and "
+                    "the container's memory if it is less than the host tier"
+                )
             raise RuntimeError(
                 f"host tier must be page-locked: got {cudart.cudaGetErrorString(error)} (CUDA "
                 f"error {int(error)}) after {done / GIB:.2f} of {total / GIB:.2f} GiB, layer "
-                f"{layer} of {len(layers)}, limit on locked memory {limit}. Raise that limit "
-                "(ulimit -l unlimited; docker run --ulimit memlock=-1) and the container's "
-                "memory, or lower --ess-host-gib."
+                f"{layer} of {len(layers)}, limit on locked memory {limit}. {advice}, "
+                "or lower --ess-host-gib."
             )
         locked.append(rows)
 
