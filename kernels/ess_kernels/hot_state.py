@@ -1,6 +1,9 @@
 """What one layer's hot tier knows about its rows, on the device.
 
 Order of use without moving anything: a row carries the *tick* (plan number) of its last use.
+Ticks are int32 and would run into FREE_STAMP (after 2^31 plans of a layer: two years of 30 a
+second, a month where a step takes passes). So when a layer has counted EPOCH_TICKS, `reorder` takes
+as many off its tick and off its rows' stamps, down to OLDEST_STAMP, and words[EPOCH] counts that.
 `order` lists the rows by that tick, oldest first, as they stood when the list was made. A row
 used since then has a stamp above `words[BUILT]` and is passed over. The rest of the list is
 therefore always in LRU order, and a victim is found by taking the next entry of it.
@@ -14,9 +17,11 @@ import torch
 
 NOT_HOT = -1
 FREE_STAMP = 2**31 - 1  # of a free row: above every tick, so no list offers it
+EPOCH_TICKS = 2**30
+OLDEST_STAMP = -EPOCH_TICKS  # less EPOCH_TICKS it is an int32 still, and so is any age
 
 # words [NUM_WORDS] int32
-TICK = 0  # of the plan that comes next
+TICK = 0  # of the plan that comes next, in this epoch
 BUILT = 1  # the last tick that `order` has seen
 NUM_FREE = 2  # entries of the stack `free`
 VALID = 3  # entries of `order` still to come and not used since; never above their number
@@ -26,7 +31,8 @@ POPS = 6  # rows asked for by the plan in progress
 SPLIT = 7  # set by the host: list hits and misses apart, for dual attention
 START = 8  # where the layer's part of `free` and of `order` begins
 ROWS = 9  # rows of the layer
-NUM_WORDS = 10
+EPOCH = 10  # times that EPOCH_TICKS have been taken off
+NUM_WORDS = 11
 
 # counters [NUM_COUNTERS] int64, since the start
 COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs", "skipped", "short")
@@ -36,6 +42,11 @@ NUM_COUNTERS = len(COUNTERS)
 HOT_ROW_STATE_BYTES = 16  # row_slot, row_stamp, free, order
 SLOT_STATE_BYTES = 4  # slot_row
 LAYER_STATE_BYTES = NUM_WORDS * 4 + NUM_COUNTERS * 8
+
+
+def steps(words):
+    """Ticks since the start of layers' words [..., NUM_WORDS] int64 on the host: numpy or torch."""
+    return words[..., EPOCH] * EPOCH_TICKS + words[..., TICK] - 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,8 @@ class HotState:
     slot_row   [slots] int32  the slot's hot row, NOT_HOT if it has none; negative values
                               below that are claims of a plan in progress
     row_slot   [rows] int32   the row's slot, -1 if the row is free
-    row_stamp  [rows] int32   tick of the last use, FREE_STAMP if the row is free
+    row_stamp  [rows] int32   tick of the last use, negative if in an epoch before; FREE_STAMP if
+                              the row is free
     free       [rows] int32   stack of the layer's free rows
     order      [rows] int32   rows by last use, see above
     words      [NUM_WORDS] int32

@@ -1,6 +1,7 @@
 """reorder: list the owned rows by last use, oldest first, when the list runs short.
 
     if NUM_FREE + VALID < need:  order = owned rows by age, VALID = LENGTH = their number
+    if TICK > EPOCH_TICKS:       the same, and TICK and the rows' stamps less EPOCH_TICKS
 
 A counting sort by age in ticks; rows unused for MAX_AGE ticks or more count as equally old.
 Off the critical path: between one plan of a layer and the next. Three launches that return at
@@ -37,6 +38,9 @@ LENGTH = tl.constexpr(hot_state.LENGTH)
 START = tl.constexpr(hot_state.START)
 ROWS = tl.constexpr(hot_state.ROWS)
 FREE_STAMP = tl.constexpr(hot_state.FREE_STAMP)
+EPOCH = tl.constexpr(hot_state.EPOCH)
+EPOCH_TICKS = tl.constexpr(hot_state.EPOCH_TICKS)
+OLDEST_STAMP = tl.constexpr(hot_state.OLDEST_STAMP)
 
 OWNED_ROW_BYTES = 4  # Owned's, of a hot row
 OWNED_LAYER_BYTES = 4 * MAX_AGE
@@ -48,7 +52,7 @@ class ReorderScratch:
 
     rank    [rows] int32  a row's rank among the rows of its age and program; of the largest layer
     counts  [MAX_PROGRAMS, ages] int32  rows of a program and age; then where they go
-    active  [1] int32  whether this reorder runs
+    active  [1] int32  0 where this reorder does not run; else 1 and the ticks it takes off
     """
 
     rank: torch.Tensor
@@ -101,12 +105,19 @@ class Owned:
 
 
 @triton.jit
+def _runs(words, need):
+    """Whether the list is short, or an epoch ends."""
+    short = tl.load(words + NUM_FREE) + tl.load(words + VALID) < need
+    return short | (tl.load(words + TICK) > EPOCH_TICKS)
+
+
+@triton.jit
 def _rows_by_age(
-    owned, row_stamp, words, first, share, AGES: tl.constexpr, BLOCK: tl.constexpr,
+    owned, row_stamp, words, first, share, ticks_off, AGES: tl.constexpr, BLOCK: tl.constexpr,
     IN_ARENA: tl.constexpr,
 ):  # fmt: skip
     """A block of a program's share of the layer's rows: (which of them, numbers, whether the list
-    takes them, ages counted from 0).
+    takes them, ages counted from 0, stamps less ticks_off, whether they are rows of the layer).
     """
     i = first + tl.arange(0, BLOCK)
     place = tl.program_id(0) * share + i
@@ -116,7 +127,9 @@ def _rows_by_age(
         row = tl.load(owned + tl.load(words + START) + place, mask=inside, other=0)
     tick = tl.load(words + TICK)
     stamp = tl.load(row_stamp + row, mask=inside, other=FREE_STAMP)
-    return place, row, stamp < tick, tl.minimum(tl.maximum(tick - 1 - stamp, 0), AGES - 1)
+    stamp = tl.where(stamp == FREE_STAMP, stamp, tl.maximum(stamp - ticks_off, OLDEST_STAMP))
+    age = tl.minimum(tl.maximum(tick - 1 - stamp, 0), AGES - 1)
+    return place, row, stamp < tick, age, stamp, inside
 
 
 @triton.jit
@@ -131,15 +144,15 @@ def _rank_kernel(
     BLOCK: tl.constexpr,
     IN_ARENA: tl.constexpr,
 ):
-    if tl.load(words + NUM_FREE) + tl.load(words + VALID) >= need:
+    if not _runs(words, need):
         return
     counts += tl.program_id(0) * AGES
     tl.store(counts + tl.arange(0, AGES), tl.zeros([AGES], tl.int32))
     tl.debug_barrier()
     share = tl.cdiv(tl.load(words + ROWS), tl.num_programs(0))
     for first in range(0, share, BLOCK):
-        place, row, listed, age = _rows_by_age(
-            owned, row_stamp, words, first, share, AGES, BLOCK, IN_ARENA
+        place, row, listed, age, stamp, inside = _rows_by_age(
+            owned, row_stamp, words, first, share, 0, AGES, BLOCK, IN_ARENA
         )
         before = tl.atomic_add(counts + age, 1, mask=listed, sem="relaxed")
         tl.store(rank + place, before, mask=listed)
@@ -159,9 +172,12 @@ def _offset_kernel(
     IN_ARENA: tl.constexpr,
 ):
     """Counts to places: the oldest age first, within an age program by program."""
-    short = tl.load(words + NUM_FREE) + tl.load(words + VALID) < need
-    tl.store(active, short.to(tl.int32))
-    if not short:
+    runs = _runs(words, need)
+    tick = tl.load(words + TICK)
+    ends = tick > EPOCH_TICKS
+    ticks_off = tl.where(ends, EPOCH_TICKS, 0)
+    tl.store(active, tl.where(runs, 1 + ticks_off, 0))
+    if not runs:
         return
     program = tl.arange(0, PROGRAMS)[:, None]
     total = 0
@@ -176,7 +192,9 @@ def _offset_kernel(
         before_program = tl.cumsum(count, 0) - count
         tl.store(at, total + before_age[None, :] + before_program, mask=program < programs)
         total += tl.sum(column, 0)
-    tl.store(words + BUILT, tl.load(words + TICK) - 1)
+    tl.store(words + TICK, tick - ticks_off)
+    tl.store(words + BUILT, tick - ticks_off - 1)
+    tl.store(words + EPOCH, tl.load(words + EPOCH) + ends.to(tl.int32))
     tl.store(words + CURSOR, 0)
     tl.store(words + LENGTH, total)
     tl.store(words + VALID, total)
@@ -185,7 +203,7 @@ def _offset_kernel(
 @triton.jit
 def _list_kernel(
     owned,  # [arena rows] int32
-    row_stamp,  # [rows] int32
+    row_stamp,  # [rows] int32; written where an epoch ends
     order,  # [rows] int32
     words,  # [NUM_WORDS] int32
     rank,  # [rows of the largest layer] int32
@@ -195,15 +213,17 @@ def _list_kernel(
     BLOCK: tl.constexpr,
     IN_ARENA: tl.constexpr,
 ):
-    if tl.load(active) == 0:
+    ticks_off = tl.load(active) - 1
+    if ticks_off < 0:
         return
     counts += tl.program_id(0) * AGES
     order += tl.load(words + START)
     share = tl.cdiv(tl.load(words + ROWS), tl.num_programs(0))
     for first in range(0, share, BLOCK):
-        place, row, listed, age = _rows_by_age(
-            owned, row_stamp, words, first, share, AGES, BLOCK, IN_ARENA
+        place, row, listed, age, stamp, inside = _rows_by_age(
+            owned, row_stamp, words, first, share, ticks_off, AGES, BLOCK, IN_ARENA
         )
+        tl.store(row_stamp + row, stamp, mask=inside & (ticks_off > 0))
         begin = tl.load(counts + age, mask=listed, other=0)
         entry = begin + tl.load(rank + place, mask=listed, other=0)
         tl.store(order + entry, row, mask=listed)

@@ -9,7 +9,7 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from sglang_ess.tiers import HostTier, HotCache, PlanBuffers
+from sglang_ess.tiers import HostTier, HotCache, PlanBuffers, lru
 from sglang_ess.tiers.hot_arena import HotArena
 from sglang_ess.tiers.lru import COUNTERS
 
@@ -142,9 +142,12 @@ class Driver:
 
     content [layers][slots, ...] is what each slot was last written with: the host tier is
     compared with it, so a write that got lost is seen whoever lost it.
+    first_step: that every layer has counted before
     """
 
-    def __init__(self, num_slots: int, layer_rows, row_shape=(1, 24), dtype=torch.uint8):
+    def __init__(
+        self, num_slots: int, layer_rows, row_shape=(1, 24), dtype=torch.uint8, first_step: int = 0
+    ):
         self.host = HostTier(len(layer_rows), num_slots, row_shape, dtype)
         self.content = [torch.zeros(num_slots, *row_shape, dtype=dtype) for _ in layer_rows]
         buffers = PlanBuffers()
@@ -154,6 +157,8 @@ class Driver:
             HotCache(rows, count, buffers=buffers, arena=self.arena) for rows, count in pairs
         ]
         self.models = [Model(count) for count in layer_rows]
+        for cache, model in zip(self.caches, self.models, strict=True):
+            cache.state[lru.STEP] = model.step = first_step
         self._random = torch.Generator().manual_seed(0)
         self.write(list(range(num_slots)), [None] * len(layer_rows))
 
@@ -227,7 +232,8 @@ class Driver:
         num_rows = min(num_rows, cache.num_rows + self.arena.spare, cache.num_slots)
         if cache.num_rows == cache.num_slots:  # it kept no order: the one it has counts now
             slots = cache.slots_by_recency()
-            steps = cache.queue_step[cache.row_place[cache.slot_row[slots]]]
+            stamps = cache.queue_step[cache.row_place[cache.slot_row[slots]]].astype(np.int64)
+            steps = cache.steps - ((cache.steps - stamps) & lru.STEP_MASK)
             model.order = OrderedDict(zip(slots.tolist(), steps.tolist(), strict=True))
         cache.resize(num_rows)
         model.resize(num_rows)

@@ -11,6 +11,8 @@ from tests.tiers.model import Driver, random_topk
 NUM_LAYERS = 4
 MIN_AGES = (None, 0, 1, 2, 5, 1000)  # None: invalidate
 SLOW_STEPS = 100_000
+# Of a server that just starts, and of one whose steps pass what an int32 and a uint32 hold.
+FIRST_STEPS = (0, 2**31 - 5, 2**32 - 5)
 
 layers = st.integers(0, NUM_LAYERS - 1)
 seeds = st.integers(0, 2**31)
@@ -26,10 +28,14 @@ class TierMachine(RuleBasedStateMachine):
     steps = 0  # of all examples, for the slow run's count
     passes = 0  # the most that one plan took
 
-    @initialize(num_slots=st.integers(1, 64), sizes=st.tuples(*[st.integers(1, 64)] * NUM_LAYERS))
-    def start(self, num_slots, sizes):
+    @initialize(
+        num_slots=st.integers(1, 64),
+        sizes=st.tuples(*[st.integers(1, 64)] * NUM_LAYERS),
+        first_step=st.sampled_from(FIRST_STEPS),
+    )
+    def start(self, num_slots, sizes, first_step):
         rows = [min(size, num_slots) for size in sizes]
-        self.driver = Driver(num_slots, rows)
+        self.driver = Driver(num_slots, rows, first_step=first_step)
         self.num_slots = num_slots
 
     def _count(self, passes: int = 0) -> None:

@@ -20,7 +20,7 @@ namespace ess {
 constexpr int kPlanThreads = ESS_PLAN_THREADS;  // 4 lookups a thread at top-k 2048
 
 // hot_state.py and plan.py
-enum Word { TICK, BUILT, NUM_FREE, VALID, CURSOR, LENGTH, POPS, SPLIT, START, ROWS };
+enum Word { TICK, BUILT, NUM_FREE, VALID, CURSOR, LENGTH, POPS, SPLIT, START, ROWS, EPOCH };
 enum Counter { LOOKUPS, MISSES, EVICTIONS, EVICTED_AGE, INSTALLS, SKIPPED, SHORT };
 enum Kind { DECODE, INSTALL, WARM };
 constexpr int kClaim = INT_MIN;

@@ -21,7 +21,7 @@ def attend_hot(
     dtype: torch.dtype,
     same_step: bool = False,
 ) -> torch.Tensor:
-    """attend over the rows of topk [queries, K] int32 slots, -1 pads: [queries, heads, dim] of dtype.
+    """attend over topk [queries, K] int32 slots, -1 pads: out [queries, heads, dim] of dtype.
 
     A query is attended whole where the hot tier holds its top-k: then the result is that of
     one tier, bit for bit. Else its parts are merged by log-sum-exp (invariant 5), in float32, and

@@ -181,8 +181,8 @@ class DeviceTier:
         counters, words, ages = (tensor.numpy() for tensor in self._mirror)
         if (ages < 0).any():
             return None
-        evictions, ticks = counters[:, hot_state.EVICTIONS], words[:, hot_state.TICK]
-        return Look(ages, evictions.copy(), ticks.astype(np.int64))
+        evictions = counters[:, hot_state.EVICTIONS].copy()
+        return Look(ages, evictions, hot_state.steps(words.astype(np.int64)))
 
     # --- figures --------------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ class DeviceTier:
         return [
             {
                 **dict(zip(hot_state.COUNTERS, layer.tolist(), strict=True)),
-                "steps": int(word[hot_state.TICK]) - 1,
+                "steps": int(hot_state.steps(word.astype(np.int64))),
                 "occupied": int(word[hot_state.ROWS] - word[hot_state.NUM_FREE]),
             }
             for layer, word in zip(counters, words, strict=True)
@@ -355,7 +355,7 @@ class DeviceHotCache:
 
     @property
     def steps(self) -> int:
-        return int(self.state.words[hot_state.TICK]) - 1
+        return int(hot_state.steps(self.state.words.cpu().long()))
 
     @property
     def occupied(self) -> int:

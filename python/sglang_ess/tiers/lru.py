@@ -21,6 +21,9 @@ jit = numba.njit(cache=True, nogil=True)
 HEAD, TAIL, FREE, STEP, ROWS = 0, 1, 2, 3, 4
 LOOKUPS, MISSES, EVICTIONS, EVICTED_AGE, INSTALLS, SKIPPED = 5, 6, 7, 8, 9, 10
 STATE_SIZE = 11
+# queue_step is int32: the low bits of STEP, which outgrows it (2^31 plans are two years of 30 a
+# second). An age is a difference, so those bits are enough for rows unused for less than 2^32.
+STEP_MASK = 0xFFFFFFFF
 BLOCK = 512  # lookups of which _use_hits keeps slots and rows in the first-level cache
 COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs", "skipped")
 
@@ -69,7 +72,7 @@ def _take(slot_row, row_slot, row_place, queue, queue_step, free, state, guard, 
     for head in range(state[HEAD], guard):
         row = queue[head]
         if row_place[row] == head:
-            age = state[STEP] - queue_step[head]
+            age = (state[STEP] - queue_step[head]) & STEP_MASK
             if age < min_age:
                 state[HEAD] = head
                 return -1
