@@ -184,6 +184,18 @@ def test_dba_waits_for_the_first_half_before_it_attends_to_hits(decode):
     assert two_tier.tier.caches[0].counters["misses"] == 12
 
 
+def test_halves_of_a_pass_that_failed_are_not_taken_for_the_next_ones(decode):
+    """It planned the whole batch, and ended before attention did."""
+    two_tier, host = decode(rows=90, topk=12)
+    random, q = np.random.default_rng(6), torch.randn(4, HEADS, 576)
+    failed, topk = draw(random, 4, 12), draw(random, 4, 12)
+    two_tier.plan_half(0, failed[:2], 0, 4)
+    two_tier.plan_half(0, failed[2:], 2, 4)
+    two_tier.begin_pass()
+    out = two_tier.finish(q, two_tier.start(0, topk), Mode.DA)
+    torch.testing.assert_close(out, expected(q, host[0], topk), atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [90, 32, 20], ids=["claimed", "no room: fetched", "passes"])
 def test_a_row_written_in_this_step_is_read(decode, rows):
     two_tier, host = decode(rows=rows, topk=10, hold=False)

@@ -129,6 +129,10 @@ class TwoTierDecode:
     _targets: torch.Tensor | None = None  # rows of the claimed slots
     _written: torch.cuda.Event | None = None
 
+    def begin_pass(self) -> None:
+        """A forward pass begins: what one that ended in an error planned in halves is void."""
+        self._halves.clear()
+
     def claim(self, layer: int, slots: torch.Tensor, width: int, first_slot: int = 0) -> bool:
         """Make a step's new slots [T] int64 hot, a slot a query, before their rows are there.
 

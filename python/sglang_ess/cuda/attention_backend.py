@@ -127,8 +127,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
     def init_forward_metadata(self, forward_batch) -> None:
         _check_mode(forward_batch.forward_mode)
         super().init_forward_metadata(forward_batch)
-        self._started.clear()
-        self._halves.clear()
+        self._forget_pass()
         self._warm_spans = []
         if forward_batch.forward_mode.is_extend_without_speculative():
             self._begin_prompts(forward_batch)
@@ -140,11 +139,16 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         _check_mode(forward_batch.forward_mode)
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
         if in_capture:
-            self._started.clear()
-            self._halves.clear()
+            self._forget_pass()
             self.mode = Mode(get_capture_attention_variant() or self.chosen.value)
         else:
             self.next_step(forward_batch.batch_size)
+
+    def _forget_pass(self) -> None:
+        """Nothing of the pass before, which may have ended in an error, is taken for this one's."""
+        self._started.clear()
+        self._halves.clear()
+        self.decode.begin_pass()
 
     def next_step(self, batch: int) -> None:
         """Once a decode step, on the host: read the counters, choose for the steps to come.
@@ -279,9 +283,11 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
                 )  # fmt: skip
         else:
             if kwargs.get("attn_sink") is not None:
+                way = "--ess-overlap off"
+                if planned is None:  # several passes, whatever overlaps
+                    way = "a larger hot tier (--ess-hot-ratio or --ess-hot-gib)"
                 raise RuntimeError(
-                    "attention in parts must have no sink: got one. Add --ess-overlap off and a "
-                    "larger hot tier, or --disable-ess."
+                    f"attention in parts must have no sink: got one. Add {way}, or --disable-ess."
                 )
             out = self._with_lse(index, layer, heads, q_rope, topk, planned)
         if index == pool.layer_num - 1:
