@@ -153,6 +153,14 @@ class EssConfig:
         choices=("auto", "uniform"),
         kind=str,
     )
+    grace_seconds: float = _option(
+        25.0,
+        "--ess-grace-seconds",
+        "Seconds that running requests have to finish after SIGTERM or SIGINT, before they get an "
+        "error and all processes end, at most 4 s later: within the 30 s after which Kubernetes "
+        "kills. A second signal ends them at once.",
+        limit=("0 or more, and finite", lambda value: 0 <= value < float("inf")),
+    )
     trace: str = _option(
         "",
         "--ess-trace",

@@ -1,7 +1,7 @@
 """`python -m sglang_ess.launch_server`: SGLang's server with ESS; takes every SGLang flag.
 
-SGLang spawns its processes, and a spawned child imports this module again: nothing heavy
-and no effect at import.
+SGLang spawns its processes, and a spawned child imports this module again, as __mp_main__:
+nothing heavy at import, and one effect there, that it ends with its parent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sglang_ess import startup
+from sglang_ess import shutdown, startup
 from sglang_ess.config import REFUSED, EssConfig
 from sglang_ess.cpu import set_thread_defaults
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     reasons = preflight.environment_reasons(config, os.environ) + preflight.early_reasons(rest)
     if reasons:
         return _refuse(reasons)
-    return _serve(config, rest)
+    return shutdown.supervised(lambda: _serve(config, rest), config.grace_seconds)
 
 
 def _serve(config: EssConfig, rest: list[str]) -> int:
@@ -71,19 +71,35 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
     if reasons := preflight.server_reasons(server_args, config, on_cpu):
         return _refuse(reasons)
     startup.before_processes(config.enabled, on_cpu, preflight.may_be_sparse(server_args))
+    shutdown.bound_http(config.grace_seconds)
     try:
-        with startup.announced(server_args, since):
+        with startup.announced(server_args, since, shutdown.serving):
             run_server(server_args)
+        _release_schedulers()
     except RuntimeError as error:
         # The scheduler has said why (capacity.py); SGLang adds only that it is gone.
         if f"exit code: {REFUSED})" not in str(error):
             raise
-        kill_process_tree(os.getpid(), include_parent=False)
-        sys.stderr.flush()
-        os._exit(REFUSED)  # at a clean exit zmq waits, for ever, for its sockets to be read
+        return REFUSED
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0
+
+
+def _release_schedulers() -> None:
+    """Let SGLang's schedulers give back what they hold, as its own end at SIGTERM does."""
+    import zmq
+    from sglang.srt.entrypoints.http_server import get_global_state
+    from sglang.srt.managers.io_struct import ShutdownReq, sock_send
+    from sglang.srt.utils.cudacore_pyspy_dump_utils import collect_scheduler_processes
+
+    if (state := get_global_state()) is None:
+        return
+    # The socket belongs to an event loop that has ended.
+    sock_send(zmq.Socket.shadow(state.tokenizer_manager.send_to_scheduler), ShutdownReq())
+    until = time.monotonic() + shutdown.RELEASE_SECONDS
+    while collect_scheduler_processes() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def split_args(argv: list[str]) -> tuple[EssConfig, list[str]]:
@@ -188,5 +204,7 @@ def _refuse(reasons: list[str]) -> int:
     return REFUSED
 
 
-if __name__ == "__main__":
+if __name__ == "__mp_main__":
+    shutdown.follow_parent()
+elif __name__ == "__main__":
     sys.exit(main())

@@ -6,18 +6,24 @@ facts travel with SGLang's own handshake, so that /server_info shows them as wel
 
 from __future__ import annotations
 
+import bisect
+import functools
+import http.client
+import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from sglang_ess.topk_stream import announce
 
 PREFIX = "[sglang-ess]"  # "sglang-ess: " is for refusals, which end the process
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 POLL_SECONDS = 0.1
+READY_SECONDS = 5.0  # for an answer that says that the server is ready
 MIB = 1 << 20
 
 
@@ -101,10 +107,34 @@ def serving_facts(scheduler: Any) -> dict[str, Any]:
         "page_slots": scheduler.page_size,
         "max_running_requests": scheduler.max_running_requests,
         "context_tokens": model.context_len,
+        **_request_limits(scheduler),
     }
     if hasattr(pool, "index_k_with_scale_buffer"):
         facts |= {"index_topk": model.hf_config.index_topk} | _row_facts(pool)
     return facts
+
+
+def _request_limits(scheduler: Any) -> dict[str, int]:
+    """What one request alone can have: by the context or by the slots, whichever is less.
+
+    Asked of SGLang's own functions, because each keeps some tokens for itself.
+    """
+    page, most = scheduler.page_size, scheduler.max_req_len - 1
+
+    def output(prompt: int) -> int:
+        room = scheduler.token_to_kv_pool_allocator.max_new_tokens_for_memory(
+            prompt,
+            most - prompt,
+            token_capacity=scheduler.max_total_num_tokens,
+            sliding_window_size=scheduler.sliding_window_size,
+            chunk_size=scheduler.chunked_prefill_size,
+        )
+        return room or 0
+
+    prompts = range(1, scheduler.max_req_input_len)  # the end is the first length it refuses
+    longest = bisect.bisect_left(prompts, True, key=lambda prompt: output(prompt) < 1)
+    # A prompt of whole pages wastes none of its last one.
+    return {"max_prompt_tokens": longest, "max_request_tokens": min(most, page + output(page))}
 
 
 def _row_facts(pool: Any) -> dict[str, Any]:
@@ -173,7 +203,11 @@ _TIER_ROWS = {
 }
 _LIMIT_ROWS = (
     ("slots", "{slots} in pages of {page_slots}"),
-    ("limits", "{max_running_requests} requests at once, {context_tokens} tokens each"),
+    (
+        "limits",
+        "{max_running_requests} requests at once; one has {max_request_tokens} tokens at most, "
+        "{max_prompt_tokens} of them its prompt",
+    ),
 )
 
 
@@ -197,14 +231,18 @@ def block(server_args: Any, facts: dict[str, Any], seconds: float) -> str:
 
 
 @contextmanager
-def announced(server_args: Any, since: float) -> Iterator[None]:
+def announced(
+    server_args: Any, since: float, serving: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Print the block once the server started inside this context is ready.
 
-    since: time.monotonic() of the start. Nothing is printed if the start fails or where
-    SGLang runs another server than its HTTP one (gRPC, encoder only).
+    since: time.monotonic() of the start; serving: called just before
+    Nothing is printed if the start fails or where SGLang runs another server than its HTTP one
+    (gRPC, encoder only).
     """
     ended = threading.Event()
-    thread = threading.Thread(target=_announce, args=(server_args, since, ended), daemon=True)
+    args = (server_args, since, serving, ended)
+    thread = threading.Thread(target=_announce, args=args, daemon=True)
     thread.start()
     try:
         yield
@@ -213,7 +251,9 @@ def announced(server_args: Any, since: float) -> Iterator[None]:
         thread.join()
 
 
-def _announce(server_args: Any, since: float, ended: threading.Event) -> None:
+def _announce(
+    server_args: Any, since: float, serving: Callable[[], None], ended: threading.Event
+) -> None:
     # Looked up, not imported: SGLang decides in the main thread whether it needs the module.
     state = None
     while state is None:
@@ -222,9 +262,48 @@ def _announce(server_args: Any, since: float, ended: threading.Event) -> None:
         get_state = getattr(sys.modules.get(HTTP_SERVER), "get_global_state", None)
         state = get_state() if get_state else None
     progress("the scheduler is ready; SGLang sends itself a warm-up request")
-    # A router of several tokenizer processes has no is_ready: then this is all one can know.
-    while not getattr(state.tokenizer_manager, "is_ready", lambda: True)():
+    while not _is_ready(server_args, state.tokenizer_manager):
         if ended.wait(POLL_SECONDS):
             return
+    serving()
     facts = state.scheduler_info.get("ess", {})
     print(block(server_args, facts, time.monotonic() - since), file=sys.stderr, flush=True)
+
+
+def _is_ready(server_args: Any, manager: Any) -> bool:
+    """Whether every HTTP process answers, after its own warm-up, as a client sees it.
+
+    manager: SGLang's tokenizer manager, or its router if there are several HTTP processes. They
+    share the port, so a client cannot choose one: some connections for each, open at once, meet
+    them all, but by a rare chance.
+    """
+    workers = server_args.tokenizer_worker_num
+    if workers == 1:
+        return manager.is_ready() and _answers(server_args, 1)
+    if len(manager.all_worker_ipcs) < workers or not _answers(server_args, 1):
+        time.sleep(1)  # each try is a line in SGLang's log
+        return False
+    return _answers(server_args, 4 * workers)
+
+
+def _answers(server_args: Any, connections: int) -> bool:
+    """Whether /ready answers 200 on as many new connections at once."""
+    url = urlsplit(server_args.url())
+    kind = http.client.HTTPConnection
+    if url.scheme == "https":  # its own certificate is not this process's to check
+        context = ssl._create_unverified_context()
+        kind = functools.partial(http.client.HTTPSConnection, context=context)
+    key = server_args.api_key
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    opened = [kind(url.hostname, url.port, timeout=READY_SECONDS) for _ in range(connections)]
+    try:
+        for connection in opened:
+            connection.connect()
+        for connection in opened:
+            connection.request("GET", "/ready", headers=headers)
+        return all(connection.getresponse().status == 200 for connection in opened)
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        for connection in opened:
+            connection.close()

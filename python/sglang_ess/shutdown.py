@@ -1,0 +1,349 @@
+"""How a server ends: in a bounded time, whatever state its processes are in, and leaving nothing.
+
+The launcher's process stays small: it forks, SGLang runs in the child, and this one takes the
+signals. So no handler, import or lock of SGLang's can hold up a signal, and the launcher outlives
+whatever it has to end. It is also the parent of every process that loses its own (a child
+subreaper), so that it finds all of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from sglang_ess.config import REFUSED
+from sglang_ess.startup import progress
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+END_SECONDS = 4.0  # after the grace period, for error answers and for what the processes hold
+RELEASE_SECONDS = 2.0  # of these for the schedulers, which may be in the middle of a step
+FAULT_SECONDS = 10.0  # for SGLang to end by itself once one of its processes has died
+SAME_SECONDS = 0.5  # `timeout` and some shells send one signal twice: to a process and its group
+TICK_SECONDS = 2.0  # between looks at which processes there are
+# SGLang's names of processes without which it does not serve. Another tokenizer worker is
+# started for one that dies.
+VITAL = ("sglang::scheduler", "sglang::detokenizer", "sglang::data_parallel_controller")
+TEMPLATE = "SGLANG_ESS_TEMPLATE"  # variable: how names of this server's temporary files begin
+# How SGLang and its libraries begin the names of segments in /dev/shm that are one server's.
+SEGMENTS = tuple(f"/dev/shm/{name}" for name in ("sglang_loads_", "sgl_shm_", "nccl-", "cuda.shm."))
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+_ready_pipe: int | None = None  # in SGLang's process: its end of the pipe to the launcher
+
+
+def supervised(serve: Callable[[], int], grace_seconds: float) -> int:
+    """Run serve() in a child of this process; returns its exit status once all has ended.
+
+    At a first SIGTERM, SIGINT or SIGHUP the server takes no more requests; those that run have
+    grace_seconds to finish and then get an error. A second signal, or a first one before
+    serving() was called, ends all processes at once.
+    Returns 0 for a server that was asked to end and did, 128 + the second signal's number, or
+    what serve() returned; 1 if a process died or had to be killed, with one line on stderr.
+    """
+    launcher, (ready, ready_child) = os.getpid(), os.pipe()
+    template = f"ess-{os.urandom(4).hex()}-"
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    signals = [one for one in ENDING if signal.getsignal(one) is not signal.SIG_IGN]
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # none is lost between here and run()
+    main = os.fork()
+    if main == 0:
+        _become_server(launcher, ready_child, template)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        _leave(serve)
+    os.close(ready_child)
+    return _Supervisor(main, ready, template, grace_seconds).run(signals)
+
+
+def serving() -> None:
+    """Tell the launcher that requests are served: from now on a signal gives them their grace."""
+    if _ready_pipe is not None:
+        os.write(_ready_pipe, b"1")
+
+
+def follow_parent() -> None:
+    """End this process when its parent has ended, be it killed; for a child that SGLang spawns.
+
+    SGLang asks the kernel for that too, but 10 to 20 s later, after its imports. A thread and not
+    PR_SET_PDEATHSIG, which takes the end of the thread that spawned us for the parent's.
+    Effect: temporary files are named after this server, so that the launcher can remove them.
+    """
+    tempfile.template = os.environ.get(TEMPLATE, tempfile.template)
+    parent = os.pidfd_open(os.getppid())
+    threading.Thread(target=_die_after, args=(parent,), daemon=True).start()
+
+
+def bound_http(grace_seconds: float) -> None:
+    """Let uvicorn's servers answer what still runs after the grace period with an error.
+
+    In SGLang's process: its tokenizer workers are given the same configuration. SGLang hands
+    uvicorn no such limit, and has no option for it.
+    """
+    import uvicorn
+    from uvicorn.supervisors import Multiprocess
+
+    uvicorn.Config.__init__ = functools.partialmethod(
+        uvicorn.Config.__init__, timeout_graceful_shutdown=grace_seconds
+    )
+    Multiprocess.terminate_all = _stop_accepting
+
+
+def _stop_accepting(workers) -> None:
+    """In the stead of uvicorn's Multiprocess.terminate_all: its workers stop, requests go on.
+
+    It sends them SIGTERM, at which a worker of SGLang's that has nothing to do ends the scheduler
+    under the others; and its own socket goes on listening, which lets new clients hang.
+    """
+    for listener in vars(workers).get("sockets", ()):  # a property where workers have their own
+        listener.close()
+    for worker in workers.processes:
+        if _catches(worker.pid, signal.SIGINT):
+            os.kill(worker.pid, signal.SIGINT)
+        else:  # it still imports, or it is gone
+            worker.kill()
+
+
+class _Supervisor:
+    """The launcher after its fork. main: SGLang's process; ready: where serving() writes."""
+
+    def __init__(self, main: int, ready: int, template: str, grace_seconds: float):
+        self.main, self.template, self.grace_seconds = main, template, grace_seconds
+        self.vital: dict[int, tuple[int, str]] = {}  # pidfd: (pid, SGLang's name for it)
+        self.segments = {f"/dev/shm/multi_tokenizer_args_{main}"}
+        self.poll = select.poll()
+        self.ready, self.is_ready, self.repeats_until = ready, False, 0.0
+        self.main_fd = os.pidfd_open(main)
+        self.signals = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for descriptor in (self.main_fd, self.ready, self.signals[0]):
+            self.poll.register(descriptor, select.POLLIN)
+
+    def run(self, signals: list[signal.Signals]) -> int:
+        for one in signals:
+            signal.signal(one, lambda *_: None)
+        signal.set_wakeup_fd(self.signals[1])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        try:
+            return self._serve_until_asked()
+        finally:
+            self._end_all()
+
+    def _serve_until_asked(self) -> int:
+        while True:
+            self._look()
+            for descriptor in self._wait(TICK_SECONDS):
+                if descriptor == self.signals[0]:
+                    return self._asked(os.read(self.signals[0], 16))
+                if descriptor == self.main_fd:
+                    return self._ended_alone()
+                if descriptor in self.vital:
+                    return self._lost(*self.vital[descriptor])
+                self.is_ready |= bool(os.read(self.ready, 1))
+                self.poll.unregister(self.ready)
+
+    def _asked(self, numbers: bytes) -> int:
+        name = signal.Signals(numbers[0]).name
+        if not self.is_ready:
+            progress(f"{name} before the server was ready: ended")
+            return 0
+        progress(
+            f"{name}: no more requests are taken; those that run have {self.grace_seconds:g} s to "
+            "finish (--ess-grace-seconds), then they get an error; a second signal ends at once"
+        )
+        _signal(self.main, signal.SIGINT)  # SIGTERM starts SGLang's own end, which has no bound
+        self.repeats_until = time.monotonic() + SAME_SECONDS
+        status = self._wait_for_main(self.grace_seconds + END_SECONDS)
+        if status is None:
+            progress(f"warning: a process hung: all are killed, {END_SECONDS:g} s after the grace")
+            return 1
+        return status
+
+    def _wait_for_main(self, seconds: float) -> int | None:
+        """The exit status once SGLang's process or the patience ends; None: it still runs."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            for descriptor in self._wait(left):
+                if descriptor == self.signals[0]:
+                    number = os.read(self.signals[0], 1)[0]
+                    if time.monotonic() > self.repeats_until:
+                        return 128 + number
+                    continue
+                if descriptor == self.main_fd:
+                    return max(0, self._main_status())
+                self.poll.unregister(descriptor)  # SGLang's processes end, as they should
+        return None
+
+    def _lost(self, pid: int, name: str) -> int:
+        """A vital process has ended: SGLang may end by itself, and say why, or not notice."""
+        status = self._wait_for_main(FAULT_SECONDS)
+        if status == REFUSED or (status or 0) > 128:  # it has said why; or a signal came
+            return status
+        return self._failed(f"{name} (process {pid})")
+
+    def _ended_alone(self) -> int:
+        status = self._main_status()
+        return status if status in (0, REFUSED) else self._failed("the main one")
+
+    def _failed(self, what: str) -> int:
+        print(
+            f"sglang-ess: SGLang's processes must live as long as the server: got the end of {what}"
+            ". All are ended. The reason stands above, unless it was killed from outside.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
+
+    def _wait(self, seconds: float) -> list[int]:
+        return [descriptor for descriptor, _ in self.poll.poll(seconds * 1000)]
+
+    def _main_status(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.main, 0)[1])
+
+    def _look(self) -> None:
+        """Note the vital processes and the shared memory of all."""
+        known = {pid for pid, _ in self.vital.values()}
+        for pid in _descendants(os.getpid()):
+            self.segments |= _shared_memory(pid)
+            name = _command(pid)
+            if pid not in known and name.startswith(VITAL):
+                try:
+                    descriptor = os.pidfd_open(pid)
+                except ProcessLookupError:
+                    continue
+                self.vital[descriptor] = (pid, name.split("\0")[0].strip())
+                self.poll.register(descriptor, select.POLLIN)
+
+    def _end_all(self) -> None:
+        """Kill what is left and remove the files and the shared memory that it had."""
+        self._look()
+        until = time.monotonic() + END_SECONDS
+        while left := [pid for pid in _descendants(os.getpid()) if not _reaped(pid)]:
+            late = time.monotonic() > until
+            for pid in left:
+                # A resource tracker ends by itself, after it has removed what its processes left.
+                if late or "resource_tracker" not in _command(pid):
+                    _signal(pid, signal.SIGKILL)
+            if late and time.monotonic() > until + END_SECONDS:
+                progress(f"warning: processes {left} cannot be killed")
+                break
+            time.sleep(0.01)
+        files = Path(tempfile.gettempdir()).glob(f"{self.template}*")
+        for path in [*files, *map(Path, self.segments)]:
+            _remove(path)
+
+
+def _become_server(launcher: int, ready: int, template: str) -> None:
+    """In the fork: nobody's signals but the launcher's arrive here, and its end is the end."""
+    global _ready_pipe
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:
+        os._exit(1)
+    os.setsid()  # a Ctrl-C is for the launcher alone
+    for one in ENDING:  # all that SGLang starts inherit this; its HTTP servers set their handlers
+        signal.signal(one, signal.SIG_IGN)
+    _ready_pipe = ready
+    os.environ[TEMPLATE] = tempfile.template = template
+
+
+def _leave(serve: Callable[[], int]) -> None:
+    """End this process with serve()'s status, at once: at a clean exit zmq waits, for ever."""
+    try:
+        status = serve()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _die_after(parent: int) -> None:
+    poll = select.poll()
+    poll.register(parent, select.POLLIN)
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _reaped(pid: int) -> bool:
+    """Whether a child of this process has ended; one of another's is left to it."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return False
+
+
+def _descendants(leader: int) -> list[int]:
+    """The children of a process, theirs, and so on."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            # The name, in parentheses, may hold anything; state and parent follow it.
+            fields = _read(entry, "stat").rpartition(")")[2].split()
+            if fields:
+                children.setdefault(int(fields[1]), []).append(int(entry))
+    found = [leader]
+    for pid in found:
+        found += children.get(pid, [])
+    return found[1:]
+
+
+def _command(pid: int) -> str:
+    return _read(pid, "cmdline")
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for this signal."""
+    mask = _read(pid, "status").partition("SigCgt:")[2].split()
+    return bool(mask) and bool(int(mask[0], 16) >> (number - 1) & 1)
+
+
+def _read(pid: int | str, name: str) -> str:
+    """A file of a process's in /proc; empty if the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _shared_memory(pid: int) -> set[str]:
+    """The segments in /dev/shm that a process has open and that end with its server."""
+    found = set()
+    try:
+        for descriptor in os.scandir(f"/proc/{pid}/fd"):
+            target = os.readlink(descriptor.path)
+            if target.startswith(SEGMENTS):
+                found.add(target)
+    except OSError:  # it ended, or closed one meanwhile
+        pass
+    return found
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError:  # gone
+        pass

@@ -1,0 +1,69 @@
+"""Stands in for SGLang under the launcher's outer process: `... stand_in GRACE BEHAVIOUR`."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from sglang_ess import shutdown
+from sglang_ess.config import REFUSED
+
+SLEEP = "import time; time.sleep(600)"
+SCHEDULER = "sglang::scheduler"
+
+
+def start(name: str, code: str = SLEEP) -> subprocess.Popen:
+    """A child whose command line begins with name."""
+    return subprocess.Popen(["bash", "-c", 'exec -a "$@"', "-", name, sys.executable, "-c", code])
+
+
+def drain(seconds: float) -> int:
+    """Serve until asked to end; then as long as requests of so many seconds take."""
+    asked = []
+    signal.signal(signal.SIGINT, lambda *_: asked.append(time.monotonic()))
+    shutdown.serving()
+    say("serving")
+    while not asked or time.monotonic() < asked[0] + seconds:
+        time.sleep(0.01)
+    return 0
+
+
+def fail() -> int:
+    raise RuntimeError("the reason")
+
+
+def orphan() -> int:
+    """Its child's child has another session and no parent."""
+    start("helper", f"import os; os.fork() and os._exit(0); os.setsid(); {SLEEP}")
+    return drain(0)
+
+
+BEHAVIOURS = {
+    "idle": lambda: drain(0),
+    "busy": lambda: drain(0.7),
+    "hung": lambda: drain(600),
+    "starting": lambda: say("serving") or time.sleep(600),
+    "orphan": orphan,
+    "fails": fail,
+    "refuses": lambda: REFUSED,
+    "kills itself": lambda: os.kill(os.getpid(), signal.SIGKILL),
+}
+
+
+def say(word: str) -> None:
+    print(word, flush=True)
+
+
+def serve(behaviour: str) -> int:
+    start(SCHEDULER)
+    tempfile.NamedTemporaryFile(delete=False)
+    tempfile.mkdtemp()
+    return BEHAVIOURS[behaviour]()
+
+
+if __name__ == "__main__":
+    grace, behaviour = sys.argv[1:]
+    shutdown.FAULT_SECONDS = 1.0
+    sys.exit(shutdown.supervised(lambda: serve(behaviour), float(grace)))

@@ -1,0 +1,159 @@
+"""The launcher's outer process around stand-ins for SGLang: each way to end, within its bound.
+
+With real servers: tests/test_shutdown_server.py. Bounds, not times: a machine may be busy.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sglang_ess import shutdown
+from sglang_ess.config import REFUSED
+from tests.support import leftovers
+from tests.support.stand_in import SCHEDULER
+from tests.test_processes import poll
+
+REPO = Path(__file__).resolve().parent.parent
+TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
+GRACE = 2.0
+SOON = 1.5  # seconds that an end without any grace may take; less than GRACE
+
+
+class StandIn(leftovers.Marked):
+    """A process of tests.support.stand_in with this behaviour."""
+
+    def __init__(self, log: Path, behaviour: str, grace: float = GRACE):
+        super().__init__()
+        self.log = log
+        command = [sys.executable, "-m", "tests.support.stand_in", str(grace), behaviour]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=REPO,
+                stdout=output,
+                stderr=output,
+                env=os.environ | self.env,
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_serving(self) -> None:
+        poll(lambda: "serving" in self.text() and self.named(SCHEDULER))
+
+    def status(self) -> int:
+        """Of its end, within the bound that any has; nothing is left then."""
+        status = self.process.wait(GRACE + 2 * shutdown.END_SECONDS)
+        assert self.remains() == []
+        return status
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """stand_in(behaviour, grace): one that serves; its rest is ended after the test."""
+    started = []
+
+    def start(behaviour, grace=GRACE, ready=True):
+        started.append(StandIn(tmp_path / "log", behaviour, grace))
+        if ready:
+            started[-1].wait_serving()
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.clear()
+        one.process.wait()
+
+
+def signalled(server, *numbers, gap=0.8, group=False) -> tuple[int, float]:
+    """(exit status, seconds from the last signal)."""
+    send = os.killpg if group else os.kill
+    for i, number in enumerate(numbers):
+        time.sleep(gap * bool(i))
+        since = time.monotonic()
+        send(server.process.pid, number)
+    return server.status(), time.monotonic() - since
+
+
+@pytest.mark.parametrize("number", [TERM, INT, signal.SIGHUP])
+def test_idle_it_ends_at_once_and_leaves_nothing(stand_in, number):
+    status, seconds = signalled(stand_in("idle"), number)
+    assert status == 0 and seconds < SOON
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
+def test_what_runs_has_its_grace(stand_in, group):
+    server = stand_in("busy")
+    status, seconds = signalled(server, TERM, group=group)
+    assert status == 0 and 0.7 < seconds < GRACE
+    assert "SIGTERM: no more requests are taken; those that run have 2 s" in server.text()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(stand_in):
+    """GNU timeout signals the process and then its group."""
+    status, seconds = signalled(stand_in("busy"), TERM, TERM, gap=0.05)
+    assert status == 0 and seconds > 0.5
+
+
+@pytest.mark.parametrize("number", [TERM, INT])
+def test_a_second_signal_ends_at_once(stand_in, number):
+    status, seconds = signalled(stand_in("hung", 60), TERM, number)
+    assert status == 128 + number and seconds < SOON
+
+
+def test_the_bound_holds_for_processes_that_hang(stand_in):
+    server = stand_in("hung", 0.1)
+    (scheduler,) = server.named(SCHEDULER)
+    os.kill(scheduler, signal.SIGSTOP)
+    status, seconds = signalled(server, TERM)
+    assert status == 1 and seconds < 0.1 + shutdown.END_SECONDS + SOON
+    assert "warning: a process hung" in server.text()
+
+
+def test_before_it_serves_a_signal_ends_it_at_once(stand_in):
+    status, seconds = signalled(stand_in("starting"), INT)
+    assert status == 0 and seconds < SOON
+
+
+def test_a_process_that_left_its_parent_and_session_is_found(stand_in):
+    server = stand_in("orphan")
+    poll(lambda: len(leftovers.processes(server.mark)) == 4)
+    assert signalled(server, TERM)[0] == 0
+
+
+def test_all_end_with_a_launcher_that_is_killed(stand_in):
+    """Their files stay: nobody is left to remove them."""
+    server = stand_in("idle")
+    server.process.kill()
+    main = [pid for pid in leftovers.processes(server.mark) if pid != server.named(SCHEDULER)[0]]
+    poll(lambda: not [pid for pid in main if Path(f"/proc/{pid}").exists()])
+
+
+def test_a_scheduler_that_is_killed_ends_the_server(stand_in):
+    """SGLang with several tokenizer workers does not notice."""
+    server = stand_in("idle")
+    os.kill(server.named(SCHEDULER)[0], KILL)
+    assert server.status() == 1
+    (line,) = [line for line in server.text().splitlines() if line.startswith("sglang-ess: ")]
+    assert f"got the end of {SCHEDULER} (process" in line
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "status", "part"),
+    [
+        ("refuses", REFUSED, ""),
+        ("fails", 1, "RuntimeError: the reason"),
+        ("kills itself", 1, "got the end of the main one"),
+    ],
+)
+def test_an_end_by_itself(stand_in, behaviour, status, part):
+    server = stand_in(behaviour, ready=False)
+    assert server.status() == status and part in server.text()
+    lines = [line for line in server.text().splitlines() if line.startswith("sglang-ess: ")]
+    assert len(lines) == (status != REFUSED)
