@@ -123,7 +123,7 @@ def test_before_it_serves_a_signal_ends_it_at_once(stand_in):
 
 def test_a_process_that_left_its_parent_and_session_is_found(stand_in):
     server = stand_in("orphan")
-    poll(lambda: len(leftovers.processes(server.mark)) == 4)
+    poll(lambda: len(server.processes()) == 4)
     assert signalled(server, TERM)[0] == 0
 
 
@@ -131,8 +131,8 @@ def test_all_end_with_a_launcher_that_is_killed(stand_in):
     """Their files stay: nobody is left to remove them."""
     server = stand_in("idle")
     server.process.kill()
-    main = [pid for pid in leftovers.processes(server.mark) if pid != server.named(SCHEDULER)[0]]
-    poll(lambda: not [pid for pid in main if Path(f"/proc/{pid}").exists()])
+    main = [pid for pid in server.processes() if pid != server.named(SCHEDULER)[0]]
+    poll(lambda: not set(main) & set(server.processes()))
 
 
 def test_a_scheduler_that_is_killed_ends_the_server(stand_in):

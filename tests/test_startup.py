@@ -3,7 +3,9 @@
 import json
 import re
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -19,10 +21,13 @@ from sglang_ess.cpu.ops.topk_select import topk_select
 from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
 from tests.conftest import SLOTS
 from tests.support.engine import EngineProcess
+from tests.support.launching import in_this_process
 from tests.support.server import free_port
 
 PAGE, MIB = 64, 1 << 20
-ARGS = SimpleNamespace(model_path="m", url=lambda: "http://h:1")
+ARGS = SimpleNamespace(
+    model_path="m", url=lambda: "http://h:1", api_key=None, tokenizer_worker_num=1
+)
 PROGRESS = (
     "importing SGLang",
     "checking the options",
@@ -78,7 +83,10 @@ def test_the_block_holds_what_config_json_says(server, tiny_v32):
     )
     assert block["top-k"] == str(config["index_topk"])
     assert block["slots"] == f"{SLOTS} in pages of {PAGE}"
-    assert block["limits"].endswith(f" at once, {config['max_position_embeddings']} tokens each")
+    context = config["max_position_embeddings"]
+    assert block["limits"].endswith(
+        f" at once; one has {context - 2} tokens at most, {context - 7} of them its prompt"
+    )
     assert block["URL"] == server.url
 
 
@@ -142,6 +150,7 @@ def test_one_tier_on_an_accelerator_is_said_once(
     monkeypatch.setattr(sglang.srt.utils, "kill_process_tree", lambda *a, **k: None)
     monkeypatch.setattr(plugin, "registered", True)
     monkeypatch.setattr(plugin, "accelerator", lambda: accelerator)
+    in_this_process(monkeypatch)
     port = str(free_port())
     assert launch_server.main(["--model-path", str(tmp_path), "--port", port, *flags]) == 0
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith(startup.PREFIX)]
@@ -159,16 +168,70 @@ class HttpServer:
         return self.state
 
 
-def test_no_block_without_a_hook_on_the_scheduler_but_the_address(monkeypatch, capsys):
-    """An accelerator, or several tokenizer processes, whose router has no is_ready."""
-    monkeypatch.setitem(sys.modules, startup.HTTP_SERVER, HttpServer(object(), {}))
-    with startup.announced(ARGS, time.monotonic()):
+@pytest.fixture
+def web():
+    """A server on a port of its own; statuses: what it answers, the last one from then on."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            web.asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(web.statuses.pop(0) if len(web.statuses) > 1 else web.statuses[0])
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        web.statuses, web.asked = [200], []
+        thread = threading.Thread(target=web.serve_forever, args=(0.01,))
+        thread.start()
+        web.url = lambda: f"http://127.0.0.1:{web.server_port}"
+        yield web
+        web.shutdown()
+        thread.join()
+
+
+def args(url, workers=1, api_key=None):
+    return SimpleNamespace(
+        model_path="m", url=url, tokenizer_worker_num=workers, api_key=api_key
+    )
+
+
+READY = SimpleNamespace(is_ready=lambda: True)
+
+
+def test_no_block_without_a_hook_on_the_scheduler_but_the_address(monkeypatch, capsys, web):
+    """An accelerator."""
+    monkeypatch.setitem(sys.modules, startup.HTTP_SERVER, HttpServer(READY, {}))
+    serving = threading.Event()
+    with startup.announced(args(web.url), time.monotonic(), serving.set):
         err = wait_for_url(capsys)
     assert re.fullmatch(
-        r"\[sglang-ess\] the scheduler is ready.*\n\[sglang-ess\] ready after 0\.\d s\n"
-        r"    model           m\n    URL             http://h:1\n",
+        r"\[sglang-ess\] the scheduler is ready.*\n\[sglang-ess\] ready after \d\.\d s\n"
+        rf"    model           m\n    URL             {web.url()}\n",
         err,
     )
+    assert serving.is_set()
+
+
+def test_it_is_ready_only_once_the_url_answers(monkeypatch, capsys, web):
+    """SGLang's manager is so a moment before its HTTP server is."""
+    monkeypatch.setitem(sys.modules, startup.HTTP_SERVER, HttpServer(READY, {}))
+    web.statuses = [503, 503, 200]
+    with startup.announced(args(web.url, api_key="secret"), time.monotonic()):
+        assert "ready after" in wait_for_url(capsys)
+    assert web.asked == [("/ready", "Bearer secret")] * 3
+    assert not startup._answers(args(lambda: f"http://127.0.0.1:{free_port()}"), 1)
+
+
+def test_every_tokenizer_worker_must_answer(monkeypatch, web):
+    monkeypatch.setattr(startup.time, "sleep", lambda seconds: None)
+    router, two = SimpleNamespace(all_worker_ipcs={"a"}), args(web.url, workers=2)
+    assert not startup._is_ready(two, router) and web.asked == []
+    router.all_worker_ipcs.add("b")
+    web.statuses = [200, 200, 503, 200]  # a client still meets one that warms up
+    assert not startup._is_ready(two, router)
+    assert startup._is_ready(two, router)
 
 
 def wait_for_url(capsys):

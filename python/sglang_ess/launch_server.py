@@ -88,13 +88,14 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
 
 def _release_schedulers() -> None:
     """Let SGLang's schedulers give back what they hold, as its own end at SIGTERM does."""
-    import zmq
     from sglang.srt.entrypoints.http_server import get_global_state
+
+    if (state := get_global_state()) is None:  # another server than the HTTP one
+        return
+    import zmq
     from sglang.srt.managers.io_struct import ShutdownReq, sock_send
     from sglang.srt.utils.cudacore_pyspy_dump_utils import collect_scheduler_processes
 
-    if (state := get_global_state()) is None:
-        return
     # The socket belongs to an event loop that has ended.
     sock_send(zmq.Socket.shadow(state.tokenizer_manager.send_to_scheduler), ShutdownReq())
     until = time.monotonic() + shutdown.RELEASE_SECONDS

@@ -30,6 +30,7 @@ END_SECONDS = 4.0  # after the grace period, for error answers and for what the 
 RELEASE_SECONDS = 2.0  # of these for the schedulers, which may be in the middle of a step
 FAULT_SECONDS = 10.0  # for SGLang to end by itself once one of its processes has died
 SAME_SECONDS = 0.5  # `timeout` and some shells send one signal twice: to a process and its group
+PARENT_SECONDS = 0.5  # between a child's looks at whether its parent lives
 TICK_SECONDS = 2.0  # between looks at which processes there are
 # SGLang's names of processes without which it does not serve. Another tokenizer worker is
 # started for one that dies.
@@ -79,8 +80,7 @@ def follow_parent() -> None:
     Effect: temporary files are named after this server, so that the launcher can remove them.
     """
     tempfile.template = os.environ.get(TEMPLATE, tempfile.template)
-    parent = os.pidfd_open(os.getppid())
-    threading.Thread(target=_die_after, args=(parent,), daemon=True).start()
+    threading.Thread(target=_die_after, args=(os.getppid(),), daemon=True).start()
 
 
 def bound_http(grace_seconds: float) -> None:
@@ -118,19 +118,19 @@ class _Supervisor:
 
     def __init__(self, main: int, ready: int, template: str, grace_seconds: float):
         self.main, self.template, self.grace_seconds = main, template, grace_seconds
+        self.main_status: int | None = None
+        self.ready, self.is_ready, self.repeats_until = ready, False, 0.0
         self.vital: dict[int, tuple[int, str]] = {}  # pidfd: (pid, SGLang's name for it)
         self.segments = {f"/dev/shm/multi_tokenizer_args_{main}"}
+        self.signals, self.signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.poll = select.poll()
-        self.ready, self.is_ready, self.repeats_until = ready, False, 0.0
-        self.main_fd = os.pidfd_open(main)
-        self.signals = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        for descriptor in (self.main_fd, self.ready, self.signals[0]):
+        for descriptor in (self.ready, self.signals):
             self.poll.register(descriptor, select.POLLIN)
 
     def run(self, signals: list[signal.Signals]) -> int:
-        for one in signals:
+        for one in (*signals, signal.SIGCHLD):
             signal.signal(one, lambda *_: None)
-        signal.set_wakeup_fd(self.signals[1])
+        signal.set_wakeup_fd(self.signalled)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         try:
             return self._serve_until_asked()
@@ -140,18 +140,16 @@ class _Supervisor:
     def _serve_until_asked(self) -> int:
         while True:
             self._look()
-            for descriptor in self._wait(TICK_SECONDS):
-                if descriptor == self.signals[0]:
-                    return self._asked(os.read(self.signals[0], 16))
-                if descriptor == self.main_fd:
-                    return self._ended_alone()
-                if descriptor in self.vital:
-                    return self._lost(*self.vital[descriptor])
-                self.is_ready |= bool(os.read(self.ready, 1))
-                self.poll.unregister(self.ready)
+            numbers, lost = self._wait(TICK_SECONDS)
+            if numbers:
+                return self._asked(signal.Signals(numbers[0]).name)
+            if lost:
+                return self._lost(*lost[0])
+            if self.main_status is not None:
+                known = self.main_status in (0, REFUSED)
+                return self.main_status if known else self._failed("the main one")
 
-    def _asked(self, numbers: bytes) -> int:
-        name = signal.Signals(numbers[0]).name
+    def _asked(self, name: str) -> int:
         if not self.is_ready:
             progress(f"{name} before the server was ready: ended")
             return 0
@@ -161,37 +159,18 @@ class _Supervisor:
         )
         _signal(self.main, signal.SIGINT)  # SIGTERM starts SGLang's own end, which has no bound
         self.repeats_until = time.monotonic() + SAME_SECONDS
-        status = self._wait_for_main(self.grace_seconds + END_SECONDS)
+        status = self._main_ends_within(self.grace_seconds + END_SECONDS)
         if status is None:
             progress(f"warning: a process hung: all are killed, {END_SECONDS:g} s after the grace")
             return 1
         return status
 
-    def _wait_for_main(self, seconds: float) -> int | None:
-        """The exit status once SGLang's process or the patience ends; None: it still runs."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            for descriptor in self._wait(left):
-                if descriptor == self.signals[0]:
-                    number = os.read(self.signals[0], 1)[0]
-                    if time.monotonic() > self.repeats_until:
-                        return 128 + number
-                    continue
-                if descriptor == self.main_fd:
-                    return max(0, self._main_status())
-                self.poll.unregister(descriptor)  # SGLang's processes end, as they should
-        return None
-
     def _lost(self, pid: int, name: str) -> int:
         """A vital process has ended: SGLang may end by itself, and say why, or not notice."""
-        status = self._wait_for_main(FAULT_SECONDS)
+        status = self._main_ends_within(FAULT_SECONDS)
         if status == REFUSED or (status or 0) > 128:  # it has said why; or a signal came
             return status
         return self._failed(f"{name} (process {pid})")
-
-    def _ended_alone(self) -> int:
-        status = self._main_status()
-        return status if status in (0, REFUSED) else self._failed("the main one")
 
     def _failed(self, what: str) -> int:
         print(
@@ -202,11 +181,40 @@ class _Supervisor:
         )
         return 1
 
-    def _wait(self, seconds: float) -> list[int]:
-        return [descriptor for descriptor, _ in self.poll.poll(seconds * 1000)]
+    def _main_ends_within(self, seconds: float) -> int | None:
+        """Exit status of SGLang's process, or 128 + a signal that came; None: it still runs."""
+        until = time.monotonic() + seconds
+        while self.main_status is None:
+            if (left := until - time.monotonic()) <= 0:
+                return None
+            numbers, _ = self._wait(left)
+            if numbers and time.monotonic() > self.repeats_until:
+                return 128 + numbers[0]
+        return max(0, self.main_status)
 
-    def _main_status(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.main, 0)[1])
+    def _wait(self, seconds: float) -> tuple[list[int], list[tuple[int, str]]]:
+        """(signals that came, vital processes that ended), after so many seconds at most."""
+        numbers, lost = [], []
+        for descriptor, _ in self.poll.poll(seconds * 1000):
+            if descriptor == self.signals:
+                numbers = [one for one in os.read(self.signals, 64) if one != signal.SIGCHLD]
+                continue
+            self.poll.unregister(descriptor)
+            if descriptor == self.ready:
+                self.is_ready = bool(os.read(self.ready, 1))  # nothing: it was closed
+            else:
+                lost.append(self.vital[descriptor])
+        self._reap()
+        return numbers, lost
+
+    def _reap(self) -> None:
+        """Take the exit status of every child that has ended, adopted ones too."""
+        try:
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == self.main:
+                    self.main_status = os.waitstatus_to_exitcode(ended[1])
+        except ChildProcessError:
+            pass
 
     def _look(self) -> None:
         """Note the vital processes and the shared memory of all."""
@@ -214,28 +222,30 @@ class _Supervisor:
         for pid in _descendants(os.getpid()):
             self.segments |= _shared_memory(pid)
             name = _command(pid)
-            if pid not in known and name.startswith(VITAL):
-                try:
-                    descriptor = os.pidfd_open(pid)
-                except ProcessLookupError:
-                    continue
-                self.vital[descriptor] = (pid, name.split("\0")[0].strip())
-                self.poll.register(descriptor, select.POLLIN)
+            if pid in known or not name.startswith(VITAL):
+                continue
+            try:
+                descriptor = os.pidfd_open(pid)
+            except OSError:  # it ended just now; or the kernel is older than 5.3
+                continue
+            self.vital[descriptor] = (pid, name.split("\0")[0].strip())
+            self.poll.register(descriptor, select.POLLIN)
 
     def _end_all(self) -> None:
         """Kill what is left and remove the files and the shared memory that it had."""
         self._look()
-        until = time.monotonic() + END_SECONDS
-        while left := [pid for pid in _descendants(os.getpid()) if not _reaped(pid)]:
-            late = time.monotonic() > until
+        since = time.monotonic()
+        while left := _descendants(os.getpid()):
+            waited = time.monotonic() - since
             for pid in left:
                 # A resource tracker ends by itself, after it has removed what its processes left.
-                if late or "resource_tracker" not in _command(pid):
+                if waited > END_SECONDS or "resource_tracker" not in _command(pid):
                     _signal(pid, signal.SIGKILL)
-            if late and time.monotonic() > until + END_SECONDS:
+            if waited > 2 * END_SECONDS:
                 progress(f"warning: processes {left} cannot be killed")
                 break
             time.sleep(0.01)
+            self._reap()
         files = Path(tempfile.gettempdir()).glob(f"{self.template}*")
         for path in [*files, *map(Path, self.segments)]:
             _remove(path)
@@ -271,9 +281,8 @@ def _leave(serve: Callable[[], int]) -> None:
 
 
 def _die_after(parent: int) -> None:
-    poll = select.poll()
-    poll.register(parent, select.POLLIN)
-    poll.poll()
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -286,14 +295,6 @@ def _signal(pid: int, number: int) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         pass
-
-
-def _reaped(pid: int) -> bool:
-    """Whether a child of this process has ended; one of another's is left to it."""
-    try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except ChildProcessError:
-        return False
 
 
 def _descendants(leader: int) -> list[int]:

@@ -3,7 +3,7 @@
 import json
 import logging
 
-from sglang_ess import launch_server, plugin
+from sglang_ess import launch_server, plugin, shutdown
 from sglang_ess.config import ENV_VAR
 
 DSA = {
@@ -16,6 +16,12 @@ DSA = {
 
 class Started(Exception):
     """run_server was reached: nothing was refused."""
+
+
+def in_this_process(monkeypatch):
+    """The launcher neither forks nor changes uvicorn."""
+    monkeypatch.setattr(shutdown, "supervised", lambda serve, grace_seconds: serve())
+    monkeypatch.setattr(shutdown, "bound_http", lambda grace_seconds: None)
 
 
 def launcher(monkeypatch, capsys, tmp_path, port):
@@ -37,6 +43,7 @@ def launcher(monkeypatch, capsys, tmp_path, port):
     monkeypatch.setattr(sglang.srt.plugins, "load_plugins", lambda: None)
     monkeypatch.setattr(sglang.srt.utils, "kill_process_tree", lambda *a, **k: None)
     monkeypatch.setattr(plugin, "registered", True)
+    in_this_process(monkeypatch)
     handlers, level = logging.root.handlers[:], logging.root.level
 
     def call(*flags, model=DSA, accelerator=None):

@@ -28,21 +28,34 @@ class Marked:
         # In /tmp, because a path of a socket has 107 characters at most.
         self.directory = Path(tempfile.mkdtemp(prefix="ess-test-"))
         self.segments: set[Path] = set()
+        self.sessions: set[int] = set()
         self.env = {MARK: self.mark, "TMPDIR": str(self.directory)}
+
+    def processes(self) -> list[int]:
+        """Those that run; one that ended and waits for its parent does not.
+
+        By the mark, or by the session of one that had it: SGLang's processes give themselves
+        titles, which are written over their variables.
+        """
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        found = {pid: stat(pid) for pid in pids}
+        self.sessions |= {found[pid][1] for pid in pids if has(self.mark, pid)} - {0}
+        marked = {pid for pid in pids if found[pid][1] in self.sessions or has(self.mark, pid)}
+        return sorted(pid for pid in marked if found[pid][0] not in "ZX")
 
     def note_segments(self) -> set[Path]:
         """Remember the shared memory that the processes have now."""
-        for pid in processes(self.mark):
+        for pid in self.processes():
             self.segments |= segments(pid)
         return self.segments
 
     def named(self, title: str) -> list[int]:
         """Those whose command line begins so."""
-        return [pid for pid in processes(self.mark) if command(pid).startswith(title)]
+        return [pid for pid in self.processes() if command(pid).startswith(title)]
 
     def remains(self) -> list[str]:
         """What is there, in words; empty once all is gone."""
-        found = [f"process {pid}: {command(pid)[:60]}" for pid in processes(self.mark)]
+        found = [f"process {pid}: {command(pid)[:60]}" for pid in self.processes()]
         if self.port and not is_free(self.port):
             found.append(f"port {self.port}")
         found += [str(path) for path in self.segments if path.exists()]
@@ -50,7 +63,7 @@ class Marked:
 
     def clear(self) -> None:
         """End and remove all that is left."""
-        for pid in processes(self.mark):
+        for pid in self.processes():
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -79,16 +92,21 @@ class MarkedServer(Marked, Server):
         return time.monotonic() - since
 
 
-def processes(mark: str) -> list[int]:
-    """Those that run with this mark; one that ended and waits for its parent does not."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and f"{MARK}={mark}".encode() in read(entry / "environ"):
-                found.append(int(entry.name))
-        except OSError:  # it ended, or is another user's
-            continue
-    return found
+def stat(pid: int) -> tuple[str, int]:
+    """(state, session) of a process; ("X", 0) if there is none."""
+    try:
+        # The name, in parentheses, may hold anything.
+        fields = read(Path(f"/proc/{pid}/stat")).rpartition(b")")[2].split()
+    except OSError:
+        return "X", 0
+    return fields[0].decode(), int(fields[3])
+
+
+def has(mark: str, pid: int) -> bool:
+    try:
+        return f"{MARK}={mark}".encode() in read(Path(f"/proc/{pid}/environ"))
+    except OSError:  # it ended, or is another user's
+        return False
 
 
 def segments(pid: int) -> set[Path]:
