@@ -140,7 +140,7 @@ STATES = {
     "unread": Unread,
     "stopped": Stopped,
 }
-ANSWERS = {200, 500, "cut off"}  # in time; after the grace period; then, or not accepted at all
+ANSWERS = {200, 503, "cut off"}  # in time; after the grace period; then, or not accepted at all
 
 
 def busy(server):
@@ -166,8 +166,8 @@ def test_in_the_middle_of_a_prefill_all_end_and_every_request_is_answered(server
     assert len(server.note_segments()) > 0 and len(server.remains()) > 8
     _, status, got = ended(server, "prefill")
     assert status == 0
-    assert got.keys() <= {200, 500} and got[500]  # those whose turn did not come in time
-    assert "Traceback" not in server.log.read_text()[: server.log.read_text().index("SIGTERM: ")]
+    assert got.keys() <= {200, 503} and got[503]  # those whose turn did not come in time
+    assert "Traceback" not in server.log.read_text()
 
 
 @pytest.mark.slow
@@ -190,7 +190,7 @@ def test_every_state(tiny_v32, tmp_path, workers, state, number, group):
         seconds, status, got = ended(server, state, number, group)
     assert status == 0 and got.keys() <= ANSWERS
     if state in ("decode", "prefill"):
-        assert got["cut off"] == 0 and got[500]
+        assert got["cut off"] == 0 and got[503]
     assert seconds < GRACE + shutdown.END_SECONDS + SLACK
 
 

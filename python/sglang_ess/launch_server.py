@@ -60,7 +60,7 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.utils import kill_process_tree
 
-    from sglang_ess import plugin, preflight
+    from sglang_ess import http_end, plugin, preflight
 
     load_plugins()
     if not plugin.registered:
@@ -71,7 +71,7 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
     if reasons := preflight.server_reasons(server_args, config, on_cpu):
         return _refuse(reasons)
     startup.before_processes(config.enabled, on_cpu, preflight.may_be_sparse(server_args))
-    shutdown.bound_http(config.grace_seconds)
+    http_end.bound(config.grace_seconds)
     try:
         with startup.announced(server_args, since, shutdown.serving):
             run_server(server_args)

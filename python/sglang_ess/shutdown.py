@@ -9,7 +9,6 @@ subreaper), so that it finds all of them.
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import select
 import shutil
@@ -81,36 +80,6 @@ def follow_parent() -> None:
     """
     tempfile.template = os.environ.get(TEMPLATE, tempfile.template)
     threading.Thread(target=_die_after, args=(os.getppid(),), daemon=True).start()
-
-
-def bound_http(grace_seconds: float) -> None:
-    """Let uvicorn's servers answer what still runs after the grace period with an error.
-
-    In SGLang's process: its tokenizer workers are given the same configuration. SGLang hands
-    uvicorn no such limit, and has no option for it.
-    """
-    import uvicorn
-    from uvicorn.supervisors import Multiprocess
-
-    uvicorn.Config.__init__ = functools.partialmethod(
-        uvicorn.Config.__init__, timeout_graceful_shutdown=grace_seconds
-    )
-    Multiprocess.terminate_all = _stop_accepting
-
-
-def _stop_accepting(workers) -> None:
-    """In the stead of uvicorn's Multiprocess.terminate_all: its workers stop, requests go on.
-
-    It sends them SIGTERM, at which a worker of SGLang's that has nothing to do ends the scheduler
-    under the others; and its own socket goes on listening, which lets new clients hang.
-    """
-    for listener in vars(workers).get("sockets", ()):  # a property where workers have their own
-        listener.close()
-    for worker in workers.processes:
-        if _catches(worker.pid, signal.SIGINT):
-            os.kill(worker.pid, signal.SIGINT)
-        else:  # it still imports, or it is gone
-            worker.kill()
 
 
 class _Supervisor:
@@ -314,12 +283,6 @@ def _descendants(leader: int) -> list[int]:
 
 def _command(pid: int) -> str:
     return _read(pid, "cmdline")
-
-
-def _catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for this signal."""
-    mask = _read(pid, "status").partition("SigCgt:")[2].split()
-    return bool(mask) and bool(int(mask[0], 16) >> (number - 1) & 1)
 
 
 def _read(pid: int | str, name: str) -> str:

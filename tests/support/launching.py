@@ -3,7 +3,7 @@
 import json
 import logging
 
-from sglang_ess import launch_server, plugin, shutdown
+from sglang_ess import http_end, launch_server, plugin, shutdown
 from sglang_ess.config import ENV_VAR
 
 DSA = {
@@ -21,7 +21,7 @@ class Started(Exception):
 def in_this_process(monkeypatch):
     """The launcher neither forks nor changes uvicorn."""
     monkeypatch.setattr(shutdown, "supervised", lambda serve, grace_seconds: serve())
-    monkeypatch.setattr(shutdown, "bound_http", lambda grace_seconds: None)
+    monkeypatch.setattr(http_end, "bound", lambda grace_seconds: None)
 
 
 def launcher(monkeypatch, capsys, tmp_path, port):

@@ -26,7 +26,7 @@ class Marked:
     def __init__(self):
         self.mark = uuid.uuid4().hex
         # In /tmp, because a path of a socket has 107 characters at most.
-        self.directory = Path(tempfile.mkdtemp(prefix="ess-test-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="ess-end-"))
         self.segments: set[Path] = set()
         self.sessions: set[int] = set()
         self.env = {MARK: self.mark, "TMPDIR": str(self.directory)}
@@ -59,7 +59,8 @@ class Marked:
         if self.port and not is_free(self.port):
             found.append(f"port {self.port}")
         found += [str(path) for path in self.segments if path.exists()]
-        return found + [str(path) for path in self.directory.iterdir()]
+        entries = self.directory.rglob("*")  # but for caches, which are empty directories
+        return found + [str(path) for path in entries if "-" in path.name or not path.is_dir()]
 
     def clear(self) -> None:
         """End and remove all that is left."""
