@@ -192,9 +192,7 @@ def web():
 
 
 def args(url, workers=1, api_key=None):
-    return SimpleNamespace(
-        model_path="m", url=url, tokenizer_worker_num=workers, api_key=api_key
-    )
+    return SimpleNamespace(model_path="m", url=url, tokenizer_worker_num=workers, api_key=api_key)
 
 
 READY = SimpleNamespace(is_ready=lambda: True)

@@ -54,7 +54,9 @@ def supervised(serve: Callable[[], int], grace_seconds: float) -> int:
     launcher, (ready, ready_child) = os.getpid(), os.pipe()
     template = f"ess-{os.urandom(4).hex()}-"
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    signals = [one for one in ENDING if signal.getsignal(one) is not signal.SIG_IGN]
+    signals = set(ENDING)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+        signals.remove(signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # none is lost between here and run()
     main = os.fork()
     if main == 0:
@@ -96,7 +98,7 @@ class _Supervisor:
         for descriptor in (self.ready, self.signals):
             self.poll.register(descriptor, select.POLLIN)
 
-    def run(self, signals: list[signal.Signals]) -> int:
+    def run(self, signals: set[signal.Signals]) -> int:
         for one in (*signals, signal.SIGCHLD):
             signal.signal(one, lambda *_: None)
         signal.set_wakeup_fd(self.signalled)
