@@ -75,6 +75,7 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
     try:
         with startup.announced(server_args, since, shutdown.serving):
             run_server(server_args)
+        shutdown.served()
         _release_schedulers()
     except RuntimeError as error:
         # The scheduler has said why (capacity.py); SGLang adds only that it is gone.

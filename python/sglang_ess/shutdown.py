@@ -39,7 +39,7 @@ TEMPLATE = "SGLANG_ESS_TEMPLATE"  # variable: how names of this server's tempora
 SEGMENTS = tuple(f"/dev/shm/{name}" for name in ("sglang_loads_", "sgl_shm_", "nccl-", "cuda.shm."))
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
-_ready_pipe: int | None = None  # in SGLang's process: its end of the pipe to the launcher
+_pipe: int | None = None  # in SGLang's process: its end of the pipe to the launcher
 
 
 def supervised(serve: Callable[[], int], grace_seconds: float) -> int:
@@ -51,7 +51,7 @@ def supervised(serve: Callable[[], int], grace_seconds: float) -> int:
     Returns 0 for a server that was asked to end and did, 128 + the second signal's number, or
     what serve() returned; 1 if a process died or had to be killed, with one line on stderr.
     """
-    launcher, (ready, ready_child) = os.getpid(), os.pipe()
+    launcher, (pipe, pipe_of_child) = os.getpid(), os.pipe()
     template = f"ess-{os.urandom(4).hex()}-"
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     signals = set(ENDING)
@@ -60,17 +60,21 @@ def supervised(serve: Callable[[], int], grace_seconds: float) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # none is lost between here and run()
     main = os.fork()
     if main == 0:
-        _become_server(launcher, ready_child, template)
+        _become_server(launcher, pipe_of_child, template)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         _leave(serve)
-    os.close(ready_child)
-    return _Supervisor(main, ready, template, grace_seconds).run(signals)
+    os.close(pipe_of_child)
+    return _Supervisor(main, pipe, template, grace_seconds).run(signals)
 
 
 def serving() -> None:
     """Tell the launcher that requests are served: from now on a signal gives them their grace."""
-    if _ready_pipe is not None:
-        os.write(_ready_pipe, b"1")
+    _tell()
+
+
+def served() -> None:
+    """Tell the launcher that every request has its answer: nothing is lost by killing now."""
+    _tell()
 
 
 def follow_parent() -> None:
@@ -85,17 +89,18 @@ def follow_parent() -> None:
 
 
 class _Supervisor:
-    """The launcher after its fork. main: SGLang's process; ready: where serving() writes."""
+    """The launcher after its fork. main: SGLang's process; pipe: what it tells."""
 
-    def __init__(self, main: int, ready: int, template: str, grace_seconds: float):
+    def __init__(self, main: int, pipe: int, template: str, grace_seconds: float):
         self.main, self.template, self.grace_seconds = main, template, grace_seconds
         self.main_status: int | None = None
-        self.ready, self.is_ready, self.repeats_until = ready, False, 0.0
+        self.told, self.repeats_until = 0, 0.0  # told: calls of serving(), then of served()
         self.vital: dict[int, tuple[int, str]] = {}  # pidfd: (pid, SGLang's name for it)
         self.segments = {f"/dev/shm/multi_tokenizer_args_{main}"}
         self.signals, self.signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.poll = select.poll()
-        for descriptor in (self.ready, self.signals):
+        self.pipe = pipe
+        for descriptor in (self.pipe, self.signals):
             self.poll.register(descriptor, select.POLLIN)
 
     def run(self, signals: set[signal.Signals]) -> int:
@@ -121,7 +126,7 @@ class _Supervisor:
                 return self.main_status if known else self._failed("the main one")
 
     def _asked(self, name: str) -> int:
-        if not self.is_ready:
+        if self.told == 0:
             progress(f"{name} before the server was ready: ended")
             return 0
         progress(
@@ -131,10 +136,10 @@ class _Supervisor:
         _signal(self.main, signal.SIGINT)  # SIGTERM starts SGLang's own end, which has no bound
         self.repeats_until = time.monotonic() + SAME_SECONDS
         status = self._main_ends_within(self.grace_seconds + END_SECONDS)
-        if status is None:
+        if status is None and self.told < 2:
             progress(f"warning: a process hung: all are killed, {END_SECONDS:g} s after the grace")
             return 1
-        return status
+        return status or 0
 
     def _lost(self, pid: int, name: str) -> int:
         """A vital process has ended: SGLang may end by itself, and say why, or not notice."""
@@ -170,10 +175,11 @@ class _Supervisor:
             if descriptor == self.signals:
                 numbers = [one for one in os.read(self.signals, 64) if one != signal.SIGCHLD]
                 continue
-            self.poll.unregister(descriptor)
-            if descriptor == self.ready:
-                self.is_ready = bool(os.read(self.ready, 1))  # nothing: it was closed
-            else:
+            if descriptor == self.pipe and (told := os.read(self.pipe, 8)):
+                self.told += len(told)
+                continue
+            self.poll.unregister(descriptor)  # its other end is gone
+            if descriptor in self.vital:
                 lost.append(self.vital[descriptor])
         self._reap()
         return numbers, lost
@@ -222,17 +228,22 @@ class _Supervisor:
             _remove(path)
 
 
-def _become_server(launcher: int, ready: int, template: str) -> None:
+def _become_server(launcher: int, pipe: int, template: str) -> None:
     """In the fork: nobody's signals but the launcher's arrive here, and its end is the end."""
-    global _ready_pipe
+    global _pipe
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:
         os._exit(1)
     os.setsid()  # a Ctrl-C is for the launcher alone
     for one in ENDING:  # all that SGLang starts inherit this; its HTTP servers set their handlers
         signal.signal(one, signal.SIG_IGN)
-    _ready_pipe = ready
+    _pipe = pipe
     os.environ[TEMPLATE] = tempfile.template = template
+
+
+def _tell() -> None:
+    if _pipe is not None:
+        os.write(_pipe, b"1")
 
 
 def _leave(serve: Callable[[], int]) -> None:
