@@ -12,16 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from sglang_ess import shutdown
 from sglang_ess.config import REFUSED
 from tests.support import leftovers
-from tests.support.stand_in import SCHEDULER
+from tests.support.stand_in import BOUND, SCHEDULER
 from tests.test_processes import poll
 
 REPO = Path(__file__).resolve().parent.parent
 TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
-GRACE = 2.0
-SOON = 1.5  # seconds that an end without any grace may take; less than GRACE
+GRACE = 60.0
+SOON = 20.0  # seconds that what takes a moment may take on a busy machine; less than GRACE
 
 
 class StandIn(leftovers.Marked):
@@ -49,7 +48,7 @@ class StandIn(leftovers.Marked):
 
     def status(self) -> int:
         """Of its end, within the bound that any has; nothing is left then."""
-        status = self.process.wait(GRACE + 2 * shutdown.END_SECONDS)
+        status = self.process.wait(GRACE + BOUND + SOON)
         assert self.remains() == []
         return status
 
@@ -91,8 +90,8 @@ def test_idle_it_ends_at_once_and_leaves_nothing(stand_in, number):
 def test_what_runs_has_its_grace(stand_in, group):
     server = stand_in("busy")
     status, seconds = signalled(server, TERM, group=group)
-    assert status == 0 and 0.7 < seconds < GRACE
-    assert "SIGTERM: no more requests are taken; those that run have 2 s" in server.text()
+    assert status == 0 and 0.7 < seconds < SOON
+    assert "SIGTERM: no more requests are taken; those that run have 60 s" in server.text()
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(stand_in):
@@ -103,7 +102,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(stand_in):
 
 @pytest.mark.parametrize("number", [TERM, INT])
 def test_a_second_signal_ends_at_once(stand_in, number):
-    status, seconds = signalled(stand_in("hung", 60), TERM, number)
+    status, seconds = signalled(stand_in("hung"), TERM, number)
     assert status == 128 + number and seconds < SOON
 
 
@@ -112,7 +111,7 @@ def test_the_bound_holds_for_processes_that_hang(stand_in):
     (scheduler,) = server.named(SCHEDULER)
     os.kill(scheduler, signal.SIGSTOP)
     status, seconds = signalled(server, TERM)
-    assert status == 1 and seconds < 0.1 + shutdown.END_SECONDS + SOON
+    assert status == 1 and BOUND < seconds < 0.1 + BOUND + SOON
     assert "warning: a process hung" in server.text()
 
 

@@ -20,7 +20,7 @@ from tests.support.leftovers import Marked, MarkedServer, is_free
 from tests.support.pd import PdCluster
 
 TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
-SLOTS, PAGE, GRACE = 2048, 64, 2.0
+SLOTS, GRACE = 2048, 2.0
 SLACK = 20.0  # seconds beyond its bounds that a busy machine may need
 FLAGS = ("--max-total-tokens", str(SLOTS), "--ess-grace-seconds", str(GRACE))
 PROMPT = 1800

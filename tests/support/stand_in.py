@@ -12,6 +12,7 @@ from sglang_ess.config import REFUSED
 
 SLEEP = "import time; time.sleep(600)"
 SCHEDULER = "sglang::scheduler"
+BOUND = 1.0  # seconds, for each of the launcher's
 
 
 def start(name: str, code: str = SLEEP) -> subprocess.Popen:
@@ -65,5 +66,5 @@ def serve(behaviour: str) -> int:
 
 if __name__ == "__main__":
     grace, behaviour = sys.argv[1:]
-    shutdown.FAULT_SECONDS = 1.0
+    shutdown.FAULT_SECONDS = shutdown.END_SECONDS = BOUND
     sys.exit(shutdown.supervised(lambda: serve(behaviour), float(grace)))
