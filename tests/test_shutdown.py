@@ -40,6 +40,9 @@ class StandIn(leftovers.Marked):
                 start_new_session=True,
             )
 
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
     def text(self) -> str:
         return self.log.read_text()
 
@@ -70,13 +73,23 @@ def stand_in(tmp_path):
         one.process.wait()
 
 
-def signalled(server, *numbers, gap=0.8, group=False) -> tuple[int, float]:
+def to_group(server, number):
+    """As a terminal's Ctrl-C."""
+    os.killpg(server.process.pid, number)
+
+
+def to_every_process(server, number):
+    """As systemd."""
+    for pid in server.processes():
+        os.kill(pid, number)
+
+
+def signalled(server, *numbers, gap=0.8, send=StandIn.send) -> tuple[int, float]:
     """(exit status, seconds from the last signal)."""
-    send = os.killpg if group else os.kill
     for i, number in enumerate(numbers):
         time.sleep(gap * bool(i))
         since = time.monotonic()
-        send(server.process.pid, number)
+        send(server, number)
     return server.status(), time.monotonic() - since
 
 
@@ -86,10 +99,10 @@ def test_idle_it_ends_at_once_and_leaves_nothing(stand_in, number):
     assert status == 0 and seconds < SOON
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
-def test_what_runs_has_its_grace(stand_in, group):
+@pytest.mark.parametrize("send", [StandIn.send, to_group, to_every_process])
+def test_what_runs_has_its_grace(stand_in, send):
     server = stand_in("busy")
-    status, seconds = signalled(server, TERM, group=group)
+    status, seconds = signalled(server, TERM, send=send)
     assert status == 0 and 0.7 < seconds < SOON
     assert "SIGTERM: no more requests are taken; those that run have 60 s" in server.text()
 
