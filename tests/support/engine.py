@@ -5,6 +5,7 @@ Faults and recorders are installed in the engine's process before it starts its 
 """
 
 import asyncio
+import json
 import multiprocessing
 import os
 import pickle
@@ -12,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing import forkserver
@@ -27,6 +29,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.support.preload"])
 
 RECORD_VAR = "ESS_TEST_RECORD"
+SWITCHES = "switches.json"  # beside the file that RECORD_VAR names
 SLOTS = 16_384  # a start fills the tiers with zeros
 
 
@@ -117,16 +120,35 @@ class EngineProcess:
         Needs the patch "tests.support.recorder:install". A position computed twice (after
         a retraction, or by another request that shares it) keeps the last.
         """
+        return self.recorded("selection")
+
+    def recorded(self, kind) -> dict[tuple[str, int], dict[int, np.ndarray]]:
+        """As selections(), of one of tests.support.recorder's kinds."""
         found: dict = {}
         with self._record.open("rb") as file:
             while True:
                 try:
-                    layer, rid, first, positions = pickle.load(file)
+                    recorded, layer, rid, first, values = pickle.load(file)
                 except EOFError:
                     return found
-                rows = found.setdefault((rid, layer), {})
-                for offset, row in enumerate(positions):
-                    rows[first + offset] = row[row >= 0]
+                if recorded == kind:
+                    rows = found.setdefault((rid, layer), {})
+                    for offset, row in enumerate(values):
+                        rows[first + offset] = row[row >= 0] if kind == "selection" else row
+
+    @contextmanager
+    def switched(self, **values):
+        """Meanwhile, tests.support.switches reads these values in the engine; then it flushes."""
+        file = self._record.with_name(SWITCHES)
+        whole = file.with_suffix(".new")  # readers see all of it or nothing
+        whole.write_text(json.dumps(values))
+        whole.replace(file)
+        try:
+            yield
+        finally:
+            file.unlink()
+            if self._process.is_alive():
+                self.flush()
 
     def close(self) -> None:
         if self._process.is_alive():

@@ -1,15 +1,41 @@
-"""Deliberate corruptions, installed in an engine's process: tests must notice each."""
+"""Deliberate corruptions of a running engine: tests must notice each.
+
+install() puts all of them in an engine's process, asleep; EngineProcess.switched(fault=name)
+wakes one.
+"""
 
 import torch
 
+from tests.support import switches
 
-def _wrap_attention(corrupt) -> None:
+
+def install() -> None:
+    _attention()
+    _index_keys()
+    _rows()
+    _experts()
+    _rounding()
+
+
+def _is(fault) -> bool:
+    return switches.value("fault") == fault
+
+
+def _attention() -> None:
+    """swap_neighbour: every query reads one selected row's neighbour in its place.
+
+    read_foreign_row: one row of the query half a batch away, another request's mostly.
+    """
     import sglang_ess.cpu.attention_backend as backend
 
     attend = backend.sparse_mla
 
     def faulty(q_nope, q_rope, rows, slots, scale):
-        return attend(q_nope, q_rope, rows, corrupt(slots), scale)
+        if _is("swap_neighbour"):
+            slots = _replace_one(slots, lambda slot: slot ^ 1)
+        if _is("read_foreign_row"):
+            slots = _replace_one(slots, lambda slot: slot.roll(slot.shape[0] // 2 + 1, 0))
+        return attend(q_nope, q_rope, rows, slots, scale)
 
     backend.sparse_mla = faulty
 
@@ -20,37 +46,77 @@ def _replace_one(slots, replacement) -> torch.Tensor:
     return slots.scatter(1, middle.long(), replacement(slots.gather(1, middle.long())))
 
 
-def swap_neighbour() -> None:
-    """Every query reads one selected row's neighbour in its place."""
-    _wrap_attention(lambda slots: _replace_one(slots, lambda slot: slot ^ 1))
+def _index_keys() -> None:
+    """shift_index_page: decode scores a request's first page of keys twice, its second never.
 
-
-def read_foreign_row() -> None:
-    """Every query reads one row of the query half a batch away: another request's, mostly."""
-    _wrap_attention(
-        lambda slots: _replace_one(slots, lambda slot: slot.roll(slot.shape[0] // 2 + 1, 0))
-    )
-
-
-def shift_index_page() -> None:
-    """The decode indexer scores each request's first page of keys twice, its second never."""
+    forget_last_key: the newest index key of each pass is never stored.
+    """
     import sglang_ess.cpu.indexer as indexer
-
-    score = indexer.index_scores_paged
-
-    def faulty(query, weights, pages, page_table, lengths):
-        wrong = page_table.clone()
-        wrong[:, 1] = wrong[:, 0]
-        return score(query, weights, pages, wrong, lengths)
-
-    indexer.index_scores_paged = faulty
-
-
-def forget_last_key() -> None:
-    """The newest index key of each pass is never stored."""
     from sglang_ess.cpu.pool import CpuDsaTokenToKVPool
 
-    store = CpuDsaTokenToKVPool.store_index_k
-    CpuDsaTokenToKVPool.store_index_k = lambda self, layer, loc, keys: store(
-        self, layer, loc[:-1], keys[:-1]
-    )
+    score, store = indexer.index_scores_paged, CpuDsaTokenToKVPool.store_index_k
+
+    def faulty_score(query, weights, pages, page_table, lengths):
+        if _is("shift_index_page"):
+            page_table = page_table.clone()
+            page_table[:, 1] = page_table[:, 0]
+        return score(query, weights, pages, page_table, lengths)
+
+    def faulty_store(pool, layer, loc, keys):
+        if _is("forget_last_key"):
+            loc, keys = loc[:-1], keys[:-1]
+        return store(pool, layer, loc, keys)
+
+    indexer.index_scores_paged = faulty_score
+    CpuDsaTokenToKVPool.store_index_k = faulty_store
+
+
+def _rows() -> None:
+    """cut_rows: latents lose a hundredth before they are rounded."""
+    from sglang_ess.cpu.pool import CpuDsaTokenToKVPool
+
+    write = CpuDsaTokenToKVPool._write_mla_kv_buffer
+
+    def faulty(pool, buffer, loc, latent, rope):
+        return write(pool, buffer, loc, latent * 0.99 if _is("cut_rows") else latent, rope)
+
+    CpuDsaTokenToKVPool._write_mla_kv_buffer = faulty
+
+
+def _experts() -> None:
+    """next_expert: the first expert of every token is the one after the router's."""
+    import sglang.srt.layers.moe.topk as moe
+
+    select = moe.select_experts
+
+    def faulty(hidden_states, router_logits, *args, **kwargs):
+        output = select(hidden_states, router_logits, *args, **kwargs)
+        if _is("next_expert"):
+            output.topk_ids[:, 0] = (output.topk_ids[:, 0] + 1) % router_logits.shape[1]
+        return output
+
+    moe.select_experts = faulty
+
+
+def _rounding() -> None:
+    """round_otherwise: no fault but another machine, whose every product of matrices is the
+    float32 number above or below ours, by chance, before it is rounded to the model's dtype.
+    """
+    linear, bmm = torch.nn.functional.linear, torch.bmm
+
+    def rounded(product, dtype):
+        sign = torch.randint(0, 2, product.shape).mul_(2).sub_(1)
+        return (product * (1 + 2**-23 * sign)).to(dtype)
+
+    def other_linear(x, weight, bias=None):
+        if not _is("round_otherwise"):
+            return linear(x, weight, bias)
+        bias = bias if bias is None else bias.float()
+        return rounded(linear(x.float(), weight.float(), bias), x.dtype)
+
+    def other_bmm(a, b, **kwargs):
+        if kwargs or not _is("round_otherwise"):
+            return bmm(a, b, **kwargs)
+        return rounded(bmm(a.float(), b.float()), a.dtype)
+
+    torch.nn.functional.linear, torch.bmm = other_linear, other_bmm

@@ -1,42 +1,50 @@
 """transformers' DeepSeek-V3.2 and GLM-MoE-DSA as the oracle.
 
-The oracle is run with the positions that the engine selected: one near-tie decided the
-other way would otherwise move logprobs by whatever that row weighs, and hide real errors
-behind a loose tolerance. That the selection itself is right is checked on its own, by the
-rank the oracle's indexer gives each selected position.
+Rounding turns decisions over: which positions a query attends to, which experts a token gets,
+to which side a row is rounded. A decision turned over moves logprobs by a lot, whether it was
+right or wrong, and so would hide real errors behind a loose tolerance. The oracle is therefore
+run with the decisions that the engine made. It says what it decided them on (scores, rows before
+they are rounded), so that each decision is checked on its own.
 """
 
 import inspect
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from scipy.linalg import hadamard
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-from sglang_ess.cpu.ops.rows import (
-    GROUP,
-    LATENT_DIM,
-    ROPE_DIM,
-    pack_fp8_rows,
-    quantize_index,
-    unpack_rows,
-)
+from sglang_ess.cpu.ops.rows import GROUP, LATENT_DIM, ROPE_DIM, quantize_index
 
-Selection = dict[int, np.ndarray]  # query position -> selected positions
+ByPosition = dict[int, np.ndarray]  # query position -> what was decided there
+FLOAT32_UNIT = 2.0**-24  # unit roundoff
+
+
+@dataclass
+class Decisions:
+    """Of one sequence, by layer: positions selected, expert ids, rows [576] as stored."""
+
+    selection: dict[int, ByPosition] = field(default_factory=dict)
+    experts: dict[int, ByPosition] = field(default_factory=dict)
+    rows: dict[int, ByPosition] = field(default_factory=dict)
 
 
 @dataclass
 class Verdict:
     """One sequence as the oracle sees it.
 
-    logprobs [S - 1] of tokens 1..; ranks: for each layer with an indexer, the oracle's rank
-    of each position the engine selected (0 is best), by query
+    logprobs [S - 1] of tokens 1..; by layer: scores [S, S] of positions by query (-inf or very
+    low: not visible), routing (scores [S, experts], scores of groups [S, groups]),
+    rows [S, 576] before rounding
     """
 
     logprobs: np.ndarray
-    ranks: dict[int, Selection]
+    scores: dict[int, torch.Tensor] = field(default_factory=dict)
+    routing: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Oracle:
@@ -46,68 +54,186 @@ class Oracle:
         self.model = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=dtype, attn_implementation="eager"
         ).eval()
-        self.topk = self.model.config.index_topk
+        self.config = self.model.config
+        self.topk = self.config.index_topk
 
-    def indexers(self):
+    def attentions(self):
         for layer, block in enumerate(self.model.model.layers):
-            if block.self_attn.indexer is not None:
-                yield layer, block.self_attn.indexer
+            yield layer, block.self_attn
 
     @torch.no_grad()
-    def judge(self, token_ids, selections=None, start=0) -> Verdict:
-        """Run a sequence, forcing selections[layer][query] for queries from start on.
-
-        Queries without a selection use the oracle's own.
-        """
-        ranks: dict[int, Selection] = {}
-        with self._forced(selections or {}, ranks):
-            ids = torch.tensor([token_ids])
+    def judge(self, token_ids, decisions=None) -> Verdict:
+        """Run a sequence with these decisions; where there are none, with the oracle's own."""
+        decisions, verdict = decisions or Decisions(), Verdict(np.empty(0))
+        ids = torch.tensor([token_ids])
+        with ExitStack() as stack:
+            for layer, block in enumerate(self.model.model.layers):
+                indexer, gate = block.self_attn.indexer, getattr(block.mlp, "gate", None)
+                if indexer is not None:
+                    choose = _selecting(decisions.selection.get(layer, {}), verdict, layer)
+                    stack.enter_context(_choosing(indexer, choose))
+                if gate is not None:
+                    choose = _routing(decisions.experts.get(layer, {}), verdict, layer)
+                    stack.enter_context(_choosing(gate, choose))
+            stack.enter_context(self._rows(decisions.rows, verdict))
             logits = self.model(ids, use_cache=False).logits[0, :-1].float()
         logprobs = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0]
-        return Verdict(logprobs.numpy(), ranks)
+        verdict.logprobs = logprobs.numpy()
+        return verdict
 
     @contextmanager
-    def _forced(self, selections, ranks):
-        originals = {}
-        for layer, indexer in self.indexers():
-            originals[indexer] = indexer.forward
-            indexer.forward = _forcing(indexer, selections.get(layer, {}), ranks, layer, self.topk)
+    def _rows(self, forced, verdict):
+        """Note latents where they are normed and rope keys where they are rotated; force both."""
+        module = inspect.getmodule(type(self.model))
+        rotate, current = module.apply_rotary_pos_emb_interleave, None
+
+        def note_latent(layer):
+            def hook(norm, inputs, output):
+                nonlocal current
+                current = layer
+                verdict.rows[layer] = output.reshape(-1, LATENT_DIM).float()
+                return _forced(output, forced.get(layer, {}), slice(0, LATENT_DIM))
+
+            return hook
+
+        def rotating(q, k, cos, sin, *args, **kwargs):
+            q, k = rotate(q, k, cos, sin, *args, **kwargs)
+            if kwargs.get("unsqueeze_dim", 1) != 1:  # GLM's indexer
+                return q, k
+            pairs = _paired(k.reshape(-1, ROPE_DIM))
+            verdict.rows[current] = torch.cat([verdict.rows[current], pairs.float()], 1)
+            pairs = _forced(pairs, forced.get(current, {}), slice(LATENT_DIM, None))
+            return q, torch.cat([pairs[:, 0::2], pairs[:, 1::2]], -1).view_as(k)
+
+        hooks = [
+            attention.kv_a_layernorm.register_forward_hook(note_latent(layer))
+            for layer, attention in self.attentions()
+        ]
+        module.apply_rotary_pos_emb_interleave = rotating
         try:
             yield
         finally:
-            for indexer, forward in originals.items():
-                indexer.forward = forward
+            module.apply_rotary_pos_emb_interleave = rotate
+            for hook in hooks:
+                hook.remove()
 
 
-def _forcing(indexer, selection: Selection, ranks, layer, topk):
-    forward = indexer.forward
+def _paired(halves):
+    """transformers leaves rotated pairs sorted into halves; the checkpoint's order is pairs."""
+    return torch.stack(halves.chunk(2, dim=-1), dim=-1).flatten(-2)
 
-    def forced(*args, **kwargs):
-        indexer.index_topk = 1 << 30  # the whole order, so that every position has a rank
-        order = forward(*args, **kwargs)[0].long()
-        indexer.index_topk = topk
-        length = order.shape[0]
-        rank = torch.empty_like(order).scatter_(
-            1, order, torch.arange(length).expand_as(order).contiguous()
-        )
-        chosen = order[:, : min(topk, length)].clone()
-        ranks[layer] = {}
+
+def _forced(values, rows: ByPosition, part):
+    """values [..., S, width] with what the rows have in their place."""
+    if rows:
+        values = values.clone()
+        flat = values.view(-1, values.shape[-1])
+        known = [position for position in rows if position < len(flat)]
+        stored = np.stack([rows[position][part] for position in known])
+        flat[torch.tensor(known)] = torch.from_numpy(stored).to(values.dtype)
+    return values
+
+
+class _Choosing(TorchFunctionMode):
+    """Hands the input and the indices of each torch.topk to choose(input, indices) -> indices."""
+
+    def __init__(self, choose):
+        super().__init__()
+        self.choose = choose
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.topk, torch.Tensor.topk):
+            result = torch.return_types.topk((result[0], self.choose(args[0], result[1])))
+        return result
+
+
+@contextmanager
+def _choosing(module, choose):
+    forward = module.forward
+
+    def chosen(*args, **kwargs):
+        with _Choosing(choose):
+            return forward(*args, **kwargs)
+
+    module.forward = chosen
+    try:
+        yield
+    finally:
+        module.forward = forward
+
+
+def _selecting(selection: ByPosition, verdict, layer):
+    """The indexer's only topk: scores [1, S, S]."""
+
+    def choose(scores, indices):
+        verdict.scores[layer] = scores[0].float()
+        indices = indices.clone()
         for query, positions in selection.items():
-            if query >= length:
-                continue
-            positions = torch.from_numpy(positions).long()
-            ranks[layer][query] = rank[query, positions].numpy()
-            chosen[query] = positions[0]
-            chosen[query, : len(positions)] = positions
-        return chosen.unsqueeze(0).int()
+            if query < scores.shape[1] and len(positions):
+                chosen = indices[0, query]
+                chosen[:] = int(positions[0])
+                positions = torch.from_numpy(positions[: len(chosen)]).to(chosen.dtype)
+                chosen[: len(positions)] = positions
+        return indices
 
-    return forced
+    return choose
+
+
+def _routing(experts: ByPosition, verdict, layer):
+    """The router's three: experts within groups, groups, experts of the groups chosen."""
+    seen = []
+
+    def choose(scores, indices):
+        seen.append(scores.float())
+        if len(seen) == 3:
+            verdict.routing[layer] = (seen[0].flatten(1), seen[1])
+            indices = indices.clone()
+            for token, ids in experts.items():
+                if token < len(indices):
+                    ids = torch.from_numpy(ids[: indices.shape[1]].copy())
+                    indices[token] = ids.to(indices.dtype)
+        return indices
+
+    return choose
+
+
+@contextmanager
+def summed_otherwise(oracle: Oracle, seed=0):
+    """The oracle as a machine that sums in the least fortunate order would compute it.
+
+    A float32 sum of K products, added one after the other, rounds K partial sums. Partial sum k
+    of products of either sign is about sqrt(k / K) of what the result usually is, and rounding
+    it errs by a number within u = 2^-24 of it, of variance u^2 / 3: together u^2 K / 6 of the
+    result's variance. Elements of the vector that are off by a number within u sqrt(K / 2) of
+    them, each for itself, give the same error (the backward error of a sum: Higham, Accuracy
+    and Stability of Numerical Algorithms, 2nd ed., section 3.1). Here the input of every matrix
+    is off by that: attention's projections, routers, experts, the head. Vectors, blocks and
+    fused multiply-adds round fewer or smaller partial sums, so machines err by less; and no
+    figure here is one machine's.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def disturb(module, inputs):
+        x, *others = inputs
+        size = FLOAT32_UNIT * (x.shape[-1] / 2) ** 0.5
+        return x * (1 + size * (2 * torch.rand(x.shape, generator=g) - 1)), *others
+
+    blocks = [block.mlp for block in oracle.model.model.layers if hasattr(block.mlp, "gate")]
+    modules = [module for mlp in blocks for module in (mlp.gate, mlp.experts)]
+    modules += [module for module in oracle.model.modules() if isinstance(module, torch.nn.Linear)]
+    hooks = [module.register_forward_pre_hook(disturb) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _RoundingTorch:
     """torch, but the indexer's query-key product rounds both sides to e4m3 first.
 
-    interleaved: transformers rotates pairs by sorting them into halves and leaves them there.
+    interleaved: the indexer rotates pairs, which transformers leaves sorted into halves.
     Products do not mind, rounding does, so the model's own order comes back first.
     """
 
@@ -126,8 +252,7 @@ class _RoundingTorch:
 
     def _fake_quantize(self, x, power_of_two):
         if self.interleaved:
-            pairs = torch.stack(x[..., :ROPE_DIM].chunk(2, dim=-1), dim=-1).flatten(-2)
-            x = torch.cat([pairs, x[..., ROPE_DIM:]], dim=-1)
+            x = torch.cat([_paired(x[..., :ROPE_DIM]), x[..., ROPE_DIM:]], dim=-1)
         return _fake_quantize(x, power_of_two)
 
 
@@ -141,54 +266,8 @@ def _fake_quantize(x, power_of_two):
 def fp8_index(oracle: Oracle):
     """The oracle's indexer with queries and keys rotated and rounded as in fp8."""
     module = inspect.getmodule(type(oracle.model))
-    interleaved = oracle.model.config.model_type == "glm_moe_dsa"
-    module.torch = _RoundingTorch(interleaved)
+    module.torch = _RoundingTorch(interleaved=oracle.config.model_type == "glm_moe_dsa")
     try:
         yield
     finally:
         module.torch = torch
-
-
-@contextmanager
-def bf16_rows(oracle: Oracle):
-    """The oracle with latent rows rounded to bfloat16."""
-    with _rounded_rows(oracle, lambda module, inputs, output: output.bfloat16().to(output.dtype)):
-        yield
-
-
-@contextmanager
-def fp8_rows(oracle: Oracle):
-    """The oracle with latent rows rounded as the 656-byte format rounds them."""
-    with _rounded_rows(oracle, _round_latent):
-        yield
-
-
-def _round_latent(module, inputs, output):
-    latent = output.reshape(-1, LATENT_DIM)
-    rows = pack_fp8_rows(latent, torch.zeros(latent.shape[0], ROPE_DIM))
-    return unpack_rows(rows)[:, :LATENT_DIM].to(output.dtype).view_as(output)
-
-
-@contextmanager
-def _rounded_rows(oracle, round_latent):
-    """Round latents by a hook on their norm, rope keys to bfloat16 where they are rotated."""
-    module = inspect.getmodule(type(oracle.model))
-    hooks = [
-        block.self_attn.kv_a_layernorm.register_forward_hook(round_latent)
-        for block in oracle.model.model.layers
-    ]
-    original = module.apply_rotary_pos_emb_interleave
-
-    def rounding(q, k, cos, sin, *args, **kwargs):
-        q, k = original(q, k, cos, sin, *args, **kwargs)
-        # GLM's indexer rotates by the same function, with heads in another dimension.
-        is_latent = kwargs.get("unsqueeze_dim", 1) == 1
-        return q, k.bfloat16().to(k.dtype) if is_latent else k
-
-    module.apply_rotary_pos_emb_interleave = rounding
-    try:
-        yield
-    finally:
-        module.apply_rotary_pos_emb_interleave = original
-        for hook in hooks:
-            hook.remove()

@@ -1,73 +1,136 @@
-"""How far an engine is from the oracle: in what it selected, and in what it computed."""
+"""How far an engine is from the oracle: in what it decided, and in what it computed.
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+Every figure is a ratio to a yardstick of the same run: what the oracle differs from itself, with
+the same decisions, when it is disturbed by as much as rounding may (Setup.disturbed). An engine
+that computes the same thing is within it on any machine; the engine and the oracle may both err.
+"""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from sglang_ess.cpu.ops.rows import FP8_MAX, GROUP, LATENT_DIM
 from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
 from tests.support import oracle as oracles
 from tests.support.engine import EngineProcess
+from tests.support.oracle import Decisions
 
 RECORD = "tests.support.recorder:install"
-FAULT = "tests.support.faults:"
+PATCHES = (RECORD, RECORD + "_experts", "tests.support.switches:chunk")
+FAULTS = "tests.support.faults:install"
+UNIT = {"bfloat16": 2.0**-8, "fp8_e4m3": 2.0**-4}  # unit roundoff
+E4M3_LEAST = 2.0**-9  # spacing of the numbers next to 0
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One way to run a model, and the oracle's rounding that stands for it.
+    """One way to run a model, and the oracle that stands for it.
 
-    rounding: None compares with the oracle as transformers computes it
+    kv_cache_dtype: if it rounds rows, the oracle uses the engine's
+    rounds_index: whether the oracle's index keys are rounded as the engine's
     """
 
     dtype: str = "float32"
     index_dtype: str = "float32"
     kv_cache_dtype: str = "auto"
-    rounding: str | None = None
+    rounds_index: bool = True
 
-    def engine(self, model, faults=(), **server_args) -> EngineProcess:
+    @property
+    def rounds_rows(self) -> bool:
+        return self.kv_cache_dtype != "auto"
+
+    def engine(self, model, faults=False, **server_args) -> EngineProcess:
+        """faults: EngineProcess.switched(fault=...) wakes one of tests.support.faults."""
+        # The recorders come last: they see what faults have done.
+        patches = [FAULTS] * faults + [*PATCHES] + [RECORD + "_rows"] * self.rounds_rows
         return EngineProcess(
             model,
             ess={"index_dtype": self.index_dtype},
-            patches=[RECORD, *(FAULT + fault for fault in faults)],
+            patches=patches,
             dtype=self.dtype,
             kv_cache_dtype=self.kv_cache_dtype,
             **server_args,
         )
 
     def rounded(self, oracle):
-        return getattr(oracles, self.rounding)(oracle) if self.rounding else nullcontext()
+        rounds = self.index_dtype == "fp8" and self.rounds_index
+        return oracles.fp8_index(oracle) if rounds else nullcontext()
+
+    @contextmanager
+    def disturbed(self, model):
+        """The oracle as far off as this format's rounding may carry it.
+
+        A bfloat16 model rounds every activation: transformers does so in bfloat16.
+        """
+        oracle = oracle_of(model, getattr(torch, self.dtype))
+        rounding = self.dtype == "bfloat16"
+        with self.rounded(oracle), nullcontext() if rounding else oracles.summed_otherwise(oracle):
+            yield oracle
 
 
 EXACT = Setup()
-FP8_INDEX = Setup(index_dtype="fp8", rounding="fp8_index")
-BF16_ROWS = Setup(kv_cache_dtype="bfloat16", rounding="bf16_rows")
-FP8_ROWS = Setup(kv_cache_dtype="fp8_e4m3", rounding="fp8_rows")
+FP8_INDEX = Setup(index_dtype="fp8")
+BF16_ROWS = Setup(kv_cache_dtype="bfloat16")
+FP8_ROWS = Setup(kv_cache_dtype="fp8_e4m3")
+FP8_BOTH = Setup(index_dtype="fp8", kv_cache_dtype="fp8_e4m3")
 BF16_MODEL = Setup(dtype="bfloat16")
+
+
+@dataclass
+class Part:
+    """Differences of one kind: the engine's from the oracle, and the disturbed oracle's."""
+
+    engine: np.ndarray
+    yardstick: np.ndarray
+
+    def ratio(self, of=np.max) -> float:
+        found = of(self.engine) if len(self.engine) else 0.0
+        if found <= 0:
+            return 0.0  # none, or a tie
+        return float(found / of(self.yardstick))
 
 
 @dataclass
 class Difference:
     """Engine against oracle, over every scored token of some sequences.
 
-    logprob: |difference| by token, the oracle using the engine's selection
-    free_logprob: the same, the oracle using its own selection and no rounding
+    logprob: |difference| by token, the oracle making the engine's decisions
+    selection: by query, how far the least score selected is below the oracle's top-k-th best, in
+        standard deviations of the query's scores. The yardstick is two scores' largest error:
+        one may be too high and the other too low.
+    experts: the same by token, of the router's scores
+    rows: by element of a stored row, how far beyond a rounding it is from the oracle's
+    free_logprob: |difference| by token, the oracle making its own decisions and rounding nothing
     missed, selected: positions selected outside the oracle's top-k, and all, where sparse
-    overshoot: how far below rank k the worst selected position is (0: none, or a near-tie)
     """
 
-    logprob: np.ndarray
+    logprob: Part
+    selection: Part
+    experts: Part
+    rows: Part
     free_logprob: np.ndarray
     missed: int
     selected: int
-    overshoot: int
 
     @property
     def overlap(self) -> float:
         return 1 - self.missed / self.selected
+
+    def ratios(self) -> dict[str, float]:
+        """Each kind's largest difference (logprobs: also the mean and a quantile) / yardstick's."""
+        return {
+            "logprob mean": self.logprob.ratio(np.mean),
+            "logprob p99": self.logprob.ratio(lambda values: np.quantile(values, 0.99)),
+            **{
+                one.name: getattr(self, one.name).ratio()
+                for one in fields(self)
+                if one.type is Part
+            },
+        }
 
 
 def prompts_of(lengths, seed=1) -> list[list[int]]:
@@ -76,58 +139,165 @@ def prompts_of(lengths, seed=1) -> list[list[int]]:
 
 
 @cache
-def oracle_of(model: Path) -> oracles.Oracle:
-    return oracles.Oracle(model)
+def oracle_of(model: Path, dtype=torch.float32) -> oracles.Oracle:
+    return oracles.Oracle(model, dtype)
 
 
-def selection_of(selections, rid) -> dict:
-    """{layer: {query: positions}} of one request."""
-    return {layer: rows for (owner, layer), rows in selections.items() if owner == rid}
+def decisions_of(engine, rids) -> dict[str, Decisions]:
+    """What the engine decided on each request, where its patches recorded it."""
+    found = {rid: Decisions() for rid in rids}
+    for kind in ("selection", "experts", "rows"):
+        for (rid, layer), values in engine.recorded(kind).items():
+            if rid in found:
+                getattr(found[rid], kind)[layer] = values
+    return found
 
 
+@contextmanager
+def one_thread():
+    """Matrices this small gain little by two, and wait long where other processes run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def compare(setup, model, sequences, with_free=False) -> Difference:
-    """Judge sequences: (token ids, engine logprobs of the last tokens, selection by layer)."""
+    """Judge sequences: (token ids, engine logprobs of the last tokens, its Decisions)."""
     oracle = oracle_of(model)
-    forced, free, missed, selected, overshoot = [], [], 0, 0, 0
-    for token_ids, logprobs, selection in sequences:
+    parts = {name: ([], []) for name in ("logprob", "selection", "experts", "rows")}
+    free, missed, selected = [], 0, 0
+    for token_ids, logprobs, decisions in sequences:
         with setup.rounded(oracle):
-            verdict = oracle.judge(token_ids, selection)
-        forced.append(np.abs(logprobs - verdict.logprobs[-len(logprobs) :]))
+            verdict = oracle.judge(token_ids, decisions)
+        with setup.disturbed(model) as other:
+            disturbed = other.judge(token_ids, decisions)
+        scored = slice(-len(logprobs), None)
+        difference = np.abs(logprobs - verdict.logprobs[scored])
+        own = np.abs(disturbed.logprobs[scored] - verdict.logprobs[scored])
+        _add(parts["logprob"], difference, own)
+        for layer, selection in decisions.selection.items():
+            scores, others = verdict.scores[layer], disturbed.scores[layer]
+            gaps, error, outside, all_of = _selection(scores, others, selection, oracle.topk)
+            _add(parts["selection"], gaps, error)
+            missed, selected = missed + outside, selected + all_of
+        for layer, experts in decisions.experts.items():
+            routing, others = verdict.routing[layer], disturbed.routing[layer]
+            _add(parts["experts"], *_routing(routing, others, experts, oracle.config))
+        for layer, rows in decisions.rows.items():
+            excess = _rounding_excess(verdict.rows[layer], rows, setup.kv_cache_dtype)
+            error = (disturbed.rows[layer] - verdict.rows[layer]).abs()
+            _add(parts["rows"], excess, error.numpy().ravel())
         if with_free:
-            free.append(np.abs(logprobs - oracle.judge(token_ids).logprobs[-len(logprobs) :]))
-        for rows in verdict.ranks.values():
-            for query, ranks in rows.items():
-                visible = min(oracle.topk, query + 1)
-                overshoot = max(overshoot, int(ranks.max()) + 1 - visible)
-                if query >= oracle.topk:
-                    missed += int((ranks >= oracle.topk).sum())
-                    selected += len(ranks)
+            free.append(np.abs(logprobs - oracle.judge(token_ids).logprobs[scored]))
     return Difference(
-        np.concatenate(forced),
-        np.concatenate(free) if free else np.empty(0),
-        missed,
-        selected,
-        overshoot,
+        **{name: Part(*map(_joined, lists)) for name, lists in parts.items()},
+        free_logprob=_joined(free),
+        missed=missed,
+        selected=selected,
     )
 
 
+def _add(lists, *values) -> None:
+    for found, one in zip(lists, values, strict=True):
+        found.append(one)
+
+
+def _joined(arrays) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.empty(0)
+
+
+def _selection(scores, disturbed, selection, topk):
+    """Gaps and yardstick of one layer's selection {query: positions}; missed and selected.
+
+    scores, disturbed [S, S]. A selection that is not of top-k (or all) visible positions has an
+    infinite gap. Queries that see no more than top-k have no choice, and no part in the rest.
+    """
+    known = {query: found for query, found in selection.items() if query < len(scores)}
+    wrong = sum(
+        len(np.unique(found)) != min(topk, query + 1) or found.max() > query
+        for query, found in known.items()
+    )
+    queries = [query for query in known if query >= topk and len(known[query]) == topk]
+    if wrong or not queries:
+        return np.full(wrong, np.inf), np.empty(0), 0, 0
+    chosen = torch.from_numpy(np.stack([known[query] for query in queries])).long()
+    at = torch.tensor(queries)
+    seen = torch.arange(len(scores)) <= at[:, None]
+    visible, error = scores[at], (disturbed[at] - scores[at]).abs().masked_fill(~seen, 0)
+    mean = visible.masked_fill(~seen, 0).sum(1, keepdim=True) / (at[:, None] + 1)
+    spread = ((visible - mean).square().masked_fill(~seen, 0).sum(1) / at).sqrt()
+    border = visible.masked_fill(~seen, -torch.inf).topk(topk).values[:, -1]
+    least = visible.gather(1, chosen)
+    gaps = (border - least.amin(1)) / spread
+    missed = int((least < border[:, None]).sum())
+    return gaps.numpy(), (2 * error.amax(1) / spread).numpy(), missed, chosen.numel()
+
+
+def _routing(routing, disturbed, experts, config):
+    """Gaps and yardstick of one layer's routing {token: expert ids}."""
+    scores, groups = routing
+    tokens = [token for token in experts if token < len(scores)]
+    chosen = torch.from_numpy(np.stack([experts[token] for token in tokens])).long()
+    chosen = chosen[:, : config.num_experts_per_tok]
+    scores, groups = scores[tokens], groups[tokens]
+    of_group = scores.shape[1] // groups.shape[1]
+    # The groups that were used, and the best of the others: among their experts it chose.
+    used = torch.zeros_like(groups, dtype=torch.bool).scatter(1, chosen // of_group, True)
+    best = groups.topk(config.topk_group).values[:, -1:]
+    group_gap = (best - groups).masked_fill(~used, -np.inf).amax(1)
+    allowed = groups.masked_fill(used, np.inf).topk(config.topk_group).indices
+    allowed = torch.zeros_like(used).scatter(1, allowed, True).repeat_interleave(of_group, 1)
+    border = scores.masked_fill(~allowed, -np.inf).topk(chosen.shape[1]).values[:, -1]
+    gap = border - scores.gather(1, chosen).amin(1)
+    gap[used.sum(1) > config.topk_group] = np.inf
+    gap[(chosen.sort(1).values.diff(dim=1) == 0).any(1)] = np.inf
+    errors = [(a - b).abs().amax(1) for a, b in zip(routing, disturbed, strict=True)]
+    return torch.maximum(gap, group_gap).numpy(), 2 * torch.maximum(*errors).numpy()
+
+
+def _rounding_excess(exact, rows, dtype):
+    """How much farther than a rounding the rows {position: [576]} are from exact [S, 576].
+
+    Rounding to nearest is off by the format's unit roundoff of a number at most, or by half
+    the spacing next to 0 in e4m3, which has a scale for each group of latents.
+    """
+    positions = [position for position in rows if position < len(exact)]
+    stored = torch.from_numpy(np.stack([rows[position] for position in positions]))
+    exact = exact[positions]
+    allowed = exact.abs() * UNIT["bfloat16"]
+    if dtype == "fp8_e4m3":
+        groups = exact[:, :LATENT_DIM].abs().view(len(exact), -1, GROUP)
+        least = groups.amax(2, keepdim=True) / FP8_MAX * (E4M3_LEAST / 2)
+        fp8 = torch.maximum(groups * UNIT[dtype], least).flatten(1)
+        allowed = torch.cat([fp8, allowed[:, LATENT_DIM:]], 1)
+    return ((stored - exact).abs() - allowed).numpy().ravel()
+
+
 def scored(engine, prompts, new_tokens=8, start=0, donor=None):
-    """Generate, and give compare()'s sequences. donor: selections of a shared prefix's owner."""
+    """Generate, and give compare()'s sequences. donor: the request a shared prefix is of."""
     outputs = engine.generate(prompts, max_new_tokens=new_tokens, start=start)
-    selections = engine.selections()
+    rids = [output.rid for output in outputs]
+    decisions = decisions_of(engine, rids + [donor] * bool(donor))
     sequences = []
     for prompt, output in zip(prompts, outputs, strict=True):
-        own = selection_of(selections, output.rid)
+        own = decisions[output.rid]
         if donor:
-            before = selection_of(selections, donor)
-            cached = range(output.cached_tokens)
-            own = {
-                layer: {query: before[layer][query] for query in cached} | rows
-                for layer, rows in own.items()
-            }
+            _take_prefix(own, decisions[donor], output.cached_tokens)
         logprobs = np.concatenate([output.prompt_logprobs, output.logprobs])
         sequences.append((prompt + output.token_ids, logprobs, own))
     return outputs, sequences
+
+
+def _take_prefix(own: Decisions, donor: Decisions, cached: int) -> None:
+    for kind in fields(Decisions):
+        before = getattr(donor, kind.name)
+        for layer, values in getattr(own, kind.name).items():
+            for position in range(cached):
+                values[position] = before[layer][position]
 
 
 def write_model(directory: Path, **options) -> Path:

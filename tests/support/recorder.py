@@ -1,4 +1,8 @@
-"""Records which positions the indexer selected, from inside a running engine."""
+"""Records what a running engine decided, from inside it: all that rounding may turn over.
+
+Kinds: "selection", the positions the indexer selected (-1 pads); "experts", the ids the router
+chose; "rows", the latent rows as they stand in the pool. See EngineProcess.recorded.
+"""
 
 import os
 import pickle
@@ -9,29 +13,82 @@ from tests.support.engine import RECORD_VAR
 
 
 def install() -> None:
-    """Wrap the platform's indexer; every call appends to the file named by RECORD_VAR."""
+    """Record selections."""
     from sglang.kernels.fused_op import BaseFusedOp
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 
     from sglang_ess.cpu.indexer import indexer_forward
     from sglang_ess.cpu.platform import DISPATCH_KEY
 
-    file = open(os.environ[RECORD_VAR], "ab")
+    write = _writer()
 
     def recording(indexer, x, q_lora, positions, forward_batch, layer_id, *args, **kwargs):
         slots = indexer_forward(
             indexer, x, q_lora, positions, forward_batch, layer_id, *args, **kwargs
         )
-        for row in _rows(forward_batch, slots.numpy()):
-            pickle.dump((layer_id, *row), file)
-        file.flush()
+        write("selection", layer_id, forward_batch, slots.numpy())
         return slots
 
     BaseFusedOp.register_oot_forward(Indexer, recording, DISPATCH_KEY)
 
 
-def _rows(forward_batch, slots):
-    """(rid, first query position, selected positions [queries, top-k]) of each request."""
+def install_experts() -> None:
+    """Record the experts of every token."""
+    import sglang.srt.layers.moe.topk as moe
+
+    from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend
+
+    write = _writer()
+    begin, select, batch = CpuSparseMlaBackend.init_forward_metadata, moe.select_experts, None
+
+    def beginning(backend, forward_batch):
+        nonlocal batch
+        batch = forward_batch
+        begin(backend, forward_batch)
+
+    def recording(*args, layer_id=None, **kwargs):
+        output = select(*args, layer_id=layer_id, **kwargs)
+        write("experts", layer_id, batch, output.topk_ids.numpy())
+        return output
+
+    CpuSparseMlaBackend.init_forward_metadata = beginning
+    moe.select_experts = recording
+
+
+def install_rows() -> None:
+    """Record the rows that each pass writes, [tokens, 576] float32."""
+    from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend
+    from sglang_ess.cpu.ops.rows import unpack_rows
+
+    write = _writer()
+    forward = CpuSparseMlaBackend.forward_extend
+
+    def recording(backend, q, k, v, layer, forward_batch, *args, **kwargs):
+        out = forward(backend, q, k, v, layer, forward_batch, *args, **kwargs)
+        rows = backend.token_to_kv_pool.latent_rows(layer.layer_id)[forward_batch.out_cache_loc]
+        write("rows", layer.layer_id, forward_batch, unpack_rows(rows).numpy())
+        return out
+
+    CpuSparseMlaBackend.forward_extend = CpuSparseMlaBackend.forward_decode = recording
+
+
+def _writer():
+    """A function that appends what it is given to the file named by RECORD_VAR."""
+    file = open(os.environ[RECORD_VAR], "ab")
+
+    def write(kind, layer, forward_batch, values):
+        for rid, first, table, of in _requests(forward_batch):
+            own = values[of]
+            if kind == "selection":
+                own = _positions(table, own)
+            pickle.dump((kind, layer, rid, first, np.ascontiguousarray(own)), file)
+        file.flush()
+
+    return write
+
+
+def _requests(forward_batch):
+    """Of each request: rid, first query position, slots by position, its part of the batch."""
     from sglang.srt.model_executor.forward_context import get_attn_backend
 
     table = get_attn_backend().req_to_token.numpy()
@@ -42,7 +99,12 @@ def _rows(forward_batch, slots):
     ):
         total = int(forward_batch.seq_lens[i])
         tokens = 1 if decode else int(forward_batch.extend_seq_lens_cpu[i])
-        of_slot = np.full(table[row, :total].max() + 2, -1, np.int32)
-        of_slot[table[row, :total]] = np.arange(total)
-        yield rid, total - tokens, of_slot[slots[start : start + tokens]]
+        yield rid, total - tokens, table[row, :total], slice(start, start + tokens)
         start += tokens
+
+
+def _positions(table, slots):
+    """Slots as positions; -1 stays."""
+    of_slot = np.full(table.max() + 2, -1, np.int32)
+    of_slot[table] = np.arange(len(table))
+    return of_slot[slots]
