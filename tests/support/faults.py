@@ -84,7 +84,7 @@ def _rows() -> None:
 
 
 def _experts() -> None:
-    """next_expert: the first expert of every token is the one after the router's."""
+    """next_expert: every expert of a token is the one after the router's."""
     import sglang.srt.layers.moe.topk as moe
 
     select = moe.select_experts
@@ -92,7 +92,7 @@ def _experts() -> None:
     def faulty(hidden_states, router_logits, *args, **kwargs):
         output = select(hidden_states, router_logits, *args, **kwargs)
         if _is("next_expert"):
-            output.topk_ids[:, 0] = (output.topk_ids[:, 0] + 1) % router_logits.shape[1]
+            output.topk_ids.add_(1).remainder_(router_logits.shape[1])
         return output
 
     moe.select_experts = faulty

@@ -23,6 +23,7 @@ RECORD = "tests.support.recorder:install"
 PATCHES = (RECORD, RECORD + "_experts", "tests.support.switches:chunk")
 FAULTS = "tests.support.faults:install"
 UNIT = {"bfloat16": 2.0**-8, "fp8_e4m3": 2.0**-4}  # unit roundoff
+MARGIN = 2  # yardsticks: the engine and the oracle may each be off by one
 E4M3_LEAST = 2.0**-9  # spacing of the numbers next to 0
 
 
@@ -99,9 +100,9 @@ class Difference:
     """Engine against oracle, over every scored token of some sequences.
 
     logprob: |difference| by token, the oracle making the engine's decisions
-    selection: by query, how far the least score selected is below the oracle's top-k-th best, in
-        standard deviations of the query's scores. The yardstick is two scores' largest error:
-        one may be too high and the other too low.
+    selection: by query, how far the selection is from the oracle's top-k, in standard deviations
+        of the query's scores: 0 if it is one, whichever of equal scores it took (_gaps). The
+        yardstick is the largest error of two scores: one may be too high, the other too low.
     experts: the same by token, of the router's scores
     rows: by element of a stored row, how far beyond a rounding it is from the oracle's
     free_logprob: |difference| by token, the oracle making its own decisions and rounding nothing
@@ -131,6 +132,12 @@ class Difference:
                 if one.type is Part
             },
         }
+
+
+def check(ratios) -> None:
+    """Raises: AssertionError that names every kind of difference beyond MARGIN yardsticks."""
+    beyond = {kind: ratio for kind, ratio in ratios.items() if not ratio <= MARGIN}
+    assert not beyond, f"differences must be <= {MARGIN} yardsticks: got {beyond}"
 
 
 def prompts_of(lengths, seed=1) -> list[list[int]]:
@@ -230,11 +237,21 @@ def _selection(scores, disturbed, selection, topk):
     visible, error = scores[at], (disturbed[at] - scores[at]).abs().masked_fill(~seen, 0)
     mean = visible.masked_fill(~seen, 0).sum(1, keepdim=True) / (at[:, None] + 1)
     spread = ((visible - mean).square().masked_fill(~seen, 0).sum(1) / at).sqrt()
-    border = visible.masked_fill(~seen, -torch.inf).topk(topk).values[:, -1]
-    least = visible.gather(1, chosen)
-    gaps = (border - least.amin(1)) / spread
-    missed = int((least < border[:, None]).sum())
-    return gaps.numpy(), (2 * error.amax(1) / spread).numpy(), missed, chosen.numel()
+    gaps, missed = _gaps(visible.masked_fill(~seen, -torch.inf), chosen)
+    return (gaps / spread).numpy(), (2 * error.amax(1) / spread).numpy(), missed, chosen.numel()
+
+
+def _gaps(scores, chosen):
+    """How far scores [T, N] are from saying chosen [T, k], by row; how many are not theirs.
+
+    Below the k-th best lies the least that was chosen, or above it the best that was not (as
+    another of the k-th's size can be chosen in its place); 0 where chosen is a top-k, ties or not.
+    """
+    border = scores.topk(chosen.shape[1]).values[:, -1:]
+    taken = scores.gather(1, chosen)
+    left = scores.scatter(1, chosen, -torch.inf).amax(1, keepdim=True)
+    gaps = torch.maximum(border - taken.amin(1, keepdim=True), left - border).squeeze(1)
+    return gaps.clamp_min(0), int((taken < border).sum())
 
 
 def _routing(routing, disturbed, experts, config):
@@ -251,8 +268,7 @@ def _routing(routing, disturbed, experts, config):
     group_gap = (best - groups).masked_fill(~used, -np.inf).amax(1)
     allowed = groups.masked_fill(used, np.inf).topk(config.topk_group).indices
     allowed = torch.zeros_like(used).scatter(1, allowed, True).repeat_interleave(of_group, 1)
-    border = scores.masked_fill(~allowed, -np.inf).topk(chosen.shape[1]).values[:, -1]
-    gap = border - scores.gather(1, chosen).amin(1)
+    gap, _ = _gaps(scores.masked_fill(~allowed, -np.inf), chosen)
     gap[used.sum(1) > config.topk_group] = np.inf
     gap[(chosen.sort(1).values.diff(dim=1) == 0).any(1)] = np.inf
     errors = [(a - b).abs().amax(1) for a, b in zip(routing, disturbed, strict=True)]
