@@ -235,10 +235,12 @@ class _RoundingTorch:
 
     interleaved: the indexer rotates pairs, which transformers leaves sorted into halves.
     Products do not mind, rounding does, so the model's own order comes back first.
+    disturbance: as fp8_index has it
     """
 
-    def __init__(self, interleaved: bool):
-        self.interleaved = interleaved
+    def __init__(self, interleaved: bool, disturbance: float):
+        self.interleaved, self.disturbance = interleaved, disturbance
+        self.generator = torch.Generator().manual_seed(0)
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -253,20 +255,21 @@ class _RoundingTorch:
     def _fake_quantize(self, x, power_of_two):
         if self.interleaved:
             x = torch.cat([_paired(x[..., :ROPE_DIM]), x[..., ROPE_DIM:]], dim=-1)
-        return _fake_quantize(x, power_of_two)
-
-
-def _fake_quantize(x, power_of_two):
-    rotated = x.float() @ torch.from_numpy(hadamard(GROUP)).float() * GROUP**-0.5
-    values, scale = quantize_index(rotated, power_of_two)
-    return values.float() * scale.unsqueeze(-1)
+        rotated = x.float() @ torch.from_numpy(hadamard(GROUP)).float() * GROUP**-0.5
+        noise = 2 * torch.rand(rotated.shape, generator=self.generator) - 1
+        values, scale = quantize_index(rotated * (1 + self.disturbance * noise), power_of_two)
+        return values.float() * scale.unsqueeze(-1)
 
 
 @contextmanager
-def fp8_index(oracle: Oracle):
-    """The oracle's indexer with queries and keys rotated and rounded as in fp8."""
+def fp8_index(oracle: Oracle, disturbance: float = 0.0):
+    """The oracle's indexer with queries and keys rotated and rounded as in fp8.
+
+    disturbance: the largest error of an element, relative to it, before it is rounded
+    """
     module = inspect.getmodule(type(oracle.model))
-    module.torch = _RoundingTorch(interleaved=oracle.config.model_type == "glm_moe_dsa")
+    interleaved = oracle.config.model_type == "glm_moe_dsa"
+    module.torch = _RoundingTorch(interleaved, disturbance)
     try:
         yield
     finally:
