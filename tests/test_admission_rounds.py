@@ -211,3 +211,15 @@ def test_without_a_failure_the_parked_come_first(monkeypatch):
     joined = scheduling.prebuilt_round(fill_places, scheduler, batch)
     assert batch.reqs == running[:2] and scheduler.waiting_queue[:4] == running[2:]
     assert joined + scheduler.waiting_queue[4:] == waiting and allocator.is_idle is False
+
+
+def test_the_benchmark_times_both_ways_and_leaves_the_queue_whole():
+    found = admission_rounds.round_seconds(100, 3)
+    assert {look: len(seconds) for look, seconds in found.items()} == dict.fromkeys(
+        admission_rounds.LOOKS, 3
+    )
+    with admission_rounds.over_the_whole_queue():
+        queue = [Counted(rid=i) for i in range(500)]
+        joined, scheduler, asked = round_over(list(queue))
+    assert joined == queue[:PLACES] and scheduler.waiting_queue == queue[PLACES:]
+    assert asked >= 500

@@ -6,6 +6,7 @@ orders and the kernels are the real ones. On a LateStream a copy happens when so
 it, so that a missing wait shows; with no stream it happens when it is issued.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -497,4 +498,21 @@ def test_the_canary_stops_a_hot_row_that_differs(build):
     for rows in backend.token_to_kv_pool.tier.rows:
         rows += 1
     with pytest.raises(RowCorruption, match="invariant 2"):
+        run.decode([1])
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"overlap": "da"}, "Add --ess-overlap off, or"),
+        ({"overlap": "da", "hot_rows": TOPK - 2}, "Add a larger hot tier"),
+        ({"overlap": "off", "hot_rows": TOPK - 2}, "Add a larger hot tier"),
+    ],
+)
+def test_a_sink_is_refused_with_advice_by_what_split_the_attention(build, options, advice):
+    backend = build(**options)
+    run = Run(backend)
+    run.prefill({1: 9})
+    backend.forward_decode = partial(backend.forward_decode, attn_sink=torch.zeros(HEADS))
+    with pytest.raises(RuntimeError, match=f"no sink: got one. {advice}"):
         run.decode([1])

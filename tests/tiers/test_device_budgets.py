@@ -139,7 +139,7 @@ def test_figures_and_ages_follow_the_rows():
     tier.mirror()
     look = tier.look()
     ages = look.ages
-    assert look.evictions.tolist() == [0] * 3 and look.steps.tolist() == [4] * 3
+    assert look.evictions.tolist() == [0] * 3 and look.steps.tolist() == [3] * 3
     assert (ages[:, 0] == 18).all() and (ages[:, 1] == 6).all() and ages.sum() == 3 * 24
     assert tier.look() is None  # given before
     tier.move([40, 20, 30])
