@@ -180,13 +180,17 @@ def one_thread():
 
 @one_thread()
 def compare(setup, model, sequences, with_free=False) -> Difference:
-    """Judge sequences: (token ids, engine logprobs of the last tokens, its Decisions)."""
+    """Judge sequences: (token ids, engine logprobs of the last tokens, its Decisions).
+
+    Only positions that the engine computed count: at others the two oracles decide as they like.
+    """
     oracle = oracle_of(model)
     parts = {name: ([], []) for name in ("logprob", "selection", "experts", "rows")}
     free, missed, selected = [], 0, 0
     for token_ids, logprobs, decisions in sequences:
         with setup.rounded(oracle):
             verdict = oracle.judge(token_ids, decisions)
+        _check_complete(decisions, verdict, setup.rounds_rows, len(token_ids) - 1)
         with setup.disturbed(model) as other:
             disturbed = other.judge(token_ids, decisions)
         scored = slice(-len(logprobs), None)
@@ -202,9 +206,8 @@ def compare(setup, model, sequences, with_free=False) -> Difference:
             routing, others = verdict.routing[layer], disturbed.routing[layer]
             _add(parts["experts"], *_routing(routing, others, experts, oracle.config))
         for layer, rows in decisions.rows.items():
-            excess = _rounding_excess(verdict.rows[layer], rows, setup.kv_cache_dtype)
-            error = (disturbed.rows[layer] - verdict.rows[layer]).abs()
-            _add(parts["rows"], excess, error.numpy().ravel())
+            exact, others = verdict.rows[layer], disturbed.rows[layer]
+            _add(parts["rows"], *_rounding(exact, others, rows, setup.kv_cache_dtype))
         if with_free:
             free.append(np.abs(logprobs - oracle.judge(token_ids).logprobs[scored]))
     return Difference(
@@ -213,6 +216,20 @@ def compare(setup, model, sequences, with_free=False) -> Difference:
         missed=missed,
         selected=selected,
     )
+
+
+def _check_complete(decisions, verdict, rounds_rows, tokens) -> None:
+    """Raises: AssertionError where a decision was not recorded, and so would not be judged."""
+    expected = {"selection": verdict.scores, "experts": verdict.routing}
+    expected |= {"rows": verdict.rows} if rounds_rows else {}
+    for kind, layers in expected.items():
+        found = getattr(decisions, kind)
+        missing = [
+            layer for layer in layers if not set(range(tokens)) <= found.get(layer, {}).keys()
+        ]
+        assert not missing, (
+            f"{kind} of all {tokens} tokens must be recorded: not in layers {missing}"
+        )
 
 
 def _add(lists, *values) -> None:
@@ -278,26 +295,28 @@ def _routing(routing, disturbed, experts, config):
     gap, _ = _gaps(scores.masked_fill(~allowed, -np.inf), chosen)
     gap[used.sum(1) > config.topk_group] = np.inf
     gap[(chosen.sort(1).values.diff(dim=1) == 0).any(1)] = np.inf
-    errors = [(a - b).abs().amax(1) for a, b in zip(routing, disturbed, strict=True)]
+    errors = [(a - b)[tokens].abs().amax(1) for a, b in zip(routing, disturbed, strict=True)]
     return torch.maximum(gap, group_gap).numpy(), 2 * torch.maximum(*errors).numpy()
 
 
-def _rounding_excess(exact, rows, dtype):
-    """How much farther than a rounding the rows {position: [576]} are from exact [S, 576].
+def _rounding(exact, disturbed, rows, dtype):
+    """How much farther than a rounding the rows {position: [576]} are from exact [S, 576]; and
+    the yardstick, by element.
 
     Rounding to nearest is off by the format's unit roundoff of a number at most, or by half
     the spacing next to 0 in e4m3, which has a scale for each group of latents.
     """
     positions = [position for position in rows if position < len(exact)]
     stored = torch.from_numpy(np.stack([rows[position] for position in positions]))
-    exact = exact[positions]
+    exact, disturbed = exact[positions], disturbed[positions]
     allowed = exact.abs() * UNIT["bfloat16"]
     if dtype == "fp8_e4m3":
         groups = exact[:, :LATENT_DIM].abs().view(len(exact), -1, GROUP)
         least = groups.amax(2, keepdim=True) / FP8_MAX * (E4M3_LEAST / 2)
         fp8 = torch.maximum(groups * UNIT[dtype], least).flatten(1)
         allowed = torch.cat([fp8, allowed[:, LATENT_DIM:]], 1)
-    return ((stored - exact).abs() - allowed).numpy().ravel()
+    excess, error = (stored - exact).abs() - allowed, (disturbed - exact).abs()
+    return excess.numpy().ravel(), error.numpy().ravel()
 
 
 def scored(engine, prompts, new_tokens=8, start=0, donor=None):
