@@ -66,7 +66,7 @@ def measure(report, args, arch, model, kind) -> None:
             report.summarise(f"{name}_free_mean", found.free_logprob.mean())
             report.summarise(f"{name}_free_median", np.median(found.free_logprob))
         shown = "  ".join(f"{part} {ratio:.2g}" for part, ratio in ratios.items())
-        print(f"{name:32s} forced mean {forced.mean():.1e} p99 {np.quantile(forced, 0.99):.1e}  ")
+        print(f"{name:32s} forced mean {forced.mean():.1e} p99 {np.quantile(forced, 0.99):.1e}")
         print(f"    overlap {found.overlap:.5f}  x yardstick: {shown}", flush=True)
 
 
