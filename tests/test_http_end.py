@@ -15,12 +15,17 @@ from tests.support.server import free_port
 from tests.test_processes import poll
 
 APP = """
-import asyncio, sys
+import asyncio, atexit, sys, time
 from sglang_ess import http_end
 
 async def app(scope, receive, send):
-    if scope["type"] != "http":
-        raise RuntimeError("no lifespan")
+    if scope["type"] == "lifespan":
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        if WORKERS > 1:
+            atexit.register(time.sleep, 600)  # as long as modules may take
+        return await send({"type": "lifespan.shutdown.complete"})
     begun = scope["path"] == "/begun"
     if begun:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -30,10 +35,12 @@ async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"b"})
 
+WORKERS = int(sys.argv[-1])
+
 if __name__ == "__main__":
     import uvicorn
     http_end.bound(1.0)
-    uvicorn.run("served:app", port=int(sys.argv[1]), workers=int(sys.argv[2]), lifespan="off")
+    uvicorn.run("served:app", port=int(sys.argv[1]), workers=WORKERS)
 """
 
 
