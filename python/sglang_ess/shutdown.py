@@ -221,7 +221,7 @@ class _Supervisor:
             if waited > 2 * END_SECONDS:
                 progress(f"warning: processes {left} cannot be killed")
                 break
-            time.sleep(0.01)
+            time.sleep(0.05)  # their memory takes the kernel a while; each look reads all of /proc
             self._reap()
         files = Path(tempfile.gettempdir()).glob(f"{self.template}*")
         for path in [*files, *map(Path, self.segments)]:
