@@ -27,7 +27,7 @@ from sglang_ess.startup import progress
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 END_SECONDS = 4.0  # after the grace period, for error answers and for what the processes hold
 RELEASE_SECONDS = 3.0  # of these for the schedulers, which may be in the middle of a step
-FAULT_SECONDS = 10.0  # for SGLang to end by itself once one of its processes has died
+FAULT_SECONDS = 5.0  # for SGLang to end by itself once one of its processes has died
 SAME_SECONDS = 0.5  # `timeout` and some shells send one signal twice: to a process and its group
 PARENT_SECONDS = 0.5  # between a child's looks at whether its parent lives
 TICK_SECONDS = 2.0  # between looks at which processes there are
