@@ -15,6 +15,17 @@ _INIT_INFO = Hook(
     test="tests/test_startup.py",
 )
 
+_DISPATCHER = Hook(
+    target="sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher",
+    kind="after",
+    signature="(self)",
+    body="sglang_ess.intake.guard:guard_dispatcher",
+    reason="Upstream lets an exception in the intake of one request end the server; the "
+    "dispatcher is the one place that every message passes. One-tier too: the platform is ours.",
+    when="cpu",
+    test="tests/test_intake.py",
+)
+
 HOOKS = (
     _INIT_INFO,
     replace(
@@ -22,6 +33,8 @@ HOOKS = (
         reason="The same facts on a GPU, where one tier has no need of the hook.",
         when="cuda",
     ),
+    _DISPATCHER,
+    replace(_DISPATCHER, reason="The same on a GPU, where ESS serves two tiers.", when="cuda"),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
         kind="around",

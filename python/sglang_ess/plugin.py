@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 CPU_PLATFORM = "sglang_ess.cpu.platform.CpuDsaPlatform"
 PLUGIN_NAMES = ("sglang_ess", "ess_cpu")  # our entry points in pyproject.toml
+# SGLang's variable for the app of its tokenizer workers, which load no plugins by themselves.
+APP_VAR, APP = "SGLANG_HTTP_SERVER_APP_PATH", "sglang_ess.intake.http_app:app"
 
 registered = False  # whether register() has armed this process; the launcher checks it
 
@@ -41,6 +43,7 @@ def register() -> None:
             "Run python -m sglang_ess.doctor."
         ) from error
     registered = True
+    os.environ.setdefault(APP_VAR, APP)
     logger.info("sglang-ess: %s, %d hooks", config, len(targets))
 
 

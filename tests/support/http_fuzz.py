@@ -1,0 +1,469 @@
+"""Hostile bodies for every route of a server, sent over HTTP: does it still answer after each?
+
+    python -m tests.support.http_fuzz --bodies 3000 [--seed 0] [flags of the server, last]
+
+The server is one of our own, with a tiny model, on 127.0.0.1. Bodies come from its own OpenAPI
+document: each field x hostile values, pairs of fields, schemathesis, and what is not JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import http.client
+import itertools
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from benchmarks.processes import HttpProcess
+
+ANSWER_SECONDS = 90  # a request that a busy two-core machine serves takes a few
+GROUP = 8  # bodies between two greedy requests
+CONTEXT = 512  # of the servers made here: it bounds what a body can ask for
+FLAGS = ("--context-length", str(CONTEXT), "--max-total-tokens", "8192")
+GREEDY = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
+# What a body may have switched off by design is switched on again before the server is judged.
+UNDO = (
+    ("/continue_generation", {}),
+    ("/slow_down", {"forward_sleep_time": None}),
+    ("/configure_logging", {"log_requests": False, "log_level": "info"}),
+)
+# Routes that are not walked, and why.
+EXCEPTED: dict[str, str] = {}
+
+SCALARS = (
+    *(None, True, False, 0, 1, -1, 7, 512, 2**31, 2**53, 2**63 - 1, 2**63, -(2**63), 10**30),
+    *(0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), -float("inf")),
+    *("", " ", "a", "\x00", "\ud800", "../../x", "é" * 300, "9" * 5000, "https://127.0.0.1:9/x"),
+)
+SHAPES = (
+    *([], [[]], [[], []], [None], [0], [-1], [5, 6, 7], [2**31], [2**62], [1.5], [True], [""]),
+    *(["a", "b"], [["a"]], [[1], [2, 3]], [[1, -1], [2**40]], [[[0.5]]], [[[0.5, 1.0]]], [{}]),
+    *({}, {"a": None}, {"0": 1e9}, {"-1": 1.0}, {"999999999": 1}, {"x": [1]}, {"id": "a"}),
+    *({"id": "a", "rid": "b", "offset": -5}, {"role": "user", "content": "a"}, [5] * 2000),
+)
+GRAMMARS = ("(", "(a{999}){999}", "[", '{"type": 5}', '{"$ref": "#/x"}', "root ::= root", "{}")
+SPECIAL: dict[str, tuple[Any, ...]] = {
+    "json_schema": GRAMMARS,
+    "regex": GRAMMARS,
+    "ebnf": GRAMMARS,
+    "structural_tag": GRAMMARS,
+    "stop_regex": GRAMMARS,
+    "rid": ("HEALTH_CHECK_a", ["a", "a"], "a" * 100_000),
+    "n": (2, 100, 10**6),
+    "text": ("a" * 2_000_000, ["a"] * 100),
+    "input_ids": ([5] * 500_000, [[5]] * 100, [5, 2**62], [5, -(2**62)]),
+    "return_hidden_states": ("last", "full"),
+    "image_data": ("data:image/png;base64,AAAA", [["a"]], "/etc/hostname"),
+    "mode": ("abort", "retract", "in_place", "x"),
+    "logprobs": (0, 5, 20, 5000),
+    "activities": (["CPU"], ["GPU"], ["CPU", "GPU"], ["MEM"], ["x"]),
+    "tags": (["weights"], ["kv_cache"], ["cuda_graph"], ["x"]),
+}
+
+
+@dataclass(frozen=True)
+class Body:
+    """One request: data is what follows the headers, None for nothing."""
+
+    method: str
+    path: str
+    data: bytes | None = None
+    kind: str = "application/json"
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path} {(self.data or b'')[:300]!r}"
+
+
+def as_json(value: Any) -> bytes:
+    """JSON with what JSON lacks too: NaN, Infinity, lone surrogates (as escapes)."""
+    return json.dumps(value).encode()
+
+
+@dataclass(frozen=True)
+class Route:
+    """One method of one path. fields: of its JSON body; query, holes: names of parameters"""
+
+    method: str
+    path: str
+    fields: tuple[str, ...] = ()
+    query: tuple[str, ...] = ()
+    holes: tuple[str, ...] = ()
+
+    def body(self, value: Any, query: dict[str, Any] | None = None) -> Body:
+        path = self.path
+        for hole in self.holes:
+            path = path.replace(f"{{{hole}}}", "a")
+        if query:
+            path += "?" + urlencode({k: str(v) for k, v in query.items()}, errors="replace")
+        return Body(self.method, path, value if value is None else as_json(value))
+
+
+def routes(document: dict[str, Any]) -> list[Route]:
+    """Every method of every path of an OpenAPI document, those of EXCEPTED left out."""
+    found = []
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if path in EXCEPTED:
+                continue
+            parameters = operation.get("parameters", [])
+            content = operation.get("requestBody", {}).get("content", {})
+            schema = content.get("application/json", {}).get("schema", {})
+            found.append(
+                Route(
+                    method.upper(),
+                    path,
+                    tuple(sorted(_properties(document, schema))),
+                    tuple(p["name"] for p in parameters if p["in"] == "query"),
+                    tuple(p["name"] for p in parameters if p["in"] == "path"),
+                )
+            )
+    return found
+
+
+def _properties(document: dict[str, Any], schema: dict[str, Any]) -> set[str]:
+    if "$ref" in schema:
+        name = schema["$ref"].rsplit("/", 1)[1]
+        return _properties(document, document["components"]["schemas"][name])
+    found = set(schema.get("properties", ()))
+    for key in ("anyOf", "allOf", "oneOf"):
+        for part in schema.get(key, ()):
+            found |= _properties(document, part)
+    return found
+
+
+def sampling_fields() -> tuple[str, ...]:
+    """Fields of SGLang's SamplingParams, which its document calls an object of anything."""
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    return SamplingParams.__struct_fields__
+
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+START = {  # a body that each route serves, where it serves one at all
+    "/generate": {"text": "Hello", "sampling_params": {"max_new_tokens": 4}},
+    "/v1/completions": {"model": "m", "prompt": "Hello", "max_tokens": 4},
+    "/v1/chat/completions": {**CHAT, "max_tokens": 4},
+    "/invocations": {**CHAT, "max_tokens": 4},
+    "/v1/messages": {**CHAT, "max_tokens": 4},
+    "/v1/messages/count_tokens": CHAT,
+    "/v1/responses": {"model": "m", "input": "Hello", "max_output_tokens": 4},
+    "/api/chat": {**CHAT, "options": {"num_predict": 4}},
+    "/api/generate": {"model": "m", "prompt": "Hello", "options": {"num_predict": 4}},
+    "/vertex_generate": {
+        "instances": [{"text": "Hello"}],
+        "parameters": {"sampling_params": {"max_new_tokens": 4}},
+    },
+    "/v1/tokenize": {"model": "m", "prompt": "Hello"},
+    "/v1/detokenize": {"model": "m", "tokens": [1, 2]},
+    "/tokenize": {"model": "m", "prompt": "Hello"},
+    "/detokenize": {"model": "m", "tokens": [1, 2]},
+    "/encode": {"text": "Hello"},
+    "/classify": {"text": "Hello"},
+    "/v1/embeddings": {"model": "m", "input": "Hello"},
+    "/v1/classify": {"model": "m", "input": "Hello"},
+    "/v1/score": {"model": "m", "query": "a", "items": ["b"], "label_token_ids": [1, 2]},
+    "/v1/rerank": {"query": "a", "documents": ["b"]},
+    "/open_session": {"capacity_of_str_len": 100},
+    "/update_weights_from_disk": {"model_path": "nowhere"},
+    "/parse_function_call": {"text": "a", "tools": [], "tool_call_parser": "qwen25"},
+    "/separate_reasoning": {"text": "a", "reasoning_parser": "deepseek-r1"},
+}
+
+
+PROMPTS = ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/score")
+
+
+def not_json(route: Route) -> Iterator[Body]:
+    """Bodies that no schema allows."""
+    empty = route.body(None)
+    yield empty
+    for data in (b"{", b"\xff\xfe\x00", b"[" * 5000, b'{"a":1}{"a":2}', b'{"text": 1e999}'):
+        yield Body(empty.method, empty.path, data)
+    yield Body(empty.method, empty.path, b"a=1&b=2", "application/x-www-form-urlencoded")
+    yield Body(empty.method, empty.path, b"--x\r\n\r\n", "multipart/form-data; boundary=x")
+    for value in (None, 5, "a", [], {}, [{}], {"": None}):
+        yield route.body(value)
+
+
+def singles(route: Route) -> Iterator[Body]:
+    """Each field x each hostile value, the other fields as START has them."""
+    start = START.get(route.path, {})
+    for name in route.fields:
+        for value in (*SCALARS, *SHAPES, *SPECIAL.get(name, ())):
+            yield route.body({**start, name: value})
+    if route.path == "/generate":
+        for name in sampling_fields():
+            for value in (*SCALARS, *SHAPES, *SPECIAL.get(name, ())):
+                yield route.body(_sampled(start, {name: value}))
+    for name in route.query:
+        for value in SCALARS:
+            yield route.body(start or None, {name: value})
+    for value in ("%00", "%ff", "..%2f..", quote("é" * 300)):
+        if route.holes:
+            yield Body(route.method, route.path.replace(f"{{{route.holes[0]}}}", value))
+
+
+def _sampled(start: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    return {**start, "sampling_params": {**start["sampling_params"], **changed}}
+
+
+def several(route: Route, rng: random.Random) -> Iterator[Body]:
+    """Two to four fields at random, for ever."""
+    start, names = START.get(route.path, {}), list(route.fields)
+    own = sampling_fields() if route.path == "/generate" else ()
+    while names:
+        chosen = rng.sample([*names, *own], min(rng.randint(2, 4), len(names)))
+        values = {
+            name: rng.choice((*SCALARS, *SHAPES, *SPECIAL.get(name, ()))) for name in chosen
+        }
+        body = {**start, **{k: v for k, v in values.items() if k not in own}}
+        sampled = {k: v for k, v in values.items() if k in own}
+        if sampled and isinstance(body.get("sampling_params"), dict):
+            body = {**body, "sampling_params": {**body["sampling_params"], **sampled}}
+        yield route.body(body)
+
+
+def schemathesis_bodies(document: dict[str, Any], per_route: int, seed: int) -> Iterator[Body]:
+    """What schemathesis makes of the document, valid and invalid, per_route for each method."""
+    import schemathesis
+
+    for result in schemathesis.openapi.from_dict(document).get_all_operations():
+        operation = result.ok()
+        if operation.path not in EXCEPTED:
+            yield from _from_operation(operation, per_route, seed)
+
+
+def _from_operation(operation: Any, count: int, seed: int) -> list[Body]:
+    import hypothesis
+    from schemathesis import GenerationMode
+
+    found = []
+    for mode in GenerationMode:
+
+        @hypothesis.seed(seed)
+        @hypothesis.settings(
+            max_examples=(count + 1) // 2,
+            database=None,
+            deadline=None,
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+        def collect(case):
+            found.append(_from_case(case))
+
+        try:
+            collect()
+        except hypothesis.errors.Unsatisfiable:
+            pass  # without parameters there is nothing invalid
+    return found
+
+
+def _from_case(case: Any) -> Body:
+    import requests
+
+    sent = requests.Request(**case.as_transport_kwargs(base_url="http://127.0.0.1")).prepare()
+    data = sent.body.encode() if isinstance(sent.body, str) else sent.body
+    kind = sent.headers.get("Content-Type", "application/json")
+    kind = kind.decode() if isinstance(kind, bytes) else kind
+    return Body(sent.method, sent.path_url, _bounded(case.path, data), kind)
+
+
+def _bounded(path: str, data: bytes | None) -> bytes | None:
+    """The body with START's bound on new tokens where it has no bound of its own."""
+    try:
+        value = json.loads(data or b"")
+    except ValueError:
+        return data
+    bounds = {"max_tokens", "max_output_tokens", "options", "sampling_params"}
+    wanted = {k: v for k, v in START.get(path, {}).items() if k in bounds}
+    return as_json({**wanted, **value}) if isinstance(value, dict) else data
+
+
+def walk(document: dict[str, Any], bodies: int, seed: int) -> list[Body]:
+    """At most so many bodies, shared out over all routes, in a random order."""
+    rng, every = random.Random(seed), routes(document)
+    shares: list[tuple[int, Iterator[Body]]] = []  # (bodies a round, where they come from)
+    for route in every:
+        raw, found = list(not_json(route)), list(singles(route))
+        rng.shuffle(raw)
+        rng.shuffle(found)
+        # /generate has the most fields by far, and much else ends in it.
+        weight = 40 if route.path == "/generate" else 12 if route.path in PROMPTS else 4
+        shares += [(1, iter(raw)), (weight, iter(found))]
+        shares.append((weight // 2, several(route, random.Random(seed))))
+    # It takes its time: a tenth of a second a body, and more for a large schema.
+    tested = list(schemathesis_bodies(document, max(2, bodies // 2000), seed))
+    rng.shuffle(tested)
+    shares.append((len(every), iter(tested)))
+    chosen: list[Body] = []
+    while len(chosen) < bodies:
+        rng.shuffle(shares)
+        part = [body for count, share in shares for body in itertools.islice(share, count)]
+        if not part:
+            break
+        chosen += part
+    return chosen[:bodies]
+
+
+@dataclass
+class Tally:
+    """What became of the bodies. ended, unanswered, failed: the bodies that did it."""
+
+    tried: int = 0
+    statuses: collections.Counter = field(default_factory=collections.Counter)
+    ended: list[str] = field(default_factory=list)
+    unanswered: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        statuses = ", ".join(f"{k}: {v}" for k, v in sorted(self.statuses.items(), key=str))
+        lines = [
+            f"{self.tried} bodies ({statuses}); {len(self.ended)} ended the server, "
+            f"{len(self.unanswered)} got no answer"
+        ]
+        for name in ("ended", "unanswered", "failed"):
+            lines += [f"  {name}: {body}" for body in getattr(self, name)]
+        return "\n".join(lines)
+
+
+class Prober:
+    """Sends bodies to one server, and finds out after each few whether it still serves."""
+
+    def __init__(self, server: HttpProcess, tally: Tally | None = None):
+        self.server, self.tally = server, tally or Tally()
+        self._expected = self.greedy()
+
+    def send(self, body: Body, seconds: float = ANSWER_SECONDS) -> int | None:
+        """The status of the answer; None without a whole answer in time."""
+        until = time.monotonic() + seconds
+        link = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=seconds)
+        try:
+            headers = {"Content-Type": body.kind} if body.data is not None else {}
+            link.request(body.method, body.path, body.data, headers)
+            answer = link.getresponse()
+            while answer.read1(1 << 20):
+                if time.monotonic() > until:
+                    return None
+            return answer.status
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            link.close()
+
+    def greedy(self) -> list[int] | None:
+        """Output ids of a greedy request, None without an answer."""
+        body = {"text": "The quick brown fox", "sampling_params": GREEDY}
+        try:
+            status, text = self.server.post("/generate", body, seconds=ANSWER_SECONDS)
+            return json.loads(text)["output_ids"] if status == 200 else None
+        except (OSError, ValueError, http.client.HTTPException):
+            return None
+
+    def serves(self) -> bool:
+        """Whether the server answers a greedy request as it did at first."""
+        self.undo()
+        return self.greedy() == self._expected
+
+    def undo(self) -> None:
+        for path, value in UNDO:
+            self.send(Body("POST", path, as_json(value)))
+
+    def try_all(self, bodies: list[Body]) -> Tally:
+        """Send all of them; a server that one ends is started again."""
+        for start in range(0, len(bodies), GROUP):
+            group = bodies[start : start + GROUP]
+            if not (all([self._count(body) for body in group]) and self.serves()):
+                self._find(group)
+        return self.tally
+
+    def _find(self, group: list[Body]) -> None:
+        """Which of a group's bodies did it; the whole group if none does alone."""
+        self._restart()
+        culprits = 0
+        for body in group:
+            if self.send(body) is not None and self.serves():
+                continue
+            culprits += 1
+            self._blame(str(body))
+        if not culprits:
+            self._blame("one of: " + "; ".join(map(str, group)))
+
+    def _blame(self, what: str) -> None:
+        alive = self.server.process.poll() is None and self.serves()
+        (self.tally.unanswered if alive else self.tally.ended).append(what)
+        print(f"{'no answer' if alive else 'ended'}: {what}", flush=True)
+        if not alive:
+            text = self.server.log.read_text(errors="replace")
+            print(text[text.rfind("Traceback") :][:4000], flush=True)
+        self._restart()
+
+    def _count(self, body: Body) -> bool:
+        status = self.send(body)
+        self.tally.tried += 1
+        self.tally.statuses[status] += 1
+        if status is not None and status >= 500:
+            self.tally.failed.append(f"{status} {body}")
+        if "pause" in body.path:  # what follows would wait, as it is meant to
+            self.undo()
+        return status is not None
+
+    def _restart(self) -> None:
+        self.server.stop()
+        self.server.start()
+        self.server.wait_ready()
+
+
+def start(model: Path, folder: Path, *flags: str) -> HttpProcess:
+    """A server for a walk, in a working directory of its own: some bodies name files."""
+    flags = ("--model-path", str(model), *FLAGS, *flags)
+    return HttpProcess(
+        "sglang_ess.launch_server",
+        *flags,
+        log=folder / "server.log",
+        env={"SGLANG_TORCH_PROFILER_DIR": str(folder)},
+        settle=lambda: os.chdir(folder),
+    )
+
+
+def walk_server(server: HttpProcess, bodies: int, seed: int, only: str = "") -> Tally:
+    """walk() over the routes of a running server whose paths contain `only`."""
+    document = server.get("/openapi.json")
+    paths = {path: value for path, value in document["paths"].items() if only in path}
+    document["paths"] = paths
+    every = routes(document)
+    fields = sum(len(route.fields) + len(route.query) for route in every)
+    print(f"{len(every)} routes, {fields} fields", flush=True)
+    return Prober(server).try_all(walk(document, bodies, seed))
+
+
+def main(argv: list[str]) -> int:
+    """Print what became of the bodies; 1 if one ended the server or got no answer."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--bodies", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="walk only paths that contain this")
+    args, flags = parser.parse_known_args(argv)
+    from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_tiny_model(Path(folder) / "model", TinyModelConfig())
+        with start(model, Path(folder), *flags) as server:
+            server.wait_ready()
+            tally = walk_server(server, args.bodies, args.seed, args.only)
+    print(f"{' '.join(flags) or 'two-tier'}: {tally}")
+    return 1 if tally.ended or tally.unanswered else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
