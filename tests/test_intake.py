@@ -53,8 +53,7 @@ REFUSED = [
     ("/generate", {"input_ids": []}, "input_ids"),
     ("/generate", {"input_ids": [[5, 6], []]}, "at least one token"),
     ("/v1/completions", {"model": "m", "prompt": "", "max_tokens": 2}, ""),
-    ("/api/generate", {"model": "m", "prompt": "", "options": {"num_predict": 2}}, ""),
-    ("/vertex_generate", {"instances": [{"text": ""}]}, "at least one token"),
+    ("/vertex_generate", {"instances": [{"input_ids": []}]}, "input_ids"),
     # Ids outside the vocabulary.
     ("/generate", {"input_ids": [5, 10**6]}, "input_ids must be 0 to"),
     ("/generate", {"input_ids": [5, -1]}, "input_ids must be 0 to"),
@@ -63,7 +62,7 @@ REFUSED = [
     ("/generate", sampled(logit_bias={"999999": 1.0}), "logit_bias"),
     ("/generate", logprobs(token_ids_logprob=[10**6]), "token_ids_logprob"),
     # Numbers and ranges.
-    ("/generate", sampled(top_k=2**31), "top_k must be"),
+    ("/generate", sampled(temperature=1.0, top_k=2**31), "top_k must be"),
     ("/generate", sampled(temperature=1.0, repetition_penalty=1e-300), "repetition_penalty must"),
     ("/generate", sampled(temperature=1.0, logit_bias={"5": 1e300}), "logit_bias must be"),
     ("/generate", sampled(n=0), "n must be 1 to"),
@@ -82,6 +81,7 @@ REFUSED = [
     ("/generate", prompt(token_indices_to_pool=[500]), "token_indices_to_pool must be left out"),
     # Names.
     ("/generate", prompt(rid="HEALTH_CHECK_me"), "rid must not begin"),
+    ("/generate", prompt(rid=["a"]), "rid must be a string"),
     ("/generate", prompt(session_params={"id": "nowhere"}), "nowhere"),
     # Lengths: what slots and context allow.
     ("/generate", {"input_ids": [5] * (CONTEXT - 1)}, ""),

@@ -223,9 +223,7 @@ def several(route: Route, rng: random.Random) -> Iterator[Body]:
     own = sampling_fields() if route.path == "/generate" else ()
     while names:
         chosen = rng.sample([*names, *own], min(rng.randint(2, 4), len(names)))
-        values = {
-            name: rng.choice((*SCALARS, *SHAPES, *SPECIAL.get(name, ()))) for name in chosen
-        }
+        values = {name: rng.choice((*SCALARS, *SHAPES, *SPECIAL.get(name, ()))) for name in chosen}
         body = {**start, **{k: v for k, v in values.items() if k not in own}}
         sampled = {k: v for k, v in values.items() if k in own}
         if sampled and isinstance(body.get("sampling_params"), dict):

@@ -65,7 +65,7 @@ def body_problems(obj: Any, path: str = "") -> Iterator[str]:
     """What is wrong with a body before it is expanded into requests, one line each."""
     rids = obj.rid if isinstance(obj.rid, list) else [obj.rid]
     if path not in HEALTH_PATHS and any(str(rid).startswith("HEALTH_CHECK") for rid in rids):
-        yield "rid must not begin with HEALTH_CHECK, which a busy server does not answer. Rename it."
+        yield "rid must not begin with HEALTH_CHECK: a busy server answers none. Rename it."
     params = obj.sampling_params
     for one in params if isinstance(params, list) else [params or {}]:
         samples = one.get("n", 1)
@@ -80,6 +80,8 @@ def body_problems(obj: Any, path: str = "") -> Iterator[str]:
     if embeds is not None and not (embeds and embeds[0]):
         yield "input_embeds must have at least one row of numbers: got none. Give one a token."
     prompts = _batch_size(obj)
+    if prompts is None and isinstance(obj.rid, list):
+        yield f"rid must be a string for one prompt: got {_shown(obj.rid)}. Send a string."
     for name in PER_PROMPT if prompts is not None else ():
         value = getattr(obj, name, None)
         if isinstance(value, list) and value and len(value) != prompts:
