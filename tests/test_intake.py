@@ -79,6 +79,11 @@ REFUSED = [
     ("/generate", {"input_embeds": [[]]}, "input_embeds"),
     ("/generate", {"input_embeds": [[0.5]]}, "disable-radix-cache"),
     ("/generate", prompt(token_indices_to_pool=[500]), "token_indices_to_pool must be left out"),
+    (
+        "/vertex_generate",
+        {"instances": [{"text": "a"}], "parameters": {"sampling_params": {"is_normalized": True}}},
+        "is_normalized must not be given",
+    ),
     # Names.
     ("/generate", prompt(rid="HEALTH_CHECK_me"), "rid must not begin"),
     ("/generate", prompt(rid=["a"]), "rid must be a string"),

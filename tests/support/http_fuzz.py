@@ -91,11 +91,14 @@ def as_json(value: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Route:
-    """One method of one path. fields: of its JSON body; query, holes: names of parameters"""
+    """One method of one path. query, holes: names of its parameters
+
+    fields: {field of its JSON body: JSON types that it may have, none if any}
+    """
 
     method: str
     path: str
-    fields: tuple[str, ...] = ()
+    fields: dict[str, frozenset[str]] = field(default_factory=dict)
     query: tuple[str, ...] = ()
     holes: tuple[str, ...] = ()
 
@@ -122,7 +125,7 @@ def routes(document: dict[str, Any]) -> list[Route]:
                 Route(
                     method.upper(),
                     path,
-                    tuple(sorted(_properties(document, schema))),
+                    _properties(document, schema),
                     tuple(p["name"] for p in parameters if p["in"] == "query"),
                     tuple(p["name"] for p in parameters if p["in"] == "path"),
                 )
@@ -130,22 +133,49 @@ def routes(document: dict[str, Any]) -> list[Route]:
     return found
 
 
-def _properties(document: dict[str, Any], schema: dict[str, Any]) -> set[str]:
+def _properties(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, frozenset[str]]:
     if "$ref" in schema:
         name = schema["$ref"].rsplit("/", 1)[1]
         return _properties(document, document["components"]["schemas"][name])
-    found = set(schema.get("properties", ()))
+    found = {name: _types(one) for name, one in schema.get("properties", {}).items()}
     for key in ("anyOf", "allOf", "oneOf"):
         for part in schema.get(key, ()):
             found |= _properties(document, part)
     return found
 
 
-def sampling_fields() -> tuple[str, ...]:
+def _types(schema: dict[str, Any]) -> frozenset[str]:
+    found = {schema["type"]} if "type" in schema else set()
+    for part in schema.get("anyOf", ()):
+        found |= _types(part)
+    return frozenset(found)
+
+
+def sampling_fields() -> dict[str, frozenset[str]]:
     """Fields of SGLang's SamplingParams, which its document calls an object of anything."""
+    import msgspec
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-    return SamplingParams.__struct_fields__
+    schema = msgspec.json.schema_components([SamplingParams])[1]["SamplingParams"]
+    names = SamplingParams.__struct_fields__
+    return {name: _types(one) for name, one in zip(names, schema["prefixItems"], strict=True)}
+
+
+JSON_TYPES = {
+    type(None): "null",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
+
+
+def hostile(name: str, types: frozenset[str] = frozenset()) -> list[Any]:
+    """Values for a field of this name, those of its types only if any are given."""
+    values = (*SCALARS, *SHAPES, *SPECIAL.get(name, ()))
+    return [value for value in values if not types or JSON_TYPES[type(value)] in types]
 
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -199,12 +229,11 @@ def singles(route: Route) -> Iterator[Body]:
     """Each field x each hostile value, the other fields as START has them."""
     start = START.get(route.path, {})
     for name in route.fields:
-        for value in (*SCALARS, *SHAPES, *SPECIAL.get(name, ())):
+        for value in hostile(name):
             yield route.body({**start, name: value})
-    if route.path == "/generate":
-        for name in sampling_fields():
-            for value in (*SCALARS, *SHAPES, *SPECIAL.get(name, ())):
-                yield route.body(_sampled(start, {name: value}))
+    for name in sampling_fields() if route.path == "/generate" else ():
+        for value in hostile(name):
+            yield route.body(_sampled(start, {name: value}))
     for name in route.query:
         for value in SCALARS:
             yield route.body(start or None, {name: value})
@@ -218,16 +247,21 @@ def _sampled(start: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
 
 
 def several(route: Route, rng: random.Random) -> Iterator[Body]:
-    """Two to four fields at random, for ever."""
-    start, names = START.get(route.path, {}), list(route.fields)
-    own = sampling_fields() if route.path == "/generate" else ()
-    while names:
-        chosen = rng.sample([*names, *own], min(rng.randint(2, 4), len(names)))
-        values = {name: rng.choice((*SCALARS, *SHAPES, *SPECIAL.get(name, ()))) for name in chosen}
+    """One to four fields at random, nearly all of a type that the field may have, for ever."""
+    start = START.get(route.path, {})
+    own = sampling_fields() if route.path == "/generate" else {}
+    types = route.fields | own
+    while types:
+        values = {}
+        for name in rng.sample(list(types), min(rng.randint(1, 4), len(types))):
+            fitting = hostile(name, types[name]) if rng.random() < 0.95 else []
+            values[name] = rng.choice(fitting or hostile(name))
         body = {**start, **{k: v for k, v in values.items() if k not in own}}
         sampled = {k: v for k, v in values.items() if k in own}
         if sampled and isinstance(body.get("sampling_params"), dict):
-            body = {**body, "sampling_params": {**body["sampling_params"], **sampled}}
+            body = _sampled(body, sampled)
+        if own and rng.random() < 0.5:
+            body = _sampled({**body, "sampling_params": {}}, {"max_new_tokens": 4, **sampled})
         yield route.body(body)
 
 
@@ -297,9 +331,9 @@ def walk(document: dict[str, Any], bodies: int, seed: int) -> list[Body]:
         rng.shuffle(raw)
         rng.shuffle(found)
         # /generate has the most fields by far, and much else ends in it.
-        weight = 40 if route.path == "/generate" else 12 if route.path in PROMPTS else 4
-        shares += [(1, iter(raw)), (weight, iter(found))]
-        shares.append((weight // 2, several(route, random.Random(seed))))
+        weight = 60 if route.path == "/generate" else 16 if route.path in PROMPTS else 4
+        shares += [(1, iter(raw)), (weight // 4, iter(found))]
+        shares.append((weight, several(route, random.Random(f"{seed} {route}"))))
     # It takes its time: a tenth of a second a body, and more for a large schema.
     tested = list(schemathesis_bodies(document, max(2, bodies // 2000), seed))
     rng.shuffle(tested)

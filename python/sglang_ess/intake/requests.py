@@ -30,6 +30,9 @@ PER_PROMPT = (
     *("bootstrap_port", "bootstrap_room", "bootstrap_pair_key", "decode_tp_size", "extra_key"),
     *("multi_item_delimiter_indices", "token_indices_to_pool", "cache_salt", "kv_hints"),
 )
+# Sampling parameters that SGLang works out itself, and would believe.
+DERIVED = {"stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len"}
+DERIVED |= {"is_normalized"}
 # What a wrong type or a missing part of a body raises while SGLang takes the body apart.
 BODY_ERRORS = (TypeError, AttributeError, LookupError, ArithmeticError)
 
@@ -71,6 +74,8 @@ def body_problems(obj: Any, path: str = "") -> Iterator[str]:
         samples = one.get("n", 1)
         if samples is not None and not (_whole(samples) and 1 <= samples <= MAX_SAMPLES):
             yield f"n must be 1 to {MAX_SAMPLES}: got {_shown(samples)}. Send several requests."
+        if derived := DERIVED & one.keys():
+            yield f"{min(derived)} must not be given: SGLang derives it. Use stop or stop_regex."
         for name in ("max_new_tokens", "min_new_tokens"):
             if one.get(name) is not None and not _whole(one[name]):
                 yield f"{name} must be a whole number: got {_shown(one[name])}. Correct it."
