@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from sglang_ess.intake import Refused, control, guard, requests
+from sglang_ess.intake import Refused, control, guard, requests, streams
 from tests.support import http_fuzz
 
 PARAMS = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
@@ -54,6 +54,9 @@ REFUSED = [
     ("/generate", {"input_ids": [[5, 6], []]}, "at least one token"),
     ("/v1/completions", {"model": "m", "prompt": "", "max_tokens": 2}, ""),
     ("/vertex_generate", {"instances": [{"input_ids": []}]}, "input_ids"),
+    # Errors in a stream that has no byte yet, and where the route catches none.
+    ("/api/chat", {**http_fuzz.CHAT, "options": {"num_predict": 10**6}}, "context length"),
+    ("/api/generate", {"model": "m", "prompt": "a", "options": {"top_k": -7}}, "top_k"),
     # Ids outside the vocabulary.
     ("/generate", {"input_ids": [5, 10**6]}, "input_ids must be 0 to"),
     ("/generate", {"input_ids": [5, -1]}, "input_ids must be 0 to"),
@@ -254,6 +257,29 @@ def test_a_refusal_is_a_value_error_with_one_line():
     refused = Refused("n must be 1.")
     assert isinstance(refused, ValueError) and str(refused) == "n must be 1."
     assert (refused.status_code, refused.detail) == (400, "n must be 1.")
+
+
+@pytest.mark.parametrize("chunks", [0, 1])
+def test_an_error_before_the_first_byte_is_an_answer(chunks):
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(chunks):
+            await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        raise Refused("a line")
+
+    async def send(message):
+        sent.append(message)
+
+    answer = streams.FirstByteErrors(app)({"type": "http", "path": "/"}, None, send)
+    if chunks:  # too late: only a broken connection says so
+        with pytest.raises(Refused):
+            asyncio.run(answer)
+    else:
+        asyncio.run(answer)
+    assert sent[0]["status"] == (200 if chunks else 400) and len(sent) == 2
+    assert chunks or b"a line" in sent[1]["body"]
 
 
 def test_a_body_of_a_health_check_is_the_servers_own():

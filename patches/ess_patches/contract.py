@@ -21,10 +21,10 @@ from typing import Any
 SGLANG_VERSION = "0.5.23"
 # design.md's target is 12, and each one more needs a reason. Disaggregation brought four: two
 # scheduling rounds (colocated and decode) that admission has to see, the metadata that travels
-# between nodes, and NIXL's kinds of memory. Intake brought four: a body, a prompt, a control
-# request and the scheduler's dispatcher each have one place that all of their kind pass. One
-# process registers 15 of them on the CPU, 17 on a GPU.
-MAX_TARGETS = 20
+# between nodes, and NIXL's kinds of memory. Intake brought five: a body, a prompt, a control
+# request, a response and the scheduler's dispatcher each have one place that all of their kind
+# pass. One process registers 16 of them on the CPU, 18 on a GPU.
+MAX_TARGETS = 21
 
 HOOK_KINDS = ("around", "before", "after", "replace")  # registered with SGLang's HookRegistry
 TOUCH_KINDS = ("subclass", "call", "registry")  # used in place, so checked only

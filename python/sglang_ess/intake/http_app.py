@@ -7,6 +7,9 @@ names in each worker. plugin.py names this one, so that the hooks are in force t
 from sglang.srt.entrypoints.http_server import app
 from sglang.srt.plugins import load_plugins
 
+from sglang_ess.intake.streams import add_to
+
 load_plugins()
+add_to(app)
 
 __all__ = ["app"]

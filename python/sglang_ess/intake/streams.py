@@ -1,0 +1,62 @@
+"""An error before a response's first byte is answered as an error, in streams too.
+
+A stream's status goes out before its first chunk is made. SGLang's Ollama routes let what is
+raised there break the connection, so that the client gets neither an answer nor a reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import HTTPException
+from starlette.responses import JSONResponse
+
+logger = logging.getLogger(__name__)
+
+
+class FirstByteErrors:
+    """ASGI middleware: holds the start of a response until there is a body to go with it."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        held: list[Any] = []
+        began = False
+
+        async def hold(message: Any) -> None:
+            nonlocal began
+            if message["type"] == "http.response.start":
+                held.append(message)
+                return
+            began = True
+            while held:
+                await send(held.pop(0))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, hold)
+        except (ValueError, HTTPException) as error:
+            if began:
+                raise
+            logger.info("ESS: %s answered with an error: %s", scope["path"], error)
+            status = getattr(error, "status_code", 400)
+            line = str(getattr(error, "detail", error))
+            body = {"object": "error", "message": line, "code": status}
+            await JSONResponse(body, status_code=status)(scope, receive, send)
+
+
+def before_server(*args: Any, **kwargs: Any) -> None:
+    """Body of the BEFORE hook on http_server._setup_and_run_http_server."""
+    from sglang.srt.entrypoints.http_server import app
+
+    add_to(app)
+
+
+def add_to(app: Any) -> None:
+    """Effect: adds the middleware to a FastAPI app, which must not have started."""
+    app.add_middleware(FirstByteErrors)
