@@ -13,7 +13,7 @@ import pytest
 
 from ess_patches import all_hooks, contract
 from ess_patches.contract import Hook, Mismatch, check, check_hook, signature_text
-from sglang_ess import plugin
+from sglang_ess import doctor, plugin
 from sglang_ess.config import ENV_VAR, EssConfig
 
 
@@ -51,7 +51,7 @@ def test_the_contract_holds_on_the_installed_sglang():
 
 
 def test_no_more_targets_than_have_a_reason():
-    assert contract.target_count(all_hooks()) <= contract.MAX_TARGETS == 21
+    assert contract.target_count(all_hooks()) <= contract.MAX_TARGETS == 22
 
 
 def test_every_row_says_why_and_names_one_existing_test():
@@ -115,12 +115,77 @@ def test_mismatches(upstream, name, signature, kind, state, found):
     assert f"fake_upstream.{name}" in line and found in line and "sglang==0.5.23" in line
 
 
-def test_a_module_that_fails_to_import_is_missing_with_the_cause(tmp_path, monkeypatch):
-    (tmp_path / "needs_libcuda.py").write_text("raise OSError('libcuda.so.1: cannot open\\nmore')")
-    (tmp_path / "needs_package.py").write_text("import package_that_is_not_there")
+BROKEN = {  # a module's source: what the operator reads of it
+    "raise OSError('libcuda.so.1: cannot\\nopen')": "OSError: libcuda.so.1: cannot open",
+    "import package_that_is_not_there": "No module named 'package_that_is_not_there'",
+    "raise PermissionError(13, 'Permission denied', '/root/.triton')": "'/root/.triton'",
+    "raise OSError(28, 'No space left on device')": "[Errno 28] No space left on device",
+    "try:\n    raise RuntimeError('cannot cache function: no locator available')\n"
+    "except Exception as error:\n    raise ImportError('see above') from error": "no locator",
+    "from os import name_that_is_not_there": "cannot import name 'name_that_is_not_there'",
+    "None.attribute": "AttributeError: 'NoneType' object has no attribute",
+}
+
+
+@pytest.fixture(params=BROKEN)
+def broken(request, tmp_path, monkeypatch):
+    """What an operator reads of broken_module.py, which SGLang's names here need."""
+    (tmp_path / "broken_module.py").write_text(request.param)
+    (tmp_path / "user_of_it.py").write_text("import broken_module")
     monkeypatch.syspath_prepend(tmp_path)
-    assert check_hook(hook("needs_libcuda.f", "()")).found == "OSError: libcuda.so.1: cannot open"
-    assert "package_that_is_not_there" in check_hook(hook("needs_package.f", "()")).found
+    rows = tuple(hook(f"user_of_it.f{i}", "()", when="cpu") for i in range(20))
+    monkeypatch.setattr("ess_patches.all_hooks", lambda: rows)
+    return BROKEN[request.param]
+
+
+def test_an_import_that_fails_is_told_once_with_its_reason(broken, monkeypatch, capsys):
+    monkeypatch.setattr(plugin, "registered", False)
+    monkeypatch.setenv(ENV_VAR, EssConfig(platform="cpu").to_env()[ENV_VAR])
+    with pytest.raises(SystemExit) as caught:
+        plugin.register()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 1 and not plugin.registered
+    assert line.startswith("sglang-ess: user_of_it.f0 must be importable: got ") and broken in line
+    assert "broken_module.py:" in line and "reinstall" not in line
+
+
+def test_the_doctor_tells_it_once_too(broken):
+    rows, problems = doctor.contract_rows("cpu")
+    assert len(rows) == 20 and {row["state"] for row in rows} == {contract.BROKEN}
+    (problem,) = problems
+    assert broken in problem and "reinstall" not in problem
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("", "package.gone.f"),
+        ("", "package.gone"),
+        ("import package.gone", "package.inner.f"),
+        ("from package import gone", "package.inner.f"),
+        ("", "package_that_is_not_there.f"),
+    ],
+)
+def test_a_name_that_the_package_itself_lacks_is_missing(tmp_path, monkeypatch, source, target):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "inner.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    mismatch = check_hook(hook(target, "()"))
+    assert mismatch.state == "missing" and "--force-reinstall" in str(mismatch)
+    for name in [name for name in sys.modules if name.split(".")[0] == "package"]:
+        del sys.modules[name]
+
+
+def test_a_body_that_fails_to_import_is_told_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "body_of_ours.py").write_text("raise OSError(28, 'No space left on device')")
+    monkeypatch.syspath_prepend(tmp_path)
+    row = Hook("os.path.join", "around", signature_text("os.path.join"), "body_of_ours:f", "r.")
+    monkeypatch.setattr("ess_patches.all_hooks", lambda: (row,))
+    monkeypatch.setattr(plugin, "registered", False)
+    monkeypatch.setenv(ENV_VAR, EssConfig(platform="cpu").to_env()[ENV_VAR])
+    with pytest.raises(SystemExit, match=r"^sglang-ess: hooks must register: .*body_of_ours.py:1"):
+        plugin.register()
 
 
 def test_a_wrong_version_comes_first(monkeypatch, upstream):
@@ -200,6 +265,17 @@ def test_one_tier_keeps_the_cpu_platforms_rows_only(monkeypatch, registry, enabl
     monkeypatch.setenv(ENV_VAR, EssConfig(enabled, "cpu").to_env()[ENV_VAR])
     plugin.register()
     assert plugin.registered and [call[0] for call in registry] == targets
+
+
+def test_the_platforms_name_alone_brings_one_tier_with_its_rows(monkeypatch, registry):
+    rows = (hook("u.a", "()"), hook("u.c", "()", when="cpu"))
+    monkeypatch.setattr("ess_patches.all_hooks", lambda: rows)
+    monkeypatch.setattr(contract, "check", lambda hooks: [])
+    monkeypatch.setattr(plugin, "registered", False)
+    monkeypatch.delenv(ENV_VAR, raising=False)
+    monkeypatch.setenv("SGLANG_PLATFORM", "ess_cpu")
+    plugin.register()
+    assert plugin.registered and [call[0] for call in registry] == ["u.c"]
 
 
 @pytest.mark.parametrize("value", ["{", '{"platform": "gpu"}'])

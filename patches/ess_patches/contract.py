@@ -18,17 +18,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_ess import errors
+
 SGLANG_VERSION = "0.5.23"
 # design.md's target is 12, and each one more needs a reason. Disaggregation brought four: two
 # scheduling rounds (colocated and decode) that admission has to see, the metadata that travels
 # between nodes, and NIXL's kinds of memory. Intake brought five: a body, a prompt, a control
 # request, a response and the scheduler's dispatcher each have one place that all of their kind
-# pass. One process registers 16 of them on the CPU, 18 on a GPU.
-MAX_TARGETS = 21
+# pass. Scheduler.__init__ is the one place where a check that only a scheduler process makes can
+# reach the operator as a line. One process registers 17 of them on the CPU, 19 on a GPU.
+MAX_TARGETS = 22
 
 HOOK_KINDS = ("around", "before", "after", "replace")  # registered with SGLang's HookRegistry
 TOUCH_KINDS = ("subclass", "call", "registry")  # used in place, so checked only
 PLATFORMS = ("always", "cpu", "cuda")
+BROKEN = "broken"  # the module is there, and its import fails for a reason of this machine
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,16 @@ class Mismatch:
     """One way in which the installed SGLang differs from the contract; str() is one line."""
 
     target: str
-    state: str  # "version", "missing" or "changed"
+    state: str  # "version", "missing", "changed" or BROKEN
     expected: str
     found: str
 
     def __str__(self) -> str:
+        if self.state == BROKEN:
+            return (
+                f"{self.target} must be importable: got {self.found}. Mend that first: it is no "
+                "difference between SGLang's versions."
+            )
         return (
             f"{self.target} must be as in SGLang {SGLANG_VERSION} ({self.state}): "
             f"got {self.found}, expected {self.expected}. "
@@ -96,21 +105,31 @@ class Mismatch:
         )
 
 
+class BrokenImport(ImportError):
+    """A module that is there fails to import; __cause__ says why."""
+
+
 def resolve(dotted: str) -> Any:
     """The object a dotted name stands for; its module is imported.
 
-    Raises: ImportError if no module leads to it or one fails to import, AttributeError if
-    the module lacks it. (pkgutil.resolve_name reports a failing import as a missing name.)
+    Raises: ImportError if its package lacks a module, AttributeError if the module lacks the
+    name, BrokenImport for whatever else an import raises.
     """
     parts = dotted.split(".")
     for length in range(len(parts), 0, -1):
         path = ".".join(parts[:length])
         try:
             found = importlib.import_module(path)
-        except ModuleNotFoundError as error:
-            if error.name and (path + ".").startswith(error.name + ".") and length > 1:
+        except ImportError as error:
+            lacks = error.name or ""
+            missing = isinstance(error, ModuleNotFoundError)
+            if missing and length > 1 and (path + ".").startswith(lacks + "."):
                 continue
-            raise
+            if lacks.split(".")[0] == parts[0]:  # it is a name of the package itself
+                raise
+            raise BrokenImport(path) from error
+        except Exception as error:
+            raise BrokenImport(path) from error
         break
     for name in parts[length:]:
         found = getattr(found, name)
@@ -142,10 +161,11 @@ def check_hook(hook: Hook) -> Mismatch | None:
     try:
         found = signature_text(hook.target)
         is_class = isinstance(resolve(hook.target), type)
+    except BrokenImport as error:
+        found = errors.with_place(errors.root(error))
+        return Mismatch(hook.target, BROKEN, hook.signature, found)
     except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        problem = f"{type(error).__name__}: {first_line}"
-        return Mismatch(hook.target, "missing", hook.signature, problem)
+        return Mismatch(hook.target, "missing", hook.signature, errors.in_one_line(error))
     if is_class and hook.kind in ("around", "before", "after"):
         return Mismatch(hook.target, "changed", f"a function {hook.signature}", "a class")
     if found != hook.signature:
@@ -154,7 +174,11 @@ def check_hook(hook: Hook) -> Mismatch | None:
 
 
 def check(hooks: Iterable[Hook]) -> list[Mismatch]:
-    """Every difference between the installed SGLang and these rows, the version first."""
+    """Every difference between the installed SGLang and these rows, the version first.
+
+    It ends at the first import that fails: the same module fails under other rows too, in ways
+    that follow from it.
+    """
     found = []
     try:
         version = importlib.metadata.version("sglang")
@@ -162,7 +186,12 @@ def check(hooks: Iterable[Hook]) -> list[Mismatch]:
         version = "none"
     if version != SGLANG_VERSION:
         found.append(Mismatch("sglang", "version", SGLANG_VERSION, version))
-    return found + [mismatch for hook in hooks if (mismatch := check_hook(hook))]
+    for hook in hooks:
+        if mismatch := check_hook(hook):
+            found.append(mismatch)
+            if mismatch.state == BROKEN:
+                break
+    return found
 
 
 def target_count(hooks: Iterable[Hook]) -> int:

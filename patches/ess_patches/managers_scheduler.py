@@ -14,6 +14,16 @@ _INIT_INFO = Hook(
     when="cpu",
     test="tests/test_startup.py",
 )
+_INIT = Hook(
+    target="sglang.srt.managers.scheduler.Scheduler.__init__",
+    kind="around",
+    signature="(self, server_args, port_args)",
+    body="sglang_ess.errors:make_scheduler",
+    reason="What SGLang or ESS refuses there (memory, backends, features) would reach the operator "
+    "as the traceback of a child and a SIGQUIT.",
+    when="cpu",
+    test="tests/test_launch_errors.py",
+)
 
 _DISPATCHER = Hook(
     target="sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher",
@@ -27,6 +37,8 @@ _DISPATCHER = Hook(
 )
 
 HOOKS = (
+    _INIT,
+    replace(_INIT, when="cuda"),
     _INIT_INFO,
     replace(
         _INIT_INFO,

@@ -90,11 +90,13 @@ def contract_rows(active: str) -> tuple[list[dict[str, str]], list[str]]:
 
     hooks = all_hooks()
     problems = [str(mismatch) for mismatch in contract.check(())]  # the version alone
-    rows = []
+    rows, broken = [], False
     for hook in hooks:
         mismatch = contract.check_hook(hook)
         if mismatch and hook.applies(active):
-            problems.append(str(mismatch))
+            if mismatch.state != contract.BROKEN or not broken:
+                problems.append(str(mismatch))
+            broken |= mismatch.state == contract.BROKEN  # which the other rows repeat
         rows.append(
             {
                 "state": mismatch.state if mismatch else "ok",

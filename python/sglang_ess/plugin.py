@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 
+from sglang_ess import errors
 from sglang_ess.config import ENV_VAR, EssConfig
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,22 @@ CPU_PLATFORM = "sglang_ess.cpu.platform.CpuDsaPlatform"
 PLUGIN_NAMES = ("sglang_ess", "ess_cpu")  # our entry points in pyproject.toml
 # SGLang's variable for the app of its tokenizer workers, which load no plugins by themselves.
 APP_VAR, APP = "SGLANG_HTTP_SERVER_APP_PATH", "sglang_ess.intake.http_app:app"
+NO_PLATFORM = (
+    "SGLang must have an accelerator or a platform: got neither. Start with "
+    "sglang_ess.engine(...) or python -m sglang_ess.launch_server, or set "
+    f"{ENV_VAR}='{{}}' (two tiers) or SGLANG_PLATFORM=ess_cpu (one) before Python starts."
+)
+
+# SGLang's clients that resolve a server's arguments in their own process, without plugins.
+CLIENTS = tuple(
+    f"sglang.{name}"
+    for name in (
+        "bench_one_batch_server",
+        "benchmark.one_batch_server",
+        "bench_offline_throughput",
+        "benchmark.offline_throughput",
+    )
+)
 
 registered = False  # whether register() has armed this process; the launcher checks it
 
@@ -30,21 +47,49 @@ def register() -> None:
     """
     global registered
     config = _config()
+    if config is None and _named():  # by itself it stands for one tier on the CPU platform
+        config = EssConfig(enabled=False)
     if config is None:
         logger.info("sglang-ess: inert, %s is not set", ENV_VAR)
+        _advise()
         return
     _announce(config)
     try:
         targets = _arm(config)
     except Exception as error:
-        logger.exception("sglang-ess: registering the hooks failed")
+        logger.debug("sglang-ess: registering the hooks failed", exc_info=True)
+        reason = errors.with_place(errors.root(error))
         raise SystemExit(
-            f"sglang-ess: hooks must register: got {type(error).__name__}: {error}. "
-            "Run python -m sglang_ess.doctor."
+            f"sglang-ess: hooks must register: got {reason}. Mend that first."
         ) from error
     registered = True
     os.environ.setdefault(APP_VAR, APP)
     logger.info("sglang-ess: %s, %d hooks", config, len(targets))
+
+
+def _advise() -> None:
+    """Say what to do where a launch of SGLang's own will find no platform.
+
+    SGLang runs the plugins when it launches something, not when it is imported.
+    """
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.platforms.interface import SRTPlatform
+
+    if type(current_platform) is SRTPlatform:  # the base class: SGLang has found none
+        print(f"sglang-ess: {NO_PLATFORM}", file=sys.stderr, flush=True)
+
+
+def _advise_clients() -> None:
+    """The same for `python -m` of a client that would end with SGLang's "No accelerator"."""
+    rest = " ".join(sys.orig_argv).partition(" -m ")[2]
+    name = rest.split(" ")[0]
+    if name in CLIENTS and not os.environ.get("SGLANG_USE_CPU_ENGINE") and accelerator() is None:
+        print(
+            f"sglang-ess: {name} must have an accelerator or SGLANG_PLATFORM=ess_cpu: got "
+            "neither. Set that variable and run it again.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _arm(config: EssConfig) -> list[str]:
@@ -62,6 +107,8 @@ def _arm(config: EssConfig) -> list[str]:
     if mismatches := contract.check(hooks):
         for mismatch in mismatches:
             print(f"sglang-ess: {mismatch}", file=sys.stderr)
+        if mismatches[-1].state == contract.BROKEN:  # which says nothing of the contract
+            raise SystemExit(1)
         names = ", ".join(mismatch.target for mismatch in mismatches)
         raise SystemExit(f"sglang-ess: the contract with SGLang is broken at {names}. Stopping.")
     return contract.register(hooks, platform)
@@ -77,10 +124,11 @@ def activate_cpu_platform() -> str | None:
     """
     config = _config()
     _announce(config)
-    if os.environ.get("SGLANG_PLATFORM") == "ess_cpu":
+    if _named():
         taken = config is None or config.platform != "native"
     elif config is None:
         taken = False
+        _advise_clients()
     else:
         taken = config.platform == "cpu" or (config.platform == "auto" and accelerator() is None)
     return CPU_PLATFORM if taken else None
@@ -100,6 +148,10 @@ def accelerator() -> str | None:
 def active_platform() -> str:
     """The name for Hook.when: "cpu" on the CPU platform, else accelerator() or "none"."""
     return "cpu" if activate_cpu_platform() else accelerator() or "none"
+
+
+def _named() -> bool:
+    return os.environ.get("SGLANG_PLATFORM") == "ess_cpu"
 
 
 def _announce(config: EssConfig | None) -> None:
