@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sglang_ess import launch_server, plugin, preflight
+from sglang_ess import errors, launch_server, plugin, preflight
 from sglang_ess.config import EssConfig
-from tests.support.engine import run_launcher
+from tests.support import dry
+from tests.support.engine import in_fork, run_launcher
 from tests.support.launching import refused
 from tests.support.server import Server, free_port
 
@@ -214,6 +215,90 @@ def test_the_children_are_ended_when_the_server_ends(launch, monkeypatch):
     )
     launch()
     assert ended == [(launch_server.os.getpid(), {"include_parent": False})]
+
+
+# SGLang's own checks: of its parser, of one option, of options together, of files and of the model.
+SGLANG_CHECKS = (
+    (["--tp-size", "x"], ["Argument --tp-size/", "'x'", "--help"]),
+    (["--no-such-flag"], ["Unrecognized arguments: --no-such-flag"]),
+    (["--schedule-policy", "nonsense"], ["--schedule-policy", "'nonsense'"]),
+    (["--tool-call-parser", "nonsense"], ["--tool-call-parser", "'nonsense'"]),
+    (["--log-level", "nonsense"], ["--log-level must be one of debug, ", "'nonsense'"]),
+    (["--log-level-http", "nonsense"], ["--log-level-http must be one of trace", "'nonsense'"]),
+    (["--enable-deterministic-inference"], ["deterministic inference", "dsa"]),
+    (["--chunked-prefill-size", "100"], ["chunked_prefill_size", "page_size"]),
+    (["--enable-pdmux"], ["PD-Multiplexing", "chunked prefill"]),
+    (["--context-length", "1000000"], ["context_length (1000000)"]),
+    (["--tokenizer-path", "/nowhere"], ["--tokenizer-path must name", "'/nowhere'"]),
+    (["--tokenizer-worker-num", "0"], ["SGLang refuses these options", ">= 1"]),
+    (["--chat-template", "/nowhere.jinja"], ["SGLang refuses these options", "/nowhere.jinja"]),
+    (["--ssl-certfile", "/nowhere.pem"], ["--ssl-keyfile"]),
+    (["--preferred-sampling-params", "{"], ["--preferred-sampling-params", "'{'"]),
+    (["--preferred-sampling-params", "1"], ["SGLang cannot start", "--log-level debug"]),
+    (["--gc-threshold", "1000000000000"], ["SGLang cannot start", "OverflowError"]),
+    (["--enable-eplb"], ["assert ", "ep_size > 1", "parallel_hook.py:"]),
+)
+
+
+def check_no_traceback(result, *parts):
+    """Refused with one line of ours and no traceback at all."""
+    status, text = result
+    lines = [line for line in text.splitlines() if line.startswith("sglang-ess: ")]
+    refused((status, lines), *parts)
+    assert "Traceback" not in text and "usage:" not in text
+
+
+def test_what_sglang_itself_refuses(tiny_v32, port):
+    cases = [flags for flags, _ in SGLANG_CHECKS]
+    results = in_fork(dry.launch_dry, tiny_v32, port, [*cases, ["--max-running-requests", "4"]])
+    for result, (flags, parts) in zip(results, SGLANG_CHECKS, strict=False):
+        print(flags, result)
+        check_no_traceback(result, *parts)
+    assert results[-1][0] == dry.READY, results[-1][1]
+
+
+CAUSED = "try:\n        {}\n    except Exception as error:\n        raise {} from error"
+SCHEDULERS = {  # the body of an SGLang function: what make_scheduler does with what it raises
+    "raise ValueError('--flag must be 1')": "--flag must be 1",
+    "raise RuntimeError(\n        'Not enough memory')": "Not enough memory",
+    "assert not x, (\n        'words for the operator'\n    )": "words for the operator",
+    CAUSED.format("dict(a=1)['x']", "ValueError('no x')"): "no x",
+    CAUSED.format("None.attribute", "RuntimeError('capture failed')"): None,
+    "assert not x": None,
+    "None.attribute": None,
+    "int('x')": None,
+}
+
+
+@pytest.mark.parametrize("body", SCHEDULERS)
+def test_a_check_in_the_scheduler_is_a_line_and_a_bug_a_traceback(tmp_path, capsys, body):
+    file, names = tmp_path / "sglang" / "scheduler.py", {}
+    file.parent.mkdir()
+    file.write_text(f"def init(self, x):\n    {body}\n")
+    exec(compile(file.read_text(), file, "exec"), names)
+    with pytest.raises(BaseException) as caught:
+        errors.make_scheduler(names["init"], None, True)
+    printed = capsys.readouterr().err.splitlines()
+    if SCHEDULERS[body] is None:
+        assert not isinstance(caught.value, SystemExit) and printed == []
+    else:
+        assert caught.value.code == 2 and len(printed) == 1
+        assert printed[0].startswith("sglang-ess: ") and SCHEDULERS[body] in printed[0]
+
+
+@pytest.mark.slow
+def test_no_value_of_any_flag_ends_in_a_traceback(tiny_v32, port):
+    cases = in_fork(dry.generated_cases)
+    assert len(cases) > 2500
+    results = in_fork(dry.launch_dry, tiny_v32, port, cases, seconds=3600)
+    for flags, (status, text) in zip(cases, results, strict=True):
+        assert status in (2, dry.READY) and "Traceback" not in text, (flags, status, text[-2000:])
+
+
+def test_the_traceback_is_there_for_who_asks(tiny_v32, port):
+    flags = ["--preferred-sampling-params", "1", "--log-level", "debug"]
+    ((status, text),) = in_fork(dry.launch_dry, tiny_v32, port, [flags])
+    assert status == 2 and "Traceback" in text
 
 
 SIZES = {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sglang_ess import preflight
+from sglang_ess import preflight, ranges
 from tests.support.launching import DSA, refused
 
 
@@ -177,6 +177,17 @@ def test_device_gib_off_the_cpu_platform(launch):
     )
     refused(launch(*flags, "--disable-ess", accelerator="cuda"), "--ess-device-gib must not")
     assert launch(*flags, "--ess-platform", "cpu", accelerator="cuda")[1] == []
+
+
+@pytest.mark.parametrize(("name", "flag", "words", "holds"), ranges.RANGES)
+def test_values_that_would_end_a_server(launch, name, flag, words, holds):
+    outside = next(value for value in (0, -1, 1 << 40) if not holds(value))
+    refused(launch(flag, str(outside)), f"{flag} must be {words}: got {outside}.")
+    assert launch(flag, "1", "--disable-ess")[1] == []
+
+
+def test_nan_is_no_value_of_any_flag(launch):
+    refused(launch("--soft-watchdog-timeout", "nan"), "--soft-watchdog-timeout must be a number")
 
 
 def test_a_host_tier_larger_than_memory(launch):

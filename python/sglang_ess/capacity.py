@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ess_kernels.hot_state import HOT_ROW_STATE_BYTES, LAYER_STATE_BYTES
 from ess_kernels.plan import PlanBuffers as DevicePlanBuffers
 from ess_kernels.reorder import OWNED_LAYER_BYTES, OWNED_ROW_BYTES, ReorderScratch
-from sglang_ess.config import REFUSED, EssConfig
+from sglang_ess.config import EssConfig
 from sglang_ess.cpu.ops.rows import index_page_bytes
+from sglang_ess.errors import Refusal
 from sglang_ess.tiers import free_host_bytes
 from sglang_ess.tiers.device_hot_cache import MOST_SHARE, PAGE_ROWS, DeviceTier
 from sglang_ess.tiers.host_tier import GIB
@@ -90,7 +90,7 @@ GPU_TIER_THAT_MOVES = GpuTierBytes(
 )  # fmt: skip
 
 
-class CapacityError(ValueError):
+class CapacityError(Refusal):
     """One line for the operator: sizes that cannot be served."""
 
 
@@ -305,6 +305,7 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
 
     Under ESS the budget buys index keys and hot rows, not latent rows; one-tier on the CPU
     platform counts --ess-device-gib as its device memory. Effect: decided() is set.
+    Raises: CapacityError, for which the scheduler ends with one line (errors.make_scheduler).
     """
     global _decided
     config = EssConfig.from_env() or EssConfig(enabled=False)
@@ -315,18 +316,12 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
             budget_bytes -= _padding_bytes(configurator)
         return original(configurator, budget_bytes, **kwargs)
     cell_bytes, geometry = _geometry(configurator, config)
-    try:
-        host_bytes = host_limit_bytes(config)
-        slots = most_slots(config, geometry, budget_bytes, host_bytes)
-        # SGLang divides by what a token costs one-tier, then applies its own constraints.
-        result = original(configurator, slots * cell_bytes, **kwargs)
-        slots = result.max_total_num_tokens
-        _decided = settle(config, geometry, slots, budget_bytes, host_bytes)
-    except CapacityError as error:
-        # An Exception would reach the operator as the traceback of a scheduler process; the
-        # launcher knows this exit status.
-        print(f"sglang-ess: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(REFUSED) from None
+    host_bytes = host_limit_bytes(config)
+    slots = most_slots(config, geometry, budget_bytes, host_bytes)
+    # SGLang divides by what a token costs one-tier, then applies its own constraints.
+    result = original(configurator, slots * cell_bytes, **kwargs)
+    slots = result.max_total_num_tokens
+    _decided = settle(config, geometry, slots, budget_bytes, host_bytes)
     if configurator.device != "cpu" and (advice := graph_advice(_decided, _largest_graph())):
         logger.warning("ESS: %s", advice)
     return result

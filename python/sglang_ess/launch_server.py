@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 import tempfile
@@ -15,23 +16,22 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sglang_ess import shutdown, startup
+from sglang_ess import errors, shutdown, startup
 from sglang_ess.config import REFUSED, EssConfig
 from sglang_ess.cpu import set_thread_defaults
 
+logger = logging.getLogger(__name__)
+
 PROG = "python -m sglang_ess.launch_server"
-NOT_LOADED = (
-    "sglang-ess must be among SGLang's plugins: got no entry point of that name. "
-    "Run pip install -e . in its repository."
-)
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+HTTP_LOG_LEVELS = ("trace", *LOG_LEVELS)  # uvicorn's
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the server until it ends: 0, or 2 with one line on stderr per refused option.
 
     Effect: sets SGLANG_ESS_CONFIG for this process and its children, over an older value.
-    Raises: SystemExit from SGLang's argument parser and from a broken contract; whatever
-    SGLang raises while it starts.
+    Raises: SystemExit from a broken contract; whatever SGLang raises once it serves.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
@@ -50,7 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     reasons = preflight.environment_reasons(config, os.environ) + preflight.early_reasons(rest)
     if reasons:
         return _refuse(reasons)
-    return shutdown.supervised(lambda: _serve(config, rest), config.grace_seconds)
+    return shutdown.supervised(lambda: _start(config, rest), config.grace_seconds)
+
+
+def _start(config: EssConfig, rest: list[str]) -> int:
+    try:
+        return _serve(config, rest)
+    except Exception as error:  # of an import, or of a check of SGLang's
+        if startup.answers():
+            raise
+        return _explain(error)
 
 
 def _serve(config: EssConfig, rest: list[str]) -> int:
@@ -64,12 +73,13 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
 
     load_plugins()
     if not plugin.registered:
-        return _refuse([NOT_LOADED])
+        return _refuse([preflight.NOT_LOADED])
     startup.progress("checking the options and the model")
     server_args = _prepare(rest)
     on_cpu = plugin.activate_cpu_platform() is not None
     if reasons := preflight.server_reasons(server_args, config, on_cpu):
         return _refuse(reasons)
+    preflight.resolve(server_args)
     startup.before_processes(config.enabled, on_cpu, preflight.may_be_sparse(server_args))
     http_end.bound(config.grace_seconds)
     try:
@@ -77,11 +87,6 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
             run_server(server_args)
         shutdown.served()
         _release_schedulers()
-    except RuntimeError as error:
-        # The scheduler has said why (capacity.py); SGLang adds only that it is gone.
-        if f"exit code: {REFUSED})" not in str(error):
-            raise
-        return REFUSED
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0
@@ -104,6 +109,16 @@ def _release_schedulers() -> None:
         time.sleep(0.05)
 
 
+def _explain(error: Exception) -> int:
+    """Say in one line why there is no server: the exit status."""
+    logger.debug("SGLang did not start", exc_info=error)
+    if f"(exit code: {REFUSED})" in str(error):  # of a scheduler, which has said why
+        return REFUSED
+    advice = "" if errors.is_check(error) else " Add --log-level debug for the traceback."
+    status = _refuse([errors.refusal(error) + advice])
+    return 1 if "(exit code: " in str(error) else status
+
+
 def split_args(argv: list[str]) -> tuple[EssConfig, list[str]]:
     """(ESS's options, SGLang's arguments). ESS's flags may stand in --config's file too.
 
@@ -120,20 +135,45 @@ def split_args(argv: list[str]) -> tuple[EssConfig, list[str]]:
 
 
 def _prepare(rest: list[str]) -> Any:
-    """SGLang's ServerArgs. It refuses ESS's keys in a --config file, so it reads a copy."""
-    from sglang.srt.server_args import prepare_server_args
+    """SGLang's ServerArgs. It refuses ESS's keys in a --config file, so it reads a copy.
 
+    Raises: ValueError (one line) for what SGLang's parser refuses.
+    """
     place = rest.index("--config") + 1 if "--config" in rest else None
     options = _yaml_mapping(Path(rest[place])) if place else {}
     theirs = {key: options[key] for key in options if _flag(key) not in EssConfig.flags()}
     if theirs == options:
-        return prepare_server_args(rest)
+        return _parsed(rest)
     import yaml
 
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(theirs, file, sort_keys=False)
         file.flush()
-        return prepare_server_args([*rest[:place], file.name, *rest[place + 1 :]])
+        return _parsed([*rest[:place], file.name, *rest[place + 1 :]])
+
+
+def _parsed(rest: list[str]) -> Any:
+    """prepare_server_args, whose own parser would print its whole usage before what is wrong."""
+    from sglang.srt.server_args import ServerArgs, prepare_server_args
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    parser = _OneLineParser(prog=PROG)
+    ServerArgs.add_cli_args(parser)
+    merged = ConfigArgumentMerger(parser).merge_config_with_args(rest)
+    logging.disable()  # of deprecated flags prepare_server_args warns once more
+    try:
+        args = parser.parse_args(merged)
+    finally:
+        logging.disable(logging.NOTSET)
+    _check_level("--log-level", args.log_level, LOG_LEVELS)
+    _check_level("--log-level-http", args.log_level_http or args.log_level, HTTP_LOG_LEVELS)
+    return prepare_server_args(rest)
+
+
+def _check_level(flag: str, level: str, names: tuple[str, ...]) -> None:
+    if level.lower() not in names:
+        given = f"{flag} must be one of {', '.join(names)}: got {level!r}."
+        raise errors.Refusal(f"{given} Correct it.")
 
 
 def _config_parts(arg: str) -> list[str]:
@@ -197,7 +237,7 @@ def _full_parser() -> argparse.ArgumentParser:
 
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message[0].upper()}{message[1:]}. See {PROG} --help.")
+        raise errors.Refusal(f"{message[0].upper()}{message[1:].rstrip('.')}. See {PROG} --help.")
 
 
 def _refuse(reasons: list[str]) -> int:

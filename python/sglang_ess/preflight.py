@@ -16,8 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from sglang_ess.config import EssConfig
+from sglang_ess.errors import Refusal, in_one_line
 from sglang_ess.plugin import PLUGIN_NAMES, active_platform
+from sglang_ess.ranges import range_reasons
 
+NOT_LOADED = (
+    "sglang-ess must be among SGLang's plugins: got no entry point of that name. "
+    "Run pip install -e . in its repository."
+)
 # What the CPU platform serves. (ServerArgs field, flag, allowed values)
 CPU_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("device", "--device", (None, "cpu")),
@@ -41,6 +47,7 @@ CPU_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("enable_two_batch_overlap", "--enable-two-batch-overlap", (False,)),
     ("enable_single_batch_overlap", "--enable-single-batch-overlap", (False,)),
     ("cpu_offload_gb", "--cpu-offload-gb", (0,)),
+    ("weight_cache_mode", "--weight-cache-mode", ("off",)),
 )
 # The same, for models with sparse attention only: others take SGLang's own paths.
 CPU_SPARSE_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
@@ -106,10 +113,6 @@ STREAM_RULES = tuple(
 )
 
 
-class Refusal(ValueError):
-    """One line for the operator: what must hold, what was got, what to do."""
-
-
 def environment_reasons(config: EssConfig, environ: Mapping[str, str]) -> list[str]:
     """SGLang's own plugin selectors that would leave ESS out without a word."""
     reasons = []
@@ -154,9 +157,15 @@ def early_reasons(rest: list[str]) -> list[str]:
 
 
 def server_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[str]:
+    """engine_reasons, and those of a server. Effect: binds the port briefly."""
+    reasons = engine_reasons(server_args, config, on_cpu)
+    return reasons + port_reasons(server_args.host, server_args.port)
+
+
+def engine_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[str]:
     """Every reason to refuse a ServerArgs (raw, not resolved yet) and its checkpoint.
 
-    Effect: reads config.json (fetched from the Hub for an org/name); binds the port briefly.
+    Effect: reads config.json (fetched from the Hub for an org/name).
     """
     reasons = []
     try:
@@ -166,8 +175,38 @@ def server_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
     else:
         if model is not None:
             reasons += model_reasons(server_args, model, config, on_cpu)
-    reasons += option_reasons(server_args, config, on_cpu)
-    return reasons + port_reasons(server_args.host, server_args.port)
+    return reasons + option_reasons(server_args, config, on_cpu) + range_reasons(server_args)
+
+
+def resolve(server_args: Any) -> None:
+    """SGLang's own checks of the options and of the tokenizer, before any process is started.
+
+    Every process loads the tokenizer: each would fail on it with a traceback of its own.
+    Raises: whatever SGLang raises.
+    """
+    if server_args.grpc_mode or server_args.smg_grpc_mode:  # run_server still writes to it
+        return
+    server_args.resolve_once()
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    settled = resolving_view(server_args)
+    if settled.skip_tokenizer_init or settled.encoder_only:
+        return
+    try:
+        get_tokenizer(
+            settled.tokenizer_path,
+            tokenizer_mode=settled.tokenizer_mode,
+            trust_remote_code=settled.trust_remote_code,
+            revision=settled.revision,
+            tokenizer_backend=settled.tokenizer_backend,
+        )
+    except Exception as error:
+        raise Refusal(
+            "--tokenizer-path must name a directory or a Hugging Face name with a tokenizer: got "
+            f"{settled.tokenizer_path!r} ({in_one_line(error)}). Correct it or add "
+            "--skip-tokenizer-init."
+        ) from error
 
 
 def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[str]:

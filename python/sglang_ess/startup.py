@@ -251,6 +251,13 @@ def announced(
         thread.join()
 
 
+def answers() -> bool:
+    """Whether this process's HTTP server is ready: SGLang's start is over."""
+    get_state = getattr(sys.modules.get(HTTP_SERVER), "get_global_state", None)
+    state = get_state() if get_state else None
+    return state is not None and getattr(state.tokenizer_manager, "is_ready", lambda: True)()
+
+
 def _announce(
     server_args: Any, since: float, serving: Callable[[], None], ended: threading.Event
 ) -> None:

@@ -163,6 +163,26 @@ class EngineProcess:
         self._pipe.close()
 
 
+def in_fork(function, *args, seconds: float = 120):
+    """function(*args) in a process that has imported SGLang; its result, by a pipe."""
+    pipe, child = _context.Pipe()
+    process = _context.Process(target=_report, args=(child, function, args))
+    process.start()
+    child.close()
+    if not pipe.poll(seconds):
+        process.kill()
+        raise TimeoutError(f"{function.__name__} gave no answer in {seconds} s")
+    result = pipe.recv()
+    process.join(20)
+    process.kill()  # if it waits for a child of its own
+    return result
+
+
+def _report(pipe, function, args) -> None:
+    end_with_parent()
+    pipe.send(function(*args))
+
+
 def run_launcher(argv: list[str], log: Path, seconds: float = 300) -> int | None:
     """Exit status of sglang_ess.launch_server's main(argv) that ends by itself; None: it did not.
 

@@ -3,7 +3,7 @@
 import json
 import logging
 
-from sglang_ess import http_end, launch_server, plugin, shutdown
+from sglang_ess import http_end, launch_server, plugin, preflight, shutdown
 from sglang_ess.config import ENV_VAR
 
 DSA = {
@@ -14,7 +14,7 @@ DSA = {
 }
 
 
-class Started(Exception):
+class Started(BaseException):
     """run_server was reached: nothing was refused."""
 
 
@@ -44,6 +44,7 @@ def launcher(monkeypatch, capsys, tmp_path, port):
     monkeypatch.setattr(sglang.srt.utils, "kill_process_tree", lambda *a, **k: None)
     monkeypatch.setattr(plugin, "registered", True)
     in_this_process(monkeypatch)
+    monkeypatch.setattr(preflight, "resolve", lambda server_args: None)  # there is no model
     handlers, level = logging.root.handlers[:], logging.root.level
 
     def call(*flags, model=DSA, accelerator=None):
