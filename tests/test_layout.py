@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 # Rooms of sglang_ess that may import SGLang; ess_patches may too.
 SGLANG_ROOMS = {
     "pool", "allocator", "attention", "scheduling", "disagg", "cpu", "cuda", "capacity",
-    "plugin", "launch_server", "doctor", "preflight", "startup", "retraction", "intake",
+    "plugin", "launch_server", "doctor", "preflight", "startup", "retraction", "intake", "offline",
 }  # fmt: skip
 # Rooms that may import these and the standard library only.
 CLOSED_ROOMS = {

@@ -1,0 +1,6 @@
+"""ESS for SGLang: the latent KV cache in host memory, a hot tier on the device."""
+
+from sglang_ess.config import EssConfig
+from sglang_ess.offline import EngineRefused, engine
+
+__all__ = ["EngineRefused", "EssConfig", "engine"]

@@ -21,7 +21,14 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
 
     def get_device(self, device_id: int = 0) -> str:
-        """SGLang's argument resolution splits this as a string ("cuda:0")."""
+        """SGLang's argument resolution splits this as a string ("cuda:0").
+
+        Effect: the plugins are loaded. SGLang's benchmark clients resolve arguments without, and
+        those of a sparse model need our hooks.
+        """
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
         return "cpu"
 
     def get_dispatch_key_name(self) -> str:
