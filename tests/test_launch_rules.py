@@ -52,6 +52,8 @@ def test_hisparse(launch):
         ("--kv-cache-dtype", "fp8_e5m2", "auto or bf16 or bfloat16 or fp8_e4m3"),
         ("--page-size", "1", "unset or 64"),
         ("--attention-backend", "fa3", "unset or dsa or nsa"),
+        ("--dtype", "half", "auto or bfloat16 or float32 or float"),
+        ("--is-embedding", None, "off"),
     ],
 )
 def test_the_cpu_platforms_limits(launch, flag, value, limit):
@@ -184,6 +186,25 @@ def test_values_that_would_end_a_server(launch, name, flag, words, holds):
     outside = next(value for value in (0, -1, 1 << 40) if not holds(value))
     refused(launch(flag, str(outside)), f"{flag} must be {words}: got {outside}.")
     assert launch(flag, "1", "--disable-ess")[1] == []
+
+
+@pytest.mark.parametrize(("name", "flag"), ranges.JSON)
+def test_options_that_are_json(launch, name, flag):
+    for text in ("{bad", "[]", "1"):
+        refused(launch(flag, text), f"{flag} must be a JSON object: got '{text}'")
+    assert launch(flag, "{}")[1] == []
+
+
+def test_tracing_needs_its_package(launch, monkeypatch):
+    monkeypatch.setattr(ranges.importlib.util, "find_spec", lambda name: None)
+    refused(launch("--enable-trace"), "--enable-trace must have the package opentelemetry")
+    monkeypatch.setattr(ranges.importlib.util, "find_spec", lambda name: name)
+    assert launch("--enable-trace")[1] == []
+
+
+def test_nodes_that_are_none(launch):
+    refused(launch("--numa-node", "0", "-1"), "--numa-node must be 0 or more: got [0, -1]")
+    refused(launch("--node-rank", "1", "--disable-ess"), "--node-rank must be below", "1 of 1")
 
 
 def test_nan_is_no_value_of_any_flag(launch):

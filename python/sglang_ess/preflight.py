@@ -56,6 +56,8 @@ CPU_SPARSE_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("attention_backend", "--attention-backend", (None, "dsa", "nsa")),
     ("prefill_attention_backend", "--prefill-attention-backend", (None, "dsa", "nsa")),
     ("decode_attention_backend", "--decode-attention-backend", (None, "dsa", "nsa")),
+    ("dtype", "--dtype", ("auto", "bfloat16", "float32", "float")),
+    ("is_embedding", "--is-embedding", (False,)),
 )
 # What a two-tier pool does not serve, and why.
 ESS_RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
@@ -188,9 +190,11 @@ def resolve(server_args: Any) -> None:
         return
     server_args.resolve_once()
     from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
     settled = resolving_view(server_args)
+    SamplingParams(**(settled.preferred_sampling_params or {}))
     if settled.skip_tokenizer_init or settled.encoder_only:
         return
     try:
