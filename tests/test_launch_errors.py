@@ -230,7 +230,7 @@ SGLANG_CHECKS = (
     (["--enable-pdmux"], ["PD-Multiplexing", "chunked prefill"]),
     (["--context-length", "1000000"], ["context_length (1000000)"]),
     (["--tokenizer-path", "/nowhere"], ["--tokenizer-path must name", "'/nowhere'"]),
-    (["--tokenizer-worker-num", "0"], ["SGLang refuses these options", ">= 1"]),
+    (["--tokenizer-worker-num", "0"], ["--tokenizer-worker-num must be 1 to 256"]),
     (["--chat-template", "/nowhere.jinja"], ["SGLang refuses these options", "/nowhere.jinja"]),
     (["--ssl-certfile", "/nowhere.pem"], ["--ssl-keyfile"]),
     (["--preferred-sampling-params", "{"], ["--preferred-sampling-params", "'{'"]),

@@ -14,6 +14,7 @@ from sglang_ess.config import EssConfig
 
 READY = 77  # exit status of a case that was not refused
 SECONDS = 60  # for a case
+OTHER_SERVERS = ("--grpc-mode", "--smg-grpc-mode")  # which start their processes in another way
 
 
 def launch_dry(model, port, cases):
@@ -83,7 +84,7 @@ def generated_cases():
     cases = []
     for action in parser._actions:
         flag = next((name for name in action.option_strings if name.startswith("--")), None)
-        if flag in (None, "--help", "--config", "--model-path", "--port"):
+        if flag in (None, "--help", "--config", "--model-path", "--port", *OTHER_SERVERS):
             continue
         if action.nargs == 0:
             cases.append([flag])
