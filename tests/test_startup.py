@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_ess import launch_server, plugin, startup
+from sglang_ess import launch_server, plugin, preflight, startup
 from sglang_ess.config import ENV_VAR
 from sglang_ess.cpu import warmup
 from sglang_ess.cpu.ops.index_scores import index_scores_paged
@@ -121,11 +121,15 @@ def test_shared_index_layers_fp8_rows_and_one_tier(tmp_path):
 
 
 def test_nothing_is_printed_when_ess_was_not_asked_for(monkeypatch, capfd):
+    """Where SGLang has a platform; tests/test_offline.py has the line for where it has none."""
+    import sglang.srt.platforms
+    from sglang.srt.platforms.cpu import CpuSRTPlatform
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     calls = []
     monkeypatch.setattr(HookRegistry, "register", lambda *call: calls.append(call))
     monkeypatch.delenv(ENV_VAR, raising=False)
+    monkeypatch.setattr(sglang.srt.platforms, "_current_platform", CpuSRTPlatform())
     plugin.register()
     assert calls == [] and capfd.readouterr() == ("", "")
 
@@ -150,6 +154,7 @@ def test_one_tier_on_an_accelerator_is_said_once(
     monkeypatch.setattr(sglang.srt.utils, "kill_process_tree", lambda *a, **k: None)
     monkeypatch.setattr(plugin, "registered", True)
     monkeypatch.setattr(plugin, "accelerator", lambda: accelerator)
+    monkeypatch.setattr(preflight, "resolve", lambda server_args: None)  # there is no model
     in_this_process(monkeypatch)
     port = str(free_port())
     assert launch_server.main(["--model-path", str(tmp_path), "--port", port, *flags]) == 0

@@ -80,7 +80,7 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
     if reasons := preflight.server_reasons(server_args, config, on_cpu):
         return _refuse(reasons)
     preflight.resolve(server_args)
-    startup.before_processes(config.enabled, on_cpu, preflight.may_be_sparse(server_args))
+    startup.before_processes(config.enabled, on_cpu, _may_be_sparse(server_args))
     http_end.bound(config.grace_seconds)
     try:
         with startup.announced(server_args, since, shutdown.serving):
@@ -90,6 +90,16 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0
+
+
+def _may_be_sparse(server_args: Any) -> bool:
+    """Whether the model has DeepSeek sparse attention, or only SGLang can tell."""
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    from sglang_ess.preflight import read_model_config
+
+    model = read_model_config(server_args)
+    return model is None or is_deepseek_dsa(model)
 
 
 def _release_schedulers() -> None:

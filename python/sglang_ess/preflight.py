@@ -309,17 +309,6 @@ def read_model_config(server_args: Any) -> dict[str, Any] | None:
     return {**_mapping(model.get("text_config")), **model, **override}
 
 
-def may_be_sparse(server_args: Any) -> bool:
-    """Whether the model has DeepSeek sparse attention, or only SGLang can tell.
-
-    Raises: as read_model_config().
-    """
-    from sglang.srt.configs.model_config import is_deepseek_dsa
-
-    model = read_model_config(server_args)
-    return model is None or is_deepseek_dsa(model)
-
-
 def _model_source(path: str) -> Path | str | None:
     """The config.json of a local model, a Hub name, or None for what only SGLang can tell:
     remote URLs, GGUF files, "dummy" and ModelScope names.
