@@ -67,14 +67,16 @@ def served(request, tmp_path):
         except OSError:
             return False
 
-    poll(answers)
     process.log = log
-    yield process, ask
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+        poll(answers)
+        yield process, ask
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
 
 
 def test_a_request_is_finished_or_answered_with_503(served):
