@@ -87,7 +87,10 @@ _baselines: dict = {}
 
 
 def baseline(model, run, **server_args) -> dict[str, list]:
-    """The one-tier server's outputs of a script; each is computed once."""
+    """The one-tier server's outputs of a script; each is computed once.
+
+    server_args: EngineProcess's
+    """
     key = (model, run, tuple(sorted(server_args.items())))
     if key not in _baselines:
         with engine(model, **server_args) as served:
@@ -125,7 +128,7 @@ def grid():
 
 @pytest.mark.parametrize(("arch", "rows", "ratio"), grid())
 def test_same_output(models, arch, rows, ratio):
-    args = dict(kv_cache_dtype=FORMATS[rows])
+    args = dict(kv_cache_dtype=FORMATS[rows], threads=None)  # here as many as a server has
     expected = baseline(models[arch], script, **args)
     with engine(models[arch], RATIOS[ratio], **args) as served:
         outputs = script(served)
