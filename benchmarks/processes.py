@@ -82,16 +82,20 @@ class HttpProcess:
         """Start the process; its log is continued, from log_start on. It must not be running."""
         with self.log.open("ab") as output:
             self.log_start = output.tell()
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=self.env,
-                start_new_session=True,
-                preexec_fn=self._settle,
-            )
+            self.process = self.begin(output)
         self._guard = guard(self.process.pid, os.getpid())
+
+    def begin(self, output) -> subprocess.Popen:
+        """The process, in a session of its own. output: file for its stdout and stderr"""
+        return subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=self.env,
+            start_new_session=True,
+            preexec_fn=self._settle,
+        )
 
     def __enter__(self):
         return self

@@ -19,6 +19,7 @@ from ess_kernels.launch import interpreted
 from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
 from tests.disagg import cluster
 from tests.support import engine, interpreter, launching
+from tests.support.forked import ForkedNode
 from tests.support.server import Server, free_port
 
 if interpreted():
@@ -79,7 +80,7 @@ def pd_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def starting_cluster(pd_model, tmp_path_factory):
     """Of tests/disagg/test_pd_serving.py."""
-    with cluster.start(pd_model, tmp_path_factory.mktemp("pd")) as starting:
+    with cluster.start(pd_model, tmp_path_factory.mktemp("pd"), node=ForkedNode) as starting:
         yield starting
 
 

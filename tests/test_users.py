@@ -115,12 +115,12 @@ def test_frontend_program(server):
 
 def test_bench_serving(server, tiny_v32, tmp_path):
     out = tmp_path / "bench.jsonl"
-    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang"]
-    command += ["--base-url", server.url, "--model", str(tiny_v32), "--output-file", str(out)]
-    command += ["--dataset-name", "random-ids", "--tokenize-prompt", "--random-range-ratio", "1"]
-    command += ["--num-prompts", "6", "--random-input-len", "300", "--random-output-len", "12"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    flags = ["--backend", "sglang", "--base-url", server.url, "--model", str(tiny_v32)]
+    flags += ["--dataset-name", "random-ids", "--tokenize-prompt", "--random-range-ratio", "1"]
+    flags += ["--num-prompts", "6", "--random-input-len", "300", "--random-output-len", "12"]
+    flags += ["--output-file", str(out)]
+    status = forked.run("sglang.bench_serving", *flags, log=tmp_path / "log")
+    assert status == 0, (tmp_path / "log").read_text()[-2000:]
     result = json.loads(out.read_text())
     assert result["completed"] == 6
     assert result["total_input_tokens"] == 6 * 300

@@ -6,11 +6,9 @@ Faults and recorders are installed in the engine's process before it starts its 
 
 import asyncio
 import json
-import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -23,10 +21,10 @@ import numpy as np
 
 from benchmarks.processes import end_with_parent
 from sglang_ess.config import EssConfig
+from tests.support import forked
 from tests.support.gather import rids
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.support.preload"])
+_context = forked.context
 
 RECORD_VAR = "ESS_TEST_RECORD"
 SWITCHES = "switches.json"  # beside the file that RECORD_VAR names
@@ -188,40 +186,11 @@ def _report(pipe, function, args) -> None:
 
 
 def run_launcher(argv: list[str], log: Path, seconds: float = 300) -> int | None:
-    """Exit status of sglang_ess.launch_server's main(argv) that ends by itself; None: it did not.
+    """Exit status of sglang_ess.launch_server that ends by itself; None: it did not.
 
     It runs in a session of its own, with everything it starts. log: its stdout and stderr
     """
-    process = _context.Process(target=_launch, args=(argv, str(log)))
-    process.start()
-    process.join(seconds)
-    try:
-        os.killpg(process.pid, signal.SIGKILL)  # what it has left behind
-    except ProcessLookupError:
-        pass
-    return process.exitcode
-
-
-def _launch(argv, log) -> None:
-    """Body of the launcher's process."""
-    os.setsid()
-    end_with_parent()
-    for stream in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    _fork_children()
-    from sglang_ess import launch_server, startup
-
-    # It compiles kernels in OpenMP threads, after which GNU OpenMP lets nobody fork.
-    startup.before_processes = lambda *args: None
-    sys.exit(launch_server.main(argv))
-
-
-def _fork_children() -> None:
-    """SGLang would choose "spawn", which imports everything again in its children."""
-    import sglang.srt.entrypoints.engine as engine_module
-
-    multiprocessing.set_start_method("fork", force=True)
-    engine_module.mp.set_start_method = lambda *args, **kwargs: None
+    return forked.run("sglang_ess.launch_server", *argv, log=log, seconds=seconds)
 
 
 def _use_threads(count: int) -> None:
@@ -241,7 +210,7 @@ def _serve(pipe, server_args, env, patches, threads=None) -> None:
         _use_threads(threads)
     import sglang.srt.entrypoints.engine as engine_module
 
-    _fork_children()
+    forked.fork_children()
     signal.signal(signal.SIGQUIT, lambda *_: os._exit(1))
     try:
         for patch in patches:

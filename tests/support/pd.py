@@ -146,6 +146,7 @@ class PdCluster:
     flags: of both nodes; "--disable-ess" among prefill_flags makes a plain node, that sends none
     router_flags: of sglang-router, the Rust gateway; its "--mini-lb" never tries again
     env: variables on top of this process's, for both nodes
+    node: class of both nodes
     """
 
     def __init__(
@@ -157,19 +158,20 @@ class PdCluster:
         decode_flags: tuple[str, ...] = ("--ess-hot-ratio", "0.2"),
         router_flags: tuple[str, ...] = GATEWAY_FLAGS,
         env: dict[str, str] | None = None,
+        node: type[Node] = Node,
     ):
         launcher, bootstrap = "sglang_ess.launch_server", str(fixed_port())
         both = ("--model-path", str(model), "--disaggregation-transfer-backend", "mooncake", *flags)
         role = "--disaggregation-mode"
         first = (role, "prefill", "--disaggregation-bootstrap-port", bootstrap)
         # The nodes import SGLang and load the model at the same time.
-        self.prefill = Node(
+        self.prefill = node(
             launcher,
             *(*both, *first, *prefill_flags),
             log=Path(directory) / "prefill.log",
             env=env,
         )
-        self.decode = Node(
+        self.decode = node(
             launcher,
             *(*both, role, "decode", *decode_flags),
             log=Path(directory) / "decode.log",
