@@ -1,7 +1,7 @@
-"""What many tests share: one real server, a cluster, the fork server, a quick interpreter.
+"""What many tests share: real servers, a cluster, the fork server, a quick interpreter.
 
-Each takes 15 to 40 s to start, most of it imports on one core, while most tests leave one free:
-so they start before their tests come, where any of those will run.
+A real server takes 15 to 40 s to start, most of it imports. So each starts before its tests come,
+with the first test of their group.
 """
 
 import os
@@ -18,7 +18,7 @@ if not torch.cuda.is_available():  # read when a kernel is defined: before any i
 from ess_kernels.launch import interpreted
 from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
 from tests.disagg import cluster
-from tests.support import engine, interpreter, launching
+from tests.support import engine, groups, interpreter, launching, leftovers
 from tests.support.forked import ForkedNode
 from tests.support.server import Server, free_port
 
@@ -34,20 +34,31 @@ def tiny_v32(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("model") / "v32", TinyModelConfig())
 
 
-def early(request, needed_by: str, start: str) -> None:
-    """Begin the session fixture `start` now if a test of this session takes `needed_by`."""
-    if any(needed_by in item.fixturenames for item in request.session.items):
-        request.getfixturevalue(start)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: groups.order(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A process gets one group after the other, in their order."""
+    return groups.scheduler(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def starts_early(request):
-    """What tests of several folders need; the server's turn comes in tests/kernels."""
+def imports_early(request):
     modules = {item.module for item in request.session.items}
     if any({"EngineProcess", "parity"} & vars(module).keys() for module in modules):
         engine.start_importing()
-    early(request, needed_by="starting_cluster", start="starting_cluster")
-    early(request, needed_by="kernel_runs", start="kernel_runs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def starts_early(request):
+    """What tests of this group will need."""
+    group = groups.of(request.node.nodeid)
+    items = [item for item in request.session.items if groups.of(item.nodeid) == group]
+    for name in ("starting_server", "starting_pair", "starting_cluster", "kernel_runs"):
+        if any(name in item.fixturenames for item in items):
+            request.getfixturevalue(name)
 
 
 @pytest.fixture(scope="session")
@@ -93,8 +104,15 @@ def starting_server(tiny_v32, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def starting_pair(tiny_v32, tmp_path_factory):
+    """Of two tokenizer workers; of tests/test_shutdown_server.py, which end it."""
+    with leftovers.start(tiny_v32, tmp_path_factory.mktemp("pair") / "log", workers=2) as starting:
+        yield starting
+
+
+@pytest.fixture(scope="session")
 def server(starting_server):
-    """The one server of tests/test_users.py, test_startup.py, test_metrics.py, test_readme.py."""
+    """The one server of the group "server" (groups.py)."""
     starting_server.wait_ready()
     yield starting_server
     assert starting_server.stop() == 0, starting_server.tail()

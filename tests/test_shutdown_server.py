@@ -16,29 +16,29 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from sglang_ess import shutdown, startup
-from tests.support.leftovers import Marked, MarkedServer, is_free
+from tests.support import leftovers
+from tests.support.leftovers import FLAGS, GRACE, SLOTS, Marked, MarkedServer, is_free
 from tests.support.pd import PdCluster
 
 TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
-SLOTS, GRACE = 2048, 2.0
 SLACK = 20.0  # seconds beyond its bounds that a busy machine may need
-FLAGS = ("--max-total-tokens", str(SLOTS), "--ess-grace-seconds", str(GRACE))
 PROMPT = 1800
 
 
 def start(model, log, *flags, workers=1) -> MarkedServer:
-    server = MarkedServer(model, *FLAGS, "--tokenizer-worker-num", str(workers), *flags, log=log)
-    server.wait_for(lambda: "    URL " in log.read_text(errors="replace"), 300, "ready")
+    return until_ready(leftovers.start(model, log, *flags, workers=workers))
+
+
+def until_ready(server: MarkedServer) -> MarkedServer:
+    server.wait_for(lambda: "    URL " in server.log.read_text(errors="replace"), 300, "ready")
     server.note_segments()
     return server
 
 
 @pytest.fixture(scope="module")
-def server(tiny_v32, tmp_path_factory):
+def server(starting_pair):
     """Of two tokenizer workers; the last test of the file's fast ones ends it."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    with start(tiny_v32, log, workers=2) as serving:
-        yield serving
+    return until_ready(starting_pair)
 
 
 def generate(server, prompt: int, output: int, **more) -> tuple[int, dict]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.support import forked
+
 CONTEXT = 16_384  # of the default tiny model
 LICENSE = (Path(__file__).parent.parent / "LICENSE").read_text()
 SAMPLING = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}

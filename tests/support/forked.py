@@ -87,6 +87,21 @@ def fork_children() -> None:
     engine_module.mp.set_start_method = lambda *args, **kwargs: None
 
 
+def use_host_transport() -> None:
+    """What the CPU platform does at its start, when the fork server knew no server's options."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    from sglang_ess.cpu import transfer
+
+    initialize = Scheduler.init_disaggregation
+
+    def initialize_on_host(scheduler):
+        transfer.use_host_transport()
+        return initialize(scheduler)
+
+    Scheduler.init_disaggregation = initialize_on_host
+
+
 def _run(argv: list[str], log: str, env: dict[str, str]) -> None:
     """Body of the process. argv: of the module, its name first"""
     os.setsid()
@@ -97,6 +112,7 @@ def _run(argv: list[str], log: str, env: dict[str, str]) -> None:
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     fork_children()
+    use_host_transport()
     from sglang_ess import startup
 
     # It runs kernels in OpenMP threads, after which GNU OpenMP lets nobody fork.

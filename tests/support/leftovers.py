@@ -13,6 +13,8 @@ from tests.support.server import Server
 
 MARK = "ESS_TEST_SERVER"  # variable that each process of one server inherits, whoever adopts it
 SHM = Path("/dev/shm")
+SLOTS, GRACE = 2048, 2.0
+FLAGS = ("--max-total-tokens", str(SLOTS), "--ess-grace-seconds", str(GRACE))
 
 
 class Marked:
@@ -91,6 +93,11 @@ class MarkedServer(Marked, Server):
             assert time.monotonic() - since < limit, (remains, self.tail())
             time.sleep(0.02)
         return time.monotonic() - since
+
+
+def start(model, log: Path, *flags: str, workers: int = 1) -> MarkedServer:
+    """One that starts, of so many tokenizer workers."""
+    return MarkedServer(model, *FLAGS, "--tokenizer-worker-num", str(workers), *flags, log=log)
 
 
 def stat(pid: int) -> tuple[str, int]:
