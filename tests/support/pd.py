@@ -33,15 +33,22 @@ ROOT = Path(__file__).parents[2]
 
 
 def fixed_port() -> int:
-    """A port that nobody uses, and that no outgoing connection will take by chance."""
+    """A port that nobody uses, and that no outgoing connection will take by chance.
+
+    Never one twice: who gets it may bind it later.
+    """
     while True:
-        port = random.choice(PORTS)
+        port = random.choice([port for port in PORTS if port not in _given])
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+        _given.add(port)
+        return port
+
+
+_given: set[int] = set()
 
 
 def faulty(directory: Path, fault: str) -> dict[str, str]:
