@@ -13,8 +13,20 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang_ess.pool import EssTokenToKVPool
 
 
-class EssPagedAllocator(PagedTokenToKVPoolAllocator):
-    """PagedTokenToKVPoolAllocator that keeps the hot tier to slots in use.
+class RefusingPagedAllocator(PagedTokenToKVPoolAllocator):
+    """PagedTokenToKVPoolAllocator that refuses a prompt which leaves no slot for its output."""
+
+    def max_new_tokens_for_memory(self, input_tokens, max_new_tokens, **limits) -> int | None:
+        """Upstream's; None, which is refused with status 400, for a prompt that leaves no token.
+
+        Upstream serves such a prompt with nothing, or has it wait for ever.
+        """
+        fits = super().max_new_tokens_for_memory(input_tokens, max_new_tokens, **limits)
+        return fits or (0 if max_new_tokens == 0 else None)
+
+
+class EssPagedAllocator(RefusingPagedAllocator):
+    """RefusingPagedAllocator that keeps the hot tier to slots in use.
 
     A slot that is freed is not hot any more. So whoever gets it finds it cold, whatever path
     writes its rows: a peer's transfer engine tells nobody when it does (invariant 3).
@@ -37,14 +49,6 @@ class EssPagedAllocator(PagedTokenToKVPoolAllocator):
         fits = super().prealloc_fits(tree_cache, full_tokens, swa_tokens, **budgets)
         alone, self.is_idle = self.is_idle, False  # the next one is not alone
         return fits or alone
-
-    def max_new_tokens_for_memory(self, input_tokens, max_new_tokens, **limits) -> int | None:
-        """Upstream's; None, which is refused with status 400, for a prompt that leaves no token.
-
-        Upstream serves such a prompt with nothing, or has it wait for ever.
-        """
-        fits = super().max_new_tokens_for_memory(input_tokens, max_new_tokens, **limits)
-        return fits or (0 if max_new_tokens == 0 else None)
 
     def check_decode_capacity(self, *, num_tokens, tree_cache, requests=None, **kwargs) -> bool:
         """Upstream's, and no more requests than may go on."""

@@ -43,10 +43,10 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         return CpuEssTokenToKVPool if serves_two_tiers(_config()) else CpuDsaTokenToKVPool
 
     def get_paged_allocator_cls(self):
-        from sglang_ess.allocator import EssPagedAllocator
+        from sglang_ess.allocator import EssPagedAllocator, RefusingPagedAllocator
         from sglang_ess.capacity import serves_two_tiers
 
-        return EssPagedAllocator if serves_two_tiers(_config()) else None
+        return EssPagedAllocator if serves_two_tiers(_config()) else RefusingPagedAllocator
 
     def apply_server_args_defaults(self, server_args) -> None:
         """Replace what SGLang chose for an Intel AMX host; a backend the user named stays."""
