@@ -200,6 +200,9 @@ def _use_threads(count: int) -> None:
 
     numba.set_num_threads(count)
     torch.set_num_threads(count)
+    # A fork has to make torch's pool anew. Two threads that begin at once, as where SGLang loads
+    # weights, would disturb each other in this: one fails with "Invalid thread pool!".
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(count))
 
 
 def _serve(pipe, server_args, env, patches, threads=None) -> None:
