@@ -10,7 +10,8 @@ import pytest
 import sglang_ess
 from sglang_ess import EngineRefused, EssConfig, plugin
 from sglang_ess.config import ENV_VAR
-from tests.support.engine import _fork_children, in_fork
+from tests.support.engine import in_fork
+from tests.support.forked import fork_children
 
 PROMPTS = ["The quick brown fox jumps over the lazy dog. " * 8, "Hello"]
 SAMPLING = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
@@ -28,7 +29,7 @@ REFUSED = {
 
 def run(model, configs):
     """Tokens of the PROMPTS by an engine of each config, then the message of each of REFUSED."""
-    _fork_children()
+    fork_children()
     tokens = []
     for ess in configs:
         with sglang_ess.engine(model, ess=ess, **SIZES) as llm:

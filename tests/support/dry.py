@@ -47,10 +47,11 @@ def _start(argv):
 def _main(argv) -> int:
     from sglang.srt.entrypoints.engine import Engine
 
-    from sglang_ess import launch_server, startup
+    from sglang_ess import launch_server, shutdown, startup
 
     os.environ.update(EssConfig().to_env())
     startup.before_processes = lambda *args: None  # compiles kernels
+    shutdown.supervised = lambda serve, grace_seconds: serve()  # its exit status is for operators
     Engine._launch_scheduler_processes = classmethod(lambda cls, *args, **kw: (_Ready(), []))
     Engine._launch_detokenizer_subprocesses = classmethod(lambda cls, **kw: ([], []))
     return launch_server.main(argv)
