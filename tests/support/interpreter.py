@@ -5,6 +5,8 @@ from one kernel function to another (1.5 ms each), to put the same substitutes i
 they are found once; a launch puts them in place and takes them away as before.
 """
 
+import dataclasses
+
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -69,6 +71,9 @@ def make_fast() -> None:
     """Change the interpreter of this process. Idempotent."""
     if _Substitutes.found:
         return
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:  # else it reports what it finds
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _Substitutes.found = _find()
     interpreter._patch_lang = lambda function: _Substitutes()
     interpreter.InterpretedFunction.__call__ = _call
