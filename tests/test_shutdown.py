@@ -3,7 +3,9 @@
 With real servers: tests/test_shutdown_server.py. Bounds, not times: a machine may be busy.
 """
 
+import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_ess import shutdown
 from sglang_ess.config import REFUSED
 from tests.support import leftovers
 from tests.support.stand_in import BOUND, SCHEDULER
@@ -169,3 +172,21 @@ def test_an_end_by_itself(stand_in, behaviour, status, part):
     assert server.status() == status and part in server.text()
     lines = [line for line in server.text().splitlines() if line.startswith("sglang-ess: ")]
     assert len(lines) == (status != REFUSED)
+
+
+def test_a_scheduler_that_has_died_before_it_was_seen_is_noticed():
+    """It waits to be reaped, without a command line."""
+    pid = os.fork()
+    if pid == 0:
+        ctypes.CDLL(None).prctl(15, b"sglang::scheduler")  # PR_SET_NAME
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    supervisor = shutdown._Supervisor.__new__(shutdown._Supervisor)
+    supervisor.vital, supervisor.segments, supervisor.poll = {}, set(), select.poll()
+    try:
+        supervisor._look()
+        (seen,) = [number for number, vital in supervisor.vital.items() if vital[0] == pid]
+        assert supervisor.vital[seen] == (pid, SCHEDULER)
+        assert seen in [number for number, _ in supervisor.poll.poll(0)]
+    finally:
+        os.waitpid(pid, 0)

@@ -34,6 +34,8 @@ TICK_SECONDS = 2.0  # between looks at which processes there are
 # SGLang's names of processes without which it does not serve. Another tokenizer worker is
 # started for one that dies.
 VITAL = ("sglang::scheduler", "sglang::detokenizer", "sglang::data_parallel_controller")
+COMM = 15  # characters of its name that the kernel keeps for a process, also once it has ended
+_SHORT_NAMES = tuple(name[:COMM] for name in VITAL)
 TEMPLATE = "SGLANG_ESS_TEMPLATE"  # variable: how names of this server's temporary files begin
 # How SGLang and its libraries begin the names of segments in /dev/shm that are one server's.
 SEGMENTS = tuple(f"/dev/shm/{name}" for name in ("sglang_loads_", "sgl_shm_", "nccl-", "cuda.shm."))
@@ -198,14 +200,16 @@ class _Supervisor:
         known = {pid for pid, _ in self.vital.values()}
         for pid in _descendants(os.getpid()):
             self.segments |= _shared_memory(pid)
-            name = _command(pid)
-            if pid in known or not name.startswith(VITAL):
+            # One that has ended before this look has a short name alone, until it is waited for.
+            name = _command(pid) or _read(pid, "comm")
+            if pid in known or not name.startswith(_SHORT_NAMES):
                 continue
             try:
                 descriptor = os.pidfd_open(pid)
-            except OSError:  # it ended just now; or the kernel is older than 5.3
+            except OSError:  # it is gone; or the kernel is older than 5.3
                 continue
-            self.vital[descriptor] = (pid, name.split("\0")[0].strip())
+            full = next(vital for vital in VITAL if vital.startswith(name[:COMM]))
+            self.vital[descriptor] = (pid, full)
             self.poll.register(descriptor, select.POLLIN)
 
     def _end_all(self) -> None:

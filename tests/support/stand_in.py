@@ -6,18 +6,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 from sglang_ess import shutdown
 from sglang_ess.config import REFUSED
 
 SLEEP = "import time; time.sleep(600)"
 SCHEDULER = "sglang::scheduler"
+PR_SET_NAME = 15
 BOUND = 1.0  # seconds, for each of the launcher's
 
 
 def start(name: str, code: str = SLEEP) -> subprocess.Popen:
-    """A child whose command line begins with name."""
-    return subprocess.Popen(["bash", "-c", 'exec -a "$@"', "-", name, sys.executable, "-c", code])
+    """A child with this name, as setproctitle gives it to SGLang's: it has it before it serves."""
+    code = f"import ctypes; ctypes.CDLL(None).prctl({PR_SET_NAME}, {name.encode()!r}); {code}"
+    command = ["bash", "-c", 'exec -a "$@"', "-", name, sys.executable, "-c", code]
+    child = subprocess.Popen(command)
+    while Path(f"/proc/{child.pid}/comm").read_text().strip() != name[: shutdown.COMM]:
+        time.sleep(0.01)
+    return child
 
 
 def drain(seconds: float) -> int:
