@@ -10,17 +10,21 @@ import subprocess
 import sys
 
 import pytest
-import torch
+
+from sglang_ess.cpu import set_thread_defaults
+
+set_thread_defaults()  # or threads that wait would keep a core from the servers and engines
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():  # read when a kernel is defined: before any import of one
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from ess_kernels.launch import interpreted
-from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
-from tests.disagg import cluster
-from tests.support import engine, groups, interpreter, launching, leftovers
-from tests.support.forked import ForkedNode
-from tests.support.server import Server, free_port
+from ess_kernels.launch import interpreted  # noqa: E402
+from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model  # noqa: E402
+from tests.disagg import cluster  # noqa: E402
+from tests.support import engine, groups, interpreter, launching, leftovers  # noqa: E402
+from tests.support.forked import ForkedNode  # noqa: E402
+from tests.support.server import Server, free_port  # noqa: E402
 
 if interpreted():
     interpreter.make_fast()

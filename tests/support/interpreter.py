@@ -6,10 +6,14 @@ they are found once; a launch puts them in place and takes them away as before.
 """
 
 import dataclasses
+import math
 
 import triton.language as tl
+from triton.language import core
 from triton.runtime import interpreter
 
+_INTEGERS = frozenset((*core.dtype.SINT_TYPES, *core.dtype.UINT_TYPES))
+_shapes: dict[tuple[int, ...], tuple] = {}  # sizes: (shape, numel) of a tensor
 _depth = 0  # of launches; calls inside a launch find the substitutes in place
 
 
@@ -75,9 +79,48 @@ def make_fast() -> None:
     if not builder.options.debug:  # else it reports what it finds
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _Substitutes.found = _find()
+    core.tensor.__init__ = _make_tensor
+    core.block_type.with_element_ty = _with_element_ty
+    core.dtype.is_int = lambda kind: kind.name in _INTEGERS
+    core._unwrap_if_constexpr = _unwrap(core._unwrap_if_constexpr)
     interpreter._patch_lang = lambda function: _Substitutes()
     interpreter.InterpretedFunction.__call__ = _call
     interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
+
+
+def _make_tensor(tensor, handle, kind) -> None:
+    """tensor.__init__, with one shape for all tensors of one."""
+    tensor.handle, tensor.type, tensor.dtype = handle, kind, kind.scalar
+    sizes = tuple(kind.shape.values) if kind.is_block() else ()
+    if sizes not in _shapes:
+        _shapes[sizes] = (
+            core.tuple([core.constexpr(size) for size in sizes]),
+            core.constexpr(math.prod(sizes)),
+        )
+    tensor.shape, tensor.numel = _shapes[sizes]
+
+
+def _with_element_ty(block, kind):
+    """block_type.with_element_ty, once for a block type and an element's."""
+    if type(kind) is not core.dtype:
+        return core.block_type(kind, block.shape)
+    known = block.__dict__.setdefault("_by_element", {})
+    if kind.name not in known:
+        known[kind.name] = core.block_type(kind, block.shape)
+    return known[kind.name]
+
+
+def _unwrap(original):
+    """_unwrap_if_constexpr, which asks four questions of what is mostly a number or a type."""
+    plain = {int, bool, float, str, core.dtype, core.block_type, core.pointer_type, core.tensor}
+
+    def unwrap(value):
+        kind = type(value)
+        if kind in plain:
+            return value
+        return value.value if kind is core.constexpr else original(value)
+
+    return unwrap
 
 
 def _by_name(dtype_of):
