@@ -8,9 +8,11 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import sglang_ess
 from sglang_ess.cpu import set_thread_defaults
 
 set_thread_defaults()  # or threads that wait would keep a core from the servers and engines
@@ -29,6 +31,7 @@ from tests.support.server import Server, free_port  # noqa: E402
 if interpreted():
     interpreter.make_fast()
 
+PACKAGE = Path(sglang_ess.__file__).parent
 SLOTS = 40_000  # SGLang's default is most of the machine's memory
 
 
@@ -40,6 +43,14 @@ def tiny_v32(tmp_path_factory):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: groups.order(item.nodeid))
+
+
+def pytest_sessionstart(session):
+    """In a fresh clone one process compiles the CPU kernels, before several would, 15 s each."""
+    several = getattr(session.config.option, "numprocesses", None)
+    if several and not any(PACKAGE.rglob("*.nbi")):
+        code = "from sglang_ess.cpu.warmup import warm_up; warm_up()"
+        subprocess.run([sys.executable, "-c", code], check=False)
 
 
 @pytest.hookimpl(optionalhook=True)
