@@ -24,7 +24,7 @@ LASTING = ((64, 64, 64, 64, 1024), (190, 190, 190, 190, 250))  # four need more 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    shape = dict(arch="v32", index_topk=32, heads=4, layers=2)
+    shape = dict(arch="v32", index_topk=32, layers=2, **parity.NARROW)
     return parity.write_model(tmp_path_factory.mktemp("models") / "v32", **shape)
 
 

@@ -105,19 +105,20 @@ def test_shared_index_layers_fp8_rows_and_one_tier(tmp_path):
     model = write_tiny_model(tmp_path / "glm", config)
     full = config.indexer_types.count("full")
     assert 0 < full < config.layers
+    slots = 1024
     ess = {"enabled": False, "index_dtype": "float32"}
-    with EngineProcess(model, ess, kv_cache_dtype="fp8_e4m3", max_total_tokens=4096) as engine:
+    with EngineProcess(model, ess, kv_cache_dtype="fp8_e4m3", max_total_tokens=slots) as engine:
         facts = engine.call("_server_info")["ess"]
         longest = facts["max_prompt_tokens"]
         (served,) = engine.generate([[7] * longest], max_new_tokens=1)
         with pytest.raises(Exception, match=f"memory budget: input_len={longest + 1}"):
             engine.generate([[7] * (longest + 1)], max_new_tokens=1)
-    assert longest < 4096 and len(served.token_ids) == 1
+    assert longest < slots and len(served.token_ids) == 1
     total = config.layers * 656 + full * 512
-    assert facts["kv_total_bytes"] == total * (4096 + PAGE)
+    assert facts["kv_total_bytes"] == total * (slots + PAGE)
     assert json.loads(json.dumps(facts)) == facts  # as /server_info sends them
     text = startup.block(ARGS, facts, 0)
-    mib = total * (4096 + PAGE) / MIB
+    mib = total * (slots + PAGE) / MIB
     assert f"KV memory       {mib:.0f} MiB, all on the device (one-tier)\n" in text
     assert "host tier" not in text and "hot rows" not in text
     assert "latent rows fp8_e4m3, 656 B; index keys float32, 512 B\n" in text

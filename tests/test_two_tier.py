@@ -20,14 +20,9 @@ SLOTS = 16384
 SAMPLES = "samples"
 MIN_ROWS = 64  # capacity.MIN_HOT_ROWS
 RATIOS = {"all": 1.0, "quarter": 0.25, "tenth": 0.1, "minimum": MIN_ROWS / SLOTS}
-# What is not a row or its place is as narrow as it can be: most of an engine's time else.
-NARROW = dict(
-    heads=2, nope_dim=32, v_dim=32, index_heads=2, hidden=64, q_lora_rank=32, intermediate=64,
-    moe_intermediate=32, experts=4,
-)  # fmt: skip
 SHAPES = {
-    "v32": dict(arch="v32", index_topk=32, layers=3, **NARROW),
-    "glm": dict(arch="glm", index_topk=32, layers=4, topk_freq=2, **NARROW),
+    "v32": dict(arch="v32", index_topk=32, layers=3, **parity.NARROW),
+    "glm": dict(arch="glm", index_topk=32, layers=4, topk_freq=2, **parity.NARROW),
 }
 FORMATS = {"bf16": "bfloat16", "fp8": "fp8_e4m3"}
 

@@ -265,7 +265,7 @@ PATCHES = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    shape = dict(arch="v32", index_topk=128, heads=4, layers=2)
+    shape = dict(arch="v32", index_topk=128, layers=2, **parity.NARROW)
     return parity.write_model(tmp_path_factory.mktemp("models") / "v32", **shape)
 
 

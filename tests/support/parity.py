@@ -19,6 +19,11 @@ from tests.support import oracle as oracles
 from tests.support.engine import EngineProcess
 from tests.support.oracle import Decisions
 
+# What is not a row or its place is as narrow as it can be: most of an engine's time else.
+NARROW = dict(
+    heads=2, nope_dim=32, v_dim=32, index_heads=2, hidden=64, q_lora_rank=32, intermediate=64,
+    moe_intermediate=32, experts=4,
+)  # fmt: skip
 RECORD = "tests.support.recorder:install"
 PATCHES = (RECORD, RECORD + "_experts", "tests.support.switches:chunk")
 FAULTS = "tests.support.faults:install"
