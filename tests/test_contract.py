@@ -118,7 +118,7 @@ def test_mismatches(upstream, name, signature, kind, state, found):
 BROKEN = {  # a module's source: what the operator reads of it
     "raise OSError('libcuda.so.1: cannot\\nopen')": "OSError: libcuda.so.1: cannot open",
     "import package_that_is_not_there": "No module named 'package_that_is_not_there'",
-    "raise PermissionError(13, 'Permission denied', '/root/.triton')": "'/root/.triton'",
+    "raise PermissionError(13, 'Permission denied', '/home/me/.triton')": "'/home/me/.triton'",
     "raise OSError(28, 'No space left on device')": "[Errno 28] No space left on device",
     "try:\n    raise RuntimeError('cannot cache function: no locator available')\n"
     "except Exception as error:\n    raise ImportError('see above') from error": "no locator",

@@ -59,6 +59,11 @@ def test_the_hooks_are_all_there():
     named = first_cells("How it attaches to SGLang")
     targets = {hook.target for hook in all_hooks() if hook.is_registered}
     assert sorted(targets) == sorted(next(t for t in targets if t.endswith(n)) for n in named)
+    kinds = re.findall(r"^\| `(\S+)` \| (\w+) \|", section("How it attaches to SGLang"), re.M)
+    assert len(kinds) == len(named)
+    registered = [hook for hook in all_hooks() if hook.is_registered]
+    for name, kind in kinds:
+        assert {hook.kind for hook in registered if hook.target.endswith(name)} == {kind}
 
 
 def test_the_block_has_the_rows_of_a_real_one():

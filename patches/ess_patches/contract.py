@@ -21,7 +21,7 @@ from typing import Any
 from sglang_ess import errors
 
 SGLANG_VERSION = "0.5.23"
-# design.md's target is 12, and each one more needs a reason. Disaggregation brought four: two
+# The target is 12, and each one more needs a reason. Disaggregation brought four: two
 # scheduling rounds (colocated and decode) that admission has to see, the metadata that travels
 # between nodes, and NIXL's kinds of memory. Intake brought five: a body, a prompt, a control
 # request, a response and the scheduler's dispatcher each have one place that all of their kind

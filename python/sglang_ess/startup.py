@@ -251,23 +251,27 @@ def announced(
         thread.join()
 
 
+def _http_state() -> Any | None:
+    """SGLang's state of this process's HTTP server; None before it has one.
+
+    Looked up, not imported: SGLang decides in the main thread whether it needs the module.
+    """
+    get_state = getattr(sys.modules.get(HTTP_SERVER), "get_global_state", None)
+    return get_state() if get_state else None
+
+
 def answers() -> bool:
     """Whether this process's HTTP server is ready: SGLang's start is over."""
-    get_state = getattr(sys.modules.get(HTTP_SERVER), "get_global_state", None)
-    state = get_state() if get_state else None
+    state = _http_state()
     return state is not None and getattr(state.tokenizer_manager, "is_ready", lambda: True)()
 
 
 def _announce(
     server_args: Any, since: float, serving: Callable[[], None], ended: threading.Event
 ) -> None:
-    # Looked up, not imported: SGLang decides in the main thread whether it needs the module.
-    state = None
-    while state is None:
+    while (state := _http_state()) is None:
         if ended.wait(POLL_SECONDS):
             return
-        get_state = getattr(sys.modules.get(HTTP_SERVER), "get_global_state", None)
-        state = get_state() if get_state else None
     progress("the scheduler is ready; SGLang sends itself a warm-up request")
     while not _is_ready(server_args, state.tokenizer_manager):
         if ended.wait(POLL_SECONDS):
