@@ -36,10 +36,10 @@ from benchmarks.admission_rounds import (
     round_seconds,
 )
 from benchmarks.common import Report, arguments, measured, save_figure, simulated, table
-from sglang_ess.admission import Admission
-from sglang_ess.sim.arrivals import Arrivals, Lengths
-from sglang_ess.sim.scenario import ESS, NO_ADMISSION, Scenario, read_scenario, with_settings
-from sglang_ess.sim.simulation import Simulation, workload_of
+from sglang_ess.admission.policy import Admission
+from sglang_ess.sim.engine.simulation import Simulation, workload_of
+from sglang_ess.sim.inputs.arrivals import Arrivals, Lengths
+from sglang_ess.sim.inputs.scenario import ESS, NO_ADMISSION, Scenario, read_scenario, with_settings
 
 SCENARIO, CLIENTS = "thrash", 48
 # Shares of a PCIe link: 2 to 37 GB/s at row size.

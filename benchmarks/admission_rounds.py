@@ -39,7 +39,7 @@ def scheduler_of(waiting: int, running: int = RUNNING, places: int = PLACES) -> 
 
 def gate_of(scheduler: Any, admission: Any) -> Any:
     """A Gate of one rank with this policy, without a pool."""
-    from sglang_ess import scheduling
+    from sglang_ess import scheduler_gate as scheduling
 
     gate = object.__new__(scheduling.Gate)
     gate._scheduler, gate.admission, gate._warm_up = scheduler, admission, None
@@ -51,7 +51,7 @@ def gate_of(scheduler: Any, admission: Any) -> Any:
 @contextmanager
 def over_the_whole_queue() -> Iterator[None]:
     """Meanwhile a round asks about every request that waits, and copies those that do not join."""
-    from sglang_ess.scheduling import Gate
+    from sglang_ess.scheduler_gate import Gate
 
     @contextmanager
     def copying(self, count):
@@ -80,7 +80,7 @@ def fill_places(scheduler: Any, running_batch: Any) -> list[Any]:
 
 def round_seconds(waiting: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round, by how far it looks. Who joined waits again, at the end."""
-    from sglang_ess.admission import Admission, Limits
+    from sglang_ess.admission.policy import Admission, Limits
 
     limits = Limits(hot_rows=1 << 26, topk=2048, layers=61, row_bytes=656)
     scheduler = scheduler_of(waiting)

@@ -12,9 +12,9 @@ from scipy.optimize import least_squares
 
 from benchmarks import ess_paper
 from benchmarks.ess_paper import BASELINES, ESS_ROWS, K, Row
-from sglang_ess.sim.cost import MICRO, CostModel
-from sglang_ess.sim.overlap import MODES
-from sglang_ess.sim.specs import Calibration, load
+from sglang_ess.sim.inputs.specs import Calibration, load
+from sglang_ess.sim.model.cost import MICRO, CostModel
+from sglang_ess.sim.model.overlap_time import MODES
 
 MODEL, GPU, LINK = "deepseek-v3.2", "h200", "pcie5"
 TABLE_SIGMA = 0.005  # relative: printed to six digits, so what the model leaves out decides

@@ -20,8 +20,8 @@ from scipy.optimize import brentq, least_squares, minimize
 from benchmarks import locality_published as published
 from benchmarks.common import ROOT, Report, arguments, save_figure, simulated, table
 from benchmarks.ess_paper import FIGURE5, FIGURE9
-from sglang_ess.sim.decode_tiers import miss_curves
-from sglang_ess.sim.locality import Layers, Locality, TopkStream, similarity
+from sglang_ess.sim.model.decode_tiers import miss_curves
+from sglang_ess.sim.model.locality import Layers, Locality, TopkStream, similarity
 from sglang_ess.sim.policies import misses as policy_misses
 
 TOPK, CHURN, QUERIES, CONTEXT = 2048, 0.3, 2, 32768

@@ -88,7 +88,12 @@ def parser():
     options = arguments("Decode on a GPU: ESS beside one tier, HiSparse and all rows resident.")
     add = options.add_argument
     add("--platform", choices=tuple(PACES), default="cuda", help="cpu: a miniature [cuda]")
-    add("--model", type=Path, metavar="DIR", help="of sglang_ess.slice_model; cpu: writes its own")
+    add(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="of sglang_ess.slice_model; cpu: writes its own",
+    )
     add("--seconds", type=float, default=1500, help="nothing that ends later is begun [1500]")
     add("--systems", type=_names(SYSTEMS), default=SYSTEMS, help="some of: " + ", ".join(SYSTEMS))
     add("--contexts", type=_counts, metavar="N,N", help="prompt tokens [8192,...,131072]")
@@ -185,7 +190,7 @@ def run_module(name: str, *flags: str) -> None:
 def tiny_model(directory: Path, seed: int) -> Path:
     path = directory / "tiny"
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY_MODEL.items()]
-    run_module("sglang_ess.tiny_model", "--out", str(path), "--seed", str(seed), *flags)
+    run_module("sglang_ess.testing.tiny_model", "--out", str(path), "--seed", str(seed), *flags)
     return path
 
 
@@ -205,7 +210,7 @@ def stream_file(directory: Path, plan: Plan, model: Model, seed: int) -> str:
 
 
 def slice_facts(model: Model) -> dict | None:
-    """What sglang_ess.slice_model wrote beside its config.json; None for another model."""
+    """What sglang_ess.testing.slice_model wrote beside its config.json; None for another model."""
     try:
         return json.loads((Path(model.path) / "slice_model.json").read_text())
     except (OSError, ValueError):

@@ -120,7 +120,7 @@ def _all_modes(labels: Sequence[str]) -> Callable[[str, int], None]:
 
     if not torch.cuda.is_available():
         return lambda label, batch: None
-    from sglang_ess.cuda import attention_backend
+    from sglang_ess.attention import backend_cuda as attention_backend
 
     return switch_modes(labels, lambda: attention_backend.active)
 
@@ -131,8 +131,7 @@ def switch_modes(labels: Sequence[str], active: Callable[[], Any]) -> Callable[[
 
     active: gives the process's backend, None one-tier. Effect: patches OverlapPolicy
     """
-    from sglang_ess.attention.overlap import Mode
-    from sglang_ess.attention.overlap_policy import Choice, OverlapPolicy
+    from sglang_ess.attention.overlap import Choice, Mode, OverlapPolicy
 
     forced: Mode | None = None
     construct, choose = OverlapPolicy.__init__, OverlapPolicy.choose

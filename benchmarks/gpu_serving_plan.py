@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sglang_ess.capacity import CPU_TIER, GPU_TIER, GPU_TIER_THAT_MOVES, Geometry
+from sglang_ess.mem_cache.capacity import CPU_TIER, GPU_TIER, GPU_TIER_THAT_MOVES, Geometry
 
 ONE_TIER, HISPARSE, RESIDENT, BUDGETS = "one-tier", "hisparse", "resident", "ess budgets"
 # Modes of overlap that one engine with ESS runs in turns, each a system.

@@ -33,10 +33,10 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from sglang_ess.sim.replay import replay
+from sglang_ess.sim.model.trace_replay import replay
 from sglang_ess.tiers import HotCache, PlanBuffers, lru
-from sglang_ess.tiers.recorded import Recorder
-from sglang_ess.tiers.trace import read_trace
+from sglang_ess.trace.trace import read_trace
+from sglang_ess.trace.trace_recorder import Recorder
 
 TOPK, CONTEXT, PAGE = 2048, 64 << 10, 64
 SIMILARITY = 0.6  # papers.md 1.6: mean over layers, at any context

@@ -16,7 +16,7 @@ from benchmarks.kernels_timing import Bench, Subject, require
 from ess_kernels import cuda_ops
 from ess_kernels.fetch import fetch
 from ess_kernels.plan import DECODE, plan
-from ess_kernels.reorder import ReorderScratch, reorder
+from ess_kernels.rebuild_order import ReorderScratch, reorder
 
 BLOCK_SIZE = 960  # HiSparse's default swap_in_block_size
 

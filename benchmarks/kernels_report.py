@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks import common
 from benchmarks.common import Report
-from sglang_ess.attention.overlap import Mode
-from sglang_ess.attention.overlap_policy import CostTable
+from sglang_ess.attention.overlap import CostTable, Mode
 
 ROW_BYTES = 656
 PLAN_POINT = {"batch": 160, "topk": 2048}

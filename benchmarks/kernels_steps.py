@@ -15,9 +15,11 @@ from benchmarks.kernels_points import PAGE, Sizes, Steady, make_rows
 from benchmarks.kernels_timing import Bench, Subject, nothing, require
 from ess_kernels.fetch import fetch
 from ess_kernels.sparse_mla import ROPE_DIM, ROW_DIM, sparse_mla_reference
-from sglang_ess.attention.decode_kernels import KERNELS, PREFERRED, Need
-from sglang_ess.attention.overlap import Mode, TransferStream, TwoTierDecode
-from sglang_ess.tiers.device_hot_cache import DeviceTier
+from sglang_ess.attention.mla_kernels import KERNELS, PREFERRED, Need
+from sglang_ess.attention.overlap import Mode
+from sglang_ess.attention.two_tier_decode import TwoTierDecode
+from sglang_ess.tiers.hot_cache_cuda import DeviceTier
+from sglang_ess.tiers.transfer_stream import TransferStream
 
 SM_SCALE = (128 + ROPE_DIM) ** -0.5  # of V3.2's heads before absorption
 CHECKED_QUERIES = 4  # against the float64 reference

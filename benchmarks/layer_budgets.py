@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from sglang_ess.sim.locality import Locality, TopkStream
-from sglang_ess.tiers import HotCache, PlanBuffers, layer_budgets, lru, rebalance
-from sglang_ess.tiers.ghost_cache import GhostCache
+from sglang_ess.sim.model.locality import Locality, TopkStream
+from sglang_ess.tiers import HotCache, PlanBuffers, lru
+from sglang_ess.tiers.balance import budgets as layer_budgets
+from sglang_ess.tiers.balance import rebalance
+from sglang_ess.tiers.balance.ghost_cache import GhostCache
+from sglang_ess.tiers.balance.rebalance import AgeRebalancer, AgeSchedule, Rebalancer, Schedule
+from sglang_ess.tiers.balance.row_ages import Look
 from sglang_ess.tiers.hot_arena import HotArena
-from sglang_ess.tiers.rebalance import AgeRebalancer, AgeSchedule, Rebalancer, Schedule
-from sglang_ess.tiers.row_ages import Look
 
 PROFILE = "deepseek-v3.2"
 POINTS = [
@@ -37,7 +39,7 @@ AFTER_STEPS = 64
 SIDES = ("uniform", "auto", "ages")
 FILL_STEPS = 16  # after a fill by recency, which the generator's own order is not quite
 LOOK_STEPS = 8  # between two looks at the ages, as cuda/attention_backend.py mirrors them
-AGES = 1024  # told apart by ess_kernels.reorder
+AGES = 1024  # told apart by ess_kernels.rebuild_order
 
 
 @dataclass

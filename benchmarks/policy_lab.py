@@ -21,8 +21,9 @@ import numpy as np
 from benchmarks import common
 from benchmarks.common import simulated
 from benchmarks.locality_published import HISPARSE
-from sglang_ess.sim import lab, policies
-from sglang_ess.sim.locality import Locality
+from sglang_ess.sim import policies
+from sglang_ess.sim.model.locality import Locality
+from sglang_ess.sim.planning import lab
 
 SIZES = (2048, 3072, 4096, 6144, 8192, 12288)  # 4096 and 6144: SGLang's device_buffer_size
 WINDOWS = 8  # of the counted steps: samples of a policy's row

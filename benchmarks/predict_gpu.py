@@ -37,12 +37,12 @@ from benchmarks import common
 from benchmarks.common import Report, measured, simulated, table
 from benchmarks.predict_gpu_files import BUDGETS, FREE, OVERLAPS, RESIDENT, Host, Point, Served
 from benchmarks.validate_step_time import draw, halves
-from sglang_ess.sim.cost import CostModel
-from sglang_ess.sim.decode_tiers import measure
-from sglang_ess.sim.miss_table import MissTable
-from sglang_ess.sim.specs import Calibration, Model, load, names
-from sglang_ess.topk_stream.spec import MAX_LAYERS, Profile
-from sglang_ess.topk_stream.table import scaled
+from sglang_ess.sim.inputs.specs import Calibration, Model, load, names
+from sglang_ess.sim.model.cost import CostModel
+from sglang_ess.sim.model.decode_tiers import measure
+from sglang_ess.sim.model.miss_table import MissTable
+from sglang_ess.testing.topk_stream.spec import MAX_LAYERS, Profile
+from sglang_ess.testing.topk_stream.table import scaled
 
 NAME = "predict_gpu"
 QUICK_REQUESTS, QUICK_STEPS = 8, 20

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sglang_ess.sim.cost import MICRO, TERA
-from sglang_ess.sim.specs import Calibration, Gpu, Link, Model, from_kernels, load, names
-from sglang_ess.slice_model import SliceConfig
+from sglang_ess.sim.inputs.specs import Calibration, Gpu, Link, Model, from_kernels, load, names
+from sglang_ess.sim.model.cost import MICRO, TERA
+from sglang_ess.testing.slice_model import SliceConfig
 
 RESIDENT = ("one-tier", "resident")
 BUDGETS = "ess budgets"
@@ -70,7 +70,7 @@ class Served:
             raise ValueError(
                 f"{path} must hold decode rows, and the slice, row_bytes and card in its config: "
                 f"got {type(error).__name__} {error}. Write it with python -m "
-                "benchmarks.gpu_serving on a GPU, of a slice by sglang_ess.slice_model."
+                "benchmarks.gpu_serving on a GPU, of a slice by sglang_ess.testing.slice_model."
             ) from None
         resident = [point for point in points if point.system in RESIDENT]
         if len(points) == len(resident) or len({point.cell for point in resident}) < 4:

@@ -47,11 +47,11 @@ from benchmarks.ess_fit import (
     table_points,
 )
 from benchmarks.ess_paper import BASELINES, ESS_ROWS, K, Row
-from sglang_ess.sim.decode_tiers import measure
-from sglang_ess.sim.locality import Locality
-from sglang_ess.sim.memory import Charges, Memory
-from sglang_ess.sim.overlap import MODES
-from sglang_ess.sim.specs import Calibration, load
+from sglang_ess.sim.inputs.specs import Calibration, load
+from sglang_ess.sim.model.decode_tiers import measure
+from sglang_ess.sim.model.locality import Locality
+from sglang_ess.sim.model.memory import Charges, Memory
+from sglang_ess.sim.model.overlap_time import MODES
 
 TARGETS = {"mean_abs_error": 0.03, "max_abs_error": 0.07}
 BEST_BATCH_MTP4 = 128  # Table 2's

@@ -43,8 +43,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import common
-from sglang_ess.sim.block_serving import SYSTEMS, BlockCache, Result, Server, System, load
-from sglang_ess.sim.blocks import DenseModel, Roofline, Setting
+from sglang_ess.sim.engine.block_serving import SYSTEMS, BlockCache, Result, Server, System, load
+from sglang_ess.sim.engine.blocks import DenseModel, Roofline, Setting
 
 DATA = Path(__file__).with_name("sparseserve.toml")
 FIG1_LOADS = 21.36

@@ -21,8 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.common import Report, arguments, save_figure, simulated, table
-from sglang_ess.sim.decode_tiers import DecodeTiers
-from sglang_ess.sim.locality import Locality
+from sglang_ess.sim.model.decode_tiers import DecodeTiers
+from sglang_ess.sim.model.locality import Locality
 
 PROFILE, CONTEXT, QUERIES, ROWS = "deepseek-v3.2", 32768, 2, 6881
 REQUESTS, STEPS, SETTLE = 160, 200, 20

@@ -178,7 +178,14 @@ class Bench:
     def model(self, name: str, **shape: int) -> str:
         path = self.directory / name
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in shape.items()]
-        command = [sys.executable, "-m", "sglang_ess.tiny_model", "--out", str(path), *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "sglang_ess.testing.tiny_model",
+            "--out",
+            str(path),
+            *flags,
+        ]
         command += ["--seed", str(self.seed)]
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         return str(path)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
+from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from tests.support.server import Server
 
 OUT = Path("out/demo")

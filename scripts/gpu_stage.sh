@@ -8,7 +8,7 @@ set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 CUDA_TESTS=tests/kernels/test_cuda_sources.py
-TESTS=(tests/kernels tests/tiers/test_device_hot_cache.py)
+TESTS=(tests/kernels tests/tiers/test_hot_cache_cuda.py)
 # Short of the whole: the sanitizer slows a kernel by ten to a hundred times.
 SANITIZED=(tests/kernels/test_fetch.py tests/kernels/test_plan.py -k
   "equals_its_reference or plans_one_after_another or empty_lists")

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
+from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from tests.support.pd import Node, PdCluster
 
 OUT = Path("out/pd")

@@ -21,8 +21,8 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():  # read when a kernel is defined: before any import of one
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from ess_kernels.launch import interpreted  # noqa: E402
-from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model  # noqa: E402
+from ess_kernels.checks import interpreted  # noqa: E402
+from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model  # noqa: E402
 from tests.disagg import cluster  # noqa: E402
 from tests.support import engine, groups, interpreter, launching, leftovers  # noqa: E402
 from tests.support.forked import ForkedNode  # noqa: E402
@@ -49,7 +49,7 @@ def pytest_sessionstart(session):
     """In a fresh clone one process compiles the CPU kernels, before several would, 15 s each."""
     several = getattr(session.config.option, "numprocesses", None)
     if several and not any(PACKAGE.rglob("*.nbi")):
-        code = "from sglang_ess.cpu.warmup import warm_up; warm_up()"
+        code = "from sglang_ess.launch.compile_kernels import warm_up; warm_up()"
         subprocess.run([sys.executable, "-c", code], check=False)
 
 
@@ -120,7 +120,7 @@ def starting_server(tiny_v32, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def starting_pair(tiny_v32, tmp_path_factory):
-    """Of two tokenizer workers; of tests/test_shutdown_server.py, which end it."""
+    """Of two tokenizer workers; of tests/launch/test_shutdown_server.py, which end it."""
     with leftovers.start(tiny_v32, tmp_path_factory.mktemp("pair") / "log", workers=2) as starting:
         yield starting
 

@@ -27,17 +27,17 @@ CLOSED_ROOMS = {
     "config": set(),
     "tiers": {"torch", "numpy", "numba", "ess_kernels", "sglang_ess.tiers"},
     "admission": {"numpy", "sglang_ess.tiers"},  # which the simulator runs too,
-    "admission_feed": {"numpy", "sglang_ess.tiers", "sglang_ess.admission"},  # and this
+    "admission_feed": {"numpy", "sglang_ess.tiers", "sglang_ess.admission.policy"},  # and this
     "sim": {
-        "torch", "numpy", "numba", "sglang_ess.tiers", "sglang_ess.admission",
-        "sglang_ess.admission_feed", "sglang_ess.sim",
+        "torch", "numpy", "numba", "sglang_ess.tiers", "sglang_ess.admission.policy",
+        "sglang_ess.admission.feed", "sglang_ess.sim",
     },
     "ess_kernels": {"torch", "triton", "numpy", "numba", "tvm_ffi", "ess_kernels"},
 }  # fmt: skip
 
 
 def room(file):
-    """The first name below a root: `sglang_ess/pool.py` and `sglang_ess/pool/x.py` are "pool"."""
+    """The first name below a root: `sglang_ess/mem_cache/pool.py` and `sglang_ess/pool/x.py` are "pool"."""
     for name, root in ROOTS.items():
         if file.is_relative_to(root):
             first = Path(file.relative_to(root).parts[0]).stem
@@ -99,7 +99,7 @@ def test_sizes(file):
     ("name", "source", "found"),
     [
         ("tiers", "def f():\n    import sglang.srt.utils", ["sglang"]),
-        ("sim", "from sglang_ess.pool import x", ["sglang_ess.pool"]),
+        ("sim", "from sglang_ess.mem_cache.pool import x", ["sglang_ess.mem_cache.pool"]),
         ("config", "import torch, json", ["torch"]),
         ("ess_kernels", "import triton.language as tl\nimport sglang_ess", ["sglang_ess"]),
         ("metrics", "from sglang.srt import utils", ["sglang"]),

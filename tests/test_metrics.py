@@ -16,7 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_ess import metrics
-from sglang_ess.admission import HOT_TIER, Admission, Limits
+from sglang_ess.admission.policy import HOT_TIER, Admission, Limits
 from sglang_ess.metrics import Exporter, Metrics, Watch, log_line
 from sglang_ess.tiers import HotCache
 from tests.support.server import Server

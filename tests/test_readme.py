@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ess_patches import all_hooks
-from sglang_ess import startup
 from sglang_ess.config import EssConfig
+from sglang_ess.launch import startup
 
 REPO = Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text()

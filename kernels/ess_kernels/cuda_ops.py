@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from ess_kernels import cuda_build
+from ess_kernels.checks import check_reachable
 from ess_kernels.hot_state import HotState
-from ess_kernels.launch import check_reachable
 from ess_kernels.plan import PlanBuffers
 
 # Blocks of fetch and save. 55 GB/s x 2 us = 110 KB under way is 3 blocks of 8 warps x 4,608 B;

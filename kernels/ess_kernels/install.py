@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from ess_kernels.checks import check_tensor
 from ess_kernels.hot_state import HotState
-from ess_kernels.launch import check_tensor
 from ess_kernels.plan import INSTALL, INSTALL_WIDTH, PlanBuffers, run_plan
 
 

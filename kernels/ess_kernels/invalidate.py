@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ess_kernels import hot_state
+from ess_kernels.checks import check_tensor
 from ess_kernels.hot_state import HotState
-from ess_kernels.launch import check_tensor
 
 BLOCK = 256
 

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ess_kernels.launch import check_tensor
+from ess_kernels.checks import check_tensor
 
 # MurmurHash3's finaliser: the first pages of a batch are often evenly spaced, which a plain
 # multiplier maps to few steps.

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numba
 import torch
 
-from ess_kernels.launch import check_tensor, words
+from ess_kernels.checks import check_tensor, words
 
 
 @numba.njit(cache=True, nogil=True)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ess_kernels.launch import (
+from ess_kernels.checks import (
     COPY_WARPS,
     LINE_WORDS,
     check_on_device,

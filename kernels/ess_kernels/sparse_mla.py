@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ess_kernels.launch import check_on_device, check_tensor, interpreted
+from ess_kernels.checks import check_on_device, check_tensor, interpreted
 
 LATENT_DIM = 512
 ROPE_DIM = 64

@@ -32,8 +32,8 @@ HOOKS = (
         target=f"{_UTILS}.all_reduce_flags",
         kind="call",
         signature="(flags, group, op)",
-        body="sglang_ess.scheduling",
+        body="sglang_ess.scheduler_gate",
         reason="Ranks that run one batch agree on who joins it.",
-        test="tests/test_scheduling.py",
+        test="tests/test_scheduler_gate.py",
     ),
 )

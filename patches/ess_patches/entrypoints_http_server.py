@@ -14,6 +14,6 @@ _SETUP = Hook(
     reason="Adds a middleware that answers an error raised before a response's first byte: "
     "an app takes none once it has started. Tokenizer workers get it from intake/http_app.py.",
     when="cpu",
-    test="tests/test_intake.py",
+    test="tests/intake/test_intake.py",
 )
 HOOKS = (_SETUP, replace(_SETUP, when="cuda"))

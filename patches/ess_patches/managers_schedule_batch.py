@@ -2,10 +2,10 @@
 
 from ess_patches.contract import Hook
 
-_BODY = "sglang_ess.retraction"
+_BODY = "sglang_ess.mem_cache.retraction"
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _REQ = "sglang.srt.managers.schedule_batch.Req"
-_TEST = "tests/test_retraction.py"
+_TEST = "tests/mem_cache/test_retraction.py"
 
 HOOKS = (
     Hook(
@@ -62,8 +62,8 @@ HOOKS = (
         target="sglang.srt.managers.schedule_batch.ScheduleBatch._get_decode_retraction_order",
         kind="call",
         signature="(reqs)",
-        body="sglang_ess.scheduling",
+        body="sglang_ess.scheduler_gate",
         reason="Who leaves a batch first where the hot tier thrashes: as where slots run out.",
-        test="tests/test_scheduling.py",
+        test="tests/test_scheduler_gate.py",
     ),
 )

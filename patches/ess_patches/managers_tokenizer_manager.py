@@ -10,14 +10,14 @@ from dataclasses import replace
 from ess_patches.contract import Hook
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
-_TEST = "tests/test_intake.py"
+_TEST = "tests/intake/test_intake.py"
 
 _ROWS = (
     Hook(
         target=f"{_MANAGER}.generate_request",
         kind="before",
         signature="(self, obj, request=None)",
-        body="sglang_ess.intake.requests:before_generate",
+        body="sglang_ess.intake.request_checks:before_generate",
         reason="A body before it is expanded: n, the lists of a batch, reserved request ids.",
         when="cpu",
         test=_TEST,
@@ -27,7 +27,7 @@ _ROWS = (
         kind="around",
         signature="(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, "
         "token_type_ids=None)",
-        body="sglang_ess.intake.requests:create_tokenized",
+        body="sglang_ess.intake.request_checks:create_tokenized",
         reason="Private, but what each prompt passes last before it is sent, as the scheduler "
         "will read it; _validate_one_request sees neither sampling parameters nor types.",
         when="cpu",

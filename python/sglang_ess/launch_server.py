@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sglang_ess import errors, shutdown, startup
+from sglang_ess import errors
 from sglang_ess.config import REFUSED, EssConfig
 from sglang_ess.cpu import set_thread_defaults
+from sglang_ess.launch import shutdown, startup
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.update(config.to_env())
     set_thread_defaults()
 
-    from sglang_ess import preflight
+    from sglang_ess.launch import preflight
 
     reasons = preflight.environment_reasons(config, os.environ) + preflight.early_reasons(rest)
     if reasons:
@@ -69,7 +70,8 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.utils import kill_process_tree
 
-    from sglang_ess import http_end, plugin, preflight
+    from sglang_ess import plugin
+    from sglang_ess.launch import http_end, preflight
 
     load_plugins()
     if not plugin.registered:
@@ -96,7 +98,7 @@ def _may_be_sparse(server_args: Any) -> bool:
     """Whether the model has DeepSeek sparse attention, or only SGLang can tell."""
     from sglang.srt.configs.model_config import is_deepseek_dsa
 
-    from sglang_ess.preflight import read_model_config
+    from sglang_ess.launch.preflight import read_model_config
 
     model = read_model_config(server_args)
     return model is None or is_deepseek_dsa(model)

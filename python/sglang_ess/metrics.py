@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_ess.admission import REASONS
+from sglang_ess.admission.policy import REASONS
 
 logger = logging.getLogger(__name__)
 

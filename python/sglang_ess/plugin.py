@@ -16,7 +16,7 @@ from sglang_ess.config import ENV_VAR, EssConfig
 
 logger = logging.getLogger(__name__)
 
-CPU_PLATFORM = "sglang_ess.cpu.platform.CpuDsaPlatform"
+CPU_PLATFORM = "sglang_ess.platforms.cpu.CpuDsaPlatform"
 PLUGIN_NAMES = ("sglang_ess", "ess_cpu")  # our entry points in pyproject.toml
 # SGLang's variable for the app of its tokenizer workers, which load no plugins by themselves.
 APP_VAR, APP = "SGLANG_HTTP_SERVER_APP_PATH", "sglang_ess.intake.http_app:app"
@@ -156,7 +156,7 @@ def _named() -> bool:
 
 def _announce(config: EssConfig | None) -> None:
     if config is not None and config.topk_stream:
-        from sglang_ess.topk_stream.announce import mark_log_lines
+        from sglang_ess.testing.topk_stream.announce import mark_log_lines
 
         mark_log_lines()
 

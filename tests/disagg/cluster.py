@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
+from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from tests.support.pd import Node, PdCluster
 
 # float32 in the model, the rows and the index keys, so that a wrong row cannot hide in rounding.

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_ess.disagg import recorder, warmup
+from sglang_ess.disagg import decode_side as warmup
+from sglang_ess.disagg import prefill_side as recorder
 from sglang_ess.disagg.metadata import EssMetadataBuffers
-from sglang_ess.disagg.recorder import Recorder
-from sglang_ess.disagg.warmup_payload import HEADER, ITEM_BYTES, encode
+from sglang_ess.disagg.payload import HEADER, ITEM_BYTES, encode
+from sglang_ess.disagg.prefill_side import Recorder
 
 LAYERS, TOPK, SLOTS, ROOM = 2, 4, 256, 99
 
@@ -136,7 +137,7 @@ def test_a_plain_prefill_node_sends_nothing_and_a_cleared_slot_is_empty(buffers)
 )
 def test_hostile_payloads_cost_one_warning_and_no_request(buffers, caplog, spoil):
     pool, warm_up = hot_pool(), None
-    with caplog.at_level(logging.WARNING, logger="sglang_ess.disagg.warmup"):
+    with caplog.at_level(logging.WARNING, logger="sglang_ess.disagg.decode_side"):
         warm_up = warmup.WarmUp(pool, buffers)
         for room in (ROOM, ROOM + 1):
             positions = np.arange(12, dtype=np.int32).reshape(3, 4)
@@ -182,7 +183,7 @@ def test_the_buffer_is_the_last_and_one_item_a_request(buffers):
 def test_a_recorder_that_fails_costs_the_ids_only(active, buffers, caplog):
     """A position beyond the prompt: encode refuses it."""
     active._rows[1] = ("a", [np.array([[41]], np.int32)] * LAYERS)
-    with caplog.at_level(logging.WARNING, logger="sglang_ess.disagg.recorder"):
+    with caplog.at_level(logging.WARNING, logger="sglang_ess.disagg.prefill_side"):
         buffers.set_buf(request())
         active._rows[1] = ("a", [np.array([[41]], np.int32)] * LAYERS)
         buffers.set_buf(request())

@@ -18,7 +18,7 @@ from ess_kernels.fetch import fetch_reference
 from ess_kernels.hot_state import HotState
 from ess_kernels.install import install
 from ess_kernels.plan import MAX_WIDTH, PlanBuffers, plan
-from ess_kernels.reorder import ReorderScratch, reorder
+from ess_kernels.rebuild_order import ReorderScratch, reorder
 from ess_kernels.scatter import scatter_rows_reference
 from tests.kernels import test_plan
 from tests.kernels.cuda_host import host, resources

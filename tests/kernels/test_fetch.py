@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from ess_kernels.checks import check_on_device, check_reachable, copy_tile, words
 from ess_kernels.fetch import _fetch_kernel, fetch, fetch_reference
-from ess_kernels.launch import check_on_device, check_reachable, copy_tile, words
 from tests.support.rows import BF16, FP8, as_bytes, random_rows, sparse_rows
 from tests.support.triton_compile import compile_for_hopper
 
@@ -166,7 +166,7 @@ def test_words_are_the_same_memory():
 
 
 def test_memory_no_kernel_reaches_is_refused(monkeypatch):
-    monkeypatch.setattr("ess_kernels.launch.interpreted", lambda: False)
+    monkeypatch.setattr("ess_kernels.checks.interpreted", lambda: False)
     pageable = torch.zeros((4, 656), dtype=torch.uint8)
     with pytest.raises(ValueError, match="hot_rows must be a CUDA tensor: got cpu"):
         check_on_device("hot_rows", pageable)

@@ -12,7 +12,7 @@ from ess_kernels.hot_state import HotState
 from ess_kernels.install import install
 from ess_kernels.invalidate import invalidate, invalidate_reference
 from ess_kernels.plan import PlanBuffers, plan, plan_reference
-from ess_kernels.reorder import ReorderScratch, reorder
+from ess_kernels.rebuild_order import ReorderScratch, reorder
 from tests.support.hot_state import check_state, victims
 from tests.support.triton_compile import compile_for_hopper
 

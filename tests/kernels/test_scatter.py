@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ess_kernels.launch import copy_tile
+from ess_kernels.checks import copy_tile
 from ess_kernels.scatter import _scatter_kernel, scatter_rows, scatter_rows_reference
 from tests.support.rows import BF16, FP8, as_bytes, random_rows, sparse_rows
 from tests.support.triton_compile import compile_for_hopper

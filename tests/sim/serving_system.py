@@ -4,17 +4,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_ess.admission import Limits
-from sglang_ess.sim.arrivals import Arrivals, Lengths, Workload, draw
-from sglang_ess.sim.cost import StepTime
-from sglang_ess.sim.decode_rank import DecodeRank, RankLimits
-from sglang_ess.sim.decode_tiers import DecodeTiers
-from sglang_ess.sim.fetches import ConstantFetches, TierFetches
-from sglang_ess.sim.gate import Gate
-from sglang_ess.sim.locality import Layers, Locality
-from sglang_ess.sim.report import Machine, Recorder
-from sglang_ess.sim.requests import Requests
-from sglang_ess.sim.serving import Flow, Serving, Until
+from sglang_ess.admission.policy import Limits
+from sglang_ess.sim.engine.admission_gate import Gate
+from sglang_ess.sim.engine.decode_rank import DecodeRank, RankLimits
+from sglang_ess.sim.engine.fetches import ConstantFetches, TierFetches
+from sglang_ess.sim.engine.report import Machine, Recorder
+from sglang_ess.sim.engine.requests import Requests
+from sglang_ess.sim.engine.serving import Flow, Serving, Until
+from sglang_ess.sim.inputs.arrivals import Arrivals, Lengths, Workload, draw
+from sglang_ess.sim.model.cost import StepTime
+from sglang_ess.sim.model.decode_tiers import DecodeTiers
+from sglang_ess.sim.model.locality import Layers, Locality
 
 LAYERS, TOPK, ROW_BYTES = 4, 16, 1000
 LOCALITY = Locality(TOPK, 128, 0.0, Layers(0.4, (0.1,) * LAYERS, (40.0,) * LAYERS))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sglang_ess.sim.arrivals import Arrivals, Lengths, TraceError, draw, read_trace
+from sglang_ess.sim.inputs.arrivals import Arrivals, Lengths, TraceError, draw, read_trace
 
 MANY = 20_000
 TEN = Lengths("constant", tokens=10)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_ess.sim.cost import CostModel
-from sglang_ess.sim.overlap import (
+from sglang_ess.sim.inputs.specs import Calibration, changed, load
+from sglang_ess.sim.model.cost import CostModel
+from sglang_ess.sim.model.overlap_time import (
     CHOICES,
     CONTENTION,
     HALVES,
@@ -18,7 +19,6 @@ from sglang_ess.sim.overlap import (
     cheapest,
     exposed,
 )
-from sglang_ess.sim.specs import Calibration, changed, load
 
 MODEL, GPU, LINK = load("model", "deepseek-v3.2"), load("gpu", "h200"), load("link", "pcie5")
 CALIBRATION = load("calibration", "ess-paper")

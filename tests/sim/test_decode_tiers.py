@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from sglang_ess.sim.decode_tiers import PAGE_SLOTS, DecodeTiers, OutOfSlots, measure, miss_curves
-from sglang_ess.sim.locality import Layers, Locality
+from sglang_ess.sim.model.decode_tiers import (
+    PAGE_SLOTS,
+    DecodeTiers,
+    OutOfSlots,
+    measure,
+    miss_curves,
+)
+from sglang_ess.sim.model.locality import Layers, Locality
 from sglang_ess.tiers import HotCache
 
 K, CONTEXT = 64, 640

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks import policy_lab
-from sglang_ess.sim import lab, policies
-from sglang_ess.sim.locality import Layers, Locality
-from sglang_ess.tiers.layer_budgets import BudgetError
+from sglang_ess.sim import policies
+from sglang_ess.sim.model.locality import Layers, Locality
+from sglang_ess.sim.planning import lab
+from sglang_ess.tiers.balance.budgets import BudgetError
 from tests.sim.oracles import stack_stream
 
 CONTEXT, ROWS, STEPS, WARMUP = 64, 24, 40, 8

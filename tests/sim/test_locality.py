@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from benchmarks.ess_paper import FIGURE5
-from sglang_ess.sim.decode_tiers import miss_curves
-from sglang_ess.sim.files import SpecError
-from sglang_ess.sim.locality import Layers, Locality, TopkStream, similarity
+from sglang_ess.sim.inputs.files import SpecError
+from sglang_ess.sim.model.decode_tiers import miss_curves
+from sglang_ess.sim.model.locality import Layers, Locality, TopkStream, similarity
 
 K, CONTEXT = 64, 1000
 

@@ -5,11 +5,11 @@ import pytest
 from benchmarks.ess_paper import DEVICE_BYTES, ESS_ROWS
 from ess_kernels import hot_state
 from ess_kernels.plan import PlanBuffers
-from ess_kernels.reorder import ReorderScratch
-from sglang_ess import capacity
-from sglang_ess.sim import memory
-from sglang_ess.sim.memory import Charges, Memory, kv_bytes, weight_bytes
-from sglang_ess.sim.specs import changed, load
+from ess_kernels.rebuild_order import ReorderScratch
+from sglang_ess.mem_cache import capacity
+from sglang_ess.sim.inputs.specs import changed, load
+from sglang_ess.sim.model import memory
+from sglang_ess.sim.model.memory import Charges, Memory, kv_bytes, weight_bytes
 from sglang_ess.tiers.host_tier import GIB
 
 MODEL = load("model", "deepseek-v3.2")

@@ -7,18 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sglang_ess import plan as command
 from sglang_ess.config import EssConfig
-from sglang_ess.sim import miss_table, planner
-from sglang_ess.sim.locality import Locality
-from sglang_ess.sim.memory import Memory
-from sglang_ess.sim.miss_table import MissTable
-from sglang_ess.sim.planner import PlanError, Planner, Question
-from sglang_ess.sim.replay import curve
-from sglang_ess.sim.specs import changed, load
-from sglang_ess.tiers.ghost_cache import MissCurve
+from sglang_ess.sim.cli import plan as command
+from sglang_ess.sim.inputs.specs import changed, load
+from sglang_ess.sim.model import miss_table
+from sglang_ess.sim.model.locality import Locality
+from sglang_ess.sim.model.memory import Memory
+from sglang_ess.sim.model.miss_table import MissTable
+from sglang_ess.sim.model.trace_replay import curve
+from sglang_ess.sim.planning import planner
+from sglang_ess.sim.planning.planner import PlanError, Planner, Question
+from sglang_ess.tiers.balance.ghost_cache import MissCurve
 from sglang_ess.tiers.host_tier import GIB
-from sglang_ess.tiers.trace import read_trace
+from sglang_ess.trace.trace import read_trace
 
 CONTEXT = 131072  # few batches: a quick search
 GOLDEN = Path(__file__).parent / "golden.ess"

@@ -11,12 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_ess import replay as command
-from sglang_ess.sim.replay import SCALES, TraceError, best_budgets, curve, layer_curves, replay
-from sglang_ess.tiers import trace
-from sglang_ess.tiers.recorded import Recorder
-from sglang_ess.tiers.trace import Kind, Trace, read_trace
-from sglang_ess.tiers.trace_format import PREFIX
+from sglang_ess.sim.cli import replay as command
+from sglang_ess.sim.model.trace_replay import (
+    SCALES,
+    TraceError,
+    best_budgets,
+    curve,
+    layer_curves,
+    replay,
+)
+from sglang_ess.trace import trace
+from sglang_ess.trace.format import PREFIX
+from sglang_ess.trace.trace import Kind, Trace, read_trace
+from sglang_ess.trace.trace_recorder import Recorder
 from tests.support import parity
 from tests.support.engine import EngineProcess
 from tests.support.recorded import Life

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from sglang_ess.sim.arrivals import Arrivals, Lengths, draw
-from sglang_ess.sim.decode_rank import acceptance_probability
-from sglang_ess.sim.fetches import TierFetches
-from sglang_ess.sim.requests import State
-from sglang_ess.sim.serving import Until
+from sglang_ess.sim.engine.decode_rank import acceptance_probability
+from sglang_ess.sim.engine.fetches import TierFetches
+from sglang_ess.sim.engine.requests import State
+from sglang_ess.sim.engine.serving import Until
+from sglang_ess.sim.inputs.arrivals import Arrivals, Lengths, draw
 from tests.sim.serving_system import LAYERS, ROW_BYTES, TOPK, System, load, poisson
 
 # --- closed forms -----------------------------------------------------------------------

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sglang_ess.admission import Admission, Limits, Step
-from sglang_ess.admission_feed import OBSERVED_STEPS, AdmissionFeed, LastStep, Totals
-from sglang_ess.sim.gate import SAMPLES, Gate
+from sglang_ess.admission.feed import OBSERVED_STEPS, AdmissionFeed, LastStep, Totals
+from sglang_ess.admission.policy import Admission, Limits, Step
+from sglang_ess.sim.engine.admission_gate import SAMPLES, Gate
 from tests.sim.serving_system import LAYERS, ROW_BYTES, TOPK, System, load, poisson
 
 PACKAGE = Path(__file__).parents[2] / "python" / "sglang_ess"
@@ -205,8 +205,8 @@ def test_the_policy_is_told_what_the_server_tells_it(monkeypatch):
 
     import torch
 
-    from sglang_ess import scheduling
-    from sglang_ess.tiers.working_set import WINDOW, WorkingSetWindow
+    from sglang_ess import scheduler_gate as scheduling
+    from sglang_ess.admission.working_set import WINDOW, WorkingSetWindow
 
     clock = iter(())
     monkeypatch.setattr(scheduling.time, "perf_counter", lambda: next(clock))

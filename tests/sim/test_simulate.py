@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from sglang_ess import simulate
-from sglang_ess.sim.locality import Locality
-from sglang_ess.sim.scenario import read_scenario, scenario_names, with_settings
-from sglang_ess.sim.simulation import Simulation, workload_of
+from sglang_ess.sim.cli import simulate
+from sglang_ess.sim.engine.simulation import Simulation, workload_of
+from sglang_ess.sim.inputs.scenario import read_scenario, scenario_names, with_settings
+from sglang_ess.sim.model.locality import Locality
 
 TINY = """\
 title = "tiny"

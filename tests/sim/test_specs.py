@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-import sglang_ess.sim.specs as specs
-from sglang_ess.sim.files import FRACTION, POSITIVE, Checked, SpecError, find, names, read, spec
+import sglang_ess.sim.inputs.specs as specs
+from sglang_ess.sim.inputs.files import (
+    FRACTION,
+    POSITIVE,
+    Checked,
+    SpecError,
+    find,
+    names,
+    read,
+    spec,
+)
 
 FILES = [(kind, name) for kind, (folder, _) in specs.KINDS.items() for name in names(folder)]
 

@@ -10,8 +10,8 @@ import numpy as np
 
 def _moves() -> None:
     """A tier whose rows move, as capacity decides on a GPU; what came of it among the counters."""
-    from sglang_ess import capacity
-    from sglang_ess.tiers.device_hot_cache import DeviceHotCache, DeviceTier
+    from sglang_ess.mem_cache import capacity
+    from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache, DeviceTier
 
     capacity.CPU_TIER = capacity.GPU_TIER_THAT_MOVES
     counters, move = DeviceHotCache.counters.fget, DeviceTier.move
@@ -30,8 +30,8 @@ def _moves() -> None:
 
 def rows_move() -> None:
     """In every decode step each layer gets rows at random: what the step needs, or more."""
-    from sglang_ess.tiers import rebalance
-    from sglang_ess.tiers.layer_budgets import Budgets
+    from sglang_ess.tiers.balance import rebalance
+    from sglang_ess.tiers.balance.budgets import Budgets
 
     _moves()
     random = np.random.default_rng(0)
@@ -48,8 +48,8 @@ def rows_move() -> None:
 
 def rows_move_by_age() -> None:
     """By the ages of rows, in rounds of a few steps; any gain is reason enough."""
-    from sglang_ess.cuda import attention_backend
-    from sglang_ess.tiers import rebalance
+    from sglang_ess.attention import backend_cuda as attention_backend
+    from sglang_ess.tiers.balance import rebalance
 
     _moves()
     attention_backend.MIRROR_STEPS = 1
@@ -60,6 +60,6 @@ def rows_move_by_age() -> None:
 
 def any_size_will_do() -> None:
     """A fault: rows move whatever the step at hand needs."""
-    from sglang_ess.tiers.device_hot_cache import DeviceTier
+    from sglang_ess.tiers.hot_cache_cuda import DeviceTier
 
     DeviceTier.demand = lambda tier, num_queries: 1

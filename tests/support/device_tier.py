@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from triton.runtime import interpreter
 
-from ess_kernels.launch import interpreted
-from sglang_ess.attention.overlap import TransferStream
+from ess_kernels.checks import interpreted
+from sglang_ess.tiers.transfer_stream import TransferStream
 from tests.support.interpreter import make_fast
 
 # --- streams ------------------------------------------------------------------------------
@@ -73,8 +73,9 @@ def launches_are_late(set_attribute=setattr) -> None:
 
     set_attribute: pytest's monkeypatch.setattr where it has to end
     """
-    from sglang_ess.attention import overlap
-    from sglang_ess.cuda import pool, staging
+    from sglang_ess.attention import two_tier_decode as overlap
+    from sglang_ess.mem_cache import pool_cuda as pool
+    from sglang_ess.tiers import staging_cuda as staging
 
     run_now = interpreter.GridExecutor.__call__
 
@@ -98,12 +99,12 @@ def install() -> None:
     if not interpreted():
         raise RuntimeError("Triton's interpreter must be on: got TRITON_INTERPRET unset.")
     make_fast()
+    import sglang_ess.attention.backend_cpu as two_tier_backend
     import sglang_ess.cpu.indexer as indexer
-    import sglang_ess.cpu.two_tier_backend as two_tier_backend
-    from sglang_ess import capacity
-    from sglang_ess.cpu.platform import CpuDsaPlatform
-    from sglang_ess.cpu.pool import CpuDsaTokenToKVPool
-    from sglang_ess.cuda import halves
+    from sglang_ess.attention import half_batch as halves
+    from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
+    from sglang_ess.mem_cache import capacity
+    from sglang_ess.platforms.cpu import CpuDsaPlatform
 
     pool_class = CpuDsaPlatform.get_kv_pool_cls
 
@@ -128,8 +129,8 @@ def install_late() -> None:
 
 def interpreted_pool_class() -> type:
     """CudaEssTokenToKVPool on CPU tensors, its rows packed by the CPU platform."""
-    from sglang_ess.cpu.pool import CpuDsaTokenToKVPool
-    from sglang_ess.cuda.pool import CudaEssTokenToKVPool
+    from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
+    from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
 
     class InterpretedPool(CudaEssTokenToKVPool, CpuDsaTokenToKVPool):
         pass
@@ -139,7 +140,7 @@ def interpreted_pool_class() -> type:
 
 def _hook_topk(indexer) -> None:
     """cuda/hooks.py's topk_selected around the CPU platform's top-k of a decode step."""
-    from sglang_ess.cuda import hooks
+    from sglang_ess.platforms import cuda as hooks
 
     forward, decode_slots, calls = indexer.indexer_forward, indexer._decode_slots, []
 
@@ -161,9 +162,9 @@ def _hook_topk(indexer) -> None:
 
 def _count_calls() -> None:
     """Each cache's counters also say what all layers did: calls, and the most groups of a pass."""
-    from sglang_ess.attention.overlap import TwoTierDecode
-    from sglang_ess.cuda.staging import DeviceStaging
-    from sglang_ess.tiers.device_hot_cache import DeviceHotCache
+    from sglang_ess.attention.two_tier_decode import TwoTierDecode
+    from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
+    from sglang_ess.tiers.staging_cuda import DeviceStaging
 
     calls, counters = Counter(), DeviceHotCache.counters.fget
 
@@ -206,13 +207,13 @@ def backend_class() -> type:
     """EssDsaBackend whose super() is CpuUpstream."""
     from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
 
+    from sglang_ess.attention.backend_cuda import EssDsaBackend
     from sglang_ess.cpu.attention_backend import (
         CpuSparseMlaBackend,
         SparseMetadata,
         attend_rows,
     )
     from sglang_ess.cpu.ops.rows import LATENT_DIM
-    from sglang_ess.cuda.attention_backend import EssDsaBackend
 
     @dataclass(frozen=True)
     class Metadata(SparseMetadata):
@@ -288,7 +289,7 @@ def backend_class() -> type:
 
 def triton_attention() -> None:
     """Decode's merged attention by the Triton kernel instead of the CPU platform's."""
-    import sglang_ess.cpu.two_tier_backend as two_tier_backend
+    import sglang_ess.attention.backend_cpu as two_tier_backend
     from ess_kernels.sparse_mla import sparse_mla
 
     def attend(backend, q_all, rows, indices, lengths):
@@ -302,14 +303,14 @@ def triton_attention() -> None:
 
 def attention_does_not_wait() -> None:
     """Decode reads hot rows before their fetch; needs install_late."""
-    from sglang_ess.attention.overlap import TwoTierDecode
+    from sglang_ess.attention.two_tier_decode import TwoTierDecode
 
     TwoTierDecode.wait = lambda *_: None
 
 
 def staging_does_not_wait() -> None:
     """Prefill reads its buffer before the prefix rows are in; needs install_late."""
-    from sglang_ess.cuda import staging
+    from sglang_ess.tiers import staging_cuda as staging
 
     staging.wait = lambda event: None
 
@@ -321,7 +322,7 @@ class _Uncopied(torch.Tensor):
 
 def slots_are_not_copied() -> None:
     """A prompt's saves read SGLang's slot tensor, which the next pass writes; install_late."""
-    from sglang_ess.cuda.pool import CudaEssTokenToKVPool
+    from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
 
     write_prompt = CudaEssTokenToKVPool.write_prompt
     CudaEssTokenToKVPool.write_prompt = lambda pool, layer_id, loc, rows: write_prompt(
@@ -331,7 +332,7 @@ def slots_are_not_copied() -> None:
 
 def no_claim() -> None:
     """A decode step's rows get to the host tier only; hot rows of a reused slot stay."""
-    from sglang_ess.tiers.device_hot_cache import DeviceHotCache
+    from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
 
     DeviceHotCache.claim = lambda cache, slots, first_slot: torch.full_like(slots, -1).int()
     DeviceHotCache.invalidate = lambda *_: None
@@ -339,6 +340,6 @@ def no_claim() -> None:
 
 def no_fetch() -> None:
     """Missed rows are never copied: whatever was in the hot row is read."""
-    from sglang_ess.tiers.device_hot_cache import DeviceHotCache
+    from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
 
     DeviceHotCache.fetch = lambda *_: None

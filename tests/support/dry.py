@@ -47,7 +47,8 @@ def _start(argv):
 def _main(argv) -> int:
     from sglang.srt.entrypoints.engine import Engine
 
-    from sglang_ess import launch_server, shutdown, startup
+    from sglang_ess import launch_server
+    from sglang_ess.launch import shutdown, startup
 
     os.environ.update(EssConfig().to_env())
     startup.before_processes = lambda *args: None  # compiles kernels

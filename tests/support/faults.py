@@ -52,7 +52,7 @@ def _index_keys() -> None:
     forget_last_key: the newest index key of each pass is never stored.
     """
     import sglang_ess.cpu.indexer as indexer
-    from sglang_ess.cpu.pool import CpuDsaTokenToKVPool
+    from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
 
     score, store = indexer.index_scores_paged, CpuDsaTokenToKVPool.store_index_k
 
@@ -73,7 +73,7 @@ def _index_keys() -> None:
 
 def _rows() -> None:
     """cut_rows: latents lose a tenth before they are rounded; e4m3 may take a 16th."""
-    from sglang_ess.cpu.pool import CpuDsaTokenToKVPool
+    from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
 
     write = CpuDsaTokenToKVPool._write_mla_kv_buffer
 

@@ -91,7 +91,7 @@ def use_host_transport() -> None:
     """What the CPU platform does at its start, when the fork server knew no server's options."""
     from sglang.srt.managers.scheduler import Scheduler
 
-    from sglang_ess.cpu import transfer
+    from sglang_ess.platforms import cpu_transfer as transfer
 
     initialize = Scheduler.init_disaggregation
 
@@ -113,7 +113,7 @@ def _run(argv: list[str], log: str, env: dict[str, str]) -> None:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     fork_children()
     use_host_transport()
-    from sglang_ess import startup
+    from sglang_ess.launch import startup
 
     # It runs kernels in OpenMP threads, after which GNU OpenMP lets nobody fork.
     startup.before_processes = lambda *args: None

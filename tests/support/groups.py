@@ -7,13 +7,13 @@ the first of them run. Any other file is a group of its own.
 # The longest come first, so that the processes end at about the same time.
 GROUPS = {
     "server": (
-        "tests/kernels/", "tests/test_intake.py", "tests/test_metrics.py", "tests/test_readme.py",
-        "tests/test_startup.py", "tests/test_users.py",
+        "tests/kernels/", "tests/intake/test_intake.py", "tests/test_metrics.py", "tests/test_readme.py",
+        "tests/launch/test_startup.py", "tests/serving/test_users.py",
     ),
-    "pair": ("tests/sim/", "tests/test_shutdown_server.py"),
+    "pair": ("tests/sim/", "tests/launch/test_shutdown_server.py"),
     "cluster": ("tests/disagg/",),
-    "engines": ("tests/test_two_tier.py",),
-    "parity": ("tests/test_parity.py",),
+    "engines": ("tests/serving/test_two_tier.py",),
+    "parity": ("tests/serving/test_parity.py",),
     "kernels": ("tests/attention/", "tests/cpu/"),
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ import torch
 
 from ess_kernels import hot_state
 from ess_kernels.hot_state import FREE_STAMP, HotState
-from ess_kernels.reorder import Owned
+from ess_kernels.rebuild_order import Owned
 
 
 def rows_of(state: HotState, owned: Owned | None = None) -> torch.Tensor:

@@ -486,7 +486,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="walk only paths that contain this")
     args, flags = parser.parse_known_args(argv)
-    from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
+    from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
         model = write_tiny_model(Path(folder) / "model", TinyModelConfig())

@@ -3,8 +3,9 @@
 import json
 import logging
 
-from sglang_ess import http_end, launch_server, plugin, preflight, shutdown
+from sglang_ess import launch_server, plugin
 from sglang_ess.config import ENV_VAR
+from sglang_ess.launch import http_end, preflight, shutdown
 
 DSA = {
     "architectures": ["DeepseekV32ForCausalLM"],

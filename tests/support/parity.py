@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sglang_ess.cpu.ops.rows import FP8_MAX, GROUP, LATENT_DIM
-from sglang_ess.tiny_model import TinyModelConfig, write_tiny_model
+from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from tests.support import oracle as oracles
 from tests.support.engine import EngineProcess
 from tests.support.oracle import Decisions

@@ -68,14 +68,14 @@ def freed_slots_stay_hot() -> None:
     """Fault, invariant 3: whoever gets a freed slot finds the hot row of its last owner."""
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator as Plain
 
-    from sglang_ess.allocator import EssPagedAllocator
+    from sglang_ess.mem_cache.allocator import EssPagedAllocator
 
     EssPagedAllocator._release_page_ids = Plain._release_page_ids
 
 
 def a_page_is_lost() -> None:
     """Fault: of the pages that are freed first, one is never handed out again."""
-    from sglang_ess.allocator import EssPagedAllocator
+    from sglang_ess.mem_cache.allocator import EssPagedAllocator
 
     release, lost = EssPagedAllocator._release_page_ids, []
 

@@ -20,7 +20,7 @@ import sglang.srt.managers.scheduler  # noqa: E402, F401
 from sglang.srt.models.registry import ModelRegistry  # noqa: E402, F401
 from sglang.srt.plugins import load_plugins  # noqa: E402
 
-import sglang_ess.cpu.platform  # noqa: E402, F401
+import sglang_ess.platforms.cpu  # noqa: E402, F401
 
 load_plugins()
 # What was imported stays: a collection in a fork would walk and copy all of it, 2 s a start.

@@ -10,7 +10,8 @@ def at_random() -> None:
 
     The arena is checked before every step.
     """
-    from sglang_ess.tiers import layer_budgets, rebalance
+    from sglang_ess.tiers.balance import budgets as layer_budgets
+    from sglang_ess.tiers.balance import rebalance
 
     random = np.random.default_rng(0)
     _rounds(counted=2)
@@ -34,7 +35,7 @@ def at_random() -> None:
 
 def often() -> None:
     """By the ghosts, in rounds of 23 steps; any gain is reason enough."""
-    from sglang_ess.tiers import rebalance
+    from sglang_ess.tiers.balance import rebalance
 
     _rounds(counted=20)
     rebalance.NOISE = rebalance.MIN_GAIN = 0.0
@@ -45,7 +46,7 @@ def _rounds(counted: int) -> None:
     """Short ones, and what came of them among what a scheduler says of itself."""
     from sglang.srt.managers.scheduler import Scheduler
 
-    from sglang_ess.tiers import rebalance
+    from sglang_ess.tiers.balance import rebalance
     from tests.support import engine as engines
 
     original = Scheduler.get_internal_state

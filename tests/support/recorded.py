@@ -3,16 +3,16 @@
 import numpy as np
 import torch
 
-from sglang_ess.tiers.recorded import Recorder
-from sglang_ess.tiers.trace import Kind
-from sglang_ess.tiers.trace_format import STATE_PLACES
+from sglang_ess.trace.format import STATE_PLACES
+from sglang_ess.trace.trace import Kind
+from sglang_ess.trace.trace_recorder import Recorder
 
 NO_ROWS = torch.empty(0)
 
 
 def move_rows() -> None:
     """An engine's patch: every fourth decode step the first two layers trade a few hot rows."""
-    from sglang_ess.tiers.rebalance import Rebalancer
+    from sglang_ess.tiers.balance.rebalance import Rebalancer
 
     steps = 0
 

@@ -18,7 +18,7 @@ def install() -> None:
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 
     from sglang_ess.cpu.indexer import indexer_forward
-    from sglang_ess.cpu.platform import DISPATCH_KEY
+    from sglang_ess.platforms.cpu import DISPATCH_KEY
 
     write = _writer()
 

@@ -150,9 +150,9 @@ def without_hook() -> None:
 
 def without_splitting() -> None:
     """Slots are kept, but in as few nodes as SGLang makes of them."""
-    import sglang_ess.retraction
+    import sglang_ess.mem_cache.retraction
 
-    sglang_ess.retraction.split_tail_first = lambda req, tree_cache: None
+    sglang_ess.mem_cache.retraction.split_tail_first = lambda req, tree_cache: None
 
 
 def force() -> None:

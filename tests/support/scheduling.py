@@ -38,7 +38,7 @@ def cautious() -> None:
     """Every miss hurts, and none is worth a larger batch: in a busy machine's long steps both may
     be otherwise.
     """
-    from sglang_ess.admission import Admission
+    from sglang_ess.admission.policy import Admission
 
     Admission._misses_hurt = lambda *args: True
     Admission._best_batch = lambda self, running, *_: running
@@ -47,7 +47,7 @@ def cautious() -> None:
 
 def blind() -> None:
     """Every working set fits: what is admitted too much shows as thrashing only."""
-    from sglang_ess.admission import Admission
+    from sglang_ess.admission.policy import Admission
 
     cautious()
     Admission._hot_tier_holds = lambda *args: True

@@ -8,8 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from sglang_ess import shutdown
 from sglang_ess.config import REFUSED
+from sglang_ess.launch import shutdown
 
 SLEEP = "import time; time.sleep(600)"
 SCHEDULER = "sglang::scheduler"

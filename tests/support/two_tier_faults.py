@@ -5,7 +5,7 @@ import torch
 
 def host_row_forgotten() -> None:
     """Invariant 1: a decode step's row goes to the hot tier only; evicted, it is lost."""
-    from sglang_ess.cpu.pool import CpuEssTokenToKVPool
+    from sglang_ess.mem_cache.pool_cpu import CpuEssTokenToKVPool
 
     install = CpuEssTokenToKVPool.install
 
@@ -19,7 +19,7 @@ def host_row_forgotten() -> None:
 
 def stale_hot_row() -> None:
     """Invariant 3: neither a write of the slot nor its being freed touches its hot row."""
-    from sglang_ess.cpu.pool import CpuEssTokenToKVPool
+    from sglang_ess.mem_cache.pool_cpu import CpuEssTokenToKVPool
 
     CpuEssTokenToKVPool.written_in_all_layers = lambda *_: None
     CpuEssTokenToKVPool._written = lambda *_: None

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ess_kernels import hot_state
-from sglang_ess.tiers import device_hot_cache
-from tests.tiers.test_device_hot_cache import DEVICE, Served
+from sglang_ess.tiers import hot_cache_cuda as device_hot_cache
+from tests.tiers.test_hot_cache_cuda import DEVICE, Served
 
 SLOTS, TOPK, QUERIES = 64, 6, 3
 

@@ -1,38 +1,28 @@
-"""Decode attention over two tiers, with the fetch of missed rows behind other work.
+"""Which overlap a decode step uses: off, DA or DBA, from live misses and measured costs.
 
-    off   plan, fetch; attend to everything
-    DA    plan; fetch on the transfer stream | attend to the hits; attend to the misses; merge
-    DBA   DA with the batch planned in halves: the first half's fetch runs behind the second
-          half of the indexer (ESS section 3.3, figure 6)
-
-Everything that touches the tiers runs on one stream, the transfer stream, in order: saves and
-installs of new rows, plans, fetches, reorders. So a row is never fetched before it is saved
-(invariant 1), and the main stream waits for events only. All of it can be captured: streams
-fork from and join the main one inside a step, and no shape depends on data (invariant 7).
+A cost table holds, for each mode, the microseconds that one layer's transfer and attention
+take at (batch, misses a query), as `benchmarks/kernels.py` measured them on this card. A step
+takes the mode whose layers cost least in sum; inside it a layer that would lose by listing
+hits and misses apart does not (words[SPLIT] of its state). ESS chooses by an offline profile of
+each layer (section 3.3); here the misses are the ones of the last steps.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-import torch
+import numpy as np
 
-from ess_kernels.plan import PlanBuffers
-from ess_kernels.scatter import scatter_rows
-from sglang_ess.tiers.device_hot_cache import DeviceHotCache, DeviceTier, Pass
+from ess_kernels import hot_state
 
-# decode_kernels.py's: (q [T, H, 576], rows [n, width], indices [T, K] int32, lengths [T] int32)
-#   -> (out [T, H, 512], lse [T, H] float32, natural log)
-Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-# SGLang's merge_state(out_a, lse_a, out_b, lse_b) -> (out, lse), or one like it
-Merge = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-# Stands for the log-sum-exp of no rows: merge_state gives NaN for two infinities.
-NO_ROWS_LSE = -1e30
+SMOOTHING = 0.2  # weight of the newest figure: about the last ten of them count
+# A mode must be this much cheaper than the one in use: graphs differ, their figures are noisy.
+GAIN = 0.03
 
 
 class Mode(enum.Enum):
@@ -43,223 +33,148 @@ class Mode(enum.Enum):
     DBA = "dba"
 
 
-class TransferStream:
-    """The stream of the tiers; without a GPU there is one stream and nothing to wait for."""
+@dataclass(frozen=True)
+class CostTable:
+    """us[mode][i][j]: of one layer at batches[i] and misses[j] a query; both ascending.
 
-    def __init__(self, device):
-        self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
-        self._steps: torch.cuda.Stream | None = None  # the main stream of forward passes
-
-    def begin_step(self) -> None:
-        """A forward pass begins on the current stream, perhaps the replay of a graph."""
-        if self._stream is not None:
-            self._steps = torch.cuda.current_stream()
-
-    def fork(self):
-        """Context: what is launched in it runs here, after the main stream's work so far.
-
-        And after the step under way, where another stream forks (the scheduler's, which frees
-        slots): a replayed graph touches the tiers without this stream knowing of it.
-        """
-        if self._stream is None:
-            return nullcontext()
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        if self._steps not in (None, current) and not torch.cuda.is_current_stream_capturing():
-            self._stream.wait_stream(self._steps)
-        return torch.cuda.stream(self._stream)
-
-    def event(self) -> torch.cuda.Event | None:
-        """A point in this stream to join at; call it inside fork()."""
-        if self._stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        return event
-
-    def uses(self, *tensors: torch.Tensor) -> None:
-        """The allocator may give their memory away only after what is in this stream now."""
-        if self._stream is not None:
-            for tensor in tensors:
-                tensor.record_stream(self._stream)
-
-    def join(self) -> None:
-        """The main stream goes on after all that is here: a capture must end like this."""
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-
-
-def wait(event: torch.cuda.Event | None) -> None:
-    """The main stream goes on after this point of the transfer stream."""
-    if event is not None:
-        torch.cuda.current_stream().wait_event(event)
-
-
-@dataclass
-class Planned:
-    """One layer's batch on its way.
-
-    buffers   of the whole batch; valid until the next layer's plan
-    ready     the lists are there; fetched: the rows are
+    empty_us: what attention to no row and a merge add where a layer of a DA graph does not split
+    halving_us: what two launches of the indexer add to one, per layer
+    source: where it was measured
     """
 
-    cache: DeviceHotCache
-    topk: torch.Tensor
-    buffers: PlanBuffers
-    ready: torch.cuda.Event | None
-    fetched: torch.cuda.Event | None
+    batches: tuple[int, ...]
+    misses: tuple[int, ...]
+    us: dict[Mode, tuple[tuple[float, ...], ...]]
+    empty_us: float
+    halving_us: float
+    source: str
+
+    def __post_init__(self) -> None:
+        shape = (len(self.batches), len(self.misses))
+        for mode in Mode:
+            got = np.shape(self.us.get(mode, ()))
+            if got != shape or not np.all(np.isfinite(self.us[mode])):
+                raise ValueError(
+                    f"cost table must have {shape[0]} x {shape[1]} finite figures for "
+                    f"{mode.value}: got {got}. Run benchmarks/kernels.py on this card."
+                )
+        for name in ("batches", "misses"):
+            if list(getattr(self, name)) != sorted(set(getattr(self, name))):
+                raise ValueError(f"cost table's {name} must ascend: got {getattr(self, name)}.")
+
+    @classmethod
+    def read(cls, path: Path | str) -> CostTable:
+        """From the JSON of benchmarks/kernels.py, key "overlap_costs".
+
+        Raises: ValueError if the file has none, or a malformed one.
+        """
+        try:
+            table = json.loads(Path(path).read_text())["overlap_costs"]
+            return cls(
+                tuple(table["batches"]),
+                tuple(table["misses"]),
+                {Mode(mode): tuple(map(tuple, us)) for mode, us in table["us"].items()},
+                float(table["empty_us"]),
+                float(table["halving_us"]),
+                str(table["source"]),
+            )
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} must hold a cost table: got {type(error).__name__} {error}. Write one "
+                "with python -m benchmarks.kernels --json PATH."
+            ) from None
+
+    def as_dict(self) -> dict:
+        """What read() reads."""
+        return {
+            "batches": self.batches,
+            "misses": self.misses,
+            "us": {mode.value: us for mode, us in self.us.items()},
+            "empty_us": self.empty_us,
+            "halving_us": self.halving_us,
+            "source": self.source,
+        }
+
+    def cost(self, mode: Mode, batch: float, misses: np.ndarray) -> np.ndarray:
+        """us of layers with `misses` [layers] a query: linear between points, flat outside."""
+        low, high, share = _between(self.batches, batch)
+        rows = (np.interp(misses, self.misses, self.us[mode][i]) for i in (low, high))
+        below, above = rows
+        return below + share * (above - below)
 
 
-@dataclass
-class TwoTierDecode:
-    """Decode attention of all layers.
+def _between(points: Sequence[int], value: float) -> tuple[int, int, float]:
+    high = min(bisect_right(points, value), len(points) - 1)
+    low = max(high - 1, 0)
+    if points[high] == points[low]:
+        return low, high, 0.0
+    share = (value - points[low]) / (points[high] - points[low])
+    return low, high, float(np.clip(share, 0, 1))
 
-    tier, transfer: of the pool; merge_state: SGLang's
-    attend, attend_late: the attention kernel, and the one for the rows that came late: few of
-    many columns, so it should stop at a list's length (decode_kernels' stops_early)
+
+@dataclass(frozen=True)
+class Choice:
+    """mode of a step, and per layer whether it lists hits and misses apart."""
+
+    mode: Mode
+    split: np.ndarray
+
+
+class OverlapPolicy:
+    """Follows the misses of each layer and chooses for the next steps.
+
+    modes: what may be chosen
     """
 
-    tier: DeviceTier
-    transfer: TransferStream
-    attend: Attend
-    merge_state: Merge
-    attend_late: Attend | None = None
-    # layer -> (queries planned so far, the point where the last half's lists were there)
-    _halves: dict[int, tuple[int, torch.cuda.Event | None]] = field(default_factory=dict)
-    _targets: torch.Tensor | None = None  # rows of the claimed slots
-    _written: torch.cuda.Event | None = None
+    def __init__(self, layers: int, table: CostTable | None, modes: Sequence[Mode] = tuple(Mode)):
+        # Without a table the choice is the operator's, or off: nothing says what is faster.
+        modes = tuple(modes) if table is not None or len(modes) == 1 else (Mode.OFF,)
+        self._table, self.modes = table, modes
+        self._misses = np.zeros(layers)
+        self._counted: np.ndarray | None = None
+        self._seen = False
+        self._mode: dict[int, Mode] = {}
+        self.layers = layers
 
-    def begin_pass(self) -> None:
-        """A forward pass begins: what one that ended in an error planned in halves is void."""
-        self._halves.clear()
+    @property
+    def misses(self) -> np.ndarray:
+        """Misses a query and step of each layer, smoothed: [layers]."""
+        return self._misses
 
-    def claim(self, layer: int, slots: torch.Tensor, width: int, first_slot: int = 0) -> bool:
-        """Make a step's new slots [T] int64 hot, a slot a query, before their rows are there.
+    def observe(self, counters: np.ndarray, topk: int) -> None:
+        """Take in counters [layers, NUM_COUNTERS] as they stand; topk: lookups a query."""
+        now = counters[:, [hot_state.LOOKUPS, hot_state.MISSES]].astype(float)
+        before, self._counted = self._counted, now
+        if before is None:
+            return
+        lookups, misses = (now - before).T
+        if (lookups <= 0).any():
+            return
+        fresh = misses / lookups * topk
+        self._misses = fresh if not self._seen else self._misses + SMOOTHING * (
+            fresh - self._misses
+        )  # fmt: skip
+        self._seen = True
 
-        Returns whether they got rows: then start() may come before write(). Else they are hot
-        no more, and their rows are fetched like others, after write() has saved them.
-        width: of top-k; first_slot: slots below it are a batch's padding
-        """
-        cache = self.tier.caches[layer]
-        fits = cache.has_room_for_writes(len(slots), width)
-        with self.transfer.fork():
-            if fits:
-                self._targets = cache.claim(slots, first_slot)
-            else:
-                cache.invalidate(slots)
-                self._targets = None
-            self.transfer.uses(slots)
-        return fits
-
-    def write(self, layer: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
-        """Save the rows [T, ...] of the claimed slots, packed, and fill their hot rows."""
-        cache = self.tier.caches[layer]
-        with self.transfer.fork():
-            scatter_rows(rows, slots, cache.host_rows)
-            if self._targets is not None:
-                scatter_rows(rows, self._targets, cache.rows)
-            self._written = self.transfer.event()
-            self.transfer.uses(slots, rows)
-
-    def plan_half(
-        self, layer: int, topk: torch.Tensor, first: int, batch: int, written=None
-    ) -> None:
-        """DBA: plan and fetch queries [first, first + len(topk)) of a batch of `batch`.
-
-        Halves come in order; start() with the whole top-k takes what they gave.
-        """
-        cache = self.tier.caches[layer]
-        last = first + len(topk) == batch
-        with self.transfer.fork():
-            planned = cache.plan(topk, first, int(first > 0), advance=last, written=written)
-            ready = self.transfer.event()  # behind the first half's fetch: that one is in
-            cache.fetch(planned)
-            self.transfer.uses(topk)
-        self._halves[layer] = first + len(topk), ready
-
-    def can_halve(self, layer: int, batch: int, width: int) -> bool:
-        """Whether a batch can be planned in halves: both must be hot at the same time."""
-        return batch > 1 and len(self.tier.caches[layer].passes(batch, width)) == 1
-
-    def start(self, layer: int, topk: torch.Tensor, written=None) -> Planned | None:
-        """Plan topk [T, K] int32 slots and fetch its misses, behind what the caller does next.
-
-        written: the claimed slots [T]
-        None where the batch takes several passes: then everything waits for attention.
-        """
-        cache = self.tier.caches[layer]
-        if len(cache.passes(*topk.shape)) > 1:
-            return None
-        whole = self.tier.part(*topk.shape)
-        halves, ready = self._halves.pop(layer, (0, None))
-        with self.transfer.fork():
-            if halves != len(topk):
-                cache.plan(topk, written=written)
-                ready = self.transfer.event()
-                cache.fetch(whole)
-            fetched = self.transfer.event()
-            cache.reorder()
-            self.transfer.uses(topk)
-        return Planned(cache, topk, whole, ready, fetched)
-
-    def finish(self, q: torch.Tensor, planned: Planned, mode: Mode) -> torch.Tensor:
-        """Attention of q [T, H, 576] over what start() is bringing: out [T, H, 512]."""
-        buffers, cache = planned.buffers, planned.cache
-        if mode is Mode.OFF:
-            self.wait(planned)
-            return self._attend(q, cache, buffers.rows)[0]
-        wait(planned.ready)
-        early = self._attend(q, cache, buffers.hit_rows, buffers.hit_lengths)
-        self.wait(planned)
-        attend_late = self.attend_late or self.attend
-        late = attend_late(q, cache.rows.flatten(1), buffers.late_rows, buffers.late_lengths)
-        return self.merge(early, late)[0]
-
-    def wait(self, planned: Planned) -> None:
-        """Until every row of the plan is there, fetched or written."""
-        wait(planned.fetched)
-        wait(self._written)
-
-    def in_passes(self, layer: int, q: torch.Tensor, topk: torch.Tensor) -> torch.Tensor:
-        """Attention of a batch that the hot tier cannot hold at once (invariant 5).
-
-        Parts of a query are merged in float32 and rounded once: their number adds no error.
-        """
-        cache, outs = self.tier.caches[layer], []
-        parts: tuple[torch.Tensor, torch.Tensor] | None = None
-        for part in cache.passes(*topk.shape):
-            out, lse = self._one_pass(cache, q[part.queries], topk, part)
-            if part.columns != slice(0, topk.shape[1]):
-                wide = out.float(), lse
-                parts = wide if part.columns.start == 0 else self.merge(parts, wide)
-                if part.columns.stop < topk.shape[1]:
-                    continue
-                out = parts[0].to(out.dtype)
-            outs.append(out)
-        return torch.cat(outs)
-
-    def _attend(self, q, cache: DeviceHotCache, indices, lengths=None):
-        if lengths is None:  # pads are -1
-            lengths = indices.new_full((len(indices),), indices.shape[1])
-        return self.attend(q, cache.rows.flatten(1), indices, lengths)
-
-    def merge(self, a, b) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse) of attention over two disjoint sets of rows, either of which may be empty."""
-        (out_a, lse_a), (out_b, lse_b) = a, b
-        return self.merge_state(out_a, _finite(lse_a), out_b, _finite(lse_b))
-
-    def _one_pass(self, cache, q, topk, part: Pass):
-        lookups = topk[part.queries, part.columns].contiguous()
-        with self.transfer.fork():  # after the attention whose rows this pass may evict
-            planned = cache.plan(lookups)  # the fork waited for who read the buffers last
-            cache.fetch(planned)
-            fetched = self.transfer.event()
-            cache.reorder()
-            self.transfer.uses(lookups)
-        wait(fetched)
-        return self._attend(q, cache, planned.rows)
-
-
-def _finite(lse: torch.Tensor) -> torch.Tensor:
-    """FlashMLA marks a query without rows by +inf, others by -inf."""
-    return torch.nan_to_num(lse, neginf=NO_ROWS_LSE, posinf=NO_ROWS_LSE)
+    def choose(self, batch: int) -> Choice:
+        """For a step of `batch` queries."""
+        apart = np.ones(self.layers, bool)
+        if self._table is None:
+            return Choice(self.modes[0], apart)
+        off = self._table.cost(Mode.OFF, batch, self._misses)
+        costs, splits = {}, {}
+        for mode in self.modes:
+            if mode is Mode.OFF:
+                costs[mode], splits[mode] = off.sum(), apart
+                continue
+            extra = self._table.halving_us if mode is Mode.DBA else 0.0
+            together = off + self._table.empty_us
+            split = self._table.cost(mode, batch, self._misses)
+            costs[mode] = np.minimum(split, together).sum() + extra * self.layers
+            splits[mode] = split <= together
+        best = min(costs, key=costs.get)
+        used = self._mode.get(batch)
+        if used in costs and costs[best] > (1 - GAIN) * costs[used]:
+            best = used
+        self._mode[batch] = best
+        return Choice(best, splits[best])

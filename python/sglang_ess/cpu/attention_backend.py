@@ -9,7 +9,7 @@ from sglang.srt.runtime_context import get_disagg
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.ops.rows import LATENT_DIM, PAGE, ROPE_DIM
 from sglang_ess.cpu.ops.sparse_mla import sparse_mla
-from sglang_ess.disagg import recorder
+from sglang_ess.disagg import prefill_side as recorder
 
 
 @dataclass(frozen=True)

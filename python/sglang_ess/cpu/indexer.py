@@ -17,7 +17,7 @@ from sglang_ess.cpu.ops.index_scores import (
 )
 from sglang_ess.cpu.ops.rows import GROUP, index_page_bytes, quantize_index
 from sglang_ess.cpu.ops.topk_select import topk_select
-from sglang_ess.topk_stream.announce import requested
+from sglang_ess.testing.topk_stream.announce import requested
 
 # Floats of intermediate products in prefill: 16 MiB, half of this class of machine's L3.
 PREFILL_PRODUCTS = 4 << 20
@@ -113,7 +113,7 @@ def indexer_forward(
     select = _decode_slots if is_decode else _prefill_slots
     slots = select(metadata, query, weights, pages, indexer.index_topk)
     if is_decode and requested():
-        from sglang_ess.topk_stream.playback import playback
+        from sglang_ess.testing.topk_stream.playback import playback
 
         stream = playback(indexer.index_topk, pool.layer_num, slots.device)
         stream.replace(slots, metadata.lengths, metadata.page_table, layer_id, as_slots=True)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from sglang.srt.disaggregation.utils import MetadataBuffers
 
-from sglang_ess.disagg import recorder
-from sglang_ess.disagg.warmup_payload import HEADER, ITEM_BYTES
+from sglang_ess.disagg import prefill_side as recorder
+from sglang_ess.disagg.payload import HEADER, ITEM_BYTES
 
 
 class EssMetadataBuffers(MetadataBuffers):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_ess.pool import EssTokenToKVPool
+from sglang_ess.mem_cache.pool import EssTokenToKVPool
 
 
 def name_memory(

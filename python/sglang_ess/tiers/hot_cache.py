@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from sglang_ess.tiers import lru
-from sglang_ess.tiers.ghost_cache import GhostCache
+from sglang_ess.tiers.balance.ghost_cache import GhostCache
 from sglang_ess.tiers.hot_arena import ARENA_ROW_BYTES, HotArena
-from sglang_ess.tiers.link import CountedLink
-from sglang_ess.tiers.rows import as_words
+from sglang_ess.tiers.row_words import as_words
+from sglang_ess.tiers.throttled_link import CountedLink
 
 # Per hot row: what the arena has of it, its entry in the free list, and two entries of the queue
 # with their steps; 4 B each. Per slot: its row.

@@ -13,7 +13,7 @@ from sglang_ess.sim.policies.belady import Belady
 from sglang_ess.sim.policies.clock import Clock
 from sglang_ess.sim.policies.fifo import Fifo
 from sglang_ess.sim.policies.lfu import Lfu
-from sglang_ess.sim.policies.lru import Lru
+from sglang_ess.sim.policies.production_lru import Lru
 from sglang_ess.sim.policies.random import Random
 
 POLICIES: dict[str, Callable] = {

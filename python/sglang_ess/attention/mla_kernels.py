@@ -1,0 +1,390 @@
+"""The decode kernels behind one call: attend(q_all, rows, indices, lengths) -> (out, lse).
+
+    q_all    [T, H, 576] bfloat16: 512 absorbed latents, 64 rope
+    rows     [N, 656] uint8 (fp8) or [N, 576] bfloat16: one layer's hot rows
+    indices  [T, K] int32 hot rows, -1 pads; columns from lengths[t] on are not attended
+    lengths  [T] int32 on the device
+    out      [T, H, 512] bfloat16, lse [T, H] float32, natural logarithm, both contiguous (SGLang's
+             merge_state_triton indexes them as such); a query without rows gets 0 and -inf
+
+All but FlashInferMla run in a CUDA graph: shapes are static and the host reads nothing. What each
+one cannot do, `refusals` says in words, without importing it: `choose` takes the first that fits.
+A kernel that stops_early spends little on columns from lengths[t] on; the others compute them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ess_kernels.checks import interpreted
+from ess_kernels.sparse_mla import LATENT_DIM, ROPE_DIM, sparse_mla
+
+PAGE = 64  # rows of a page as FlashMLA and TRTLLM-GEN see the rows (SGLang's physical page size)
+# SGLang's dsa_dcp.trtllm_rows_per_call: 256 float2 of softmax state for each query and head, and
+# 128 MiB of the kernel's own.
+TRTLLM_STATE_BYTES, TRTLLM_SCRATCH_BYTES = 256 * 8, 128 << 20
+FLASHINFER_WORKSPACE_BYTES = 128 << 20  # "the usual starting point": its wrapper's docstring
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a decode kernel is chosen for.
+
+    rows_dtype: uint8 for fp8 rows, bfloat16 (or float32, interpreted) for plain ones
+    capability: the device's, or None where Triton's interpreter plays the device
+    split_lists: lists come in parts (hits, misses) merged by log-sum-exp; a part may be empty and
+        its length is known on the device alone
+    pads_anywhere: -1 may come before a row, not only behind the last
+    """
+
+    rows_dtype: torch.dtype
+    capability: tuple[int, int] | None
+    num_heads: int
+    split_lists: bool = False
+    pads_anywhere: bool = False
+
+
+def _flash_mla_refusals(need: Need, dtype: torch.dtype, name: str) -> list[str]:
+    reasons = []
+    if need.rows_dtype != dtype:
+        reasons.append(f"reads {name} rows only: got {need.rows_dtype}")
+    if need.capability is None or need.capability[0] not in (9, 10):
+        reasons.append(f"needs sm_90 or sm_100: got {need.capability}")
+    if need.num_heads > 128:
+        reasons.append(f"takes at most 128 heads: got {need.num_heads}")
+    return reasons
+
+
+def _pad_heads(q_all: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """q_all with zeros for heads up to num_heads: what they attend is thrown away."""
+    have = q_all.shape[1]
+    if have == num_heads:
+        return q_all
+    padded = q_all.new_zeros(len(q_all), num_heads, q_all.shape[2])
+    padded[:, :have] = q_all
+    return padded
+
+
+def _masked(indices: torch.Tensor, lengths: torch.Tensor, multiple: int) -> torch.Tensor:
+    """indices with -1 from lengths[t] on, and columns of -1 up to a multiple."""
+    columns = torch.arange(indices.shape[1], dtype=torch.int32, device=indices.device)
+    masked = indices.masked_fill(columns >= lengths[:, None], -1)
+    missing = -indices.shape[1] % multiple
+    return torch.nn.functional.pad(masked, (0, missing), value=-1) if missing else masked
+
+
+def _without_heads(out, lse, num_heads, log_unit=1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashMLA's results for the real heads; it calls the lse of no rows +inf."""
+    lse = lse[:, :num_heads] * log_unit
+    return out[:, :num_heads].contiguous(), lse.masked_fill(lse == math.inf, -math.inf).contiguous()
+
+
+def _pages(rows: torch.Tensor) -> torch.Tensor:
+    if len(rows) % PAGE:
+        raise ValueError(
+            f"the hot rows must be whole pages of {PAGE}: got {len(rows)}. Round the hot tier up."
+        )
+    return rows.view(-1, PAGE, rows.shape[1])
+
+
+class FlashMlaFp8:
+    """FlashMLA's sparse decode over fp8 rows, as `_forward_flashmla_kv` of SGLang's backend.
+
+    Source: flash_mla_interface.flash_mla_with_kvcache (q [batch, 1, 64 or 128 heads, 576], rows
+    [pages, 64, 1, 656], indices [batch, 1, K], lse [batch, heads, 1] natural logarithm), and
+    sgl-project/FlashMLA csrc/kernels/sm90/decode/sparse/splitkv_mla.cuh: the V3.2 format refuses
+    topk_length, K must be a multiple of 64, no rows give +inf. So lengths become -1 pads; the
+    blocks behind them are computed all the same. The schedule then depends on shapes alone; each
+    call makes its own (one small launch), as a kept one would belong to the graph that made it.
+    """
+
+    name = "flashmla_fp8"
+    stops_early = False
+
+    def __init__(self, need: Need, sm_scale: float, device: torch.device):
+        from sglang.kernels.ops.attention import flash_mla_interface
+
+        self._flash_mla = flash_mla_interface
+        self._sm_scale = sm_scale
+        self._num_heads = 64 if need.num_heads <= 64 else 128
+
+    @staticmethod
+    def refusals(need: Need) -> list[str]:
+        return _flash_mla_refusals(need, torch.uint8, "fp8")
+
+    def attend(self, q_all, rows, indices, lengths):
+        out, lse = self._flash_mla.flash_mla_with_kvcache(
+            q=_pad_heads(q_all, self._num_heads).unsqueeze(1),
+            k_cache=_pages(rows).unsqueeze(2),
+            block_table=None,
+            cache_seqlens=None,
+            head_dim_v=LATENT_DIM,
+            tile_scheduler_metadata=self._flash_mla.get_mla_metadata()[0],
+            softmax_scale=self._sm_scale,
+            is_fp8_kvcache=True,
+            indices=_masked(indices, lengths, 64).unsqueeze(1),
+            kv_format="V32",
+        )
+        return _without_heads(out.squeeze(1), lse.squeeze(2), q_all.shape[1])
+
+
+class FlashMlaBf16:
+    """FlashMLA's sparse prefill kernel on bfloat16 rows, as `_forward_flashmla_sparse` of SGLang.
+
+    Source: flash_mla_interface.flash_mla_sparse_fwd (statistics in base 2 from the legacy kernels,
+    which SGLang calls), its docstring (a row behind topk_length that holds NaN may reach the
+    output: hence -1 there too) and csrc/kernels/sm90/prefill/sparse: K a multiple of 128, no rows
+    give +inf. Heads are padded to 64, on Blackwell to 128, as SGLang does.
+    """
+
+    name = "flashmla_bf16"
+    stops_early = True
+
+    def __init__(self, need: Need, sm_scale: float, device: torch.device):
+        from sglang.kernels.ops.attention import flash_mla_interface
+
+        self._flash_mla = flash_mla_interface
+        self._sm_scale = sm_scale
+        self._num_heads = 64 if need.num_heads <= 64 and need.capability[0] < 10 else 128
+
+    @staticmethod
+    def refusals(need: Need) -> list[str]:
+        return _flash_mla_refusals(need, torch.bfloat16, "bfloat16")
+
+    def attend(self, q_all, rows, indices, lengths):
+        out, _, lse = self._flash_mla.flash_mla_sparse_fwd(
+            q=_pad_heads(q_all, self._num_heads),
+            kv=rows.unsqueeze(1),
+            indices=_masked(indices, lengths, 128).unsqueeze(1),
+            sm_scale=self._sm_scale,
+            d_v=LATENT_DIM,
+            topk_length=lengths.clamp_min(1),  # its one column is a pad where the list is empty
+        )
+        return _without_heads(out, lse, q_all.shape[1], math.log(2))
+
+
+class TrtllmSparseMla:
+    """TRTLLM-GEN's sparse decode on Blackwell, bfloat16 rows, as `_forward_trtllm` of SGLang.
+
+    Source: flashinfer.decode.trtllm_batch_decode_with_kv_cache_mla with sparse_mla_top_k: K a
+    multiple of 4, token indices in block_tables [T, 1, K], packed before any -1. It returns the
+    lse, in the base asked for; SGLang's dsa_dcp merges parts with it and fixes up the queries of
+    length 0 afterwards, as done here.
+    """
+
+    name = "trtllm"
+    stops_early = True
+
+    def __init__(self, need: Need, sm_scale: float, device: torch.device, max_queries: int = 512):
+        import flashinfer.decode
+
+        self._decode = flashinfer.decode
+        self._sm_scale = sm_scale
+        self._max_queries = max_queries
+        num_bytes = TRTLLM_SCRATCH_BYTES + max_queries * need.num_heads * TRTLLM_STATE_BYTES
+        self._workspace = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+
+    @staticmethod
+    def refusals(need: Need) -> list[str]:
+        reasons = []
+        if need.rows_dtype != torch.bfloat16:
+            reasons.append(f"reads bfloat16 rows only: got {need.rows_dtype}")
+        if need.capability is None or need.capability[0] != 10:
+            reasons.append(f"needs sm_100: got {need.capability}")
+        if need.num_heads > 128:
+            reasons.append(f"takes at most 128 heads: got {need.num_heads}")
+        if need.pads_anywhere:
+            reasons.append("wants rows before pads: got pads anywhere")
+        return reasons
+
+    def attend(self, q_all, rows, indices, lengths):
+        num_queries, num_heads = q_all.shape[:2]
+        if num_queries > self._max_queries:
+            raise ValueError(
+                f"queries of a decode step must fit the workspace: got {num_queries}, limit "
+                f"{self._max_queries}. Raise max_queries."
+            )
+        topk = _masked(indices, lengths, 4)
+        out, lse = self._decode.trtllm_batch_decode_with_kv_cache_mla(
+            query=q_all.unsqueeze(1),
+            kv_cache=_pages(rows).unsqueeze(1),
+            workspace_buffer=self._workspace,
+            qk_nope_head_dim=128,  # before absorption; DeepSeek-V3.2's
+            kv_lora_rank=LATENT_DIM,
+            qk_rope_head_dim=ROPE_DIM,
+            block_tables=topk.unsqueeze(1),
+            seq_lens=lengths,
+            max_seq_len=topk.shape[1],
+            sparse_mla_top_k=topk.shape[1],
+            bmm1_scale=self._sm_scale,
+            backend="trtllm-gen",
+            lse=q_all.new_empty(num_queries, num_heads, dtype=torch.float32),
+            return_lse=True,
+            return_lse_base="basee",
+        )
+        empty = (lengths == 0)[:, None]
+        out = out.view(num_queries, num_heads, LATENT_DIM)
+        return out.masked_fill(empty[:, :, None], 0), lse.masked_fill(empty, -math.inf)
+
+
+class FlashInferMla:
+    """FlashInfer's BatchMLAPagedAttentionWrapper at page size 1, index lists as kv_indices.
+
+    Its plan() wants each request's length on the host, so it serves whole lists only, packed and
+    of a length the scheduler knows: not dual attention, whose parts have lengths that only the
+    device knows. Call plan() once a step, outside the CUDA graph; attend() may then be captured
+    (the wrapper keeps its buffers) and ignores `lengths`, which must equal the planned ones.
+    Source: flashinfer.mla._batch_mla._wrapper (plan, run; lse_mode "basee" is the natural
+    logarithm) and _planning (the page counts in kv_indptr must equal the lengths).
+    """
+
+    name = "flashinfer"
+    stops_early = True
+
+    def __init__(self, need: Need, sm_scale: float, device: torch.device):
+        import flashinfer.mla
+
+        self._mla = flashinfer.mla
+        self._device = device
+        self._backend = "fa3" if need.capability == (9, 0) else "fa2"
+        self._num_heads = need.num_heads
+        self._sm_scale = sm_scale
+        self._wrapper = None
+        self._shape: tuple[int, int] | None = None
+
+    @staticmethod
+    def refusals(need: Need) -> list[str]:
+        reasons = []
+        if need.rows_dtype != torch.bfloat16:
+            reasons.append(f"reads bfloat16 rows only: got {need.rows_dtype}")
+        if need.capability is None or need.capability[0] < 8:
+            reasons.append(f"needs sm_80 or newer: got {need.capability}")
+        if need.split_lists:
+            reasons.append("wants lengths on the host: got parts of lists")
+        if need.pads_anywhere:
+            reasons.append("wants rows before pads: got pads anywhere")
+        return reasons
+
+    def plan(self, lengths: Sequence[int], num_columns: int) -> None:
+        """Prepare attend() for len(lengths) queries with these list lengths of num_columns.
+
+        Raises: ValueError if a length is not 1..num_columns.
+        """
+        wrong = [length for length in lengths if not 1 <= length <= num_columns]
+        if wrong:
+            raise ValueError(
+                f"a list's length must be 1 to {num_columns}: got {wrong[0]}. Parts of lists, as "
+                "dual attention has them, go to another decode kernel."
+            )
+        if self._shape != (len(lengths), num_columns):
+            self._allocate(len(lengths), num_columns)
+        kv_indptr = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        place = [t * num_columns + j for t, length in enumerate(lengths) for j in range(length)]
+        self._place[: len(place)].copy_(torch.tensor(place))
+        self._wrapper.plan(
+            metadata=self._mla.MLAPlanMetadata.csr(
+                qo_indptr=torch.arange(len(lengths) + 1, dtype=torch.int32),
+                kv_indptr=kv_indptr,
+                kv_indices=self._kv_indices[: len(place)],
+                kv_len_arr=torch.tensor(lengths, dtype=torch.int32),
+            ),
+            num_heads=self._num_heads,
+            head_dim_ckv=LATENT_DIM,
+            head_dim_kpe=ROPE_DIM,
+            page_size=1,
+            causal=False,
+            sm_scale=self._sm_scale,
+            q_data_type=torch.bfloat16,
+            kv_data_type=torch.bfloat16,
+            lse_mode="basee",
+        )
+
+    def _allocate(self, num_queries: int, num_columns: int) -> None:
+        device = self._device
+        self._shape = num_queries, num_columns
+        self._kv_indices = torch.zeros(num_queries * num_columns, dtype=torch.int32, device=device)
+        self._place = torch.zeros(num_queries * num_columns, dtype=torch.int64, device=device)
+        self._wrapper = self._mla.BatchMLAPagedAttentionWrapper(
+            torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+            use_cuda_graph=True,
+            qo_indptr=torch.zeros(num_queries + 1, dtype=torch.int32, device=device),
+            kv_indptr=torch.zeros(num_queries + 1, dtype=torch.int32, device=device),
+            kv_indices=self._kv_indices,
+            kv_len_arr=torch.zeros(num_queries, dtype=torch.int32, device=device),
+            backend=self._backend,
+        )
+
+    def attend(self, q_all, rows, indices, lengths):
+        if self._shape != tuple(indices.shape):
+            raise ValueError(
+                f"indices must have the planned shape: got {tuple(indices.shape)}, planned "
+                f"{self._shape}. Call plan() once a step."
+            )
+        torch.index_select(indices.view(-1), 0, self._place, out=self._kv_indices)
+        out, lse = self._wrapper.run(
+            query=q_all,
+            kv_cache=rows.unsqueeze(1),
+            return_lse=True,
+            return_lse_base_on_e=True,
+        )
+        return out, lse
+
+
+class TritonMla:
+    """ess_kernels' own kernel: every list, every row format, any head count."""
+
+    name = "triton"
+    stops_early = True
+
+    def __init__(self, need: Need, sm_scale: float, device: torch.device):
+        self._sm_scale = sm_scale
+
+    @staticmethod
+    def refusals(need: Need) -> list[str]:
+        if need.capability is None:
+            return [] if interpreted() else ["needs a GPU, or TRITON_INTERPRET=1 from the start"]
+        least = (8, 9) if need.rows_dtype == torch.uint8 else (8, 0)
+        if need.capability < least:
+            kind = "e4m3" if least == (8, 9) else "bfloat16"
+            return [f"needs sm_{least[0]}{least[1]} for {kind}: got {need.capability}"]
+        return []
+
+    def attend(self, q_all, rows, indices, lengths):
+        return sparse_mla(q_all, rows, indices, self._sm_scale, lengths)
+
+
+# In order of preference. FlashInferMla wants its plan() called, so it is taken on request only.
+PREFERRED = (FlashMlaFp8, TrtllmSparseMla, FlashMlaBf16, TritonMla)
+KERNELS = {kernel.name: kernel for kernel in (*PREFERRED, FlashInferMla)}
+
+
+def choose(
+    need: Need,
+    sm_scale: float,
+    device: torch.device,
+    requested: str | None = None,
+    short_lists: bool = False,
+):
+    """The decode kernel for this need: the requested one, or the first preferred that fits.
+
+    short_lists: one that stops early, for lists that fill few of their columns
+    Raises: ValueError if the name is unknown, or with each candidate's reasons if none fits.
+    """
+    if requested is not None and requested not in KERNELS:
+        raise ValueError(
+            f"the decode kernel must be one of {', '.join(KERNELS)}: got {requested!r}."
+        )
+    candidates = PREFERRED if requested is None else (KERNELS[requested],)
+    refusals = {}
+    for kernel in candidates:
+        refusals[kernel.name] = kernel.refusals(need)
+        if short_lists and not kernel.stops_early:
+            refusals[kernel.name] = [*refusals[kernel.name], "computes every column"]
+        if not refusals[kernel.name]:
+            return kernel(need, sm_scale, device)
+    reasons = "; ".join(f"{name} {', '.join(why)}" for name, why in refusals.items())
+    raise ValueError(f"a decode kernel must fit {need}: {reasons}.")

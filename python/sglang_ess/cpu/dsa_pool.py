@@ -1,0 +1,74 @@
+"""The KV pool of the CPU platform: SGLang's DSA pool with its write paths in torch.
+
+Addressing, allocation, copies and PD registration stay SGLang's. Only what upstream
+writes by CUDA or Triton kernel is overridden: a latent row and an index key.
+"""
+
+import torch
+from sglang.srt.mem_cache.index_key_cache import IndexKeyCache
+from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, MLATokenToKVPool
+
+from sglang_ess.config import EssConfig
+from sglang_ess.cpu.ops.rows import index_page_bytes, pack_fp8_rows, store_index_keys
+
+
+class _CpuIndexKeyCache(IndexKeyCache):
+    """IndexKeyCache whose copies for a retracted request wait for no CUDA stream."""
+
+    def cpu_copy(self, indices: torch.Tensor) -> list[torch.Tensor]:
+        """The pages of the slots indices [n], of each layer."""
+        pages = indices[:: self.pool.page_size] // self.pool.page_size
+        return [buffer[pages if len(buffer) else pages[:0]] for buffer in self.buffer]
+
+    def load_cpu_copy(self, index_k_cpu: list[torch.Tensor], indices: torch.Tensor) -> None:
+        pages = indices[:: self.pool.page_size] // self.pool.page_size
+        for buffer, copy in zip(self.buffer, index_k_cpu, strict=True):
+            if len(buffer):
+                buffer[pages] = copy
+
+
+class _Float32IndexKeyCache(_CpuIndexKeyCache):
+    """Index keys in float32, 512 B each: the reference that fp8 is measured against."""
+
+    def _buffer_shape(self, num_pages: int) -> tuple[int, int]:
+        return num_pages, index_page_bytes(fp32=True)
+
+
+class CpuDsaTokenToKVPool(DSATokenToKVPool):
+    """DSATokenToKVPool whose rows are written by torch.
+
+    Latent rows per layer: [slots, 1, 656] uint8, or [slots, 1, 576] bfloat16 or float32.
+    Index keys per layer: [pages, 8448] uint8, or [pages, 32768] with --ess-index-dtype
+    float32; none for layers that share another layer's top-k.
+    """
+
+    def _create_index_key_cache(self) -> IndexKeyCache:
+        config = EssConfig.from_env()
+        exact = config is not None and config.index_dtype == "float32"
+        return (_Float32IndexKeyCache if exact else _CpuIndexKeyCache)(self, self.index_buf_size)
+
+    def get_cpu_copy(self, indices, mamba_indices=None, req_pool_index=None) -> dict:
+        """A retracted request's rows and index keys. Upstream's ends with a wait for CUDA."""
+        rows = MLATokenToKVPool.get_cpu_copy(self, indices)
+        return {"kv": rows, "index_k": self.index_key_cache.cpu_copy(indices)}
+
+    def load_cpu_copy(self, kv_cache_cpu, indices, mamba_indices=None, req_pool_index=None) -> None:
+        MLATokenToKVPool.load_cpu_copy(self, kv_cache_cpu["kv"], indices)
+        self.index_key_cache.load_cpu_copy(kv_cache_cpu["index_k"], indices)
+
+    def latent_rows(self, layer_id: int) -> torch.Tensor:
+        """Latent rows of one layer as the kernels take them: [slots, row width]."""
+        return self.kv_buffer[layer_id - self.start_layer].squeeze(1)
+
+    def _write_mla_kv_buffer(self, dst_buffer, loc, cache_k_nope, cache_k_rope) -> None:
+        """dst_buffer[loc] = latent rows of cache_k_nope [T, 1, 512], cache_k_rope [T, 1, 64]."""
+        latent, rope = cache_k_nope.flatten(1), cache_k_rope.flatten(1)
+        if self.dsa_kv_cache_store_fp8:
+            rows = pack_fp8_rows(latent, rope)
+        else:
+            rows = torch.cat([latent, rope], dim=-1).to(self.dtype)
+        dst_buffer.squeeze(1).index_copy_(0, loc, rows)  # indexing wakes threads for a few rows
+
+    def store_index_k(self, layer_id: int, loc: torch.Tensor, keys: torch.Tensor) -> None:
+        """Write the index keys [T, 128] of the slots loc [T], quantising if fp8."""
+        store_index_keys(self.get_index_k_with_scale_buffer(layer_id), loc, keys)

@@ -1,0 +1,111 @@
+"""SGLang's offline engine with ESS: `with sglang_ess.engine(model_path=...) as llm:`."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from sglang_ess import errors
+from sglang_ess.config import REFUSED, EssConfig
+from sglang_ess.cpu import set_thread_defaults
+
+if TYPE_CHECKING:
+    from sglang.srt.entrypoints.engine import Engine
+
+UNGUARDED = 3  # exit status of a child of SGLang's that runs the script which started it
+
+
+class EngineRefused(errors.Refusal):
+    """There will be no engine; the message holds each reason on a line of its own."""
+
+
+def engine(model_path: str, ess: EssConfig | None = None, **server_args: Any) -> Engine:
+    """An sglang.Engine with ESS; a context manager, which shuts it down.
+
+    ess: ESS's options, EssConfig() if None; server_args: sglang.Engine's own arguments
+    Call it before anything imports SGLang: the import settles the platform. SGLang's processes
+    run the calling script once more, so in a script the call belongs under
+    `if __name__ == "__main__":`.
+    Effect: sets SGLANG_ESS_CONFIG for this process and its children.
+    Raises: EngineRefused for what the launcher would refuse too.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(UNGUARDED)  # the parent says why
+    config = ess or EssConfig()
+    given = {"model_path": str(model_path), "log_level": "error", **server_args}
+    try:
+        return _started(_checked(config, given))
+    except EngineRefused:
+        raise
+    except Exception as error:
+        raise EngineRefused(_reason(error)) from error
+
+
+def _started(server_args: Any) -> Engine:
+    """The engine. SGLang leaves processes behind where one of them fails; here none stays."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    before = set(multiprocessing.active_children())
+    try:
+        return Engine(server_args=server_args)
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+            process.join()
+        raise
+
+
+def _checked(config: EssConfig, given: dict[str, Any]) -> Any:
+    """The ServerArgs that were given, all of whose checks have passed."""
+    os.environ.update(config.to_env())
+    from sglang_ess import plugin
+    from sglang_ess.launch import preflight
+
+    if reasons := preflight.environment_reasons(config, os.environ) + _platform_reasons(plugin):
+        raise EngineRefused("\n".join(reasons))
+    set_thread_defaults()
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    if not plugin.registered:
+        raise EngineRefused(preflight.NOT_LOADED)
+    server_args = ServerArgs(**given)
+    on_cpu = plugin.activate_cpu_platform() is not None
+    if reasons := preflight.engine_reasons(server_args, config, on_cpu):
+        raise EngineRefused("\n".join(reasons))
+    preflight.resolve(server_args)
+    return server_args
+
+
+def _platform_reasons(plugin: Any) -> list[str]:
+    """Whether an earlier `import sglang` has settled on another platform, or without our hooks."""
+    module = sys.modules.get("sglang.srt.platforms")
+    platform = getattr(module, "_current_platform", None)
+    plugins = sys.modules.get("sglang.srt.plugins")
+    if platform is None:
+        return []
+    ours = f"{type(platform).__module__}.{type(platform).__name__}" == plugin.CPU_PLATFORM
+    wanted = plugin.activate_cpu_platform() is not None
+    loaded = getattr(plugins, "_plugins_loaded", False)
+    if ours == wanted and (plugin.registered or not loaded):
+        return []
+    return [
+        "sglang_ess.engine must come before SGLang's import and its engines: got "
+        f"{type(platform).__name__} already. Call it first, or set SGLANG_ESS_CONFIG='{{}}' "
+        "before Python starts."
+    ]
+
+
+def _reason(error: Exception) -> str:
+    """One line; the scheduler's exit status says what its own process has met."""
+    if f"(exit code: {UNGUARDED})" in str(error):
+        return (
+            'sglang_ess.engine must be called under `if __name__ == "__main__":` in a script: '
+            "got a call at its top level, which SGLang's processes ran again. Move it there."
+        )
+    if f"(exit code: {REFUSED})" in str(error):
+        return "the scheduler refused: its line, `sglang-ess: ...`, stands on stderr above."
+    return errors.refusal(error)

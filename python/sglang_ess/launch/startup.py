@@ -1,0 +1,320 @@
+"""What the operator sees of a start: progress lines on stderr and one block when it serves.
+
+The scheduler process knows the KV pool, the launcher's process knows when HTTP answers. The
+facts travel with SGLang's own handshake, so that /server_info shows them as well ("ess").
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import http.client
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from sglang_ess.testing.topk_stream import announce
+
+PREFIX = "[sglang-ess]"  # "sglang-ess: " is for refusals, which end the process
+HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+POLL_SECONDS = 0.1
+READY_SECONDS = 5.0  # for an answer that says that the server is ready
+MIB = 1 << 20
+
+
+def progress(text: str) -> None:
+    """One line on stderr, at once."""
+    print(f"{_prefix()} {text}", file=sys.stderr, flush=True)
+
+
+def _prefix() -> str:
+    return f"{announce.MARK} {PREFIX}" if announce.requested() else PREFIX
+
+
+def before_processes(enabled: bool, on_cpu: bool, sparse: bool) -> None:
+    """The launcher's last words and work before SGLang starts its processes.
+
+    sparse: whether the model may have sparse attention; a dense one runs none of our kernels
+    """
+    if announce.requested():
+        progress(
+            "warning: --ess-topk-stream replaces what decode attends to: outputs are wrong, only "
+            "times and misses mean anything"
+        )
+    if enabled and not on_cpu:
+        progress(
+            "warning: ESS on a GPU is written and tested without one; docs/gpu.md says what has "
+            "run on which card. --disable-ess serves one-tier."
+        )
+    if on_cpu and sparse:
+        _prepare_kernels()
+    progress(
+        "starting the scheduler and the detokenizer: each imports SGLang (10 to 20 s), then "
+        "the model is loaded and the KV pool allocated"
+    )
+
+
+def _prepare_kernels() -> None:
+    """Have the CPU platform's kernels in numba's cache before a process needs them.
+
+    In the launcher, because a kernel with declared types compiles as soon as the scheduler
+    imports it, before anyone could say why it takes so long.
+    """
+    progress("preparing the CPU kernels (a machine's first start compiles them: 10 to 20 s)")
+    since = time.monotonic()
+    from sglang_ess.launch.compile_kernels import warm_up
+
+    how = "compiled" if warm_up() else "loaded from the cache"
+    progress(f"CPU kernels {how} in {time.monotonic() - since:.1f} s")
+
+
+def scheduler_ready(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    """Body of the AFTER hook on Scheduler.get_init_info: info with the facts under "ess".
+
+    Effect: a model with sparse attention finds its kernels loaded at its first request.
+    """
+    facts = serving_facts(scheduler)
+    if "latent_format" in facts and str(scheduler.device) == "cpu":
+        from sglang_ess.launch.compile_kernels import warm_up
+
+        warm_up()
+    if stream := announce.requested():
+        facts["topk_stream"] = stream
+    return {**info, "ess": facts}
+
+
+def serving_facts(scheduler: Any) -> dict[str, Any]:
+    """What this scheduler serves and what a token costs; JSON values only.
+
+    Bytes come from the pool's buffers, not from the configuration. The keys of _row_facts
+    are there only if the pool is one of sparse attention.
+    """
+    import torch
+
+    model, pool = scheduler.model_config, scheduler.token_to_kv_pool_allocator.get_kvcache()
+    facts = {
+        "architecture": (model.hf_config.architectures or ["unknown"])[0],
+        "layers": model.num_hidden_layers,
+        "dtype": _name(model.dtype),
+        "device": str(scheduler.device),
+        "threads": torch.get_num_threads(),
+        "slots": scheduler.max_total_num_tokens,
+        "page_slots": scheduler.page_size,
+        "max_running_requests": scheduler.max_running_requests,
+        "context_tokens": model.context_len,
+        **_request_limits(scheduler),
+    }
+    if hasattr(pool, "index_k_with_scale_buffer"):
+        facts |= {"index_topk": model.hf_config.index_topk} | _row_facts(pool)
+    return facts
+
+
+def _request_limits(scheduler: Any) -> dict[str, int]:
+    """What one request alone can have: by the context or by the slots, whichever is less.
+
+    Asked of SGLang's own functions, because each keeps some tokens for itself.
+    """
+    page, most = scheduler.page_size, scheduler.max_req_len - 1
+
+    def output(prompt: int) -> int:
+        room = scheduler.token_to_kv_pool_allocator.max_new_tokens_for_memory(
+            prompt,
+            most - prompt,
+            token_capacity=scheduler.max_total_num_tokens,
+            sliding_window_size=scheduler.sliding_window_size,
+            chunk_size=scheduler.chunked_prefill_size,
+        )
+        return room or 0
+
+    prompts = range(1, scheduler.max_req_input_len)  # the end is the first length it refuses
+    longest = bisect.bisect_left(prompts, True, key=lambda prompt: output(prompt) < 1)
+    # A prompt of whole pages wastes none of its last one.
+    return {"max_prompt_tokens": longest, "max_request_tokens": min(most, page + output(page))}
+
+
+def _row_facts(pool: Any) -> dict[str, Any]:
+    latents, pages = pool.kv_buffer, pool.index_k_with_scale_buffer
+    keys = [page for page in pages if len(page)]  # a layer that shares a top-k has none
+    row_bytes, key_bytes = latents[0][0].nbytes, keys[0][0].nbytes // pool.page_size
+    exact_keys = key_bytes == 4 * pool.index_head_dim
+    return {
+        "latent_format": "fp8_e4m3" if latents[0].itemsize == 1 else _name(latents[0].dtype),
+        "latent_row_bytes": row_bytes,
+        "latent_layers": len(latents),
+        "index_key_format": "float32" if exact_keys else "fp8_e4m3",
+        "index_key_bytes": key_bytes,
+        "index_key_layers": len(keys),
+        "kv_bytes_per_token": len(latents) * row_bytes + len(keys) * key_bytes,
+        "kv_total_bytes": sum(buffer.nbytes for buffer in (*latents, *pages)),
+    } | _tier_facts(pool)
+
+
+def _tier_facts(pool: Any) -> dict[str, Any]:
+    """Bytes by place. One-tier everything is on the device."""
+    if not hasattr(pool, "hot_caches"):
+        return {"tiers": 1, "device_bytes": int(pool.get_kv_size_bytes()), "host_bytes": 0}
+    rows = [cache.num_rows for cache in pool.hot_caches]
+    return {
+        "tiers": 2,
+        "device_bytes": pool.device_bytes,
+        "host_bytes": pool.host_tier.nbytes,
+        "hot_rows": max(rows),
+        "hot_ratio": sum(rows) / sum(cache.num_slots for cache in pool.hot_caches),
+        "staging_rows": pool.staging.num_rows,
+    }
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_MODEL_ROWS = (
+    ("model", "{model_path} ({architecture}, {layers} layers, {dtype})"),
+    ("device", "{device}, {threads} threads"),
+)
+_ROW_ROWS = (
+    (
+        "KV format",
+        "latent rows {latent_format}, {latent_row_bytes} B; "
+        "index keys {index_key_format}, {index_key_bytes} B",
+    ),
+    (
+        "bytes per token",
+        "{kv_bytes_per_token} = {latent_layers} x {latent_row_bytes} latent rows "
+        "+ {index_key_layers} x {index_key_bytes} index keys",
+    ),
+    ("top-k", "{index_topk}"),
+)
+_TIER_ROWS = {
+    1: (("KV memory", "{device_mib:.0f} MiB, all on the device (one-tier)"),),
+    2: (
+        (
+            "device memory",
+            "{device_mib:.0f} MiB: index keys, maps, {hot_rows} hot rows a layer "
+            "({hot_ratio:.0%} of the slots), 2 x {staging_rows} staging rows",
+        ),
+        ("host tier", "{host_mib:.0f} MiB"),
+    ),
+}
+_LIMIT_ROWS = (
+    ("slots", "{slots} in pages of {page_slots}"),
+    (
+        "limits",
+        "{max_running_requests} requests at once; one has {max_request_tokens} tokens at most, "
+        "{max_prompt_tokens} of them its prompt",
+    ),
+)
+
+
+def block(server_args: Any, facts: dict[str, Any], seconds: float) -> str:
+    """The summary block. facts: serving_facts(), or {} where no hook could give them."""
+    values = {
+        **facts,
+        "model_path": server_args.model_path,
+        "url": server_args.url(),
+        "device_mib": facts.get("device_bytes", 0) / MIB,
+        "host_mib": facts.get("host_bytes", 0) / MIB,
+    }
+    rows = _MODEL_ROWS if facts else (("model", "{model_path}"),)
+    if "latent_format" in facts:
+        rows += _ROW_ROWS + _TIER_ROWS[facts["tiers"]]
+    rows += (_LIMIT_ROWS if facts else ()) + (("URL", "{url}"),)
+    if "topk_stream" in facts:
+        rows += (("top-k stream", "{topk_stream}: outputs are wrong (--ess-unsafe)"),)
+    lines = [f"{_prefix()} ready after {seconds:.1f} s"]
+    return "\n".join(lines + [f"    {name:<15} {text.format_map(values)}" for name, text in rows])
+
+
+@contextmanager
+def announced(
+    server_args: Any, since: float, serving: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Print the block once the server started inside this context is ready.
+
+    since: time.monotonic() of the start; serving: called just before
+    Nothing is printed if the start fails or where SGLang runs another server than its HTTP one
+    (gRPC, encoder only).
+    """
+    ended = threading.Event()
+    args = (server_args, since, serving, ended)
+    thread = threading.Thread(target=_announce, args=args, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _http_state() -> Any | None:
+    """SGLang's state of this process's HTTP server; None before it has one.
+
+    Looked up, not imported: SGLang decides in the main thread whether it needs the module.
+    """
+    get_state = getattr(sys.modules.get(HTTP_SERVER), "get_global_state", None)
+    return get_state() if get_state else None
+
+
+def answers() -> bool:
+    """Whether this process's HTTP server is ready: SGLang's start is over."""
+    state = _http_state()
+    return state is not None and getattr(state.tokenizer_manager, "is_ready", lambda: True)()
+
+
+def _announce(
+    server_args: Any, since: float, serving: Callable[[], None], ended: threading.Event
+) -> None:
+    while (state := _http_state()) is None:
+        if ended.wait(POLL_SECONDS):
+            return
+    progress("the scheduler is ready; SGLang sends itself a warm-up request")
+    while not _is_ready(server_args, state.tokenizer_manager):
+        if ended.wait(POLL_SECONDS):
+            return
+    serving()
+    facts = state.scheduler_info.get("ess", {})
+    print(block(server_args, facts, time.monotonic() - since), file=sys.stderr, flush=True)
+
+
+def _is_ready(server_args: Any, manager: Any) -> bool:
+    """Whether every HTTP process answers, after its own warm-up, as a client sees it.
+
+    manager: SGLang's tokenizer manager, or its router if there are several HTTP processes. They
+    share the port, so a client cannot choose one: some connections for each, open at once, meet
+    them all, but by a rare chance.
+    """
+    workers = server_args.tokenizer_worker_num
+    if workers == 1:
+        return manager.is_ready() and _answers(server_args, 1)
+    if len(manager.all_worker_ipcs) < workers or not _answers(server_args, 1):
+        time.sleep(1)  # each try is a line in SGLang's log
+        return False
+    return _answers(server_args, 4 * workers)
+
+
+def _answers(server_args: Any, connections: int) -> bool:
+    """Whether /ready answers 200 on as many new connections at once."""
+    url = urlsplit(server_args.url())
+    kind = http.client.HTTPConnection
+    if url.scheme == "https":  # its own certificate is not this process's to check
+        context = ssl._create_unverified_context()
+        kind = functools.partial(http.client.HTTPSConnection, context=context)
+    key = server_args.api_key
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    opened = [kind(url.hostname, url.port, timeout=READY_SECONDS) for _ in range(connections)]
+    try:
+        for connection in opened:
+            connection.connect()
+        for connection in opened:
+            connection.request("GET", "/ready", headers=headers)
+        return all(connection.getresponse().status == 200 for connection in opened)
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        for connection in opened:
+            connection.close()

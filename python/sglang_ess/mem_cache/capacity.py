@@ -1,0 +1,393 @@
+"""How many slots and hot rows fit: design.md's byte budget, decided where SGLang sizes its pool.
+
+    device bytes = slots x (index keys + maps) + hot rows x (layers x row) + staging + plan + ghosts
+    host bytes   = slots x layers x row
+
+SGLang asks for a number of slots once, with the device bytes it has left for KV.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ess_kernels.hot_state import HOT_ROW_STATE_BYTES, LAYER_STATE_BYTES
+from ess_kernels.plan import PlanBuffers as DevicePlanBuffers
+from ess_kernels.rebuild_order import OWNED_LAYER_BYTES, OWNED_ROW_BYTES, ReorderScratch
+from sglang_ess.config import EssConfig
+from sglang_ess.cpu.ops.rows import index_page_bytes
+from sglang_ess.errors import Refusal
+from sglang_ess.tiers import free_host_bytes
+from sglang_ess.tiers.balance.rebalance import ghost_bytes
+from sglang_ess.tiers.host_tier import GIB
+from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES, MAP_BYTES
+from sglang_ess.tiers.hot_cache_cuda import MOST_SHARE, PAGE_ROWS, DeviceTier
+from sglang_ess.tiers.lru import STATE_SIZE
+from sglang_ess.tiers.throttled_link import probe_bytes
+
+logger = logging.getLogger(__name__)
+
+# A pass needs somewhere to put rows; below top-k every query takes several passes.
+MIN_HOT_ROWS = 64
+# ESS's operating point: misses are stable above ratio 0.2 and climb below (papers.md 1.6).
+AUTO_HOT_RATIO = 0.2
+# Of the host memory that is free; the rest is the process's own and the page cache.
+AUTO_HOST_SHARE = 0.6
+# Queries of one plan; a larger decode batch is planned in blocks of this many.
+PLAN_QUERIES = 64
+DEVICE_PLAN_QUERIES = 256
+PLAN_BYTES_PER_LOOKUP = 12
+STATE_BYTES = STATE_SIZE * 8  # of one layer's hot tier: its counters
+STAGING_BUFFERS = 2
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for a reader: GiB, or MiB where that would be a small fraction."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / GIB * 1024:.2f} MiB"
+
+
+@dataclass(frozen=True)
+class TierBytes:
+    """What a hot tier takes on the device beside its rows.
+
+    row_state    per hot row and layer; row_shared: per hot row, once
+    layer_state  per layer
+    page_rows    rows are allocated in multiples of this
+    moves        rows change their layer by the tier's own figures (DeviceTier)
+    """
+
+    row_state: int
+    row_shared: int
+    layer_state: int
+    page_rows: int
+    moves: bool = False
+
+    def shared(self, topk: int, row_bytes: int) -> int:
+        """Buffers that the layers use one after another, but for row_shared."""
+        return PLAN_QUERIES * topk * PLAN_BYTES_PER_LOOKUP
+
+
+class GpuTierBytes(TierBytes):
+    """DeviceTier's."""
+
+    def shared(self, topk: int, row_bytes: int) -> int:
+        plans = DevicePlanBuffers.bytes_for(DEVICE_PLAN_QUERIES, topk)
+        claims = DevicePlanBuffers.bytes_for(1, DEVICE_PLAN_QUERIES)
+        scratch = DeviceTier.HALVES * 4 + ReorderScratch.bytes_for(0)
+        return plans + claims + scratch + probe_bytes(row_bytes)
+
+
+CPU_TIER = TierBytes(HOT_ROW_OVERHEAD_BYTES, 0, STATE_BYTES, 1)
+GPU_TIER = GpuTierBytes(
+    HOT_ROW_STATE_BYTES, ReorderScratch.bytes_for(1) - ReorderScratch.bytes_for(0),
+    LAYER_STATE_BYTES, PAGE_ROWS,
+)  # fmt: skip
+GPU_TIER_THAT_MOVES = GpuTierBytes(
+    HOT_ROW_STATE_BYTES + OWNED_ROW_BYTES, MOST_SHARE * GPU_TIER.row_shared,
+    LAYER_STATE_BYTES + OWNED_LAYER_BYTES, PAGE_ROWS, moves=True,
+)  # fmt: skip
+
+
+class CapacityError(Refusal):
+    """One line for the operator: sizes that cannot be served."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a slot and a hot row cost.
+
+    index_bytes  of one slot, all layers
+    ghosts       whether layers have ghost caches, by which hot rows move between them
+    """
+
+    layers: int
+    row_bytes: int
+    index_bytes: int
+    topk: int
+    context_tokens: int
+    page_slots: int
+    tier: TierBytes = CPU_TIER
+    ghosts: bool = False
+
+    @property
+    def slot_device_bytes(self) -> int:
+        """Index keys, the slot's entry in each layer's map and in the staging map."""
+        return self.index_bytes + (self.layers + 1) * MAP_BYTES
+
+    @property
+    def hot_row_bytes(self) -> int:
+        """One hot row in every layer."""
+        return self.layers * (self.row_bytes + self.tier.row_state) + self.tier.row_shared
+
+    def paged(self, rows: int) -> int:
+        """Rows that are allocated for so many."""
+        return -(-rows // self.tier.page_rows) * self.tier.page_rows
+
+    def staging_rows(self, slots: int) -> int:
+        """Rows of one staging buffer: the longest request there can be."""
+        return min(self.context_tokens, slots) + self.page_slots
+
+    def staging_bytes(self, slots: int) -> int:
+        return STAGING_BUFFERS * self.paged(self.staging_rows(slots)) * self.row_bytes
+
+    def device_bytes(self, slots: int, hot_rows: int) -> int:
+        """Everything the pool allocates on the device."""
+        padded = slots + self.page_slots  # SGLang's page 0 takes the writes of padding
+        return (
+            padded * self.slot_device_bytes
+            + hot_rows * self.hot_row_bytes
+            + (self.paged(hot_rows) - hot_rows) * self.layers * self.row_bytes
+            + self.staging_bytes(slots)
+            + self.tier.shared(self.topk, self.row_bytes)
+            + self.layers * (self.tier.layer_state + (ghost_bytes(padded) if self.ghosts else 0))
+        )
+
+    def host_bytes(self, slots: int) -> int:
+        return (slots + self.page_slots) * self.layers * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What was decided. hot_rows: per layer; device_limit_bytes: what SGLang had to give."""
+
+    geometry: Geometry
+    slots: int
+    hot_rows: int
+    device_limit_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        return self.geometry.device_bytes(self.slots, self.hot_rows)
+
+    @property
+    def staging_rows(self) -> int:
+        return self.geometry.staging_rows(self.slots)
+
+
+def most_slots(config: EssConfig, geometry: Geometry, device_bytes: int, host_bytes: int) -> int:
+    """The largest number of slots, in whole pages, that both memories allow.
+
+    Raises: CapacityError if not even one page fits, with the bytes it takes.
+    """
+    page = geometry.page_slots
+
+    def fits(pages: int) -> bool:
+        slots = pages * page
+        rows = _least_hot_rows(config, geometry, slots)
+        return (
+            geometry.device_bytes(slots, rows) <= device_bytes
+            and geometry.host_bytes(slots) <= host_bytes
+        )
+
+    if not fits(1):
+        need = geometry.device_bytes(page, _least_hot_rows(config, geometry, page))
+        host_need, advice = geometry.host_bytes(page), []
+        if need > device_bytes:
+            advice.append(
+                "raise the device memory (--mem-fraction-static; --ess-device-gib on the CPU "
+                "platform)" + (" or lower --ess-hot-gib" if config.hot_gib is not None else "")
+            )
+        if host_need > host_bytes:
+            # Unset, it is a share of what is free.
+            verb = "raise" if config.host_gib is not None else "free host memory or set"
+            advice.append(f"{verb} --ess-host-gib")
+        advice = " and ".join(advice)
+        raise CapacityError(
+            f"memory must hold one page of {page} slots and the hot tier: got {size(device_bytes)} "
+            f"of device and {size(host_bytes)} of host memory, limits {size(need)} and "
+            f"{size(host_need)} ({geometry.layers} layers x {geometry.row_bytes} "
+            f"B rows, {size(geometry.staging_bytes(page))} of staging). "
+            f"{advice[0].upper()}{advice[1:]}."
+        )
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * page
+
+
+def _least_hot_rows(config: EssConfig, geometry: Geometry, slots: int) -> int:
+    """Hot rows that have to be there before a slot is worth having."""
+    if config.hot_gib is not None:
+        return min(int(config.hot_gib * GIB) // geometry.hot_row_bytes, slots + geometry.page_slots)
+    ratio = config.hot_ratio if config.hot_ratio is not None else AUTO_HOT_RATIO
+    return hot_rows_at(ratio, geometry, slots)
+
+
+def hot_rows_at(ratio: float, geometry: Geometry, slots: int) -> int:
+    """Rows of a layer's hot tier at a ratio; at 1.0 every slot's, SGLang's padding included."""
+    if ratio == 1.0:
+        return slots + geometry.page_slots
+    return max(1, round(ratio * slots))
+
+
+def settle(
+    config: EssConfig, geometry: Geometry, slots: int, device_bytes: int, host_bytes: int
+) -> Capacity:
+    """The hot tier for the slots that SGLang settled on.
+
+    With neither --ess-hot-ratio nor --ess-hot-gib it takes the device memory that is left.
+    Raises: CapacityError for a hot tier below the minimum or a host tier that cannot be.
+    """
+    rows = _least_hot_rows(config, geometry, slots)
+    if (config.hot_gib, config.hot_ratio) == (None, None):
+        padding = (geometry.tier.page_rows - 1) * geometry.layers * geometry.row_bytes
+        left = device_bytes - geometry.device_bytes(slots, 0) - padding
+        rows = min(max(rows, left // geometry.hot_row_bytes), slots + geometry.page_slots)
+    least = min(MIN_HOT_ROWS, slots)
+    if rows < least:
+        # The two flags exclude each other: the one that was given is the one to raise.
+        flag, value = "--ess-hot-ratio", least / slots
+        if config.hot_gib is not None:
+            flag, value = "--ess-hot-gib", least * geometry.hot_row_bytes / GIB
+        verb = "Set" if (config.hot_gib, config.hot_ratio) == (None, None) else "Raise"
+        raise CapacityError(
+            f"hot tier must hold {least} rows a layer: got {rows} for {slots} slots "
+            f"({size(rows * geometry.hot_row_bytes)}). {verb} {flag} to {_rounded_up(value)}."
+        )
+    if geometry.host_bytes(slots) > host_bytes:
+        raise CapacityError(
+            f"host tier must fit into host memory: got {size(geometry.host_bytes(slots))} "
+            f"for {slots} slots, limit {size(host_bytes)}. Lower --max-total-tokens."
+        )
+    if rows == slots + geometry.page_slots:  # all is hot: no layer wants more
+        tier = GPU_TIER if geometry.tier.moves else geometry.tier
+        geometry = replace(geometry, ghosts=False, tier=tier)
+    return Capacity(geometry, slots, rows, device_bytes)
+
+
+def _rounded_up(value: float) -> str:
+    """Four digits that are enough: an advice that is refused in its turn is none."""
+    return f"{math.ceil(value * 10_000) / 10_000:.4f}"
+
+
+def host_limit_bytes(config: EssConfig) -> int:
+    """Bytes the host tier may take. Raises: CapacityError if that is more than is free."""
+    free = free_host_bytes()
+    if config.host_gib is None:
+        return int(free * AUTO_HOST_SHARE)
+    if config.host_gib * GIB > free:
+        raise CapacityError(
+            f"--ess-host-gib must fit into free host memory: got {config.host_gib:g} GiB, limit "
+            f"{free / GIB:.2f} GiB (MemAvailable and the cgroup's). Lower it or leave it out "
+            f"for {AUTO_HOST_SHARE:.0%} of what is free."
+        )
+    return int(config.host_gib * GIB)
+
+
+def serves_two_tiers(config: EssConfig | None) -> bool:
+    """Whether this SGLang process has ESS's pool.
+
+    A prefill server has SGLang's own: each of its rows is read once by every query, so that
+    there is nothing to keep hot. Its peer's transfer finds them where it looks for them.
+    """
+    from sglang.srt.runtime_context import get_disagg
+
+    return config is not None and config.enabled and get_disagg().disaggregation_mode != "prefill"
+
+
+_decided: Capacity | None = None
+
+
+def decided() -> Capacity:
+    """This process's capacity. Raises: RuntimeError before SGLang has sized its pool."""
+    if _decided is None:
+        raise RuntimeError("capacity must be decided before the pool is built: got none.")
+    return _decided
+
+
+def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kwargs: Any) -> Any:
+    """Body of the AROUND hook on KVCacheConfigurator.config_from_budget.
+
+    Under ESS the budget buys index keys and hot rows, not latent rows; one-tier on the CPU
+    platform counts --ess-device-gib as its device memory. Effect: decided() is set.
+    Raises: CapacityError, for which the scheduler ends with one line (errors.make_scheduler).
+    """
+    global _decided
+    config = EssConfig.from_env() or EssConfig(enabled=False)
+    if config.device_gib is not None:
+        budget_bytes = int(config.device_gib * GIB)
+    if not serves_two_tiers(config):
+        if config.device_gib is not None:
+            budget_bytes -= _padding_bytes(configurator)
+        return original(configurator, budget_bytes, **kwargs)
+    cell_bytes, geometry = _geometry(configurator, config)
+    host_bytes = host_limit_bytes(config)
+    slots = most_slots(config, geometry, budget_bytes, host_bytes)
+    # SGLang divides by what a token costs one-tier, then applies its own constraints.
+    result = original(configurator, slots * cell_bytes, **kwargs)
+    slots = result.max_total_num_tokens
+    _decided = settle(config, geometry, slots, budget_bytes, host_bytes)
+    if configurator.device != "cpu" and (advice := graph_advice(_decided, _largest_graph())):
+        logger.warning("ESS: %s", advice)
+    return result
+
+
+def graph_advice(capacity: Capacity, largest: int | None) -> str | None:
+    """What to say where decode batches outgrow the captured graphs; None where they do not.
+
+    largest: requests of the largest decode graph, None without graphs. SGLang chooses it by the
+    size of the GPU's memory, for batches that one tier can hold, and keeps memory for it.
+    """
+    requests = capacity.slots // capacity.geometry.context_tokens
+    if largest is None or requests <= largest:
+        return None
+    return (
+        f"{capacity.slots} slots hold {requests} requests of {capacity.geometry.context_tokens} "
+        f"tokens, and decode graphs end at {largest}: larger batches run without one. Add "
+        f"--cuda-graph-max-bs-decode {requests}."
+    )
+
+
+def _largest_graph() -> int | None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+    from sglang.srt.runtime_context import get_exec
+
+    decode = get_exec().graph.cuda_graph_config.decode
+    return None if decode.backend == Backend.DISABLED or not decode.bs else max(decode.bs)
+
+
+def moves_rows(config: EssConfig, layers: int, on_cpu: bool = True) -> bool:
+    """Whether layers share out their hot rows anew: not if all are hot."""
+    wanted = config.layer_budgets or ("auto" if on_cpu else "uniform")
+    return wanted == "auto" and config.hot_ratio != 1.0 and layers > 1
+
+
+def _padding_bytes(configurator: Any) -> int:
+    """SGLang's page 0, which it allocates and does not count: --ess-device-gib is a cap."""
+    from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
+
+    cell_bytes = create_memory_pool_configurator(configurator)._cell_size
+    return configurator.pool_page_size * cell_bytes
+
+
+def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
+    """(SGLang's bytes per token, geometry) of a KVCacheConfigurator for sparse attention."""
+    from sglang.srt.mem_cache.kv_cache_configurator import calculate_mla_kv_cache_dim
+    from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
+
+    model, dtype = configurator.model_config, configurator.kv_cache_dtype
+    layers = configurator.layer_info.num_effective_layers
+    row_bytes = calculate_mla_kv_cache_dim(model_config=model, kv_cache_dtype=dtype)
+    row_bytes *= dtype.itemsize
+    cell_bytes = create_memory_pool_configurator(configurator)._cell_size
+    on_cpu = configurator.device == "cpu"
+    moves = moves_rows(config, layers, on_cpu)
+    gpu_tier = GPU_TIER_THAT_MOVES if moves else GPU_TIER
+    index_bytes = cell_bytes - layers * row_bytes
+    if config.index_dtype == "float32":  # which SGLang does not know of
+        index_bytes = index_bytes * index_page_bytes(fp32=True) // index_page_bytes(fp32=False)
+    return cell_bytes, Geometry(
+        layers=layers,
+        row_bytes=row_bytes,
+        index_bytes=index_bytes,
+        topk=model.hf_config.index_topk,
+        context_tokens=model.context_len,
+        page_slots=configurator.pool_page_size,
+        tier=CPU_TIER if on_cpu else gpu_tier,
+        ghosts=on_cpu and moves,
+    )

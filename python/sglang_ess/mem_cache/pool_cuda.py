@@ -1,0 +1,198 @@
+"""The KV pool of a CUDA device in two tiers: pinned host rows, a DeviceTier in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
+
+from ess_kernels.scatter import scatter_rows
+from sglang_ess.mem_cache.capacity import DEVICE_PLAN_QUERIES
+from sglang_ess.mem_cache.pool import IDLE_STEPS, EssTokenToKVPool
+from sglang_ess.tiers.balance.budgets import Budgets
+from sglang_ess.tiers.balance.rebalance import AgeRebalancer
+from sglang_ess.tiers.hot_cache_cuda import DeviceTier
+from sglang_ess.tiers.link_probe import LinkProbe
+from sglang_ess.tiers.staging_cuda import DeviceStaging
+from sglang_ess.tiers.topk_sample import TopkSample
+from sglang_ess.tiers.transfer_stream import TransferStream
+
+
+class CudaEssTokenToKVPool(EssTokenToKVPool):
+    """EssTokenToKVPool whose hot tier is on a CUDA device.
+
+    tier      hot rows, state and scratch of all layers; hot_caches are its layers
+    transfer  the stream on which everything that touches the tiers runs, in order
+
+    Attention reads get_key_buffer(layer): inside reading(rows) that is what was given, hot rows
+    or staged ones, so that SGLang's own kernels read them.
+    """
+
+    def _create_tiers(self) -> None:
+        self.transfer = TransferStream(self.device)
+        topk = self.capacity.geometry.topk
+        moves, hot_rows = self.capacity.geometry.tier.moves, self.capacity.hot_rows
+        self.tier = DeviceTier(
+            self.kv_buffer, hot_rows, topk, DEVICE_PLAN_QUERIES, self.device, moves
+        )
+        self.hot_caches = self.tier.caches
+        if moves:
+            self.rebalancer = AgeRebalancer(self.layer_num, hot_rows, self.tier.most_rows, topk)
+        pinned = torch.device(self.device).type == "cuda"
+        self.sample = TopkSample(self.layer_num, topk, pinned)
+        self._probe = LinkProbe(self.kv_buffer[0], self.device, self.transfer)
+        self.staging = DeviceStaging(
+            self.kv_buffer, self.capacity.staging_rows, self.device, self.transfer
+        )
+        self.request_misses = None  # counted by query on the device, not yet by request
+        self._reading: torch.Tensor | None = None
+        self._group = 0
+        self._places = torch.arange(0, device=self.device)
+
+    @property
+    def device_bytes(self) -> int:
+        index_keys = sum(buffer.nbytes for buffer in self.index_k_with_scale_buffer)
+        return index_keys + self.tier.nbytes + self.staging.nbytes + self._probe.nbytes
+
+    def before_decode_step(self, num_queries: int = 0) -> None:
+        """And all that is under way on the transfer stream comes first: a replayed graph runs on
+        the main stream and knows nothing of what was issued to that one since its capture.
+        """
+        super().before_decode_step(num_queries)
+        self.transfer.join()
+
+    def _rebalance(self, num_queries: int) -> Budgets | None:
+        """The host decides by the last mirror of the ages and waits for nothing."""
+        tier = self.tier
+        budgets = self.rebalancer.step(tier.demand(num_queries), tier.look())
+        if budgets is not None:
+            with self.transfer.fork():
+                tier.move(budgets.rows)
+        return budgets
+
+    def totals(self) -> tuple[int, int, int] | None:
+        return self.tier.totals()
+
+    def measure_link(self) -> float:
+        return self._probe.bytes_per_second()
+
+    def warm(self, layer: int, topk: torch.Tensor) -> None:
+        with self.transfer.fork():
+            slots = topk.to(self.device, non_blocking=True)
+            self.hot_caches[layer].warm(slots)
+            self.transfer.uses(slots)
+
+    @contextmanager
+    def reading(self, rows: torch.Tensor) -> Iterator[None]:
+        """get_key_buffer gives these rows [n, 1, width]."""
+        self._reading = rows
+        try:
+            yield
+        finally:
+            self._reading = None
+
+    def staged(self, layer_id: int, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(queries, their staged rows) of each group of a prompt batch, in order.
+
+        rows: of this layer's new tokens, packed. translate_loc_to_hisparse_device answers for
+        the group given last.
+        """
+        for index, group in enumerate(self.staging.groups):
+            self._group = index
+            yield group.queries, self.staging.rows(layer_id - self.start_layer, index, rows)
+
+    def staged_places(self, slots: torch.Tensor) -> torch.Tensor:
+        """Places of slots [T, K] int32 in the group's buffer; 0 for other groups' queries, whose
+        attention is thrown away (-1 would be read by kernels that go by lengths).
+        """
+        queries = self.staging.groups[self._group].queries
+        places = torch.zeros_like(slots)
+        places[queries] = self.staging.translate(self._group, slots[queries])
+        return places
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        """Raises: RuntimeError outside reading(): the host tier is no device tensor."""
+        if self._reading is None:
+            raise RuntimeError(
+                f"rows of layer {layer_id} must be read inside reading(): got a reader that knows "
+                "one tier only. Report this with the server's options; --disable-ess serves them."
+            )
+        same = self.store_dtype == self.dtype
+        return self._reading if same else self._reading.view(self.dtype)
+
+    def pack(self, cache_k_nope: torch.Tensor, cache_k_rope: torch.Tensor) -> torch.Tensor:
+        """Latent rows [n, 1, width] as SGLang's own kernels write them, on the device."""
+        n = len(cache_k_nope)
+        if n > len(self._places):
+            self._places = torch.arange(n, device=self.device)
+        rows = torch.empty(n, 1, self.kv_cache_dim, dtype=self.store_dtype, device=self.device)
+        self._write_mla_kv_buffer(rows, self._places[:n], cache_k_nope, cache_k_rope)
+        return rows
+
+    def write_prompt(self, layer_id: int, loc: torch.Tensor, rows: torch.Tensor) -> None:
+        """Save rows [n, 1, width] of the slots loc [n] int64, hot where there is room."""
+        index = layer_id - self.start_layer
+        # A copy: SGLang writes the next pass's slots into this tensor, and a prompt's pass does
+        # not end with the main stream waiting for its saves.
+        slots = loc.clone()
+        with self.transfer.fork():
+            scatter_rows(rows, slots, self.kv_buffer[index])
+            self.hot_caches[index].install(slots, rows, IDLE_STEPS, first_slot=self.page_size)
+            self.transfer.uses(slots, rows)
+
+    # --- SGLang's write paths -----------------------------------------------------------
+
+    def set_mla_kv_buffer(
+        self, layer, loc_info, cache_k_nope, cache_k_rope, layer_id_override=None
+    ) -> None:
+        loc, _, _ = unwrap_write_loc(loc_info)
+        layer_id = layer.layer_id if layer_id_override is None else layer_id_override
+        self.write_prompt(layer_id, loc, self.pack(cache_k_nope, cache_k_rope))
+
+    def set_kv_buffer(self, layer, loc_info, cache_k, cache_v, layer_id_override=None) -> None:
+        latent, rope = cache_k.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        self.set_mla_kv_buffer(layer, loc_info, latent, rope, layer_id_override)
+
+    def translate_loc_to_hisparse_device(self, slots: torch.Tensor) -> torch.Tensor:
+        """Upstream's question in extend: where in get_key_buffer's rows these slots are."""
+        return self.staged_places(slots)
+
+    def get_mla_kv_buffer(self, layer, loc: torch.Tensor, dst_dtype=None):
+        """Host rows of the slots loc, for attention that expands a prefix: none does under ESS.
+
+        Raises: NotImplementedError; EssDsaBackend keeps such batches on the absorbed path.
+        """
+        raise NotImplementedError(
+            "prefix rows must be read through staging: got a dense MHA prefill of "
+            f"{len(loc)} slots. Report this; --disable-ess serves it."
+        )
+
+    def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
+        """Between steps: waits for the device, copies on the host."""
+        self.settle()
+        for rows in self.kv_buffer:
+            rows[tgt_loc.view(-1).cpu()] = rows[src_loc.view(-1).cpu()]
+        self.index_key_cache.move(tgt_loc, src_loc)
+        self.written_in_all_layers(tgt_loc)
+
+    def get_cpu_copy(self, indices, *args, **kwargs):
+        self.settle()
+        return super().get_cpu_copy(indices.cpu(), *args, **kwargs)
+
+    def load_cpu_copy(self, kv_cache_cpu, indices, *args, **kwargs) -> None:
+        self.settle()
+        super().load_cpu_copy(kv_cache_cpu, indices.cpu(), *args, **kwargs)
+
+    def written_in_all_layers(self, loc: torch.Tensor) -> None:
+        with self.transfer.fork():
+            slots = loc.view(-1).to(self.device)
+            self.tier.invalidate(slots)
+            self.transfer.uses(slots)
+
+    def settle(self) -> None:
+        """Rows under way are in the host tier before the host touches it."""
+        self.transfer.join()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()

@@ -1,0 +1,102 @@
+"""SGLang platform for hosts without an accelerator.
+
+Upstream has no CPU path for DeepSeek sparse attention. Registered as an out-of-tree
+platform, ours makes every layer take its torch-native path and supplies the pieces that
+have none: the indexer, the sparse MLA backend and the KV pool's write paths.
+"""
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+from sglang_ess.config import EssConfig
+
+DISPATCH_KEY = "ess_cpu"
+DEFAULT_CONTEXTS = 8  # full-length requests that the default number of slots holds
+
+
+class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
+    """CPU as an out-of-tree platform. Chosen by sglang_ess.plugin, not by SGLang."""
+
+    _enum = PlatformEnum.OOT
+
+    def get_device(self, device_id: int = 0) -> str:
+        """SGLang's argument resolution splits this as a string ("cuda:0").
+
+        Effect: the plugins are loaded. SGLang's benchmark clients resolve arguments without, and
+        those of a sparse model need our hooks.
+        """
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        return "cpu"
+
+    def get_dispatch_key_name(self) -> str:
+        return DISPATCH_KEY
+
+    def get_kv_pool_cls(self, *, kind):
+        if kind != "dsa":
+            return None
+        from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
+        from sglang_ess.mem_cache.capacity import serves_two_tiers
+        from sglang_ess.mem_cache.pool_cpu import CpuEssTokenToKVPool
+
+        return CpuEssTokenToKVPool if serves_two_tiers(_config()) else CpuDsaTokenToKVPool
+
+    def get_paged_allocator_cls(self):
+        from sglang_ess.mem_cache.allocator import EssPagedAllocator, RefusingPagedAllocator
+        from sglang_ess.mem_cache.capacity import serves_two_tiers
+
+        return EssPagedAllocator if serves_two_tiers(_config()) else RefusingPagedAllocator
+
+    def apply_server_args_defaults(self, server_args) -> None:
+        """Replace what SGLang chose for an Intel AMX host; a backend the user named stays."""
+        from sglang.srt.arg_groups.model_override_base import model_config_of
+        from sglang.srt.configs.model_config import is_deepseek_dsa
+
+        model = model_config_of(server_args)
+        if server_args.attention_backend in (None, "intel_amx"):
+            is_sparse = is_deepseek_dsa(model.hf_config)
+            server_args.attention_backend = "dsa" if is_sparse else "torch_native"
+        sized = (server_args.max_total_tokens, server_args.mem_fraction_static)
+        if sized == (None, None) and _config().device_gib is None:
+            # Device memory is the machine's: 72% of it, by default, takes a minute to fill.
+            server_args.max_total_tokens = DEFAULT_CONTEXTS * model.context_len
+        # An idle scheduler polls at full speed: here that core is also the device.
+        server_args.sleep_on_idle = True
+
+    def init_backend(self) -> None:
+        """Register the sparse path; runs once in each worker, before the model is built."""
+        import numba
+        import torch._dynamo
+        from sglang.kernels.fused_op import BaseFusedOp
+        from sglang.srt.layers.attention.attention_registry import (
+            register_attention_backend,
+        )
+        from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+
+        from sglang_ess.attention.backend_cpu import CpuTwoTierBackend
+        from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend
+        from sglang_ess.cpu.indexer import indexer_forward
+        from sglang_ess.mem_cache.pool import EssTokenToKVPool
+        from sglang_ess.platforms.cpu_transfer import use_host_transport
+
+        # SGLang compiles small functions (MoE top-k, samplers) by inductor, which needs a
+        # C++ compiler on the host and 10 s at the first request; eager costs microseconds.
+        torch._dynamo.config.disable = True
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        BaseFusedOp.register_oot_forward(Indexer, indexer_forward, DISPATCH_KEY)
+        use_host_transport()
+        # Same name, so that every "dsa" rule of the model code holds; last one wins.
+        register_attention_backend("dsa")(
+            lambda runner: (
+                CpuTwoTierBackend(runner)
+                if isinstance(runner.token_to_kv_pool, EssTokenToKVPool)
+                else CpuSparseMlaBackend(runner)
+            )
+        )
+
+
+def _config() -> EssConfig:
+    """The launcher's record; one-tier where SGLANG_PLATFORM alone named this platform."""
+    return EssConfig.from_env() or EssConfig(enabled=False)

@@ -1,0 +1,279 @@
+"""Admission in SGLang's scheduler, colocated and in disaggregated decode.
+
+Both schedulers fill a batch from the head of their waiting queue. So both hooks do the same:
+tell the policy (admission.py) what the last steps did, and keep the tail of the queue out of
+sight for this round. What SGLang decides about slots and rows of the request table stays its
+own, and comes after: a request joins when both agree.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sglang.srt.disaggregation.utils import all_reduce_flags
+
+from sglang_ess.admission.feed import AdmissionFeed, LastStep, Totals
+from sglang_ess.admission.policy import Admission, Candidate, Limits
+from sglang_ess.admission.working_set import WorkingSetWindow
+from sglang_ess.config import EssConfig
+from sglang_ess.disagg.decode_side import WarmUp
+from sglang_ess.disagg.metadata import EssMetadataBuffers
+from sglang_ess.mem_cache.pool import EssTokenToKVPool
+from sglang_ess.tiers.topk_sample import SAMPLES
+
+logger = logging.getLogger(__name__)
+
+LINK_SECONDS = 30  # between two measurements of the link
+SHED_LOG_SECONDS = 10
+
+
+def prefill_round(original: Any, scheduler: Any, running_batch: Any) -> Any:
+    """Body of the AROUND hook on Scheduler.get_new_batch_prefill: colocated serving."""
+    gate = gate_of(scheduler)
+    if gate is None:
+        return original(scheduler, running_batch)
+    if (keep := gate.keep(running_batch)) is not None:
+        # Until it is done: this round may run a prompt instead of a decode step.
+        scheduler.token_to_kv_pool_allocator.keep_running = keep
+    return gate.round(original, running_batch)
+
+
+def prebuilt_round(original: Any, scheduler: Any, running_batch: Any) -> Any:
+    """Body of the AROUND hook on Scheduler._get_new_prebuilt_batch: disaggregated decode."""
+    gate = gate_of(scheduler)
+    if gate is None:
+        return original(scheduler, running_batch)
+    keep, parked = gate.keep(running_batch), []
+    if keep is not None:
+        parked = park(scheduler, running_batch, keep)
+    try:
+        batch = gate.round(original, running_batch)
+    finally:
+        scheduler.waiting_queue[:0] = parked
+    scheduler.token_to_kv_pool_allocator.is_idle = batch is None and not holds_slots(
+        scheduler, running_batch
+    )
+    return batch
+
+
+def holds_slots(scheduler: Any, running_batch: Any) -> bool:
+    """Whether a request of a decode server has slots; those that were retracted have none."""
+    transfers = scheduler.disagg_decode_transfer_queue
+    return bool(
+        running_batch.reqs
+        or scheduler.waiting_queue
+        or scheduler.last_batch
+        or transfers.queue
+        or transfers.has_pending_deferred_releases()
+    )
+
+
+def park(scheduler: Any, running_batch: Any, keep: int) -> list[Any]:
+    """Take requests out of the running batch with all they hold; returns them, oldest first.
+
+    A retraction would copy their rows out of the host tier and back, and let no transfer
+    proceed meanwhile. A request whose rows have arrived and that waits to join is all that
+    they need to be, so that is what they become.
+    """
+    _finish_step_under_way(scheduler)
+    reqs = running_batch.reqs
+    # Upstream's order of retraction: those that have the least to lose go.
+    order = running_batch._get_decode_retraction_order(reqs)
+    live = [i for i in order if not reqs[i].finished()]
+    kept, gone = set(order) - set(live[keep:]), sorted(live[keep:])
+    parked = [reqs[i] for i in gone]
+    for req in parked:
+        req.retracted_stain = True  # its cached tokens are counted
+    if parked:
+        running_batch.batch_is_full = False
+        # Last: once they are out of the batch, nothing may fail before the caller has them.
+        running_batch.filter_batch(keep_indices=sorted(kept))
+    return parked
+
+
+def _finish_step_under_way(scheduler: Any) -> None:
+    """Take in the step whose result the overlapped loop would process after the next launch.
+
+    A request that is out of the batch must not be finished by it: whoever aborts a waiting
+    request frees what it holds. Upstream's own pause_generation does the same.
+    """
+    if scheduler.enable_overlap and scheduler.last_batch is not None and scheduler.result_queue:
+        scheduler.process_batch_result(*scheduler.result_queue.popleft())
+        scheduler.last_batch = None
+
+
+def gate_of(scheduler: Any) -> Gate | None:
+    """The scheduler's gate; None where ESS serves one-tier."""
+    if "ess_gate" not in vars(scheduler):
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        config = EssConfig.from_env()
+        two_tiers = config is not None and isinstance(pool, EssTokenToKVPool)
+        scheduler.ess_gate = Gate(scheduler, pool, config) if two_tiers else None
+    return scheduler.ess_gate
+
+
+class Gate:
+    """One scheduler's admission: feeds the policy, and hides what may not join from SGLang.
+
+    admission: the policy, or None with --ess-admission off
+    """
+
+    def __init__(self, scheduler: Any, pool: EssTokenToKVPool, config: EssConfig):
+        self._scheduler, self._pool = scheduler, pool
+        self.admission: Admission | None = None
+        geometry = pool.capacity.geometry
+        if config.admission == "on":
+            limits = Limits(
+                hot_rows=pool.capacity.hot_rows,
+                topk=geometry.topk,
+                layers=geometry.layers,
+                row_bytes=geometry.row_bytes,
+                itl_seconds=None if config.itl_ms is None else config.itl_ms / 1000,
+                num_slots=pool.capacity.slots,
+            )
+            rate = pool.measure_link()
+            self.admission = Admission(limits, rate)
+            window = WorkingSetWindow(pool.host_tier.num_slots, SAMPLES, geometry.topk)
+            layers = len(pool.sample.layers)
+            self._feed = AdmissionFeed(self.admission, window, layers, self._totals())
+            logger.info("ESS: host-to-device link %.1f GB/s at row size", rate / 1e9)
+        buffers = getattr(scheduler, "disagg_metadata_buffers", None)
+        warms = config.pd_warmup == "on" and isinstance(buffers, EssMetadataBuffers)
+        self._warm_up = WarmUp(pool, buffers) if warms else None
+        self._round_began = self._link_measured = time.perf_counter()
+        self._shed_logged = 0.0
+        self._is_decode_server = buffers is not None
+        # Colocated, a prompt's own pass warms the tier.
+        self._arrives_cold = self._is_decode_server or config.warmup == "off"
+
+    # --- what the policy is told --------------------------------------------------------
+
+    def keep(self, running_batch: Any) -> int | None:
+        """Take note of the last step; how many may go on if not all of running_batch."""
+        if self.admission is None:
+            return None
+        now = time.perf_counter()
+        last, seconds = self._scheduler.last_batch, now - self._round_began
+        self._round_began = now
+        if last is None or not last.forward_mode.is_decode() or not last.reqs:
+            return None
+        told = self._feed.decoded(self._last_step(last.reqs, seconds))
+        if now - self._link_measured > LINK_SECONDS:
+            self._link_measured = now
+            self.admission.link(self._pool.measure_link())
+        running = len(running_batch.reqs)
+        # Only then, because ranks count steps alike, and to agree costs a message each.
+        keep = self._agreed(self.admission.keep(running)) if told else running
+        if keep >= running:
+            return None
+        if now - self._shed_logged > SHED_LOG_SECONDS:
+            self._shed_logged = now
+            logger.warning(
+                "ESS: the hot tier thrashes (rows are evicted %.1f steps after their use): %d of "
+                "%d requests go on, the others wait",
+                self.admission.eviction_age or 0.0, keep, running,
+            )  # fmt: skip
+        return keep
+
+    def _last_step(self, reqs: list[Any], seconds: float) -> LastStep:
+        """One decode step of these requests, so many seconds after the round before."""
+        requests, sampled, topk = [hash(req.rid) for req in reqs], reqs[:SAMPLES], None
+        if len(set(requests[:SAMPLES])) == len(sampled):  # the window's owners are distinct
+            topk = self._pool.sample.rows[self._feed.layer, : len(sampled)].numpy()
+        return LastStep(requests, seconds, self._totals, topk, [req.seqlen for req in sampled])
+
+    def _totals(self) -> Totals | None:
+        totals = self._pool.totals()
+        return None if totals is None else Totals(*totals)
+
+    # --- the round ----------------------------------------------------------------------
+
+    def round(self, original: Any, running_batch: Any) -> Any:
+        """SGLang's own round, over the part of the waiting queue that may join."""
+        scheduler, count = self._scheduler, len(self._scheduler.waiting_queue)
+        if self.admission is not None and count:
+            if scheduler.enable_priority_scheduling:
+                scheduler.policy.calc_priority(scheduler.waiting_queue, running_batch)
+            running = len(running_batch.reqs) + (scheduler.chunked_req is not None)
+            within, head = self._most_joining(running), self._candidates(self._reach(running))
+            count = self._agreed(self.admission.admit(running, head, within).count)
+        with self._hiding_all_but(count):
+            if self._warm_up is not None:
+                for req in scheduler.waiting_queue:
+                    self._warm_up.warm(req, scheduler.req_to_token_pool.req_to_token)
+            return original(scheduler, running_batch)
+
+    @contextmanager
+    def _hiding_all_but(self, count: int) -> Iterator[None]:
+        """Meanwhile the waiting queue is its head alone; then it is whole again, whatever happens.
+
+        What SGLang adds to the queue meanwhile comes last, as if it had seen all of it. The rest
+        of the queue is neither walked nor copied, however long.
+        """
+        scheduler, queue = self._scheduler, self._scheduler.waiting_queue
+        if count >= len(queue):
+            yield
+            return
+        head = queue[:count]
+        scheduler.waiting_queue = list(head)
+        try:
+            yield
+        finally:
+            were, left = set(map(id, head)), scheduler.waiting_queue
+            queue[:count] = [req for req in left if id(req) in were]
+            queue += [req for req in left if id(req) not in were]
+            scheduler.waiting_queue = queue
+
+    def _reach(self, running: int) -> int:
+        """Of the queue's head: as many as one round of SGLang's can take."""
+        scheduler = self._scheduler
+        places = max(0, scheduler.max_running_requests - running)
+        if self._is_decode_server:
+            return places
+        if self._passes_over:
+            return len(scheduler.waiting_queue)
+        # One at least is shown, so that SGLang takes note that the batch is full.
+        return max(1, places)
+
+    @property
+    def _passes_over(self) -> bool:
+        """Whether a prompt round takes requests from anywhere in the queue, or places of others.
+
+        Its policy may sort the whole queue; it skips requests whose adapter or stored prefix is
+        not there yet; and with preemption a place need not be free.
+        """
+        scheduler = self._scheduler
+        return (
+            not (scheduler.schedule_policy == "fcfs" or scheduler.enable_priority_scheduling)
+            or scheduler.enable_priority_preemption
+            or scheduler.enable_lora
+            or scheduler.enable_hicache_storage
+            or scheduler.enable_lmcache
+        )
+
+    def _most_joining(self, running: int) -> int:
+        """Of the queue's head: those that have a place in the batch, and slots, if none share."""
+        scheduler = self._scheduler
+        places = max(0, scheduler.max_running_requests - running)
+        if self._is_decode_server:  # who waits has slots
+            return places
+        free = scheduler.token_to_kv_pool_allocator.available_size()
+        free += scheduler.tree_cache.evictable_size()
+        needs = itertools.accumulate(req.seqlen for req in scheduler.waiting_queue[:places])
+        return sum(1 for _ in itertools.takewhile(lambda need: need <= free, needs))
+
+    def _agreed(self, number: int) -> int:
+        """The least of all ranks that run one batch: their clocks and links differ."""
+        group = self._scheduler.attn_tp_cpu_group
+        return all_reduce_flags([number], group, torch.distributed.ReduceOp.MIN)[0]
+
+    def _candidates(self, count: int) -> Iterator[Candidate]:
+        for req in itertools.islice(self._scheduler.waiting_queue, count):
+            rows = self._warm_up.working_set(req) if self._warm_up else None
+            yield Candidate(req.seqlen, rows, cold=self._arrives_cold and rows is None)

@@ -1,0 +1,347 @@
+"""`python -m sglang_ess.plan`: does ESS help a model, a GPU, a context and a latency target?
+
+Prints the settings to serve with, what they are expected to give, and the same without ESS; or
+why ESS does not help. All figures are simulated. Exit status 2, and one line on stderr, for a
+question that cannot be answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sglang_ess.sim.inputs.files import names
+from sglang_ess.sim.inputs.specs import Deployment, Model, SpecError, changed, load
+from sglang_ess.sim.model.locality import Locality
+from sglang_ess.sim.model.miss_table import LAYERS, REQUESTS, MissTable
+from sglang_ess.sim.planning.planner import Advice, Plan, PlanError, Planner, Question
+from sglang_ess.trace.trace import read_trace
+
+REFUSED = 2
+NODE, SEVERAL_NODES = "node-8", "ess-paper-32k"  # deployments of up to 8 GPUs, and of more
+# ESS Table 2's pairs of queries a step and tokens accepted; others have to be given.
+ACCEPTED = {1: 1.0, 2: 1.7, 4: 2.8}
+WORTH_A_LINE = 0.01  # of tokens/s
+TITLES = {"ess": "ESS", "one-tier": "one tier"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    try:
+        question = ask(options)
+        with _bar() as bar:
+            planner = Planner(question, misses_of(question, options, bar))
+            advice = planner.advise()
+        if options.json:
+            document = as_dict(question, options, advice)
+            options.json.write_text(json.dumps(document, indent=1) + "\n")
+        if options.plot:
+            plot(options.plot, planner, question)
+    except (ValueError, OSError) as error:
+        print(f"sglang-ess: {' '.join(str(error).split())}", file=sys.stderr)
+        return REFUSED
+    _print(question, options, advice)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_ess.plan", description=__doc__.partition("\n\n")[0]
+    )
+    add = parser.add_argument
+    for kind, folder, default in (
+        ("model", "models", None), ("gpu", "gpus", None), ("link", "links", "pcie5"),
+        ("deployment", "deployments", None),
+    ):  # fmt: skip
+        known = f"{', '.join(names(folder))}, or a .toml file"
+        needed = kind in ("model", "gpu")
+        add(f"--{kind}", required=needed, default=default, help=known)
+    for flag, kind, value, text in (
+        ("context", int, "N", "tokens of a request; or --input and --output"),
+        ("input", int, "N", "prompt tokens of a request"),
+        ("output", int, "N", "tokens that a request generates"),
+        ("gpus", int, "N", "decode GPUs, over which the experts are spread [8]"),
+        ("mtp", int, "Q", "queries of a request in a step: 1 + draft tokens [2]"),
+        ("accept", float, "T", "tokens a request gains in a step [1, 1.7, 2.8 for --mtp 1, 2, 4]"),
+        ("host-gib", float, "G", "host memory for latent rows, of one GPU [200]"),
+        ("kv-gib", float, "G", "device memory for KV, of one GPU [what the weights leave]"),
+        ("requests", int, "N", "most requests that one GPU will have at once"),
+    ):
+        add(f"--{flag}", type=kind, metavar=value, help=text)
+    per_token = "mean time between two tokens of a request: a step / accepted tokens"
+    add("--itl-ms", type=float, required=True, metavar="MS", help=per_token)
+    add("--overlap", choices=("auto", "da", "dba", "off"), help="of fetches with compute [auto]")
+    budgets = "auto: as if a GPU's server shared rows out by layer, which it does not yet"
+    add("--layer-budgets", choices=("auto", "uniform"), default="uniform", help=budgets)
+    profiles = f"{', '.join(names('localities'))}, a .toml file, or what --ess-trace wrote"
+    add("--locality", metavar="PROFILE|TRACE", help=profiles)
+    add("--json", type=Path, metavar="PATH", help="write question, plans and flags here")
+    add("--plot", type=Path, metavar="PATH", help="write a PNG of tokens/s by batch here")
+    add("--seed", type=int, default=0, metavar="S", help="of the generated top-k [0]")
+    return parser
+
+
+# --- the question -----------------------------------------------------------------------
+
+
+def ask(options: argparse.Namespace) -> Question:
+    """Raises: ValueError, one line, for an unknown name or a number outside its limits."""
+    model, gpu, link = (load(kind, getattr(options, kind)) for kind in ("model", "gpu", "link"))
+    context, longest = _lengths(options)
+    return Question(
+        model, gpu, link, _deployment(options), context, options.itl_ms / 1000, longest,
+        options.requests, options.layer_budgets == "auto",
+    )  # fmt: skip
+
+
+def _lengths(options: argparse.Namespace) -> tuple[int, int]:
+    """Tokens of a request on average while it decodes, and at its end."""
+    given = options.input is not None, options.output is not None
+    if (options.context is not None) == any(given) or any(given) != all(given):
+        raise PlanError("lengths must be --context, or --input and --output: give one of the two.")
+    if options.context is not None:
+        return options.context, options.context
+    if options.input < 1 or options.output < 1:
+        raise PlanError(
+            f"--input and --output must be 1 or more: got {options.input} and {options.output}."
+        )
+    return options.input + options.output // 2, options.input + options.output
+
+
+def _deployment(options: argparse.Namespace) -> Deployment:
+    """A shipped one or a file, with what the options change."""
+    gpus = options.gpus
+    if gpus is not None and not 1 <= gpus <= 4096:
+        raise PlanError(f"--gpus must be 1 to 4096: got {gpus}.")
+    for name in ("host_gib", "kv_gib"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            flag = name.replace("_", "-")
+            raise PlanError(f"--{flag} must be more than 0: got {value:g}. Leave it out if unsure.")
+    name = options.deployment or (NODE if (gpus or 8) <= 8 else SEVERAL_NODES)
+    found = load("deployment", name)
+    values: dict[str, Any] = {}
+    if options.deployment is None:
+        values["kv_gib"], values["overlap"] = None, "auto"
+    if gpus is not None:
+        values |= {"decode_ranks": gpus, "expert_gpus": gpus}
+        local = found.gpus_per_node if gpus > found.gpus_per_node else 1
+        values |= {"remote_share": 1 - local / gpus}
+        values |= {"gpus_per_node": min(gpus, found.gpus_per_node)}
+    if options.mtp is not None:
+        values |= {"queries": options.mtp, "accepted_tokens": _accepted(options)}
+    elif options.accept is not None:
+        values["accepted_tokens"] = options.accept
+    for name in ("host_gib", "kv_gib", "overlap"):
+        if getattr(options, name) is not None:
+            values[name] = getattr(options, name)
+    return changed(found, **values)
+
+
+def _accepted(options: argparse.Namespace) -> float:
+    if options.accept is None and options.mtp not in ACCEPTED:
+        known = ", ".join(map(str, ACCEPTED))
+        raise PlanError(f"--accept must be given for --mtp {options.mtp}: known for {known}.")
+    return options.accept if options.accept is not None else ACCEPTED[options.mtp]
+
+
+def misses_of(
+    question: Question, options: argparse.Namespace, bar: Callable[[str, int], Any]
+) -> MissTable:
+    """Of the profile or trace that --locality names, or the model's own profile.
+
+    bar(what, total) -> what to call with each part done
+    """
+    model, queries = question.model, question.deployment.queries
+    chosen = options.locality or _profile(options.model, model)
+    if chosen not in names("localities") and not chosen.endswith(".toml"):
+        if not Path(chosen).is_file():
+            known = ", ".join(names("localities"))
+            raise SpecError(f"--locality must be {known}, a .toml file or a trace: got {chosen}.")
+        trace = read_trace(Path(chosen))
+        return MissTable.from_trace(
+            trace, model.layers, question.context, queries, bar("replaying", 0)
+        )
+    locality = Locality.load(chosen)
+    if locality.topk != model.topk:
+        raise SpecError(
+            f"locality must have the model's top-k of {model.topk}: got {locality.topk}."
+        )
+    done = bar("measuring misses", LAYERS * REQUESTS)
+    return MissTable.from_profile(
+        locality, model.layers, question.context, queries, seed=options.seed,
+        progress=lambda: done(1),
+    )  # fmt: skip
+
+
+def _profile(name: str, model: Model) -> str:
+    """A model's own profile, one of its family, else the first with as many layers."""
+    known = names("localities")
+    family = [other for other in known if other.split("-")[0] == name.split("-")[0]]
+    alike = [other for other in known if Locality.load(other).num_layers == model.layers]
+    return name if name in known else (family or alike or known)[0]
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int], Any]]:
+    """bar(what, total): a tqdm bar for what takes more than two seconds; total 0: unknown."""
+    from tqdm import tqdm
+
+    made: list[Any] = []
+
+    def bar(what: str, total: int) -> Any:
+        one = tqdm(total=total or None, desc=what, delay=2, disable=None, leave=False)
+        made.append(one)
+        return one.update
+
+    try:
+        yield bar
+    finally:
+        for one in made:
+            one.close()
+
+
+# --- output -----------------------------------------------------------------------------
+
+
+def flags(question: Question, advice: Advice) -> list[str]:
+    """Arguments of sglang_ess.launch_server that serve as the best plan does."""
+    if advice.best is None:
+        return []
+    if not advice.helps:
+        return ["--disable-ess"]
+    plan, deployment = advice.best, question.deployment
+    overlap = deployment.overlap if deployment.overlap in ("da", "dba", "off") else "auto"
+    # The pool counts a page of padding too.
+    host_gib = min(math.ceil(plan.host_gib) + 1, deployment.host_gib)
+    step_ms = question.itl_seconds * 1000 * deployment.accepted_tokens
+    return [
+        "--ess-hot-gib", f"{plan.hot_gib:.2f}",
+        "--ess-host-gib", f"{host_gib:g}",
+        "--ess-itl-ms", f"{step_ms:.1f}",
+        "--ess-overlap", overlap,
+        "--ess-layer-budgets", "auto" if plan.budgets else "uniform",
+        "--cuda-graph-max-bs-decode", str(plan.batch),
+    ]  # fmt: skip
+
+
+def as_dict(question: Question, options: argparse.Namespace, advice: Advice) -> dict[str, Any]:
+    """What --json writes."""
+    specs = {name: getattr(options, name) for name in ("model", "gpu", "link", "locality")}
+    specs |= {"context": question.context, "longest": question.slots_tokens}
+    specs |= {"itl_ms": question.itl_seconds * 1000, "requests": question.most_requests}
+    return {
+        "kind": "simulated",
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "seed": options.seed,
+        "question": specs | {"deployment": asdict(question.deployment)},
+        **asdict(advice),
+        "flags": flags(question, advice),
+    }
+
+
+def lines(advice: Advice) -> Iterator[tuple[str, ...]]:
+    """Rows of the table: a name, and a cell for ESS and for one tier."""
+    plans = [plan for plan in (advice.ess, advice.one_tier) if plan]
+
+    def row(name: str, cell: Callable[[Plan], str]) -> tuple[str, ...]:
+        return (name, *map(cell, plans))
+
+    yield row("requests a GPU", lambda p: str(p.batch))
+    yield row("tokens/s a GPU", lambda p: f"{p.tokens_per_second:,.0f}")
+    yield row("tokens/s a node", lambda p: f"{p.tokens_per_second_per_node:,.0f}")
+    yield row("ITL, ms", lambda p: f"{p.itl_ms:.1f}")
+    yield row("decode step, ms", lambda p: f"{p.step_ms:.1f}")
+    yield row("  waiting for rows, ms", lambda p: f"{p.parts['transfer']:.1f}")
+    yield row("hot rows a layer", lambda p: f"{p.hot_rows:,}")
+    yield row("  for each request", lambda p: f"{p.hot_rows / p.batch:,.0f}")
+    yield row("  of the slots", lambda p: f"{p.ratio:.2f}")
+    yield row("  layers share them", lambda p: "by budgets" if p.budgets else "uniformly")
+    yield row("misses a request and layer", lambda p: f"{p.misses:.0f}")
+    yield row("device GiB of hot rows", lambda p: f"{p.hot_gib:.1f}" if p.hot_gib else "-")
+    yield row("device GiB of KV in all", lambda p: f"{p.device_gib:.1f}")
+    yield row("host GiB a GPU", lambda p: f"{p.host_gib:.0f}" if p.host_gib else "-")
+
+
+def _print(question: Question, options: argparse.Namespace, advice: Advice) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    plans = [plan for plan in (advice.ess, advice.one_tier) if plan]
+    title = f"{options.model}, {options.gpu}, {options.link}, {question.context:,} tokens"
+    if plans:
+        table = Table("", title=title, caption="simulated", box=box.SIMPLE)
+        for plan in plans:
+            table.add_column(TITLES[plan.tier], justify="right")
+        for name, *cells in lines(advice):
+            table.add_row(name, *cells)
+        Console().print(table)
+    print("\n".join(verdict(question, advice)))
+
+
+def verdict(question: Question, advice: Advice) -> Iterator[str]:
+    """Lines below the table: whether ESS helps, how to serve, what to know."""
+    if not advice.helps:
+        yield f"ESS does not help here because {advice.reason}"
+    elif advice.gain is None:
+        yield "ESS helps: without it no request fits."
+    else:
+        yield f"ESS helps: {advice.gain:+.0%} tokens/s at the same device memory."
+    if arguments := flags(question, advice):
+        yield ""
+        yield f"python -m sglang_ess.launch_server ... {' '.join(arguments)}"
+    if advice.helps and question.deployment.overlap not in ("da", "dba", "off"):
+        yield "--ess-overlap auto needs --ess-overlap-costs: without that file nothing overlaps."
+    if advice.helps and advice.budgeted:
+        more = advice.budgeted.tokens_per_second / advice.best.tokens_per_second - 1
+        if more >= WORTH_A_LINE:
+            yield (
+                f"Hot rows shared out by layer would give {more:+.0%} more, with "
+                f"{advice.budgeted.batch} requests. A GPU's server does not have that yet."
+            )
+
+
+def plot(path: Path, planner: Planner, question: Question) -> None:
+    """A PNG: tokens/s and ITL by batch, with ESS and without. No display is needed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    for plans in (planner.ess_plans(), planner.one_tier_plans()):
+        best: dict[int, Plan] = {}
+        for plan in plans:
+            if plan.budgets and not question.budgets:
+                continue
+            if plan.batch not in best or plan.step_ms < best[plan.batch].step_ms:
+                best[plan.batch] = plan
+        for axes, name in zip(panels, ("tokens_per_second", "itl_ms"), strict=True):
+            if best:
+                axes.plot(
+                    list(best), [getattr(plan, name) for plan in best.values()],
+                    label=TITLES[next(iter(best.values())).tier],
+                )  # fmt: skip
+    panels[0].set_ylabel("tokens/s a GPU (simulated)")
+    panels[1].set_ylabel("ms between tokens")
+    panels[1].axhline(question.itl_seconds * 1000, color="gray", linestyle=":", label="target")
+    for axes in panels:
+        axes.set_xlabel("requests a GPU")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""SparseServe's setting: KV blocks of one attention head, selected and cached as blocks.
+
+MHA or GQA with block-level selection instead of latent rows with token-level top-k. The cache
+is the production HotCache with slot = block and one cache for a sampled head, whose share of
+the device memory it has (SparseServe manages memory per head, sec. 3.1). Costs are a roofline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numba
+import numpy as np
+
+from sglang_ess.sim.inputs.files import POSITIVE, SHARE, Checked, read, spec
+
+BYTES = 2  # of a bf16 value
+MAX_AGE = 1 << 16  # steps, of the table of working sets
+
+
+@dataclass(frozen=True)
+class Machine(Checked):
+    """One GPU, its host and the link. See benchmarks/sparseserve.toml for the sources."""
+
+    hbm_bytes: int = spec(POSITIVE)
+    hbm_bytes_per_second: float = spec(POSITIVE)
+    dram_bytes: int = spec(POSITIVE)
+    flops: float = spec(POSITIVE)
+    compute_efficiency: float = spec(SHARE)
+    memory_share: float = spec(SHARE)
+    workspace_bytes: int = spec(POSITIVE)
+    memcpy_bytes_per_second: float = spec(POSITIVE)
+    memcpy_save_bytes_per_second: float = spec(POSITIVE)
+    flash_h2d_bytes_per_second: float = spec(POSITIVE)
+    flash_d2h_bytes_per_second: float = spec(POSITIVE)
+
+
+@dataclass(frozen=True)
+class Sparse(Checked):
+    """Block selection: a query attends to budget_tokens in blocks of block_tokens."""
+
+    block_tokens: int = spec(POSITIVE)
+    budget_tokens: int = spec(POSITIVE)
+    chunk_tokens: int = spec(POSITIVE)
+    metadata_share: float = spec(SHARE)
+    overlap_rise_1_to_12: float = spec(SHARE)
+    overlap_rise_12_to_16: float = spec(SHARE)
+
+    @property
+    def topk(self) -> int:
+        """Blocks of one query and head."""
+        return self.budget_tokens // self.block_tokens
+
+
+@dataclass(frozen=True)
+class Limits(Checked):
+    """What a rate has to keep to count as goodput."""
+
+    tbt_decode_steps: float = spec(POSITIVE)
+    queue_seconds: float = spec(POSITIVE)
+
+
+@dataclass(frozen=True)
+class DenseModel(Checked):
+    """A transformer with MHA or GQA in bf16."""
+
+    name: str = spec()
+    layers: int = spec(POSITIVE)
+    kv_heads: int = spec(POSITIVE)
+    hidden: int = spec(POSITIVE)
+    head_dim: int = spec(POSITIVE)
+    parameters: float = spec(POSITIVE)
+    max_prompt_tokens: int = spec(POSITIVE)
+
+    @property
+    def weight_bytes(self) -> float:
+        return BYTES * self.parameters
+
+    @property
+    def heads(self) -> int:
+        """KV heads of all layers: the caches that share the device memory."""
+        return self.layers * self.kv_heads
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token."""
+        return 2 * BYTES * self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Dataset(Checked):
+    """One part of the load."""
+
+    name: str = spec()
+    words: float = spec(POSITIVE)
+    samples: int = spec(POSITIVE)
+    output_tokens: int = spec(POSITIVE)
+
+
+@dataclass(frozen=True)
+class Lengths(Checked):
+    """How words become tokens."""
+
+    tokens_per_word: float = spec(POSITIVE)
+    length_sigma: float = spec(POSITIVE)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A file like benchmarks/sparseserve.toml."""
+
+    machine: Machine
+    sparse: Sparse
+    limits: Limits
+    workload: Lengths
+    models: tuple[DenseModel, ...]
+    datasets: tuple[Dataset, ...]
+
+    @classmethod
+    def load(cls, path: Path | str) -> Setting:
+        """Raises: SpecError, one line with file, line and field."""
+        return read(path, cls)
+
+    def draw(self, count: int, most_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt and output tokens [count] int64 each; prompts are cut at most_tokens."""
+        rng = np.random.default_rng(seed)
+        weights = np.array([d.samples for d in self.datasets], float)
+        picks = rng.choice(len(weights), count, p=weights / weights.sum())
+        means = np.array([d.words for d in self.datasets])[picks] * self.workload.tokens_per_word
+        sigma = self.workload.length_sigma
+        prompts = means * rng.lognormal(-(sigma**2) / 2, sigma, count)
+        prompts = np.clip(prompts, self.sparse.block_tokens, most_tokens).astype(np.int64)
+        return prompts, np.array([d.output_tokens for d in self.datasets])[picks]
+
+    def cache_bytes(self, model: DenseModel) -> float:
+        """Device bytes that weights and workspace leave for KV, metadata included."""
+        usable = self.machine.memory_share * self.machine.hbm_bytes
+        left = usable - model.weight_bytes - self.machine.workspace_bytes
+        if left <= 0:
+            raise ValueError(
+                f"device memory must hold the weights of {model.name}: got {usable:.3g} B, limit "
+                f"{model.weight_bytes + self.machine.workspace_bytes:.3g} B."
+            )
+        return left
+
+    def block_bytes(self, model: DenseModel) -> int:
+        """A block of one head, keys and values: 16 KiB."""
+        return self.sparse.block_tokens * 2 * BYTES * model.head_dim
+
+
+# --- time -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of the parts of one iteration."""
+
+    machine: Machine
+    model: DenseModel
+    sparse: Sparse
+
+    @property
+    def _flops(self) -> float:
+        return self.machine.flops * self.machine.compute_efficiency
+
+    def linear(self, tokens: float) -> float:
+        """All but attention, of so many tokens in one iteration: weights or matmuls."""
+        read_seconds = self.model.weight_bytes / self.machine.hbm_bytes_per_second
+        return max(read_seconds, 2 * self.model.parameters * tokens / self._flops)
+
+    def prefill_attention(self, tokens: float, prefix: float, reread: bool = True) -> float:
+        """Causal attention of `tokens` after `prefix` others.
+
+        reread: the prefix's keys and values come from device memory again, as in each chunk
+        """
+        pairs = tokens * (prefix + tokens / 2)
+        seconds = 4 * self.model.hidden * self.model.layers * pairs / self._flops
+        read = prefix * self.model.token_bytes if reread else 0.0
+        return seconds + read / self.machine.hbm_bytes_per_second
+
+    def decode_attention(self, contexts: np.ndarray, is_sparse: bool) -> float:
+        """Contexts [n] tokens: all of them, or the budget and the blocks' metadata."""
+        tokens = contexts
+        if is_sparse:
+            tokens = np.minimum(contexts, self.sparse.budget_tokens)
+            tokens = tokens + self.sparse.metadata_share * contexts
+        return float(tokens.sum()) * self.model.token_bytes / self.machine.hbm_bytes_per_second
+
+
+# --- locality ---------------------------------------------------------------------------
+
+
+def overlap_law(rise_1_to_12: float, rise_12_to_16: float) -> tuple[float, float]:
+    """(A, p) of the misses beyond a window of w steps, R(w) = A w^-p, from Figure 8's text.
+
+    R(1) - R(12) and R(12) - R(16) are stated, their sum with R(16) is not: a power law that
+    ends at zero needs no third number. So no block is selected that was not selected before,
+    but for the first step of a request.
+    Raises: ValueError if no p in (0, 8) gives the ratio of the two rises.
+    """
+
+    def ratio(p: float) -> float:
+        return (12**-p - 16**-p) / (1 - 12**-p)
+
+    low, high, goal = 1e-6, 8.0, rise_12_to_16 / rise_1_to_12
+    if not ratio(high) < goal < ratio(low):
+        raise ValueError(
+            f"overlap rises must be a power law's: got {rise_1_to_12} and {rise_12_to_16}, ratio "
+            f"{goal:.3g}, limits {ratio(high):.3g} and {ratio(low):.3g}."
+        )
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if ratio(middle) > goal else (low, middle)
+    return rise_1_to_12 / (1 - 12**-low), low
+
+
+def working_sets(amplitude: float, power: float, topk: int) -> np.ndarray:
+    """[MAX_AGE] distinct blocks of windows of 1, 2, ... steps: they grow by what R(w) misses."""
+    misses = amplitude * np.arange(1.0, MAX_AGE) ** -power
+    return topk * np.concatenate([[1.0], 1 + np.cumsum(misses)])
+
+
+@numba.njit(cache=True, nogil=True)
+def _advance(stacks, blocks, active, amplitude, power, sets, rng, out):
+    """One step: out[i] = blocks that stream active[i] selects; its stack is reordered.
+
+    A stack holds a request's blocks, the last selected first. Each of the top k stays with
+    probability 1 - A; in the place of another comes the block whose depth is a window's
+    working set, the window drawn by the law (Mattson's stack model).
+    """
+    topk = out.shape[1]
+    buffer = np.empty(stacks.shape[1], np.int32)
+    is_new = np.zeros(stacks.shape[1], np.bool_)
+    for i in range(active.shape[0]):
+        stack, count = stacks[active[i]], blocks[active[i]]
+        out[i] = -1
+        if count <= topk:
+            out[i, :count] = stack[:count]
+            continue
+        is_new[:count] = False
+        taken = 0
+        for _ in range(topk):
+            if rng.random() >= amplitude or taken == count - topk:
+                continue
+            age = (1.0 - rng.random()) ** (-1.0 / power)
+            whole = min(int(age), sets.shape[0] - 1)
+            depth = sets[whole - 1]
+            depth += (sets[whole] - depth) * min(1.0, age - whole)
+            place = topk + (int(depth) - topk) % (count - topk)
+            while is_new[place]:
+                place = topk + (place + 1 - topk) % (count - topk)
+            is_new[place] = True
+            buffer[taken] = stack[place]
+            taken += 1
+        # As many of the old top k leave it, whichever: they lie right below it.
+        kept, stays, dropped = taken, topk - taken, topk
+        for place in range(topk):
+            left = topk - place
+            if rng.random() * left < stays - (kept - taken):
+                buffer[kept] = stack[place]
+                kept += 1
+            else:
+                buffer[dropped] = stack[place]
+                dropped += 1
+        for place in range(topk, count):
+            if not is_new[place]:
+                buffer[dropped] = stack[place]
+                dropped += 1
+        stack[:count] = buffer[:count]
+        out[i] = stack[:topk]
+
+
+class BlockStreams:
+    """The blocks that one head of each request selects, step by step.
+
+    max_requests, max_blocks: the most at once, and of one request. Selection is over the
+    prompt; the few blocks that decode appends are not added.
+    """
+
+    def __init__(self, sparse: Sparse, max_requests: int, max_blocks: int, seed: int):
+        law = overlap_law(sparse.overlap_rise_1_to_12, sparse.overlap_rise_12_to_16)
+        self.amplitude, self.power = law
+        self.topk = sparse.topk
+        self._sets = working_sets(*law, self.topk)
+        self._rng = np.random.default_rng(seed)
+        self._stacks = np.zeros((max_requests, max_blocks), np.int32)
+        self._blocks = np.zeros(max_requests, np.int64)
+
+    def join(self, stream: int, blocks: int) -> None:
+        """A request of so many blocks takes a stream, its blocks in random order."""
+        self._blocks[stream] = blocks
+        self._stacks[stream, :blocks] = self._rng.permutation(blocks)
+
+    def step(self, active: np.ndarray) -> np.ndarray:
+        """[n, topk] int32 blocks of the streams active [n] int64; -1 pads short prompts."""
+        out = np.empty((len(active), self.topk), np.int32)
+        _advance(
+            self._stacks, self._blocks, active, self.amplitude, self.power, self._sets,
+            self._rng, out,
+        )  # fmt: skip
+        return out

@@ -1,0 +1,216 @@
+"""From a scenario to results: builds the ranks of one system, runs them, returns the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from sglang_ess.admission.policy import Limits
+from sglang_ess.sim.engine.admission_gate import Gate
+from sglang_ess.sim.engine.decode_rank import DecodeRank, RankLimits
+from sglang_ess.sim.engine.fetches import ConstantFetches, Fetches, TierFetches
+from sglang_ess.sim.engine.report import Machine, Recorder, Results
+from sglang_ess.sim.engine.requests import Requests
+from sglang_ess.sim.engine.serving import Flow, Serving, Until
+from sglang_ess.sim.inputs import arrivals
+from sglang_ess.sim.inputs.arrivals import Workload
+from sglang_ess.sim.inputs.scenario import COLOCATED, ESS, ONE_TIER, PAPER, PD, Scenario
+from sglang_ess.sim.inputs.specs import Deployment, Link, Model, SpecError, changed, load
+from sglang_ess.sim.model.cost import CostModel
+from sglang_ess.sim.model.decode_tiers import DecodeTiers
+from sglang_ess.sim.model.locality import Locality
+from sglang_ess.sim.model.memory import Charges, Memory
+from sglang_ess.sim.model.slots import PAGE_SLOTS, whole_pages
+
+GROWTH_SLACK = 4 * PAGE_SLOTS  # tokens by which a request's simulated rows may run ahead
+
+
+def workload_of(scenario: Scenario, seed: int) -> Workload:
+    """What every system of the scenario is given. Raises: arrivals.TraceError."""
+    return arrivals.draw(scenario.arrivals, scenario.input_tokens, scenario.output_tokens, seed)
+
+
+def deployment_of(scenario: Scenario) -> Deployment:
+    """The deployment with what the scenario has otherwise."""
+    deployment = load("deployment", scenario.deployment)
+    own = {
+        "kv_gib": scenario.memory.kv_gib,
+        "host_gib": scenario.memory.host_gib,
+        "overlap": scenario.server.overlap,
+    }
+    return changed(deployment, **{name: value for name, value in own.items() if value is not None})
+
+
+def link_of(scenario: Scenario) -> Link:
+    """A rank's share of the link."""
+    link = load("link", scenario.link)
+    rates = {f.name: scenario.memory.link_share * getattr(link, f.name) for f in fields(link)}
+    return changed(link, **rates)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Slots of a rank, and hot rows of its layers."""
+
+    slots: int
+    hot_rows: int
+
+
+def room_of(scenario: Scenario, system: str, model: Model, memory: Memory, longest: int) -> Room:
+    """What fits on a decode rank. longest: tokens of a request, for which staging has room.
+
+    Raises: SpecError where not one request fits.
+    """
+    row_bytes, asked = model.layers * model.row_bytes, scenario.memory
+    longest = whole_pages(longest)
+    if system == ONE_TIER:
+        most = memory.device_bytes // (row_bytes + model.layers * model.index_bytes)
+        slots = int(most) // PAGE_SLOTS * PAGE_SLOTS
+        return Room(slots, slots)
+    on_host = memory.host_bytes // row_bytes
+    charges, left = memory.charges, memory.device_bytes - memory.device_used(0, longest, 0)
+    on_device = left // (charges.slot_bytes + asked.hot_ratio * charges.hot_row_bytes)
+    slots = asked.slots if asked.slots is not None else int(min(on_host, on_device))
+    slots = slots // PAGE_SLOTS * PAGE_SLOTS
+    hot_rows = memory.hot_rows(slots / longest, longest)
+    if asked.hot_rows is not None:
+        hot_rows = min(asked.hot_rows, hot_rows)
+    if slots > on_host or slots < PAGE_SLOTS or hot_rows < model.topk:
+        raise SpecError(
+            f"memory must hold slots and a top-k of hot rows a layer: got {slots} slots, "
+            f"{hot_rows} hot rows, limit {int(on_host)} slots on the host, {model.topk} rows. "
+            "Change memory.kv_gib, memory.host_gib or memory.slots."
+        )
+    return Room(slots, hot_rows)
+
+
+class Simulation:
+    """One system of a scenario, ready to run.
+
+    workload: of workload_of, the same for every system
+    Raises: SpecError, ValueError for specs that do not fit each other.
+    """
+
+    def __init__(self, scenario: Scenario, system: str, workload: Workload, seed: int):
+        self.scenario, self.system, self._seed = scenario, system, seed
+        self._workload = workload
+        self._model = load("model", scenario.model)
+        self._deployment = deployment_of(scenario)
+        gpu = load("gpu", scenario.gpu)
+        self._cost = CostModel(self._model, gpu, link_of(scenario), self._deployment)
+        charges = Charges.paper if scenario.memory.charges == PAPER else Charges.ours
+        memory = Memory.of(self._model, gpu, self._deployment, charges(self._model))
+        tokens = workload.input_tokens + workload.output_tokens
+        self._longest = int(tokens.max(initial=1))
+        if self._longest > self._model.max_context:
+            raise SpecError(
+                f"input_tokens and output_tokens must be at most {scenario.model}'s "
+                f"max_context of {self._model.max_context} together: got {self._longest}."
+            )
+        self._room = room_of(scenario, system, self._model, memory, self._longest)
+        self._link_rate = self._model.row_bytes / float(self._cost.fetch_seconds(1))
+        requests = Requests(workload)
+        count = scenario.server.decode_ranks or self._deployment.decode_ranks
+        self._recorder = Recorder(requests, count, self._machine())
+        self.serving = Serving(
+            workload, requests, self._cost,
+            [self._rank(requests, number) for number in range(count)],
+            self._recorder, self._flow(count), self._until(),
+        )  # fmt: skip
+
+    def run(self, progress: Callable[[int], None] = lambda done: None) -> Results:
+        """Raises: RuntimeError if a request, token, slot or row went missing."""
+        self.serving.run(progress)
+        self.serving.check()
+        held: dict[str, int] = {}
+        for rank in self.serving.ranks:
+            for reason, times in (rank.gate.admission.held if rank.gate else {}).items():
+                held[reason] = held.get(reason, 0) + times
+        return self._recorder.results(self.system, self.serving.ranks, held)
+
+    # --- parts --------------------------------------------------------------------------
+
+    def _flow(self, count: int) -> Flow:
+        server, deployment = self.scenario.server, self._deployment
+        share = max(1, deployment.prefill_ranks * count // deployment.decode_ranks)
+        return Flow(
+            prefill_ranks=(server.prefill_ranks or share) if server.mode == PD else 0,
+            colocated=server.mode == COLOCATED,
+            closed=self.scenario.arrivals.kind == arrivals.CLOSED,
+            lockstep=server.lockstep,
+        )
+
+    def _until(self) -> Until:
+        run = self.scenario.run
+        return Until(run.steps, run.seconds, run.settle_steps)
+
+    def _machine(self) -> Machine:
+        model, deployment = self._model, self._deployment
+        return Machine(
+            layers=model.layers,
+            row_bytes=model.row_bytes,
+            topk=model.topk,
+            queries=deployment.queries,
+            link_bytes_per_second=self._link_rate,
+            gpus_per_rank=deployment.tensor_parallel,
+            gpus_per_node=deployment.gpus_per_node,
+            slots=self._room.slots,
+            hot_rows=self._room.hot_rows,
+            offloads=self.system != ONE_TIER,
+        )
+
+    def _rank(self, requests: Requests, number: int) -> DecodeRank:
+        server, deployment = self.scenario.server, self._deployment
+        limits = RankLimits(
+            num_slots=self._room.slots,
+            max_running=server.max_running,
+            reserved_tokens=server.reserved_tokens,
+            queries=deployment.queries,
+            accepted=deployment.accepted_tokens,
+            colocated=server.mode == COLOCATED,
+            hands_off=server.mode == PD,
+            warmup=server.warmup,
+        )
+        seeds = np.random.SeedSequence([self._seed, number])
+        fetches = self._fetches(int(seeds.generate_state(1)[0]))
+        gate = self._gate(fetches) if self.system == ESS else None
+        rng = np.random.default_rng(seeds)
+        return DecodeRank(limits, requests, self._cost, fetches, gate, rng)
+
+    def _fetches(self, seed: int) -> Fetches:
+        run, layers = self.scenario.run, self._model.layers
+        if self.system == ONE_TIER or run.misses is not None or not len(self._workload):
+            return ConstantFetches(layers, 0.0 if self.system == ONE_TIER else run.misses or 0.0)
+        locality = Locality.load(self.scenario.locality)
+        if locality.topk != self._model.topk:
+            raise SpecError(
+                f"locality must have the model's top-k: got {locality.topk}, {self._model.topk}."
+            )
+        most = min(self.scenario.server.max_running, len(self._workload))
+        tiers = DecodeTiers(
+            locality,
+            self._room.hot_rows,
+            self._room.slots + most * GROWTH_SLACK,
+            max_requests=most,
+            max_tokens=self._longest + GROWTH_SLACK,
+            layers=locality.spread(run.layers or locality.num_layers),
+            queries=self._deployment.queries,
+            seed=seed,
+        )
+        return TierFetches(tiers, layers, self._deployment.accepted_tokens)
+
+    def _gate(self, fetches: Fetches) -> Gate:
+        model, server = self._model, self.scenario.server
+        limits = Limits(
+            hot_rows=self._room.hot_rows,
+            topk=model.topk,
+            layers=model.layers,
+            row_bytes=model.row_bytes,
+            itl_seconds=None if server.itl_ms is None else server.itl_ms / 1000,
+            num_slots=self._room.slots,
+        )
+        width = model.topk * self._deployment.queries
+        slots = self._room.slots + self.scenario.server.max_running * GROWTH_SLACK
+        return Gate(limits, self._link_rate, slots, width, fetches.sample_layers)

@@ -1,0 +1,267 @@
+"""What the clients send: when requests arrive, and how many tokens each has.
+
+A Workload is drawn whole before the simulation begins, so a seed gives one and the same load to
+every system that is compared.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sglang_ess.sim.inputs.files import NOT_NEGATIVE, POSITIVE, Checked, spec
+
+MOST_TOKENS = 1 << 40  # of a request: none
+CONSTANT, UNIFORM, LOGNORMAL, MIXTURE = "constant", "uniform", "lognormal", "mixture"
+POISSON, FIXED, CLOSED, BURST, TRACE = "poisson", "fixed", "closed", "burst", "trace"
+
+# Fields that each kind takes, beside "kind"; True where it has to be there.
+LENGTH_FIELDS: dict[str, dict[str, bool]] = {
+    CONSTANT: {"tokens": True},
+    UNIFORM: {"low": True, "high": True},
+    LOGNORMAL: {"median": True, "sigma": True, "low": False, "high": False},
+    MIXTURE: {"parts": True},
+}
+ARRIVAL_FIELDS: dict[str, dict[str, bool]] = {
+    POISSON: {"rate": True, "requests": True},
+    FIXED: {"rate": True, "requests": True},
+    CLOSED: {"clients": True, "requests": True},
+    BURST: {"requests": True},
+    TRACE: {"path": True, "requests": False},
+}
+TRACE_COLUMNS = ("time", "input_tokens", "output_tokens")
+PREFIX_COLUMNS = ("prefix", "prefix_tokens")
+
+
+class TraceError(ValueError):
+    """A trace file that cannot be read: one line with file and line."""
+
+
+def check_kind(value: Any, known: dict[str, bool]) -> None:
+    """A dataclass with `kind` has that kind's fields and no others. Raises: ValueError."""
+    for name, content in vars(value).items():
+        given = content not in (None, ())
+        if name == "kind":
+            continue
+        if given and name not in known:
+            raise ValueError(f"{name} must not be given for kind {value.kind!r}: got {content!r}.")
+        if not given and known.get(name):
+            raise ValueError(f"{name} must be given for kind {value.kind!r}: got nothing.")
+
+
+@dataclass(frozen=True)
+class Lengths(Checked):
+    """A distribution of token counts; every draw is at least 1.
+
+    kind    constant (tokens), uniform (low to high, both included), lognormal (median, sigma of
+            the logarithm, cut to low and high), mixture (parts, each with its weight)
+    weight  of a mixture's part; they need not sum to 1
+    Raises: ValueError for a field that the kind does not have, lacks, or out of range.
+    """
+
+    kind: str = spec(choices=tuple(LENGTH_FIELDS))
+    tokens: int | None = spec(POSITIVE, default=None)
+    low: int | None = spec(POSITIVE, default=None)
+    high: int | None = spec(POSITIVE, default=None)
+    median: float | None = spec(POSITIVE, default=None)
+    sigma: float | None = spec(NOT_NEGATIVE, default=None)
+    weight: float | None = spec(POSITIVE, default=None)
+    parts: tuple[Lengths, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_kind(self, LENGTH_FIELDS[self.kind] | {"weight": False})
+        if None not in (self.low, self.high) and self.low > self.high:
+            raise ValueError(f"high must be low ({self.low}) or more: got {self.high}.")
+
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """count token numbers [count] int64."""
+        if self.kind == CONSTANT:
+            return np.full(count, self.tokens, np.int64)
+        if self.kind == UNIFORM:
+            return rng.integers(self.low, self.high + 1, count)
+        if self.kind == LOGNORMAL:
+            drawn = np.rint(rng.lognormal(math.log(self.median), self.sigma, count))
+            return np.clip(drawn, self.low or 1, self.high or MOST_TOKENS).astype(np.int64)
+        weights = np.array([part.weight or 1.0 for part in self.parts])
+        which = rng.choice(len(weights), count, p=weights / weights.sum())
+        # Every part draws for all, so that one part's share changes nobody else's lengths.
+        drawn = np.stack([part.draw(count, rng) for part in self.parts])
+        return drawn[which, np.arange(count)]
+
+    @property
+    def most(self) -> int:
+        """No draw is more; MOST_TOKENS where nothing says."""
+        if self.kind == MIXTURE:
+            return max(part.most for part in self.parts)
+        return self.tokens or self.high or MOST_TOKENS
+
+
+@dataclass(frozen=True)
+class Arrivals(Checked):
+    """When requests arrive.
+
+    kind     poisson or fixed (rate, in requests a second), closed (clients, each of whom sends
+             its next request when its last is done), burst (all at once), trace (a file)
+    requests in all; of a trace the first so many
+    path     of the trace: JSONL or CSV rows, see read_trace
+    Raises: ValueError as Lengths does.
+    """
+
+    kind: str = spec(choices=tuple(ARRIVAL_FIELDS))
+    requests: int | None = spec(NOT_NEGATIVE, default=None)
+    rate: float | None = spec(POSITIVE, default=None)
+    clients: int | None = spec(POSITIVE, default=None)
+    path: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_kind(self, ARRIVAL_FIELDS[self.kind])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All requests, by number, in the order of their arrival.
+
+    seconds [n] float64 arrival since the start, ascending; inf for those whose client waits for
+            another answer first (closed)
+    input_tokens, output_tokens [n] int64, at least 1
+    prefix  [n] int64 which prefix a request shares with others, -1 for none
+    prefix_tokens [n] int64 tokens of it, fewer than input_tokens: a prompt's end is its own
+    """
+
+    seconds: np.ndarray
+    input_tokens: np.ndarray
+    output_tokens: np.ndarray
+    prefix: np.ndarray
+    prefix_tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+
+def draw(
+    arrivals: Arrivals, inputs: Lengths | None, outputs: Lengths | None, seed: int
+) -> Workload:
+    """The workload of a seed. inputs and outputs are needed unless arrivals is a trace."""
+    if arrivals.kind == TRACE:
+        return read_trace(Path(arrivals.path), arrivals.requests)
+    # One stream each: another rate leaves the lengths as they are.
+    clock, of_inputs, of_outputs = (
+        np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(3)
+    )
+    count = arrivals.requests
+    if arrivals.kind == POISSON:
+        seconds = np.cumsum(clock.exponential(1 / arrivals.rate, count))
+    elif arrivals.kind == FIXED:
+        seconds = np.arange(count) / arrivals.rate
+    elif arrivals.kind == CLOSED:
+        seconds = np.where(np.arange(count) < arrivals.clients, 0.0, np.inf)
+    else:
+        seconds = np.zeros(count)
+    none = np.full(count, -1, np.int64)
+    lengths = inputs.draw(count, of_inputs), outputs.draw(count, of_outputs)
+    return Workload(seconds, *lengths, none, np.zeros(count, np.int64))
+
+
+# --- traces -----------------------------------------------------------------------------
+
+
+@dataclass
+class _Columns:
+    seconds: list[float] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    prefix: list[int] = field(default_factory=list)
+    prefix_tokens: list[int] = field(default_factory=list)
+
+
+def read_trace(path: Path, requests: int | None = None) -> Workload:
+    """The requests of a trace file, ordered by time; the first `requests` of them.
+
+    A row has time (seconds), input_tokens and output_tokens, and may have prefix (a name or
+    number that requests with a common prefix share) and prefix_tokens (how long that is).
+    JSONL: an object a line; CSV: a header line with these names. By the file's suffix.
+    Raises: TraceError with file and line.
+    """
+    columns, names = _Columns(), {}
+    try:
+        rows = _csv_rows if path.suffix == ".csv" else _jsonl_rows
+        for line, row in rows(path):
+            _add(columns, row, names, f"{path}:{line}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"trace must be a readable text file: got {path} ({error}).") from None
+    order = np.argsort(np.array(columns.seconds), kind="stable")[:requests]
+    seconds = np.array(columns.seconds, float)[order]
+    others = (columns.inputs, columns.outputs, columns.prefix, columns.prefix_tokens)
+    return Workload(seconds, *(np.array(values, np.int64)[order] for values in others))
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except ValueError:
+                raise TraceError(f"{path}:{line}: a line must be a JSON object.") from None
+            yield line, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row or None in row.values():
+                raise TraceError(
+                    f"{path}:{reader.line_num}: a row must have a value for each of the "
+                    f"{len(reader.fieldnames)} columns."
+                )
+            yield reader.line_num, {name: text for name, text in row.items() if text}
+
+
+def _add(columns: _Columns, row: Any, names: dict[Any, int], where: str) -> None:
+    known = TRACE_COLUMNS + PREFIX_COLUMNS
+    if not isinstance(row, dict):
+        raise TraceError(f"{where}: a line must be a JSON object.")
+    if unknown := sorted(set(row) - set(known)):
+        raise TraceError(f"{where}: {unknown[0]}: must be one of {', '.join(known)}.")
+    seconds, inputs, outputs = (
+        _number(row, name, where, least, whole)
+        for name, least, whole in zip(TRACE_COLUMNS, (0, 1, 1), (False, True, True), strict=True)
+    )
+    shared = int(_number(row, "prefix_tokens", where, 0, True)) if "prefix_tokens" in row else 0
+    if shared and "prefix" not in row:
+        raise TraceError(f"{where}: prefix: must name what prefix_tokens are shared by.")
+    if shared >= inputs:
+        raise TraceError(
+            f"{where}: prefix_tokens: must be fewer than input_tokens ({inputs}): got {shared}."
+        )
+    columns.seconds.append(seconds)
+    columns.inputs.append(int(inputs))
+    columns.outputs.append(int(outputs))
+    columns.prefix.append(names.setdefault(str(row["prefix"]), len(names)) if shared else -1)
+    columns.prefix_tokens.append(shared)
+
+
+def _number(row: Mapping[str, Any], name: str, where: str, least: int, whole: bool) -> float:
+    value = row.get(name)
+    if value is None:
+        raise TraceError(f"{where}: {name}: must be given.")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    good = math.isfinite(number) and number >= least and (not whole or number == int(number))
+    if not good or isinstance(value, bool):
+        kind = "a whole number" if whole else "a number"
+        raise TraceError(f"{where}: {name}: must be {kind} of {least} or more: got {value!r}.")
+    return number

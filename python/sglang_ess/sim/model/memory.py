@@ -1,0 +1,152 @@
+"""How many requests and hot rows fit: ESS's memory equation, and what our pool really takes.
+
+    device bytes = slots x slot_bytes + hot rows x hot_row_bytes + staging and fixed buffers
+    host bytes   = slots x layers x row_bytes
+
+ESS counts `batch x context x layers x (ratio x row + index key)` and nothing else; that equation
+gives the batch and ratio of each of its rows. Ours adds maps, row state and staging as
+sglang_ess/mem_cache/capacity.py does, which this room may not import: a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_ess.sim.inputs.specs import Deployment, Gpu, Model
+from sglang_ess.sim.model.cost import HEAD_WEIGHT_BYTES
+from sglang_ess.sim.model.slots import PAGE_SLOTS, PLAN_QUERIES
+from sglang_ess.tiers.host_tier import GIB
+from sglang_ess.tiers.hot_cache import MAP_BYTES
+from sglang_ess.tiers.throttled_link import probe_bytes
+
+STAGING_BUFFERS = 2
+ROW_STATE_BYTES = 16  # ess_kernels.hot_state: of a hot row in one layer
+ROW_ORDER_BYTES = 4  # ess_kernels.rebuild_order: of a hot row, for all layers
+ORDER_BYTES = 262_148  # the same, whatever the rows
+PLAN_BYTES_PER_LOOKUP = 20
+
+
+@dataclass(frozen=True)
+class Charges:
+    """Device bytes of a slot, of one hot row in every layer, and of what is there anyway.
+
+    staging_row_bytes: of each token of the longest request; page_slots: slots come in pages of it
+    """
+
+    slot_bytes: float
+    hot_row_bytes: float
+    staging_row_bytes: float
+    fixed_bytes: float
+    page_slots: int
+
+    @classmethod
+    def paper(cls, model: Model) -> Charges:
+        """As ESS counts: rows and index keys."""
+        return cls(model.layers * model.index_bytes, model.layers * model.row_bytes, 0, 0, 1)
+
+    @classmethod
+    def ours(cls, model: Model) -> Charges:
+        """As the GPU pool allocates."""
+        plans = PLAN_QUERIES * model.topk * PLAN_BYTES_PER_LOOKUP
+        return cls(
+            slot_bytes=model.layers * model.index_bytes + (model.layers + 1) * MAP_BYTES,
+            hot_row_bytes=model.layers * (model.row_bytes + ROW_STATE_BYTES) + ROW_ORDER_BYTES,
+            staging_row_bytes=STAGING_BUFFERS * model.row_bytes,
+            fixed_bytes=plans + ORDER_BYTES + probe_bytes(model.row_bytes),
+            page_slots=PAGE_SLOTS,
+        )
+
+
+class Memory:
+    """device_bytes for latent rows and index keys of one rank, host_bytes for its latent rows."""
+
+    def __init__(
+        self,
+        model: Model,
+        device_bytes: float,
+        host_bytes: float = float("inf"),
+        charges: Charges | None = None,
+    ):
+        self.model, self.device_bytes, self.host_bytes = model, device_bytes, host_bytes
+        self.charges = charges or Charges.ours(model)
+
+    @classmethod
+    def of(
+        cls, model: Model, gpu: Gpu, deployment: Deployment, charges: Charges | None = None
+    ) -> Memory:
+        """A decode rank's. With tensor parallelism each of its GPUs holds every row."""
+        return cls(model, kv_bytes(model, gpu, deployment), deployment.host_gib * GIB, charges)
+
+    def slots(self, batch: float, context: float) -> float:
+        """In whole pages a request."""
+        page = self.charges.page_slots
+        return batch * -(-context // page) * page
+
+    def device_used(self, batch: float, context: float, hot_rows: float) -> float:
+        """Bytes with hot_rows in each layer, of all requests together."""
+        return self._used_without_rows(batch, context) + hot_rows * self.charges.hot_row_bytes
+
+    def host_used(self, batch: float, context: float) -> float:
+        return self.slots(batch, context) * self.model.layers * self.model.row_bytes
+
+    def hot_rows(self, batch: float, context: float) -> int:
+        """Hot rows of a layer that fit beside the slots of so many requests; 0 if none do."""
+        left = self.device_bytes - self._used_without_rows(batch, context)
+        return max(0, min(int(left // self.charges.hot_row_bytes), int(batch * context)))
+
+    def ratio(self, batch: float, context: float) -> float:
+        """Hot rows as a share of the tokens, ESS's Sparse Memory Ratio."""
+        return self.hot_rows(batch, context) / (batch * context)
+
+    def resident_batch(self, context: float) -> int:
+        """Requests that fit with every row on the device, one tier, no maps."""
+        row = self.model.layers * (self.model.row_bytes + self.model.index_bytes)
+        return int(self.device_bytes // (self.slots(1, context) * row))
+
+    def max_batch(self, context: float, ratio: float = 0.0) -> int:
+        """The most requests whose slots, ratio x context hot rows each and host rows fit."""
+        charges = self.charges
+        request = self._used_without_rows(1, context) - self._used_without_rows(0, context)
+        request += ratio * context * charges.hot_row_bytes
+        left = self.device_bytes - self._used_without_rows(0, context)
+        return max(0, int(min(left // request, self.host_bytes // self.host_used(1, context))))
+
+    def _used_without_rows(self, batch: float, context: float) -> float:
+        charges = self.charges
+        if charges.page_slots == 1:
+            return batch * context * charges.slot_bytes
+        padding = charges.page_slots  # SGLang's page 0 takes the writes of padding
+        return (
+            (self.slots(batch, context) + padding) * charges.slot_bytes
+            + (context + padding) * charges.staging_row_bytes
+            + charges.fixed_bytes
+        )
+
+
+def weight_bytes(model: Model, deployment: Deployment) -> float:
+    """Of one GPU: attention and shared experts whole or by tensor parallelism, experts spread."""
+    tensor = deployment.tensor_parallel
+    moe = model.layers - model.dense_layers
+    attention = model.layers * (model.projection_weights / tensor + model.indexer_weights)
+    dense = model.dense_layers * model.dense_weights / tensor
+    shared = moe * model.shared_experts * model.expert_weights
+    routed = moe * model.experts / deployment.expert_gpus * model.expert_weights
+    head = 2 * model.vocabulary * model.hidden / tensor * HEAD_WEIGHT_BYTES
+    return (attention + dense + shared + routed) * model.weight_bytes + head
+
+
+def kv_bytes(model: Model, gpu: Gpu, deployment: Deployment) -> float:
+    """Device bytes of one GPU for latent rows and index keys.
+
+    Raises: ValueError where the weights leave none.
+    """
+    if deployment.kv_gib is not None:
+        return deployment.kv_gib * GIB
+    weights = weight_bytes(model, deployment)
+    left = (gpu.memory_gib * deployment.memory_fraction - deployment.workspace_gib) * GIB
+    if left <= weights:
+        raise ValueError(
+            f"weights must fit into a GPU: got {weights / GIB:.1f} GiB, limit {left / GIB:.1f} "
+            "GiB. Spread the experts over more GPUs (expert_gpus) or take a larger one."
+        )
+    return left - weights

@@ -1,0 +1,357 @@
+"""Does ESS help this deployment, and with which settings: a search over batches by the cost model.
+
+More hot rows never miss more, so a batch takes all that its slots leave of the device memory, and
+what is left to choose is the batch and whether layers share rows by budgets. One tier is a plan
+too, so the best plan is never below it. Why ESS does not help is found by asking again with one
+limit lifted: device memory, host memory, the link.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from sglang_ess.sim.inputs.specs import Calibration, Deployment, Gpu, Link, Model
+from sglang_ess.sim.model.cost import CostModel
+from sglang_ess.sim.model.memory import Memory
+from sglang_ess.sim.model.miss_table import MissTable
+from sglang_ess.tiers.host_tier import GIB
+
+MIN_GAIN = 0.02  # tokens/s over one tier, below which ESS is not worth its settings
+BUDGET_GAIN = 0.02  # of misses: layer_budgets.MIN_GAIN
+LEVELS = 40  # of hot rows, at which budgets are shared out
+HOT_GIB_STEP = 0.01  # of --ess-hot-gib as printed
+FAST_LINK = 1e6  # times the link, to see what it costs
+MOST_REQUESTS = 4096  # a GPU, where nothing else limits them
+MS = 1000
+
+
+class PlanError(ValueError):
+    """One line for the operator: a question that has no answer."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked. Specs as sim/specs.py has them.
+
+    context      tokens of a request in a decode step, on average; longest: at its end, which its
+                 slots are counted for
+    itl_seconds  mean time between two tokens of a request: a step / accepted_tokens
+    most_requests  that one GPU will ever have at once; None: as many as fit
+    budgets      whether layers may share hot rows out by what they miss; a GPU's server does
+                 not yet, the CPU platform's does
+    Raises: PlanError for a value outside its limits.
+    """
+
+    model: Model
+    gpu: Gpu
+    link: Link
+    deployment: Deployment
+    context: int
+    itl_seconds: float
+    longest: int | None = None
+    most_requests: int | None = None
+    budgets: bool = False
+    calibration: Calibration | None = None
+
+    def __post_init__(self):
+        longest = self.longest if self.longest is not None else self.context
+        limits = (
+            ("context", self.context, 1, self.model.max_context, "tokens"),
+            ("longest request", longest, self.context, self.model.max_context, "tokens"),
+            ("inter-token latency", self.itl_seconds * MS, 0.01, 1e6, "ms"),
+            ("requests", self.most_requests, 1, 1e6, "a GPU"),
+        )
+        for name, value, low, high, unit in limits:
+            if value is not None and not low <= value <= high:
+                raise PlanError(f"{name} must be {low:g} to {high:g} {unit}: got {value:g}.")
+
+    @property
+    def slots_tokens(self) -> int:
+        return self.longest if self.longest is not None else self.context
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to serve, of one GPU (decode rank), all figures simulated.
+
+    tier         "ess" or "one-tier"; budgets: layers share the hot rows out by their misses
+    hot_rows     of a layer, the mean; ratio: of the slots
+    hot_gib, device_gib, host_gib  of hot rows; of all that the KV pool takes; of latent rows
+    step_ms, itl_ms  of a decode step, and that / accepted tokens; parts: of the step, ms
+    misses       rows fetched per request, layer and step, the mean
+    """
+
+    tier: str
+    batch: int
+    budgets: bool
+    hot_rows: int
+    ratio: float
+    hot_gib: float
+    device_gib: float
+    host_gib: float
+    step_ms: float
+    itl_ms: float
+    tokens_per_second: float
+    tokens_per_second_per_node: float
+    misses: float
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The answer. best: the plan to take; ess: the best with ESS, None if none keeps the target;
+    budgeted: the same where layers may share rows by budgets, whether the question has them or not.
+
+    helps  whether best is ess, by MIN_GAIN or more; gain: ess over one tier in tokens/s, None
+           if either is missing
+    limit  what keeps it from helping, one of LIMITS; reason: in words with numbers
+    """
+
+    best: Plan | None
+    ess: Plan | None
+    one_tier: Plan | None
+    budgeted: Plan | None
+    helps: bool
+    gain: float | None
+    limit: str | None
+    reason: str | None
+
+
+LIMITS = REQUESTS, LATENCY, COMPUTE, CONTEXT, HOST, LINK, NONE_FITS = (
+    "requests", "latency", "compute", "context", "host memory", "link", "nothing fits",
+)  # fmt: skip
+
+
+def batches(most: int) -> Iterator[int]:
+    """Batches that are tried, the same whatever the limits: so a wider limit never loses one."""
+    batch = 1
+    while batch <= most:
+        yield batch
+        batch += 1 if batch < 256 else 8 if batch < 1024 else 32
+
+
+class Planner:
+    """All plans of one question. misses: of its context and queries."""
+
+    def __init__(self, question: Question, misses: MissTable):
+        if misses.context != question.context or len(misses.curves) != question.model.layers:
+            raise PlanError(
+                f"miss table must be of {question.model.layers} layers and {question.context} "
+                f"tokens: got {len(misses.curves)} and {misses.context}."
+            )
+        self.question, self._misses = question, misses
+        self._cost = CostModel(
+            question.model, question.gpu, question.link, question.deployment,
+            question.calibration,
+        )  # fmt: skip
+        self._memory = Memory.of(question.model, question.gpu, question.deployment)
+        # Of a request: a query's rows at the least, all of its tokens at the most.
+        self._least_rows = min(question.context, max(question.model.topk, misses.floor))
+        levels = np.geomspace(self._least_rows, question.context, LEVELS)
+        self._levels = np.unique(levels.astype(int))
+        self._budgeted = misses.budgeted(self._levels.tolist())
+
+    # --- plans --------------------------------------------------------------------------
+
+    def one_tier(self) -> Plan | None:
+        """The best with every row on the device and no ESS; None if none keeps the target."""
+        return self._best(self.one_tier_plans())
+
+    def ess(self, budgets: bool | None = None) -> Plan | None:
+        """The best with two tiers; None if none keeps the target. budgets: None: the question's."""
+        allowed = self.question.budgets if budgets is None else budgets
+        return self._best(plan for plan in self.ess_plans() if allowed or not plan.budgets)
+
+    def one_tier_plans(self) -> Iterator[Plan]:
+        """Of every batch that the device holds, whatever its latency."""
+        most = self._memory.resident_batch(self.question.slots_tokens)
+        return (self._resident(batch) for batch in batches(self._capped(most)))
+
+    def ess_plans(self) -> Iterator[Plan]:
+        """Of every batch whose slots both memories hold: one, or two where budgets differ."""
+        most = self._memory.max_batch(self.question.slots_tokens)
+        return (plan for batch in batches(self._capped(most)) for plan in self._two_tier(batch))
+
+    def _capped(self, most: int) -> int:
+        return min(most, self.question.most_requests or most)
+
+    def _best(self, plans: Iterable[Plan]) -> Plan | None:
+        """The most tokens/s within the target; of equals the first, which has fewer requests."""
+        kept = [plan for plan in plans if plan.itl_ms <= self.question.itl_seconds * MS]
+        return max(kept, key=lambda plan: plan.tokens_per_second, default=None)
+
+    def _resident(self, batch: int) -> Plan:
+        model, longest = self.question.model, self.question.slots_tokens
+        slots = self._memory.slots(batch, longest)
+        row = model.layers * (model.row_bytes + model.index_bytes)
+        return self._plan(
+            "one-tier", batch, False, int(slots), np.zeros(model.layers), slots * row, 0.0
+        )
+
+    def _two_tier(self, batch: int) -> Iterator[Plan]:
+        """Plans of a batch: uniform rows, and by budgets where those miss less."""
+        memory, question = self._memory, self.question
+        longest = question.slots_tokens
+        step = HOT_GIB_STEP * GIB
+        row_bytes = memory.charges.hot_row_bytes
+        rows = memory.hot_rows(batch, longest)
+        if rows < batch * longest:  # what --ess-hot-gib says with two digits
+            rows = int(math.floor(rows * row_bytes / step) * step // row_bytes)
+        share = min(rows / batch, question.context)
+        if share < self._least_rows:
+            return
+        device, host = memory.device_used(batch, longest, rows), memory.host_used(batch, longest)
+        uniform = self._misses.uniform(share)
+        yield self._plan("ess", batch, False, rows, uniform, device, host)
+        budgeted = np.array([np.interp(share, self._levels, line) for line in self._budgeted.T])
+        if budgeted.sum() < (1 - BUDGET_GAIN) * uniform.sum():
+            yield self._plan("ess", batch, True, rows, budgeted, device, host)
+
+    def _plan(
+        self, tier: str, batch: int, budgets: bool, rows: int, misses: np.ndarray,
+        device_bytes: float, host_bytes: float,
+    ) -> Plan:  # fmt: skip
+        question, deployment = self.question, self.question.deployment
+        step = self._cost.step(batch, question.context, misses)
+        per_gpu = batch * deployment.accepted_tokens / step.seconds / deployment.tensor_parallel
+        slots = self._memory.slots(batch, question.slots_tokens)
+        hot_bytes = rows * self._memory.charges.hot_row_bytes if tier == "ess" else 0.0
+        return Plan(
+            tier=tier,
+            batch=batch,
+            budgets=budgets,
+            hot_rows=rows,
+            ratio=rows / slots,
+            hot_gib=hot_bytes / GIB,
+            device_gib=device_bytes / GIB,
+            host_gib=host_bytes / GIB,
+            step_ms=step.seconds * MS,
+            itl_ms=step.seconds / deployment.accepted_tokens * MS,
+            tokens_per_second=per_gpu,
+            tokens_per_second_per_node=self._cost.node_tokens_per_second(batch, step.seconds),
+            misses=float(np.mean(misses)),
+            parts={name: seconds * MS for name, seconds in step.parts.items()},
+        )
+
+    # --- advice -------------------------------------------------------------------------
+
+    def advise(self) -> Advice:
+        """The best plan, and what limits ESS where it does not help."""
+        ess, one_tier, budgeted = self.ess(), self.one_tier(), self.ess(budgets=True)
+        gain = None
+        if ess and one_tier:
+            gain = ess.tokens_per_second / one_tier.tokens_per_second - 1
+        if ess and (gain is None or gain >= MIN_GAIN):
+            return Advice(ess, ess, one_tier, budgeted, True, gain, None, None)
+        limit, reason = self._why_not(ess, one_tier)
+        return Advice(one_tier or ess, ess, one_tier, budgeted, False, gain, limit, reason)
+
+    def _why_not(self, ess: Plan | None, one_tier: Plan | None) -> tuple[str, str]:
+        """(limit, reason): the first limit that, lifted, lets ESS help; else what else it is."""
+        question = self.question
+        target = question.itl_seconds * MS
+        if not ess and not one_tier:
+            return NONE_FITS, self._nothing_fits(target)
+        resident = self._memory.resident_batch(question.slots_tokens)
+        if one_tier and question.most_requests and question.most_requests <= resident:
+            return REQUESTS, (
+                f"all fits on the device: {question.most_requests} requests of "
+                f"{question.slots_tokens} tokens a GPU, room for {resident}."
+            )
+        free = self._all_on_device()
+        if one_tier and (not free or not self._gains(free, one_tier)):
+            return self._bound(free, one_tier, resident, target)
+        if question.context <= 2 * question.model.topk:
+            selected = min(question.model.topk, question.context)
+            return CONTEXT, (
+                f"the context is too short: a query selects {selected} of {question.context} "
+                "rows, so that nearly all of them have to be hot."
+            )
+        return self._which_link_or_host(ess, one_tier)
+
+    def _nothing_fits(self, target: float) -> str:
+        alone = self._resident(1).itl_ms
+        if alone > target:
+            return f"one request alone takes {alone:.1f} ms a token, target {target:g} ms."
+        fastest = min(self.ess_plans(), key=lambda plan: plan.itl_ms, default=None)
+        if fastest:
+            return (
+                f"what fits is too slow: a batch of {fastest.batch}, with {fastest.misses:.0f} "
+                f"misses a request and layer, takes {fastest.itl_ms:.1f} ms a token, target "
+                f"{target:g} ms."
+            )
+        need = self._memory.host_used(1, self.question.slots_tokens) / GIB
+        return (
+            f"no request of {self.question.slots_tokens} tokens fits: got "
+            f"{self._memory.device_bytes / GIB:.1f} GiB of device memory for KV and "
+            f"{self._memory.host_bytes / GIB:.1f} GiB of host memory; its rows alone are "
+            f"{need:.1f} GiB."
+        )
+
+    def _bound(
+        self, free: Plan | None, one_tier: Plan, resident: int, target: float
+    ) -> tuple[str, str]:
+        """Device memory is not the limit: latency is, or compute."""
+        after = self._resident(one_tier.batch + 1)
+        if after.itl_ms > target:
+            return LATENCY, (
+                f"the latency target is reached before the memory's end: {one_tier.batch} "
+                f"requests take {one_tier.itl_ms:.1f} ms a token and one more "
+                f"{after.itl_ms:.1f} ms, target {target:g} ms; the device has room for {resident}."
+            )
+        best = (free or one_tier).tokens_per_second / one_tier.tokens_per_second - 1
+        return COMPUTE, (
+            f"larger batches gain nothing here: {best:.1%} in tokens/s even with all rows on the "
+            f"device, over {one_tier.batch} requests that fit without ESS."
+        )
+
+    def _which_link_or_host(self, ess: Plan | None, one_tier: Plan | None) -> tuple[str, str]:
+        question = self.question
+        more_host = replace(question, deployment=replace(question.deployment, host_gib=1e9))
+        wide = Planner(more_host, self._misses).ess()
+        if wide and (one_tier is None or self._gains(wide, one_tier)):
+            return HOST, (
+                f"host memory is too small: got {question.deployment.host_gib:g} GiB a GPU, "
+                f"{wide.batch} requests of {question.slots_tokens} tokens take "
+                f"{wide.host_gib:.0f} GiB (--ess-host-gib) and gain "
+                f"{self._percent(wide, one_tier)} tokens/s."
+            )
+        fast = {name: getattr(question.link, name) * FAST_LINK for name in vars(question.link)}
+        quick = Planner(replace(more_host, link=Link(**fast)), self._misses).ess()
+        if quick and (one_tier is None or self._gains(quick, one_tier)):
+            worst = self._worst_transfer(quick)
+            return LINK, (
+                f"the link is too slow: at {question.link.gather_gb_s:g} GB/s a batch of "
+                f"{quick.batch} waits {worst:.1f} ms a step for missed rows; without that it "
+                f"would gain {self._percent(quick, one_tier)} tokens/s."
+            )
+        if ess is None:
+            return COMPUTE, "index keys, maps and staging leave too little for hot rows."
+        return COMPUTE, (
+            "index keys, maps and staging take what hot rows would save: the best with ESS gains "
+            f"{self._percent(ess, one_tier)} tokens/s, less than {MIN_GAIN:.0%}."
+        )
+
+    def _all_on_device(self) -> Plan | None:
+        """The best one-tier plan with any amount of device memory."""
+        most = self._capped(MOST_REQUESTS)
+        return self._best(self._resident(batch) for batch in batches(most))
+
+    def _worst_transfer(self, plan: Plan) -> float:
+        """Milliseconds a step of that batch waits for its rows on the link there is."""
+        share = min(plan.hot_rows / plan.batch, self.question.context)
+        misses = self._misses.uniform(share)
+        step = self._cost.step(plan.batch, self.question.context, misses)
+        return step.parts["transfer"] * MS
+
+    def _gains(self, plan: Plan, base: Plan) -> bool:
+        return plan.tokens_per_second >= (1 + MIN_GAIN) * base.tokens_per_second
+
+    def _percent(self, plan: Plan, base: Plan | None) -> str:
+        if base is None:
+            return "all"
+        return f"{plan.tokens_per_second / base.tokens_per_second - 1:+.1%}"

@@ -1,0 +1,387 @@
+"""The hot tier on a CUDA device: all layers' rows and state, one DeviceHotCache a layer.
+
+The same tier as hot_cache.py's, with the same verbs, for callers that may not ask the device
+anything: shapes are static, counts stay on the device, and a batch that one plan cannot hold
+is cut into passes beforehand (invariants 5 and 7). Kernels: ess_kernels. They also run on CPU
+tensors under Triton's interpreter, which is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ess_kernels import hot_state
+from ess_kernels.fetch import fetch
+from ess_kernels.hot_state import HotState
+from ess_kernels.install import install
+from ess_kernels.invalidate import invalidate
+from ess_kernels.plan import MAX_WIDTH, WARM, PlanBuffers, plan
+from ess_kernels.rebuild_order import Owned, ReorderScratch, reorder
+from ess_kernels.resize_layers import move, move_table
+from ess_kernels.scatter import scatter_rows
+from sglang_ess.tiers.balance.row_ages import Look
+from sglang_ess.tiers.hot_cache import RowCorruption
+
+PAGE_ROWS = 64  # FlashMLA reads its cache in pages; rows are allocated in whole ones
+MOST_SHARE = 8  # rows of one layer, of as many in each, where they move: what reorder has room for
+
+
+def whole_pages(num_rows: int) -> int:
+    """Rows to allocate for num_rows."""
+    return -(-num_rows // PAGE_ROWS) * PAGE_ROWS
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Lookups of one plan: rows and columns of a batch's top-k."""
+
+    queries: slice
+    columns: slice
+
+
+def passes(num_queries: int, width: int, num_rows: int, max_queries: int) -> list[Pass]:
+    """Cut top-k [num_queries, width] into plans that a tier of num_rows can always hold.
+
+    The union of a pass is at most its lookups, so shapes decide and nothing is asked of the
+    device. A query wider than the tier is cut by columns, its parts merged by log-sum-exp.
+    """
+    columns = min(width, num_rows, MAX_WIDTH)
+    queries = 1 if columns < width else min(max_queries, num_rows // columns)
+    return [
+        Pass(slice(q, min(q + queries, num_queries)), slice(k, min(k + columns, width)))
+        for q in range(0, num_queries, queries)
+        for k in range(0, width, columns)
+    ]
+
+
+class DeviceTier:
+    """Hot rows, state and scratch of every layer.
+
+    host_rows  per layer [slots, ...]: the host tier, pinned where the device is a GPU
+    num_rows   hot rows a layer, by which batches are cut; max_queries, topk: the largest plan
+    moves      rows may change their layer: all are in one arena
+    rows       per layer [num_rows rounded up to a page, ...] on the device, or the arena
+    sizes      hot rows that each layer has now; their sum never changes
+    Layers use the scratch one after another; both halves of a DBA batch are live at a time.
+    A step whose passes look up more rows than a layer has now must not be planned: demand() says
+    how many that is, and whoever moves rows leaves each layer as many (rebalance.AgeRebalancer).
+    Raises: ValueError for a num_rows outside [1, slots].
+    """
+
+    HALVES = 2
+
+    def __init__(self, host_rows: Sequence[torch.Tensor], num_rows: int, topk: int,
+                 max_queries: int, device, moves: bool = False) -> None:  # fmt: skip
+        first, layers = host_rows[0], len(host_rows)
+        self.num_rows, self.num_slots, self.topk = num_rows, len(first), topk
+        self.max_queries = max_queries
+        self.sizes = (num_rows,) * layers
+        # What may be asked for before the next reorder: a plan and one written row a query.
+        self.need = min(num_rows, max_queries * (topk + 1))
+        self.state = HotState.new(layers, self.num_slots, num_rows, device, shared=moves)
+        self.owned = Owned.new(layers, num_rows, device) if moves else None
+        paged = whole_pages(num_rows)
+
+        def zeros(count):
+            return torch.zeros(count, *first.shape[1:], dtype=first.dtype, device=device)
+
+        self.rows = [zeros(layers * paged)] * layers if moves else [zeros(paged) for _ in host_rows]
+        self.buffers = PlanBuffers.new(max_queries, topk, device)
+        # Of the step's writes, whose rows are filled after the plan has used the ones above.
+        self.claims = PlanBuffers.new(1, max_queries, device)
+        self._num_misses = torch.zeros(self.HALVES, dtype=torch.int32, device=device)
+        self.scratch = ReorderScratch.new(num_rows * (MOST_SHARE if moves else 1), device)
+        self.caches = [DeviceHotCache(self, i, rows) for i, rows in enumerate(host_rows)]
+        self._pinned = torch.device(device).type == "cuda"
+        self._split = np.ones(len(host_rows), bool)  # what the layers' words[SPLIT] say
+        self._mirror: tuple[torch.Tensor, ...] | None = None
+        self._copied: torch.cuda.Event | None = None
+        self._was_looked_at = False
+        if moves:
+            self.move(self.sizes)  # compiles what a later one launches
+            self.owned.ages.fill_(-1)
+
+    def part(self, queries: int, width: int, first: int = 0, half: int = 0) -> PlanBuffers:
+        """Buffers of a plan [queries, width] that starts at query `first` of the batch."""
+        start, stop = first * self.topk, first * self.topk + queries * width
+        b, rows = self.buffers, slice(first, first + queries)
+
+        def grid(tensor):
+            return tensor.view(-1)[start:stop].view(queries, width)
+
+        return PlanBuffers(
+            rows=grid(b.rows),
+            hit_rows=grid(b.hit_rows),
+            hit_lengths=b.hit_lengths[rows],
+            late_rows=grid(b.late_rows),
+            late_lengths=b.late_lengths[rows],
+            query_misses=b.query_misses[rows],
+            miss_slots=b.miss_slots[start:stop],
+            miss_rows=b.miss_rows[start:stop],
+            num_misses=self._num_misses[half : half + 1],
+        )
+
+    def invalidate(self, slots: torch.Tensor) -> None:
+        """The slots [n] are hot in no layer any more."""
+        invalidate(self.state, slots)
+
+    def set_split(self, split: np.ndarray) -> None:
+        """Whether each layer [layers] bool lists hits and misses apart, from its next plan on."""
+        if np.array_equal(split, self._split):
+            return
+        self._split = split.copy()
+        host = torch.from_numpy(split.astype(np.int32))
+        if self._pinned:
+            host = host.pin_memory()
+        self.state.words[:, hot_state.SPLIT].copy_(host, non_blocking=True)
+
+    # --- rows by layer --------------------------------------------------------------------
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that one layer may have."""
+        return min(self.num_slots, len(self.scratch.rank))
+
+    def demand(self, num_queries: int) -> int:
+        """Rows of one layer that a pass of a decode step may need at the same time, at most.
+
+        More queries may need fewer: where their writes find no room, they ask for none.
+        """
+        first = passes(num_queries, self.topk, self.num_rows, self.max_queries)[:1]
+        lookups = sum(_lookups(part) for part in first)
+        return lookups + num_queries if self.has_room(lookups, num_queries) else lookups
+
+    def has_room(self, lookups: int, writes: int) -> bool:
+        """Whether a pass of so many lookups leaves room for the rows that its step writes."""
+        return writes <= self.max_queries and lookups + writes <= self.num_rows
+
+    def move(self, sizes: Sequence[int]) -> None:
+        """Each layer has so many hot rows from now on, free ones and the most recently used of
+        its own. Between steps, on the stream of the tiers. Raises: ValueError as ess_kernels.resize_layers.
+        """
+        table = move_table(self.sizes, sizes)
+        if self._pinned:
+            table = table.pin_memory()
+        table = table.to(self.state.words.device, non_blocking=True)
+        move(self.state, self.owned, self.scratch, table, max(sizes))
+        self.sizes = tuple(sizes)
+
+    def look(self) -> Look | None:
+        """What the last mirror() shows; None where that is under way, was given before, or came
+        before any plan. Its ages are a view, valid until the next mirror().
+        """
+        if self._was_looked_at or not self.is_mirrored():
+            return None
+        self._was_looked_at = True
+        counters, words, ages = (tensor.numpy() for tensor in self._mirror)
+        if (ages < 0).any():
+            return None
+        evictions = counters[:, hot_state.EVICTIONS].copy()
+        return Look(ages, evictions, hot_state.steps(words.astype(np.int64)))
+
+    # --- figures --------------------------------------------------------------------------
+
+    def _figures_on_device(self) -> tuple[torch.Tensor, ...]:
+        ages = () if self.owned is None else (self.owned.ages,)
+        return self.state.counters, self.state.words, *ages
+
+    def is_mirrored(self) -> bool:
+        return self._mirror is not None and (self._copied is None or self._copied.query())
+
+    def mirror(self) -> None:
+        """Start a copy of counters and words to the host; what read() gives is the last done."""
+        if self._copied is not None and not self._copied.query():
+            return  # the one before is under way
+        figures = self._figures_on_device()
+        if self._mirror is None:
+            self._mirror = tuple(
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=self._pinned) for t in figures
+            )
+        for host, device in zip(self._mirror, figures, strict=True):
+            host.copy_(device, non_blocking=True)
+        self._was_looked_at = False
+        if self._pinned:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """(counters [layers, NUM_COUNTERS], words [layers, NUM_WORDS]) of the last mirror()."""
+        if self._mirror is None:
+            self.mirror()
+        if self._copied is not None:
+            self._copied.synchronize()
+        return tuple(tensor.numpy().copy() for tensor in self._mirror[:2])
+
+    def totals(self) -> tuple[int, int, int] | None:
+        """misses, evictions and evicted_age of all layers, as of the last mirror(); None while
+        that is under way: nobody waits.
+        """
+        if not self.is_mirrored():
+            return None
+        counters = self._mirror[0].numpy().sum(axis=0)
+        return tuple(
+            int(counters[hot_state.COUNTERS.index(name)])
+            for name in ("misses", "evictions", "evicted_age")
+        )
+
+    def figures(self) -> list[dict[str, int]]:
+        """Each layer's counters, steps and rows in use, as of the last mirror()."""
+        counters, words = self.read()
+        return [
+            {
+                **dict(zip(hot_state.COUNTERS, layer.tolist(), strict=True)),
+                "steps": int(hot_state.steps(word.astype(np.int64))),
+                "occupied": int(word[hot_state.ROWS] - word[hot_state.NUM_FREE]),
+            }
+            for layer, word in zip(counters, words, strict=True)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of all layers, scratch included."""
+        rows = self.rows[0].nbytes + self.owned.nbytes if self.owned is not None else sum(
+            rows.nbytes for rows in self.rows
+        )  # fmt: skip
+        shared = self.buffers.nbytes + self._num_misses.nbytes + self.scratch.nbytes
+        shared += self.claims.nbytes
+        return rows + self.state.nbytes + shared
+
+
+def _lookups(part: Pass) -> int:
+    return (part.queries.stop - part.queries.start) * (part.columns.stop - part.columns.start)
+
+
+class DeviceHotCache:
+    """One layer of a DeviceTier; see HotCache for what the verbs promise.
+
+    The caller keeps the order of a step on one stream, or by events: claim or invalidate,
+    then for each pass plan, fetch, [attention], reorder.
+    """
+
+    def __init__(self, tier: DeviceTier, index: int, host_rows):
+        self._tier, self._index = tier, index
+        self.host_rows, self.rows = host_rows, tier.rows[index]
+        self.state, self.num_slots = tier.state.layer(index), tier.num_slots
+        self._owned = None if tier.owned is None else tier.owned.layer(index)
+
+    @property
+    def num_rows(self) -> int:
+        """Hot rows it has now."""
+        return self._tier.sizes[self._index]
+
+    def passes(self, num_queries: int, width: int) -> list[Pass]:
+        """Of a decode step: by what each layer has where rows do not move, so that it is the
+        same for a graph whenever it is replayed.
+        """
+        return passes(num_queries, width, self._tier.num_rows, self._tier.max_queries)
+
+    def plan(
+        self,
+        topk: torch.Tensor,
+        first: int = 0,
+        half: int = 0,
+        advance: bool = True,
+        written: torch.Tensor | None = None,
+    ) -> PlanBuffers:
+        """Hot rows for topk [queries, K] int32; see ess_kernels.plan for written.
+
+        first: the pass's first query in the batch; half, advance: of a batch in two halves
+        Effect: what an earlier plan of these queries handed out is overwritten.
+        """
+        buffers = self._tier.part(*topk.shape, first=first, half=half)
+        plan(self.state, topk.contiguous(), buffers, advance, written=written)
+        return buffers
+
+    def fetch(self, planned: PlanBuffers) -> None:
+        """Copy the plan's missed rows from the host tier."""
+        fetch(self.host_rows, self.rows, planned.miss_slots, planned.miss_rows, planned.num_misses)
+
+    def reorder(self) -> None:
+        """After each plan that advanced: the installs and the plan to come will find rows."""
+        reorder(self.state, self._tier.need, self._tier.scratch, self._owned)
+
+    def has_room_for_writes(self, num_queries: int, width: int) -> bool:
+        """Whether a step may claim a row a query and still be sure of its first plan.
+
+        Where it may not, the new rows are invalidated and fetched like any other.
+        """
+        first = self.passes(num_queries, width)[0]
+        return self._tier.has_room(_lookups(first), num_queries)
+
+    def claim(self, slots: torch.Tensor, first_slot: int = 0) -> torch.Tensor:
+        """Rows for the slots [n] that a decode step writes, one a query, safe from its plan.
+
+        Returns targets [n] int32, -1 for slots below first_slot (a batch's padding), where
+        scatter_rows has to put the values; valid until the next claim of any layer.
+        """
+        return install(self.state, slots, self._tier.claims, first_slot=first_slot)
+
+    def install(
+        self, slots: torch.Tensor, rows: torch.Tensor, min_age: int = 0, first_slot: int = 0
+    ) -> None:
+        """Make slots [n] of a prompt hot where there is room; rows [n, ...] are their values."""
+        most = min(self._tier.buffers.rows.numel(), self.num_rows)
+        for start in range(0, len(slots), most):
+            part = slice(start, start + most)
+            targets = install(
+                self.state, slots[part], self._tier.buffers, min_age, True, first_slot
+            )
+            scatter_rows(rows[part], targets, self.rows)
+            self.reorder()
+
+    def invalidate(self, slots: torch.Tensor) -> None:
+        invalidate(self.state, slots)
+
+    def warm(self, topk: torch.Tensor) -> None:
+        """Make the slots of topk [queries, K] hot, the last query's the most recently used."""
+        for part in passes(*topk.shape, self.num_rows, self._tier.max_queries):
+            lookups = topk[part.queries, part.columns].contiguous()
+            buffers = self._tier.part(*lookups.shape)
+            plan(self.state, lookups, buffers, advance=True, kind=WARM.value)
+            self.fetch(buffers)
+            self.reorder()
+
+    # --- figures and checks: these wait for the device ------------------------------------
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """As HotCache's, and "short": lookups that found no row, which must stay 0."""
+        return dict(zip(hot_state.COUNTERS, self.state.counters.tolist(), strict=True))
+
+    @property
+    def steps(self) -> int:
+        return int(hot_state.steps(self.state.words.cpu().long()))
+
+    @property
+    def occupied(self) -> int:
+        return self.num_rows - int(self.state.words[hot_state.NUM_FREE])
+
+    def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0) -> None:
+        """Compare hot rows, picked by place among the layer's, modulo num_rows, with host rows.
+
+        first_slot: slots below it take the writes of padding and are not compared
+        Raises: RowCorruption with the slot and both checksums.
+        """
+        rows = torch.from_numpy(np.unique(np.asarray(picks) % self.num_rows))
+        if self._owned is not None:
+            start = int(self.state.words[hot_state.START])
+            rows = self._owned.rows.cpu()[start + rows].long()
+        slots = self.state.row_slot.cpu()[rows].long()
+        rows, slots = rows[slots >= first_slot], slots[slots >= first_slot]
+        hot = self.rows[rows.to(self.rows.device)].cpu().flatten(1).view(torch.uint8)
+        host = self.host_rows[slots].flatten(1).view(torch.uint8)
+        differ = (hot != host).any(1).nonzero().flatten()
+        if not len(differ):
+            return
+        i = int(differ[0])
+        sums = [zlib.crc32(part[i].numpy().tobytes()) for part in (hot, host)]
+        raise RowCorruption(
+            f"hot row must equal its host row (invariant 2): got {name}, slot {int(slots[i])}, "
+            f"hot row {int(rows[i])}: crc32 {sums[0]:08x}, host row crc32 {sums[1]:08x}. Stop "
+            "this server, keep its log and report it; --disable-ess serves without hot rows."
+        )

@@ -1,0 +1,144 @@
+"""Prefill's rows on the device, one layer of the batch at a time, without asking the device.
+
+The same double buffer as attention/staging.py's, for a GPU: prefix rows come from the host tier
+by fetch on the transfer stream while attention reads the other buffer; new rows come from the
+forward pass itself. Sizes are known to the host (prefix and new tokens of each request).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ess_kernels.fetch import fetch
+from ess_kernels.gather_rows import translate
+from sglang_ess.tiers.hot_cache_cuda import whole_pages
+from sglang_ess.tiers.staging import split_requests
+from sglang_ess.tiers.transfer_stream import TransferStream, wait
+
+# Prefill's copies are long: more programs than a decode step's fetch may take.
+PREFILL_PROGRAMS = 32
+
+
+@dataclass(frozen=True)
+class DeviceGroup:
+    """Requests of a batch whose rows fit into a buffer together.
+
+    queries  of the batch
+    prefix   [p] int32 slots, their places are 0, 1, ...; requests that share a prefix have it each
+    new      [n] int64 slots, n queries; their places follow
+    places   [p + n] int32: 0, 1, ...; count [1] int32: p
+    """
+
+    queries: slice
+    prefix: torch.Tensor
+    new: torch.Tensor
+    places: torch.Tensor
+    count: torch.Tensor
+
+
+class DeviceStaging:
+    """Two buffers of num_rows rows, filled in the order (layer, group) of one prefill pass.
+
+    host_rows: [slots, ...] of each layer. begin() once a pass; then, layer by layer and group
+    by group, rows() with the layer's new rows.
+    """
+
+    def __init__(
+        self,
+        host_rows: Sequence[torch.Tensor],
+        num_rows: int,
+        device,
+        transfer: TransferStream,
+    ):
+        first = host_rows[0]
+        padded = whole_pages(num_rows)
+        self._host_rows, self._transfer = host_rows, transfer
+        self._buffers = [
+            torch.zeros(padded, *first.shape[1:], dtype=first.dtype, device=device)
+            for _ in range(2)
+        ]
+        self.num_rows = num_rows
+        self._place = torch.full((len(first),), -1, dtype=torch.int32, device=device)
+        self._pending: tuple[int, torch.cuda.Event | None] | None = None
+        self._placed: DeviceGroup | None = None
+        self.groups: list[DeviceGroup] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes: both buffers and the map."""
+        return sum(buffer.nbytes for buffer in self._buffers) + self._place.nbytes
+
+    def begin(
+        self,
+        prefix_tokens: Sequence[int],
+        new_tokens: Sequence[int],
+        tables: torch.Tensor,
+        new_slots: torch.Tensor,
+    ) -> None:
+        """Group a batch's requests; its prefix rows of the first layer set off.
+
+        prefix_tokens, new_tokens: of each request; tables [requests, context] int32: its slots
+        new_slots: [sum(new_tokens)] int64, in query order
+        Raises: ValueError if one request alone is longer than a buffer.
+        """
+        self._pending = self._placed = None
+        lengths = [old + new for old, new in zip(prefix_tokens, new_tokens, strict=True)]
+        starts = [0]
+        for tokens in new_tokens:
+            starts.append(starts[-1] + tokens)
+        self.groups = []
+        for run in split_requests(lengths, self.num_rows, len(self._place)):
+            queries = slice(starts[run.start], starts[run.stop])
+            prefix = torch.cat([tables[i, : prefix_tokens[i]] for i in run]).int()
+            new, device = new_slots[queries], tables.device
+            total = len(prefix) + len(new)
+            places = torch.arange(total, dtype=torch.int32, device=device)
+            count = torch.full((1,), len(prefix), dtype=torch.int32, device=device)
+            self.groups.append(DeviceGroup(queries, prefix, new, places, count))
+        if self.groups:
+            self._prefetch(0)
+
+    def rows(self, layer: int, index: int, new_rows: torch.Tensor) -> torch.Tensor:
+        """The rows of groups[index] in layer (counted from 0): [num_rows, ...].
+
+        new_rows [tokens of the batch, ...]: this layer's, packed
+        Effect: the copy for the group or layer after it sets off, into the other buffer.
+        """
+        item, group = layer * len(self.groups) + index, self.groups[index]
+        if self._pending is None or self._pending[0] != item:
+            self._prefetch(item)  # a pass that began in the middle, or a layer done again
+        wait(self._pending[1])
+        buffer, first = self._buffers[item % 2], len(group.prefix)
+        buffer[first : first + len(group.new)].copy_(new_rows[group.queries])
+        if item + 1 < len(self._host_rows) * len(self.groups):
+            self._prefetch(item + 1)
+        return buffer
+
+    def translate(self, index: int, topk: torch.Tensor) -> torch.Tensor:
+        """Slots [T, K] int32 of groups[index], -1 pads, to rows of its buffer, same order."""
+        group = self.groups[index]
+        if self._placed is not group:
+            first = len(group.prefix)
+            self._place[group.prefix.long()] = group.places[:first]
+            self._place[group.new] = group.places[first:]
+            self._placed = group
+        return translate(topk, self._place)
+
+    def _prefetch(self, item: int) -> None:
+        layer, index = divmod(item, len(self.groups))
+        group = self.groups[index]
+        with self._transfer.fork():  # after the attention that reads this buffer now
+            if len(group.prefix):
+                fetch(
+                    self._host_rows[layer],
+                    self._buffers[item % 2],
+                    group.prefix,
+                    group.places[: len(group.prefix)],
+                    group.count,
+                    PREFILL_PROGRAMS,
+                )
+            self._transfer.uses(group.prefix, group.places, group.count)
+            self._pending = item, self._transfer.event()

@@ -1,0 +1,347 @@
+"""The bytes of a trace file, version 2. trace.py writes and reads it, recorded.py fills it.
+
+All numbers little-endian:
+
+    magic    8 B  b"ESSTRACE"
+    version  u32  2
+    length   u32  bytes of the header
+    header   JSON in one line, with its newline:
+             {"layers": int, "topk": int, "slots": int, "meta": {...}}
+    frames   each: tag 4 B b"FRAM", payload bytes u32, raw bytes u32, records u32,
+             CRC-32 of the payload u32; then the payload, one zlib stream of the raw bytes
+    trailer  a frame with tag b"TAIL" whose payload is JSON, not compressed (raw bytes =
+             payload bytes, records = all written):
+             {"records": int, "events": int, "dropped": int, "end": "closed" or "limit"}
+
+A record is one decode query of one layer. The raw bytes of a frame:
+
+    u32 n; then n request ids, each u16 bytes and UTF-8
+    u32 events
+    of each event: kinds u8, layers u16, arguments u32, sizes u32, a column at a time
+    of each record: ids u32 (index of the request id), rows u32 (of the request table),
+        lengths u32 (positions the query sees), counts u32 (positions it selected), likewise
+    numbers, event by event, as LEB128: 7 bits a byte, the last byte of a number below 128;
+        signed ones as 0, -1, 1, -2, ... -> 0, 1, 2, 3, ...
+
+Events are in the order in which they happened. SLOTS and GAP are of no layer; each other
+begins with 7 signed numbers: by how much STATE, the layer's counters after it, exceeds that
+of the layer's last event in the file (zeros before the first).
+
+    kind        argument              size     numbers after those
+    0 PLAN      2 width + same_step   queries  of each query, which is a record: its positions,
+                                               ascending: the first, then position - previous - 1
+    1 PLAN_SLOTS  2 width + same_step queries  queries x width slots, -1 pads: signed, the
+                                               first, then slot - previous. No records
+    2 WARM      2 width               queries  as PLAN_SLOTS
+    3 INSTALL   min_age               runs     slots in order, as runs of successive ones: signed
+                                               first - end of the run before (0), then count - 1
+    4 INVALIDATE  0                   runs     as INSTALL
+    5 CLEAR     0                     0
+    6 RESIZE    hot rows              0        the first event of each layer
+    7 SLOTS     row of the table      runs     start, then as INSTALL: from position start on
+                                               the row has these slots and ends with them
+    8 GAP       events dropped here   0
+
+A plan's query has its positions' slots in the row of the request table, in that order, pads
+after them. A file with no trailer was cut off (a crash, a killed server); its whole frames
+are good.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from sglang_ess.tiers import lru
+from sglang_ess.trace import codec as trace_kernels
+
+MAGIC, VERSION = b"ESSTRACE", 2
+PREFIX = struct.Struct("<8sII")
+FRAME = struct.Struct("<4sIIII")
+FRAME_TAG, TRAILER_TAG = b"FRAM", b"TAIL"
+EVENT_COLUMNS = ("<u1", "<u2", "<u4", "<u4")  # kinds, layers, arguments, sizes
+RECORD_COLUMNS = ("<u4", "<u4", "<u4", "<u4")  # ids, rows, lengths, counts
+MAX_ID_BYTES = 65535  # of a request id, which the client may choose; the rest is cut off
+
+STATE = ("steps", *lru.COUNTERS)
+STATE_PLACES = np.array([lru.STEP, *(getattr(lru, name.upper()) for name in lru.COUNTERS)])
+
+
+class Kind(IntEnum):
+    PLAN = 0
+    PLAN_SLOTS = 1
+    WARM = 2
+    INSTALL = 3
+    INVALIDATE = 4
+    CLEAR = 5
+    RESIZE = 6
+    SLOTS = 7
+    GAP = 8
+
+
+HAS_RUNS = (Kind.INSTALL, Kind.INVALIDATE, Kind.SLOTS)
+HAS_TOPK = (Kind.PLAN_SLOTS, Kind.WARM)
+OF_NO_LAYER = (Kind.SLOTS, Kind.GAP)
+NO_DATA = np.empty((0, 2), np.int32)
+
+
+class Queries(NamedTuple):
+    """Whose the queries of a plan are. rows [n], lengths [n]: any integers."""
+
+    request_ids: Sequence[str]
+    rows: np.ndarray
+    lengths: np.ndarray
+
+
+class Entry(NamedTuple):
+    """An event to write.
+
+    counters [7] int64: STATE after it, the layer's state at STATE_PLACES; None for SLOTS, GAP
+    data: PLAN: positions [n, width] int32, -1 pads; PLAN_SLOTS, WARM: slots [n, width] int32;
+        INSTALL, INVALIDATE, SLOTS: runs [m, 2] int32
+    queries: of a PLAN; a PLAN_SLOTS that has some is written as a PLAN if it can be
+    start: of SLOTS
+    """
+
+    kind: Kind
+    layer: int
+    argument: int
+    counters: np.ndarray | None = None
+    data: np.ndarray = NO_DATA
+    queries: Queries | None = None
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class TraceFrame:
+    """A frame's records and events, as columns.
+
+    request_ids: the distinct ones; ids [n] int64 says which each record has
+    rows, lengths [n] int64; layers, steps [n] int64: of the plan each record is of
+    offsets [n + 1] int64: record i has positions[offsets[i] : offsets[i + 1]]
+    positions [offsets[n]] int32
+    kinds, event_layers, arguments, sizes [events] int64
+    counters [events, 7] int64: the layer's STATE after each, 0 for SLOTS and GAP
+    numbers int64: of all events, which begin at places [events], their counters left out
+    starts [plans + 1] int64: the n-th PLAN has the records starts[n] to starts[n + 1]
+    """
+
+    request_ids: tuple[str, ...]
+    layers: np.ndarray
+    steps: np.ndarray
+    ids: np.ndarray
+    rows: np.ndarray
+    lengths: np.ndarray
+    offsets: np.ndarray
+    positions: np.ndarray
+    kinds: np.ndarray
+    event_layers: np.ndarray
+    arguments: np.ndarray
+    sizes: np.ndarray
+    counters: np.ndarray
+    numbers: np.ndarray
+    places: np.ndarray
+    starts: np.ndarray
+
+    def slots(self, event: int) -> np.ndarray:
+        """Of an event with runs: its slots [n] int64."""
+        first = self.places[event] + (self.kinds[event] == Kind.SLOTS)
+        runs = self.numbers[first : first + 2 * self.sizes[event]].reshape(-1, 2)
+        counts = runs[:, 1] + 1
+        # Each begins `gap` after the end of the one before.
+        firsts = np.cumsum(unsigned(runs[:, 0])) + np.cumsum(counts) - counts
+        slots = np.empty(counts.sum(), np.int64)
+        trace_kernels.decode_runs(firsts, counts, slots)
+        return slots
+
+    def start(self, event: int) -> int:
+        """Of a SLOTS event."""
+        return int(self.numbers[self.places[event]])
+
+    def topk(self, event: int) -> np.ndarray:
+        """Of a PLAN_SLOTS or WARM: its slots [queries, width] int64."""
+        width, first = self.arguments[event] // 2, self.places[event]
+        numbers = self.numbers[first : first + self.sizes[event] * width]
+        return np.cumsum(unsigned(numbers)).reshape(-1, width)
+
+
+def unsigned(numbers: np.ndarray) -> np.ndarray:
+    """Signed numbers as they were before they were written as 0, -1, 1, -2, ..."""
+    return (numbers >> 1) ^ -(numbers & 1)
+
+
+# --- bytes of a frame -------------------------------------------------------------------
+
+
+class Packer:
+    """Makes frames of events, one after another: what a frame means depends on those before.
+
+    layers, slots: of the trace
+    """
+
+    def __init__(self, layers: int, slots: int):
+        self._last = np.zeros((layers, len(STATE)), np.int64)
+        self._table = np.zeros((0, 0), np.int32)  # the request table as the file has it
+        self._marks = np.zeros(slots, np.uint8)
+
+    def pack(self, entries: Sequence[Entry]) -> tuple[bytes, int]:
+        """A frame, and how many records are in it.
+
+        Raises: ValueError for positions that do not ascend and queries without an id.
+        """
+        size = sum(trace_kernels.LEB_BYTES * entry.data.size for entry in entries)
+        counters_bytes = (1 + len(STATE)) * trace_kernels.COUNTER_BYTES
+        out = np.empty(size + len(entries) * counters_bytes, np.uint8)
+        events, records, end = [], [], 0
+        ids: dict[str, int] = {}
+        for entry in entries:
+            entry = self._as_positions(entry)
+            kind, layer, data = entry.kind, entry.layer, entry.data
+            events.append((kind, layer, entry.argument, len(data)))
+            if entry.counters is not None:
+                end = trace_kernels.encode_signed(entry.counters - self._last[layer], out, end)
+                self._last[layer] = entry.counters
+            if kind == Kind.PLAN:
+                counts = np.zeros(len(data), np.uint32)
+                end = trace_kernels.encode_positions(data, counts, out, end)
+                records.append(_record_columns(entry, ids, counts, end))
+            elif kind in HAS_TOPK:
+                end = trace_kernels.encode_slots(data, out, end)
+            elif kind in HAS_RUNS:
+                if kind == Kind.SLOTS:
+                    end = trace_kernels.encode_number(entry.start, out, end)
+                    self._learn(entry)
+                end = trace_kernels.encode_runs(data, out, end)
+        names = [name.encode(errors="replace")[:MAX_ID_BYTES] for name in ids]
+        raw = [
+            struct.pack("<I", len(names)),
+            *(struct.pack("<H", len(name)) + name for name in names),
+            struct.pack("<I", len(events)),
+            *_columns(zip(*events, strict=True), EVENT_COLUMNS),
+            *_columns(map(np.concatenate, zip(*records, strict=True)), RECORD_COLUMNS),
+            out[:end].tobytes(),
+        ]
+        num_records = sum(len(rows) for _, rows, _, _ in records)
+        return frame_bytes(FRAME_TAG, b"".join(raw), num_records), num_records
+
+    def _learn(self, entry: Entry) -> None:
+        """A row of the request table from an event SLOTS."""
+        counts = entry.data[:, 1].astype(np.int64)
+        row, end = entry.argument, entry.start + int(counts.sum())
+        rows, length = self._table.shape
+        if row >= rows or end > length:
+            table = np.zeros((max(2 * row, 8, rows), max(2 * end, length)), np.int32)
+            table[:rows, :length] = self._table
+            self._table = table
+        slots = np.empty(end - entry.start, np.int64)
+        trace_kernels.decode_runs(entry.data[:, 0].astype(np.int64), counts, slots)
+        self._table[row, entry.start : end] = slots
+
+    def _as_positions(self, entry: Entry) -> Entry:
+        """A plan's slots as positions of its queries' requests, if these give them again."""
+        if entry.kind != Kind.PLAN_SLOTS or entry.queries is None:
+            return entry
+        _, rows, lengths = entry.queries
+        table = rows, lengths, self._table
+        positions = trace_kernels.slots_to_positions(entry.data, *table, self._marks)
+        if trace_kernels.positions_give(entry.data, rows, self._table, positions):
+            return entry._replace(kind=Kind.PLAN, data=positions)
+        return entry
+
+
+def frame_bytes(tag: bytes, raw: bytes, num_records: int) -> bytes:
+    """A frame with its head: of events, compressed, or the trailer, which is not."""
+    payload = zlib.compress(raw, 1) if tag == FRAME_TAG else raw
+    return FRAME.pack(tag, len(payload), len(raw), num_records, zlib.crc32(payload)) + payload
+
+
+def _record_columns(entry, ids, counts, end) -> tuple:
+    """ids: numbers of the request ids so far; added to."""
+    names, rows, lengths = entry.queries
+    where = f"layer {entry.layer}"
+    sizes = len(names), len(rows), len(lengths), len(entry.data)
+    if len(set(sizes)) != 1:
+        raise ValueError(f"a query must have one request id, row and length: got {where}, {sizes}")
+    if end < 0:
+        raise ValueError(f"positions must ascend: got {where}")
+    return [ids.setdefault(name, len(ids)) for name in names], rows, lengths, counts
+
+
+def _columns(columns, kinds) -> list[bytes]:
+    return [np.asarray(c).astype(kind).tobytes() for c, kind in zip(columns, kinds, strict=False)]
+
+
+def unpack(payload: bytes, raw_bytes: int, num_records: int, last: np.ndarray) -> TraceFrame:
+    """A frame's records and events. last [layers, 7] int64: STATEs after the frame before; updated.
+
+    Raises: ValueError if these are no such bytes.
+    """
+    try:
+        raw = zlib.decompressobj().decompress(payload, raw_bytes)
+        (num_ids,), place, names = struct.unpack_from("<I", raw), 4, []
+        for _ in range(num_ids):
+            (size,) = struct.unpack_from("<H", raw, place)
+            names.append(raw[place + 2 : place + 2 + size].decode(errors="replace"))
+            place += 2 + size
+        (num_events,) = struct.unpack_from("<I", raw, place)
+        columns, place = [], place + 4
+        kinds = [(kind, num_events) for kind in EVENT_COLUMNS]
+        for kind, count in kinds + [(kind, num_records) for kind in RECORD_COLUMNS]:
+            column = np.frombuffer(raw, kind, count, place)
+            columns.append(column.astype(np.int64))
+            place += column.nbytes
+        numbers = _numbers(np.frombuffer(raw, np.uint8, offset=place))
+    except (zlib.error, struct.error) as error:
+        raise ValueError(str(error)) from None
+    return _frame(tuple(names), columns, numbers, last)
+
+
+def _numbers(data: np.ndarray) -> np.ndarray:
+    numbers = np.empty(np.count_nonzero(data < 128), np.int64)
+    if not trace_kernels.decode(data, numbers):
+        raise ValueError("numbers must end with a byte below 128, after 9 at most")
+    return numbers
+
+
+def _frame(names, columns, numbers, last) -> TraceFrame:
+    kinds, layers, arguments, sizes, ids, rows, lengths, counts = columns
+    plans, widths = kinds == Kind.PLAN, arguments // 2
+    of_layer = ~np.isin(kinds, OF_NO_LAYER)
+    _expect(sizes[plans].sum() == len(ids), "its records must be those of its plans")
+    _expect((kinds <= max(Kind)).all(), "its events must be of known kinds")
+    _expect((ids < len(names)).all(), "its records must have ids that it names")
+    _expect((layers[of_layer] < len(last)).all(), f"its layers must be below {len(last)}")
+    fits = counts <= np.repeat(widths[plans], sizes[plans])
+    _expect(fits.all(), "its queries must be as wide as their plan")
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    starts = np.concatenate([[0], np.cumsum(sizes[plans])])
+    num_data = np.where(np.isin(kinds, HAS_RUNS), 2 * sizes, 0) + (kinds == Kind.SLOTS)
+    num_data += np.where(np.isin(kinds, HAS_TOPK), sizes * widths, 0)
+    num_data[plans] = np.diff(offsets[starts])
+    _expect((num_data <= len(numbers)).all(), "its events must have the numbers that they claim")
+    ends = np.cumsum(num_data + of_layer * len(STATE))
+    _expect(np.append(0, ends)[-1] == len(numbers), "all numbers must be of its events")
+    places = ends - num_data
+    counters = np.zeros((len(kinds), len(STATE)), np.int64)
+    counters[of_layer] = unsigned(numbers[places[of_layer, None] + np.arange(-len(STATE), 0)])
+    trace_kernels.accumulate(counters, of_layer, layers, last)
+    of_plan = np.repeat(places[plans] - offsets[starts[:-1]], sizes[plans])
+    positions = np.empty(offsets[-1], np.int32)
+    fits = trace_kernels.decode_positions(numbers, of_plan + offsets[:-1], counts, positions)
+    _expect(fits, "its positions must be below 2**31")
+    of_record = np.repeat(np.flatnonzero(plans), sizes[plans])
+    return TraceFrame(
+        names, layers[of_record], counters[of_record, 0] - 1, ids, rows, lengths, offsets,
+        positions, kinds, layers, arguments, sizes, counters, numbers, places, starts,
+    )  # fmt: skip
+
+
+def _expect(holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(rule)

@@ -1,0 +1,398 @@
+"""A trace of the hot tier in a file: the writer beside serving, the reader for replay.
+
+It serves two uses. Records: one decode query of one layer each, which positions of its
+request it attended to; for studies of locality. Events: all that happened to each layer's
+HotCache, in order and in slots, with the counters after each; for exact replay (sim/replay.py),
+at the recorded size or any other. trace_format.py says what is in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from sglang_ess.trace import format as trace_format
+from sglang_ess.trace.codec import slots_to_positions
+from sglang_ess.trace.format import (
+    FRAME,
+    FRAME_TAG,
+    HAS_RUNS,
+    HAS_TOPK,
+    MAGIC,
+    PREFIX,
+    STATE,
+    TRAILER_TAG,
+    VERSION,
+    Entry,
+    Kind,
+    TraceFrame,
+)  # fmt: skip
+
+__all__ = [
+    "Event", "Kind", "Record", "Trace", "TraceFrame", "TraceWriter", "read_trace",
+    "slots_to_positions",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+MIB = 1 << 20
+# A frame is written when so much is queued, or after this time: what a crash loses.
+FRAME_BYTES = 4 * MIB  # as queued, int32; about a quarter of it as raw bytes
+FLUSH_SECONDS = 1.0
+QUEUE_BYTES = 64 * MIB  # past it the writer is behind, and events are dropped
+ENTRY_BYTES = 256  # of an event beside its data, in the queue: tuples and small arrays
+TRAILER_BYTES = 256  # kept free under the limit
+CLOSE_SECONDS = 60.0
+HEADER_NUMBERS = ("layers", "topk", "slots")
+NOTHING = np.empty(0, np.int64)
+
+
+# --- writer -----------------------------------------------------------------------------
+
+
+class TraceWriter:
+    """Writes a trace from a thread of its own; put() appends to a queue and returns.
+
+    States: recording -> stopped, by close(), by the limit or by an error. Stopped, put()
+    does nothing. Nothing that goes wrong after the constructor is raised: it is logged, in
+    one line, and ends the trace.
+
+    path: replaced if it exists; layers, topk, slots: of the pool; meta: JSON for the header
+    limit_bytes: the file never grows past it
+    Raises: OSError if the file cannot be written, ValueError if the limit leaves no room.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        layers: int,
+        topk: int,
+        slots: int,
+        limit_bytes: int = 1 << 30,
+        meta: dict | None = None,
+    ):
+        facts = {"layers": layers, "topk": topk, "slots": slots, "meta": meta or {}}
+        header = json.dumps(facts).encode() + b"\n"
+        least = PREFIX.size + len(header) + TRAILER_BYTES
+        if limit_bytes < least:
+            raise ValueError(f"a trace's limit must be at least {least} bytes: got {limit_bytes}.")
+        self.path, self.limit_bytes = Path(path), limit_bytes
+        self.records = self.events = self.dropped = self.written_bytes = 0
+        self._gap = 0  # events dropped since the last one that was not
+        self._packer = trace_format.Packer(layers, slots)
+        self._queue: deque[Entry] = deque()
+        self._queued_bytes = 0
+        self._closing = False
+        self._recording = True
+        self._wake = threading.Condition()
+        # Unbuffered: what is written survives the process's being killed.
+        self._file: BinaryIO = open(self.path, "wb", buffering=0)
+        self._write(PREFIX.pack(MAGIC, VERSION, len(header)) + header)
+        self._thread = threading.Thread(target=self._run, name="ess-trace", daemon=True)
+        self._thread.start()
+
+    @property
+    def recording(self) -> bool:
+        """False once the trace has ended; put() then does nothing."""
+        return self._recording
+
+    def put(self, entry: Entry) -> bool:
+        """Append an event, whose arrays are the writer's from now on.
+
+        Returns whether it will be in the file: no if the writer is behind. What follows then
+        begins with a GAP.
+        """
+        if not self._recording:
+            return False
+        with self._wake:
+            if self._queued_bytes + entry.data.nbytes + ENTRY_BYTES > QUEUE_BYTES:
+                self.dropped += 1
+                self._gap += 1
+                return False
+            if self._gap:
+                self._queue.append(Entry(Kind.GAP, 0, self._gap))
+                self._gap = 0
+            self._queue.append(entry)
+            self._queued_bytes += entry.data.nbytes + ENTRY_BYTES
+            if self._queued_bytes >= FRAME_BYTES:
+                self._wake.notify()
+        return True
+
+    def close(self) -> None:
+        """Write what is queued and the trailer. More calls, from any thread, wait too."""
+        with self._wake:
+            self._recording = False
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(CLOSE_SECONDS)
+
+    # --- the writer's thread ------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._write_frames()
+        except Exception as error:  # nothing of a trace may reach serving
+            logger.warning(
+                "ESS: trace %s has failed after %d records (%d bytes) and is off: %s: %s",
+                self.path,
+                self.records,
+                self.written_bytes,
+                type(error).__name__,
+                str(error).replace("\n", " "),
+            )
+        finally:
+            with self._wake:
+                self._recording = False
+                self._queue.clear()
+                self._queued_bytes = 0
+            self._file.close()
+
+    def _write_frames(self) -> None:
+        while True:
+            entries = self._next_entries()
+            if entries is None:
+                self._end("closed")
+                return
+            if not entries:
+                continue
+            frame, num_records = self._packer.pack(entries)
+            if self.written_bytes + len(frame) + TRAILER_BYTES > self.limit_bytes:
+                with self._wake:
+                    self._recording = False
+                    self.dropped += _num_events([*entries, *self._queue])
+                self._end("limit")
+                return
+            self._write(frame)
+            self.records += num_records
+            self.events += _num_events(entries)
+
+    def _next_entries(self) -> list[Entry] | None:
+        """The events of the next frame; none if the time was up; None at the end."""
+        with self._wake:
+            self._wake.wait_for(
+                lambda: self._closing or self._queued_bytes >= FRAME_BYTES, FLUSH_SECONDS
+            )
+            if self._closing and not self._queue:
+                return None
+            entries, size = [], 0
+            while self._queue and size < FRAME_BYTES:
+                entries.append(self._queue.popleft())
+                if entries[-1].kind != Kind.GAP:
+                    size += entries[-1].data.nbytes + ENTRY_BYTES
+            self._queued_bytes -= size
+            return entries
+
+    def _end(self, how: str) -> None:
+        facts = {"records": self.records, "events": self.events}
+        payload = json.dumps(facts | {"dropped": self.dropped, "end": how}).encode()
+        self._write(trace_format.frame_bytes(TRAILER_TAG, payload, self.records))
+        (logger.warning if how == "limit" or self.dropped else logger.info)(
+            "ESS: trace %s has ended (%s): %d records, %d bytes of at most %d, %d events dropped",
+            self.path,
+            how,
+            self.records,
+            self.written_bytes,
+            self.limit_bytes,
+            self.dropped,
+        )
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:  # an unbuffered file may take a part only
+            view = view[self._file.write(view) :]
+        self.written_bytes += len(data)
+
+
+def _num_events(entries) -> int:
+    return sum(entry.kind != Kind.GAP for entry in entries)
+
+
+# --- reader -----------------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """One query of one layer. positions [count] int32, ascending; length as recorded.
+
+    step: of the layer, counted from 0 by its plans that began one
+    """
+
+    layer: int
+    step: int
+    request_id: str
+    length: int
+    positions: np.ndarray
+
+
+class Event(NamedTuple):
+    """What happened to one layer's HotCache; a GAP to none.
+
+    slots: PLAN, WARM: the top-k [queries, width] int32, -1 pads; INSTALL, INVALIDATE: [n] int64
+    argument: PLAN: same_step; INSTALL: min_age; RESIZE: hot rows; GAP: events that are missing
+    counters [7] int64: STATE (trace_format.py) after it; of no meaning for a GAP
+    """
+
+    kind: Kind
+    layer: int
+    argument: int
+    slots: np.ndarray
+    counters: np.ndarray
+
+
+class Trace:
+    """A trace file, read as often as it is iterated over: Records in the order written.
+
+    header: the file's; layers, topk, slots: from it; bytes: of the file when it was opened
+    trailer: the file's after a whole iteration; None before, or if the file was cut off
+    """
+
+    def __init__(self, path: Path, header: dict, start: int):
+        self.path, self.header, self._start = path, header, start
+        self.layers, self.topk, self.slots = (header[key] for key in HEADER_NUMBERS)
+        self.bytes = path.stat().st_size
+        self.trailer: dict | None = None
+
+    def __iter__(self) -> Iterator[Record]:
+        for frame in self.frames():
+            offsets = frame.offsets.tolist()
+            for i, (layer, step, name, length) in enumerate(
+                zip(
+                    frame.layers.tolist(),
+                    frame.steps.tolist(),
+                    frame.ids.tolist(),
+                    frame.lengths.tolist(),
+                    strict=True,
+                )
+            ):
+                positions = frame.positions[offsets[i] : offsets[i + 1]]
+                yield Record(layer, step, frame.request_ids[name], length, positions)
+
+    def frames(self, progress: Callable[[int], object] = lambda _: None) -> Iterator[TraceFrame]:
+        """Frame by frame, for readers that want columns. Ends at the first broken frame.
+
+        progress: called with the bytes of each frame once it has been read
+        Raises: ValueError for a whole frame that no writer of this version wrote.
+        """
+        last = np.zeros((self.layers, len(STATE)), np.int64)
+        self.trailer = None
+        with self.path.open("rb") as file:
+            file.seek(self._start)
+            while True:
+                head = file.read(FRAME.size)
+                if len(head) < FRAME.size or head[:4] not in (FRAME_TAG, TRAILER_TAG):
+                    return
+                tag, payload_bytes, raw_bytes, num_records, crc = FRAME.unpack(head)
+                payload = file.read(payload_bytes)
+                if len(payload) < payload_bytes or zlib.crc32(payload) != crc:
+                    return
+                if tag == TRAILER_TAG:
+                    self.trailer = json.loads(payload)
+                    return
+                try:
+                    yield trace_format.unpack(payload, raw_bytes, num_records, last)
+                except ValueError as error:
+                    raise ValueError(f"{self.path} has a frame of another kind: {error}.") from None
+                progress(len(head) + len(payload))
+
+    def events(self, progress: Callable[[int], object] = lambda _: None) -> Iterator[Event]:
+        """All events in the order in which they happened. progress, Raises: as frames()."""
+        table: dict[int, np.ndarray] = {}  # row of the request table -> its slots
+        for frame in self.frames(progress):
+            try:
+                yield from _events(frame, table, self.slots)
+            except ValueError as error:
+                raise ValueError(f"{self.path} has a frame of another kind: {error}.") from None
+
+
+def _events(frame: TraceFrame, table: dict[int, np.ndarray], slots: int) -> Iterator[Event]:
+    """A frame's events. table: updated. Raises: ValueError for slots that cannot be."""
+    plan = 0
+    columns = frame.kinds.tolist(), frame.event_layers.tolist(), frame.arguments.tolist()
+    for i, (kind, layer, argument) in enumerate(zip(*columns, strict=True)):
+        found = NOTHING
+        if kind == Kind.SLOTS:
+            table[argument] = _row(frame, i, table.get(argument, NOTHING), slots)
+            continue
+        if kind == Kind.PLAN:
+            first, end = frame.starts[plan : plan + 2]
+            found = _topk(frame, range(first, end), argument // 2, table)
+            argument, plan = argument % 2, plan + 1
+        elif kind in HAS_TOPK:
+            found = _within(frame.topk(i), -1, slots).astype(np.int32)
+            argument %= 2
+        elif kind in HAS_RUNS:
+            found = _within(frame.slots(i), 0, slots)
+        elif kind == Kind.RESIZE and not 1 <= argument <= slots:
+            raise ValueError(f"hot rows must be 1 to {slots}: got {argument}")
+        shown = Kind.PLAN if kind == Kind.PLAN_SLOTS else Kind(kind)
+        yield Event(shown, layer, argument, found, frame.counters[i])
+
+
+def _row(frame: TraceFrame, event: int, known: np.ndarray, slots: int) -> np.ndarray:
+    """A row of the request table after a SLOTS event."""
+    start = frame.start(event)
+    if not 0 <= start <= len(known):
+        raise ValueError(f"a row's slots must go on where they end, at {len(known)}: got {start}")
+    found = _within(frame.slots(event), 0, slots)
+    return np.concatenate([known[:start], found]).astype(np.int32)
+
+
+def _topk(frame: TraceFrame, records: range, width: int, table: dict) -> np.ndarray:
+    """The slots of a plan's queries [queries, width] int32, -1 pads."""
+    topk = np.full((len(records), width), -1, np.int32)
+    offsets = frame.offsets[records.start : records.stop + 1].tolist()
+    rows = frame.rows[records.start : records.stop].tolist()
+    for query, row in enumerate(rows):
+        positions = frame.positions[offsets[query] : offsets[query + 1]]
+        if len(positions):
+            known = table.get(row, NOTHING)
+            if positions[-1] >= len(known):
+                raise ValueError(f"row {row} must have slots before it is read: got {len(known)}")
+            topk[query, : len(positions)] = known[positions]
+    return topk
+
+
+def _within(slots: np.ndarray, first: int, end: int) -> np.ndarray:
+    if len(slots) and not first <= slots.min() <= slots.max() < end:
+        raise ValueError(f"slots must be {first} to {end - 1}: got {slots.min()}, {slots.max()}")
+    return slots
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Open a trace.
+
+    Raises: OSError if the file cannot be read, ValueError (one line) if it is not a trace
+    of this version.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        prefix = file.read(PREFIX.size)
+        if len(prefix) < PREFIX.size or not prefix.startswith(MAGIC):
+            raise ValueError(
+                f"an ESS trace must begin with {MAGIC!r}: got {prefix[:8]!r} in {path}. "
+                "Record one with --ess-trace."
+            )
+        _, version, length = PREFIX.unpack(prefix)
+        if version != VERSION:
+            raise ValueError(
+                f"an ESS trace must be of version {VERSION}: got {version} in {path}. Record it "
+                "again with this version's --ess-trace."
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        if not all(type(header[key]) is int and header[key] > 0 for key in HEADER_NUMBERS):
+            raise TypeError(f"{', '.join(HEADER_NUMBERS)} must be positive integers")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"an ESS trace must have a whole header: got {len(text)} of {length} bytes in {path} "
+            f"({type(error).__name__}: {error})."
+        ) from None
+    return Trace(path, header, PREFIX.size + length)

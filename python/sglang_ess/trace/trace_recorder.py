@@ -1,0 +1,158 @@
+"""A hot tier that keeps a trace of itself: HotCaches that record what is done to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sglang_ess.tiers.hot_cache import HotCache, Plan
+from sglang_ess.trace import codec as trace_kernels
+from sglang_ess.trace.format import NO_DATA, STATE_PLACES, Entry, Kind, Queries
+from sglang_ess.trace.trace import TraceWriter
+
+
+class Recorder:
+    """The trace of one pool's layers, and what it has to know of the requests in decode.
+
+    Decode's plans are records of positions in the file: between begin_step and end_step, their
+    queries are those of the step, in order. The writer's thread finds the positions; any other
+    plan, and one that positions do not give slot by slot, is recorded as slots.
+
+    path, layers, topk, slots, meta: as TraceWriter
+    """
+
+    def __init__(self, path: str | Path, layers: int, topk: int, slots: int, meta: dict):
+        self.writer = TraceWriter(path, layers, topk, slots, meta=meta)
+        self._num_caches = 0
+        self._step: tuple | None = None
+        # As SGLang's request table, as far as the file knows it. Pages that no request has
+        # reached stay unbacked.
+        self._known, self._known_lengths = np.zeros((0, 0), np.int32), np.zeros(0, np.int64)
+
+    def hot_cache(self, *args, **kwargs) -> RecordedHotCache:
+        """The HotCache of the next layer."""
+        self._num_caches += 1
+        return RecordedHotCache(self, self._num_caches - 1, *args, **kwargs)
+
+    # --- decode steps -------------------------------------------------------------------
+
+    def begin_step(
+        self,
+        request_ids: Sequence[str],
+        req_rows: np.ndarray,
+        lengths: np.ndarray,
+        req_to_token: np.ndarray,
+    ) -> None:
+        """The plans from here on are of these queries.
+
+        request_ids [T]; req_rows [T] int64 rows of the request table; lengths [T] int32
+        positions each query sees; req_to_token [requests, context] int32, not a copy
+        """
+        self._step = None
+        if self.writer.recording and self._slots(req_rows, lengths, req_to_token):
+            self._step = tuple(request_ids), req_rows.copy(), lengths.copy()
+
+    def end_step(self) -> None:
+        self._step = None
+
+    def _slots(self, req_rows, lengths, req_to_token) -> bool:
+        """Record what is new in these rows of the table. Returns whether the file knows all."""
+        if self._known.shape != req_to_token.shape:
+            self._known = np.zeros(req_to_token.shape, np.int32)
+            self._known_lengths = np.zeros(len(req_to_token), np.int64)
+        firsts = np.empty(len(req_rows), np.int64)
+        trace_kernels.first_changes(
+            req_to_token, self._known, self._known_lengths, req_rows, lengths, firsts
+        )
+        triples = zip(req_rows.tolist(), firsts.tolist(), lengths.tolist(), strict=True)
+        for row, first, length in triples:
+            if first == length:
+                continue
+            new = req_to_token[row, first:length]
+            runs = trace_kernels.runs_of(new.astype(np.int64))
+            if not self.writer.put(Entry(Kind.SLOTS, 0, row, data=runs, start=first)):
+                return False
+            self._known[row, first:length], self._known_lengths[row] = new, length
+        return True
+
+    # --- events of a layer --------------------------------------------------------------
+
+    def event(self, cache: RecordedHotCache, kind: Kind, argument=0, data=NO_DATA) -> None:
+        counters = cache.state[STATE_PLACES]
+        self.writer.put(Entry(kind, cache.layer, argument, counters, data))
+
+    def plan(self, cache: RecordedHotCache, topk: np.ndarray, first: int, same_step: bool) -> None:
+        """A plan of topk [queries, width] int32, of the step's queries from first on."""
+        queries = None
+        if self._step is not None:
+            block = slice(first, first + len(topk))
+            queries = Queries(*(column[block] for column in self._step))
+            if len(queries.rows) != len(topk):
+                queries = None
+        argument, counters = 2 * topk.shape[1] + same_step, cache.state[STATE_PLACES]
+        self.writer.put(
+            Entry(Kind.PLAN_SLOTS, cache.layer, argument, counters, topk.copy(), queries)
+        )
+
+
+def hot_cache_factory(path: str, *args, **kwargs) -> Callable[..., HotCache]:
+    """HotCache; with a path, a Recorder's hot_cache, for the first layer, the second, ..."""
+    return Recorder(path, *args, **kwargs).hot_cache if path else HotCache
+
+
+class RecordedHotCache(HotCache):
+    """HotCache whose every change is an event of a trace, with the counters after it.
+
+    recorder, layer: where, and as which; else as HotCache
+    """
+
+    def __init__(self, recorder: Recorder, layer: int, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.recorder, self.layer = recorder, layer
+        self._planned = 0  # queries of the step, by the plans so far
+        self._log(Kind.RESIZE, self.num_rows)
+
+    def _log(self, kind: Kind, argument=0, data=NO_DATA) -> None:
+        if self.recorder.writer.recording:
+            self.recorder.event(self, kind, argument, data)
+
+    def _log_slots(self, kind: Kind, slots: torch.Tensor, argument=0) -> None:
+        if self.recorder.writer.recording:
+            self.recorder.event(self, kind, argument, trace_kernels.runs_of(slots.numpy()))
+
+    def plan(
+        self, topk: torch.Tensor, start: tuple[int, int] = (0, 0), same_step: bool = False
+    ) -> Plan:
+        plan = super().plan(topk, start, same_step)
+        if plan.stop is not None:  # the next passes belong to this plan
+            return plan
+        first = self._planned if same_step else 0
+        self._planned = first + len(topk)
+        if self.recorder.writer.recording:
+            self.recorder.plan(self, topk.contiguous().numpy(), first, same_step)
+        return plan
+
+    def install(self, slots: torch.Tensor, rows: torch.Tensor, min_age: int = 0) -> int:
+        count = super().install(slots, rows, min_age)
+        self._log_slots(Kind.INSTALL, slots, min_age)
+        return count
+
+    def invalidate(self, slots: torch.Tensor) -> None:
+        super().invalidate(slots)
+        self._log_slots(Kind.INVALIDATE, slots)
+
+    def warm(self, topk: torch.Tensor) -> int:
+        count = super().warm(topk)
+        self._log(Kind.WARM, 2 * topk.shape[1], topk.contiguous().numpy().copy())
+        return count
+
+    def clear(self) -> None:
+        super().clear()
+        self._log(Kind.CLEAR)
+
+    def resize(self, num_rows: int) -> None:
+        super().resize(num_rows)
+        self._log(Kind.RESIZE, num_rows)

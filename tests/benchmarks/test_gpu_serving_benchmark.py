@@ -1,0 +1,444 @@
+"""benchmarks/gpu_serving: its plan, bytes, time and losses; one slow run of all on the CPU."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from benchmarks import gpu_serving
+from benchmarks.common import ROOT, Report, WorkerError
+from benchmarks.gpu_serving_engine import AUTO
+from benchmarks.gpu_serving_plan import (
+    BUDGETS,
+    CPU,
+    CUDA,
+    ESS_SYSTEMS,
+    FIRST,
+    GIB,
+    HISPARSE,
+    ONE_TIER,
+    RESIDENT,
+    SYSTEMS,
+    THEN,
+    EnginePlan,
+    Model,
+    Planner,
+    Point,
+    Room,
+    budget_bytes,
+    ess_options,
+    ess_size,
+    geometry,
+    hisparse_bytes,
+    hisparse_size,
+    server_args,
+    waves,
+)  # fmt: skip
+from benchmarks.gpu_serving_probe import FIGURES, Probe
+from benchmarks.gpu_serving_report import PROBED
+from benchmarks.gpu_serving_run import Clock, EngineWorker, Pace, Run
+from sglang_ess.config import EssConfig
+from sglang_ess.mem_cache import capacity
+from tests.benchmarks.test_gpu_serving_figures import decoded, passes
+
+SLICE = Model("slice", layers=4, topk=2048, vocabulary=129_280)
+TINY = Model("tiny", layers=2, topk=128, vocabulary=4096)
+CASES = [(CUDA, SLICE), (CPU, TINY)]
+SGLANG = Path(importlib.util.find_spec("sglang").origin).parent / "srt"
+
+
+class TestPlan:
+    def test_the_batches_are_those_of_the_papers_baseline(self):
+        engines = {engine.name: engine for engine in Planner(CUDA, SLICE).engines()}
+        largest = {
+            context: max(p.batch for p in engines[ONE_TIER].points if p.context == context)
+            for context in (32768, 131072)
+        }
+        assert largest == {32768: 52, 131072: 13}
+        for context, ess in ((32768, 160), (131072, 54)):  # ESS's own, with other bytes a slot
+            batch, slots, rows = ess_size(CUDA, SLICE, context)
+            assert 0.85 * ess < batch <= ess
+            assert slots == batch * CUDA.request_tokens(context)
+            assert rows >= batch * CUDA.hot_rows(context)
+
+    @pytest.mark.parametrize("plan, model", CASES)
+    def test_every_system_but_resident_takes_the_same_bytes(self, plan, model):
+        limit, page = budget_bytes(plan, model), 64 * model.layers * (656 + 132)
+        engines = Planner(plan, model).engines()
+        for engine in engines:
+            took = engine.device_bytes(plan, model)
+            if engine.system == RESIDENT:
+                assert took > limit
+            else:
+                assert 0.999 * limit - 2 * page < took <= limit, engine.name
+
+    def test_a_batch_more_would_not_fit(self):
+        limit = budget_bytes(CUDA, SLICE)
+        batch, _, _ = ess_size(CUDA, SLICE, 32768)
+        request = CUDA.request_tokens(32768)
+        shape = geometry(CUDA, SLICE, request + 64, moves=False)
+        more = (batch + 1) * request, (batch + 1) * CUDA.hot_rows(32768)
+        assert shape.device_bytes(*more) > limit
+        batch, rows, ratio = hisparse_size(CUDA, SLICE, 32768)
+        assert rows >= batch * (CUDA.buffer + 64) and rows * ratio >= batch * request
+        for other in range(2, 40):
+            need = max((batch + 1) * (CUDA.buffer + 64), -(-(batch + 1) * request // other))
+            assert hisparse_bytes(need, other) > limit // SLICE.layers
+
+    @pytest.mark.parametrize("plan, model", CASES)
+    def test_the_servers_decide_as_planned(self, plan, model):
+        """capacity.py, asked with the options of each engine, gives its hot rows."""
+        for engine in Planner(plan, model).engines():
+            config = EssConfig(**ess_options(engine, plan, model))
+            assert config.enabled == engine.is_ess
+            if engine.is_ess:
+                assert config.layer_budgets == ("auto" if engine.system == BUDGETS else "uniform")
+                tokens = engine.context_tokens(plan)
+                shape = geometry(plan, model, tokens, engine.system == BUDGETS)
+                found = capacity.settle(config, shape, engine.slots, 1 << 50, 1 << 50)
+                assert found.hot_rows == engine.hot_rows
+                assert found.device_bytes == engine.device_bytes(plan, model)
+
+    def test_server_args_are_sglangs(self):
+        known = (SGLANG / "arg_groups" / "field_order.py").read_text()
+        for engine in Planner(CUDA, SLICE).engines():
+            args = server_args(engine, CUDA, SLICE)
+            assert all(f'"{name}"' in known for name in args)
+            assert set(args["cuda_graph_bs_decode"]) == {point.batch for point in engine.points}
+            longest = max(point.context for point in engine.points)
+            assert args["context_length"] > longest + CUDA.new_tokens
+            assert args.get("enable_hisparse", False) == (engine.system == HISPARSE)
+        assert "load_format" not in server_args(engine, CPU, TINY)
+
+    def test_what_must_be_there_comes_first(self):
+        engines = Planner(CUDA, SLICE).engines()
+        first = {
+            (system, point.context, "1" if point.batch == 1 else "largest")
+            for engine in engines
+            for system in engine.systems.values()
+            for point in engine.points
+            if point.part == FIRST
+        }
+        everybody = {ONE_TIER, HISPARSE, RESIDENT, *gpu_serving.CUDA.labels.values(), BUDGETS}
+        assert {one for one in first if one[1:] == (32768, "1")} == {
+            (system, 32768, "1") for system in everybody
+        }
+        assert {(one[0], one[1]) for one in first if one[2] == "largest"} >= {
+            (system, context) for system in everybody for context in (32768, 131072)
+        }
+        ranks = [FIRST in engine.parts for engine in engines]
+        assert ranks == sorted(ranks, reverse=True)
+        for engine in engines:
+            parts = [point.part for point in engine.points]
+            assert parts == sorted(parts, key=(FIRST, THEN).index)
+            assert len(set(engine.points)) == len(engine.points)
+        contexts = {point.context for engine in engines for point in engine.points}
+        assert contexts == set(CUDA.contexts)
+
+    def test_equal_batches_have_their_upper_bound(self):
+        engines = {engine.name: engine for engine in Planner(CUDA, SLICE).engines()}
+        bound = {(point.context, point.batch) for point in engines[RESIDENT].points}
+        for name in (ONE_TIER, "ess 32768", "ess 131072", "ess 8192"):
+            assert {(p.context, p.batch) for p in engines[name].points} <= bound
+        assert any(point.batch == 52 for point in engines["ess 32768"].points)
+        assert any(point.batch == 52 for point in engines["hisparse 32768"].points)
+
+    def test_systems_and_contexts_can_be_chosen(self):
+        engines = Planner(CUDA, SLICE, ("ess da", ONE_TIER)).engines()
+        assert {s for engine in engines for s in engine.systems.values()} == {"ess da", ONE_TIER}
+        options = gpu_serving.parser().parse_args(["--contexts", "8192", "--systems", "hisparse"])
+        engines = Planner(gpu_serving.plan_of(options), SLICE, options.systems).engines()
+        assert [engine.name for engine in engines] == ["hisparse 8192"]
+        assert FIRST in engines[0].parts
+        with pytest.raises(SystemExit):
+            gpu_serving.parser().parse_args(["--systems", "hispares"])
+
+    def test_options_change_the_plan(self):
+        parse = gpu_serving.parser().parse_args
+        quick = gpu_serving.plan_of(parse(["--quick"]))
+        assert quick.contexts == CUDA.lead and quick.new_tokens < CUDA.new_tokens
+        assert quick.windows >= 2 * len(quick.labels) and quick.new_tokens % 64 == 0
+        more = gpu_serving.plan_of(parse(["--overlap-costs", "k.json", "--kv-gib-per-layer", "2"]))
+        assert more.labels[AUTO] == "ess auto" and more.kv_gib_per_layer == 2
+        assert more.windows >= 3 * len(more.labels)
+        assert gpu_serving.plan_of(parse(["--platform", "cpu"])) == CPU
+
+    def test_engines_share_a_card_as_far_as_it_goes(self):
+        engines = Planner(CUDA, SLICE).engines()
+        room = Room(4, int(72 * GIB), int(60 * GIB), int(11 * GIB))
+        found = waves(engines, CUDA, SLICE, room)
+        assert [engine for wave in found for engine in wave] == engines
+        kept = engines[0].device_bytes(CUDA, SLICE) + room.other_bytes
+        for number, wave in enumerate(found):
+            fresh = [engine for engine in wave if not engine.reuses]
+            device = sum(e.device_bytes(CUDA, SLICE) + room.other_bytes for e in fresh)
+            device += kept if number else 0
+            assert device <= room.device_bytes and len(wave) <= 4
+            assert sum(engine.host_bytes(SLICE) for engine in fresh) <= room.host_bytes
+        assert len(found) < len(engines) / 2
+        alone = waves(engines, CUDA, SLICE, Room(1, room.device_bytes, room.host_bytes, 0))
+        assert [len(wave) for wave in alone] == [1] * len(engines)
+
+
+# --- time, and what goes wrong ------------------------------------------------------------
+
+PACE = Pace(wave=30, point=5, start=100, straggler=50)
+ROOMY = {"latent_bytes": 1, "index_bytes": 1, "metadata_bytes": 1, "slots": 9, "hot_rows": None}
+
+
+class FakeWorker:
+    """Takes fake time; `fate` of each method: seconds, or an error."""
+
+    def __init__(self, name, now, fates, log):
+        self.name, self.now, self.fates, self.log = name, now, fates, log
+        self.alive, self.sizes = False, dict(ROOMY)
+
+    def start(self):
+        self.alive = True
+        self.log.append(f"start {self.name}")
+
+    def wait(self, timeout):
+        self._meet("wait")
+
+    def _meet(self, what):
+        fate = self.fates.get((self.name, what), 1)
+        if isinstance(fate, list):
+            fate = fate.pop(0)
+        if isinstance(fate, Exception):
+            self.alive = self.alive and "died" not in str(fate)
+            raise fate
+        self.now[0] += fate
+
+    def call(self, method, *args, timeout=None):
+        if method == "sizes":
+            return self.sizes
+        batch, _, new_tokens, labels, steps = args[:5]
+        self.log.append(f"decode {self.name} {batch}")
+        self._meet("decode")
+        return passes(new_tokens, labels, steps, batch, misses=lambda i: i)
+
+    def reason(self):
+        return "CUDA error: it broke"
+
+    def hang_up(self):
+        self.log.append(f"end {self.name}")
+
+    def close(self, grace=0):
+        self.alive = False
+
+
+def a_run(tmp_path, seconds, fates=None, change=None):
+    """(Run with fake workers and a fake clock, its log, times saved)."""
+    now, log, saved = [0.0], [], []
+
+    def make(engine):
+        worker = FakeWorker(engine.name, now, fates or {}, log)
+        if change:
+            change(worker)
+        return worker
+
+    clock = Clock(seconds, lambda: now[0])
+    probe = SimpleNamespace(
+        between=lambda *_: dict.fromkeys(FIGURES),
+        why_none=lambda: "none",
+        sampling=Probe(SimpleNamespace()).sampling,
+    )
+    report = Report(machine={})
+    run = Run(CPU, TINY, "stream", report, clock, PACE, probe, make,
+              lambda: saved.append(len(report.rows)), log.append)  # fmt: skip
+    return run, log, saved
+
+
+def engine(name, *points, system="ess off", **more):
+    points = tuple(Point(512, batch, part) for batch, part in points)
+    return EnginePlan(name, {"off": system}, 64, points, 1, **more)
+
+
+def outcomes(run):
+    """{(engine, batch): error or None} of decode."""
+    rows = [row for row in run.report.rows if row["metric"] == "decode_tokens_per_s"]
+    return {(r["config"]["engine"], r["config"]["batch"]): r.get("error") for r in rows}
+
+
+class TestRun:
+    WAVES = (
+        (engine("a", (1, FIRST), (2, FIRST), (3, THEN)), engine("b", (1, FIRST))),
+        (engine("c", (4, FIRST)),),
+    )
+
+    def test_first_things_first_and_saved_one_by_one(self, tmp_path):
+        run, log, saved = a_run(tmp_path, 1000)
+        run.all(self.WAVES, (FIRST, THEN))
+        kept = [line for line in log if line.startswith(("start ", "decode ", "end "))]
+        assert kept[:6] == [
+            "start a", "start b", "decode a 1", "decode a 2", "decode b 1", "decode a 3",
+        ]  # fmt: skip
+        assert sorted(kept[6:8]) == ["end a", "end b"]
+        assert kept[8:] == ["start c", "decode c 4", "end c"]
+        assert set(outcomes(run).values()) == {None} and len(outcomes(run)) == 5
+        assert len(saved) == 3 + 5 and saved == sorted(set(saved))  # engines and points
+        assert not run.alive
+
+    def test_time_is_kept_for_what_comes_first(self, tmp_path):
+        run, _, _ = a_run(tmp_path, 36)  # of a later wave: 30
+        run.all(self.WAVES, (FIRST, THEN))
+        found = outcomes(run)
+        assert re.match(r"out of time: 31 s left, 30 s kept", found.pop(("a", 3)))
+        assert set(found.values()) == {None}
+
+    def test_nothing_starts_that_would_not_end(self, tmp_path):
+        run, log, _ = a_run(tmp_path, 31)
+        run.all(self.WAVES, (FIRST, THEN))
+        found = outcomes(run)
+        assert found["c", 4].startswith("out of time: 26 s left for a start")
+        assert "start c" not in log and found["b", 1] is None
+        run, log, _ = a_run(tmp_path, 40, {("a", "decode"): 33})
+        run.all(self.WAVES, (FIRST, THEN))
+        assert outcomes(run)["a", 2] == "out of time: 5 s left" or (
+            outcomes(run)["a", 2] is None and outcomes(run)["b", 1].startswith("out of time")
+        )
+
+    def test_one_part_alone(self, tmp_path):
+        run, log, _ = a_run(tmp_path, 1000)
+        run.all(self.WAVES, (THEN,))
+        assert outcomes(run) == {("a", 3): None}
+        assert not any(line.startswith("start b") for line in log)
+
+    def test_what_does_not_start_gets_a_second_chance_alone(self, tmp_path):
+        died = WorkerError("the process died")
+        run, log, _ = a_run(tmp_path, 1000, {("b", "wait"): [died, 1]})
+        run.all(self.WAVES, (FIRST, THEN))
+        assert log.count("start b") == 2 and log.index("end c") < len(log) - log[::-1].index(
+            "start b"
+        )
+        assert set(outcomes(run).values()) == {None}
+        run, log, _ = a_run(tmp_path, 1000, {("b", "wait"): died})
+        run.all(self.WAVES, (FIRST, THEN))
+        error = outcomes(run)["b", 1]
+        assert error == "start: the process died | CUDA error: it broke"
+        assert log.count("start b") == 2 and len(outcomes(run)) == 5
+
+    def test_a_death_ends_one_engine_only(self, tmp_path):
+        died = WorkerError("the process died")
+        run, log, _ = a_run(tmp_path, 1000, {("a", "decode"): [1, died]})
+        run.all(self.WAVES, (FIRST, THEN))
+        found = outcomes(run)
+        assert [found["a", n] for n in (2, 3)] == ["the process died | CUDA error: it broke"] * 2
+        assert found["a", 1] is found["b", 1] is found["c", 4] is None
+        assert log.count("decode a 3") == 0
+
+    def test_what_hangs_is_given_up(self, tmp_path):
+        hangs = WorkerError("TimeoutError: 2 requests must decode 64 tokens within 60 s: none did")
+        run, log, _ = a_run(tmp_path, 1000, {("a", "decode"): [1, hangs]})
+        run.all(self.WAVES, (FIRST, THEN))
+        assert "TimeoutError" in outcomes(run)["a", 3] and "decode a 3" not in log
+
+    def test_other_errors_cost_their_point(self, tmp_path):
+        refused = WorkerError("ValueError: too long")
+        run, _, _ = a_run(tmp_path, 1000, {("a", "decode"): [refused, 1, 1]})
+        run.all(self.WAVES, (FIRST, THEN))
+        found = outcomes(run)
+        assert found["a", 1] == "ValueError: too long" and found["a", 2] is found["a", 3] is None
+
+    def test_an_engine_above_the_bytes_is_no_comparison(self, tmp_path):
+        def grow(worker):
+            worker.sizes["index_bytes"] = budget_bytes(CPU, TINY)
+
+        run, log, _ = a_run(tmp_path, 1000, change=grow)
+        wave = [engine("a", (1, FIRST)), engine("r", (1, FIRST), system=RESIDENT)]
+        wave.append(EnginePlan("h", {"off": HISPARSE}, 64, (Point(512, 1),), ratio=2))
+        run.all([wave], (FIRST, THEN))
+        found = outcomes(run)
+        assert "must take the compared device bytes: got" in found["a", 1]
+        assert found["r", 1] is None and "decode a 1" not in log
+        assert "compared device bytes" in found["h", 1]
+
+    def test_hisparses_tables_are_on_top(self, tmp_path):
+        def fill(worker):
+            worker.sizes["metadata_bytes"] = budget_bytes(CPU, TINY)
+
+        run, _, _ = a_run(tmp_path, 1000, change=fill)
+        hisparse = EnginePlan("h", {"off": HISPARSE}, 64, (Point(512, 1),), ratio=2)
+        run.all([[hisparse, engine("a", (1, FIRST))]], (FIRST, THEN))
+        assert outcomes(run)["h", 1] is None and outcomes(run)["a", 1]
+
+    def test_one_tier_is_measured_again_without_a_start(self, tmp_path):
+        first = engine("one", (1, FIRST), system=ONE_TIER)
+        again = engine("again", (1, FIRST), system=ONE_TIER, round=1, reuses="one")
+        run, log, _ = a_run(tmp_path, 1000)
+        run.all([[first], [engine("a", (1, FIRST)), again]], (FIRST, THEN))
+        assert log.count("decode one 1") == 2 and "start again" not in log
+        rounds = [r["config"]["round"] for r in run.report.rows if r["metric"] == "running"]
+        assert rounds == [0, 0, 1]
+        run, log, _ = a_run(tmp_path, 1000, {("one", "wait"): WorkerError("the process died")})
+        run.all([[first], [again]], (FIRST, THEN))
+        assert "start again" in log and outcomes(run)["again", 1] is None
+
+    def test_a_kill_leaves_the_last_report(self, tmp_path, monkeypatch):
+        options = SimpleNamespace(json=tmp_path / "out.json", seed=0)
+        report = Report(machine={})
+        save = gpu_serving.saver(report, options, {"batch1_context": 32768})
+        report.add(*decoded("ess da", 32768, 151, 3000))
+        save()
+        before = options.json.read_text()
+        assert json.loads(before)["summary"] == {"running_ess_32k": 151}
+
+        def killed(path, *_, **__):
+            path.write_text("{")
+            raise SystemExit(143)  # in the middle of writing
+
+        monkeypatch.setattr(report, "write", killed)
+        with pytest.raises(SystemExit):
+            save()
+        assert options.json.read_text() == before
+
+    def test_the_log_says_why(self, tmp_path):
+        log = tmp_path / "log"
+        worker = EngineWorker(object, log=log)
+        assert not worker.alive and worker.reason() == ""
+        log.write_text("  File x\ntorch.OutOfMemoryError: CUDA out of memory\nKilled\n")
+        assert worker.reason() == "torch.OutOfMemoryError: CUDA out of memory"
+
+
+# --- the whole of it ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_miniature_measures_every_system(tmp_path):
+    """Minutes: six engines, one after another."""
+    path = tmp_path / "cpu.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_serving", "--platform", "cpu", "--json", path,
+         "--plot", tmp_path / "cpu.png"], cwd=ROOT, capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(path.read_text())
+    rows = [row for row in found["rows"] if row["name"] == "decode"]
+    errors = {row["error"] for row in rows if row["kind"] == "failed"} - {
+        found["config"]["probe_reason"]
+    }
+    assert not errors
+    systems = {ONE_TIER, "ess off", BUDGETS, RESIDENT}
+    assert systems < set(SYSTEMS) and {row["config"]["system"] for row in rows} == systems
+    running = {
+        (r["config"]["system"], r["config"]["context"], r["config"]["batch"]): r["median"]
+        for r in rows
+        if r["metric"] == "running"
+    }
+    assert all(batch == ran for (_, _, batch), ran in running.items())
+    assert running[ONE_TIER, 512, 4] == 4 and running["ess off", 512, 7] == 7
+    misses = {r["config"]["system"] for r in rows if r["metric"] == "misses" and r["median"] > 0}
+    assert misses == {"ess off", BUDGETS} and misses < set(ESS_SYSTEMS)
+    summary = found["summary"]
+    assert {"gain_512", "batch1_vs_one_tier", "equal_batch_vs_resident", "drift"} <= summary.keys()
+    for row in found["rows"]:
+        if row["metric"] == "device_bytes" and row["config"]["engine"] != RESIDENT:
+            assert row["median"] <= found["config"]["kv_budget_bytes"]
+    probed = [row for row in rows if row["metric"] in PROBED]
+    assert probed and all(np.isnan(row["median"] or np.nan) for row in probed)

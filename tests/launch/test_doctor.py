@@ -1,0 +1,99 @@
+"""The doctor: what it reports, and when it says that something is wrong."""
+
+import json
+
+import pytest
+
+from ess_patches.contract import Hook, signature_text
+from sglang_ess.config import ENV_VAR, EssConfig
+from sglang_ess.launch import doctor
+
+GOOD = Hook("os.path.join", "call", signature_text("os.path.join"), "us", "It is there.")
+
+
+@pytest.fixture(autouse=True)
+def rows(monkeypatch):
+    """rows(*hooks) sets the contract; the CPU platform is asked for, so no GPU matters."""
+    monkeypatch.setenv(ENV_VAR, EssConfig(platform="cpu").to_env()[ENV_VAR])
+
+    def put(*hooks):
+        monkeypatch.setattr("ess_patches.all_hooks", lambda: hooks)
+
+    put(GOOD)
+    return put
+
+
+def run(capsys, *argv):
+    status = doctor.main(list(argv))
+    return status, capsys.readouterr().out
+
+
+def test_json_report(capsys):
+    status, out = run(capsys, "--json")
+    report = json.loads(out)
+    assert status == 0 and report["problems"] == []
+    assert report["versions"]["sglang"] == "0.5.23"
+    assert report["device"]["platform"] == "cpu" and report["summary"].startswith("CPU platform")
+    host = report["host"]
+    assert host["cores"] >= 1
+    assert 0 < host["memory_available_bytes"] < host["memory_total_bytes"]
+    assert report["contract"] == [
+        {
+            "state": "ok",
+            "kind": "call",
+            "when": "always",
+            "target": "os.path.join",
+            "detail": "It is there.",
+        }
+    ]
+
+
+def test_text_report(capsys):
+    status, out = run(capsys)
+    assert status == 0
+    for part in ("sglang  ", "0.5.23", "GiB", "contract (1 rows)", "ok ", "ESS here: CPU platform"):
+        assert part in out
+    assert out.endswith("no problems\n")
+
+
+@pytest.mark.parametrize(
+    ("target", "signature", "state"),
+    [("os.path.gone", "()", "missing"), ("os.path.join", "(a)", "changed")],
+)
+def test_a_mismatch_is_a_problem(capsys, rows, target, signature, state):
+    rows(GOOD, Hook(target, "call", signature, "us", "A test."))
+    status, out = run(capsys)
+    assert status == 1
+    assert f"  {state:<8} call" in out and f"problem: {target} must be as in SGLang" in out
+
+
+def test_a_row_of_another_platform_is_shown_but_no_problem(capsys, rows):
+    rows(Hook("os.path.gone", "call", "()", "us", "A test.", when="cuda"))
+    status, out = run(capsys)
+    assert status == 0 and "missing  call      cuda" in out
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "part"),
+    [("numba", None, "numba must be installed"), ("sglang", "0.5.24", "got 0.5.24")],
+)
+def test_a_wrong_package_is_a_problem(capsys, monkeypatch, package, version, part):
+    from importlib import metadata
+
+    real = metadata.version
+
+    def fake(name):
+        if name != package:
+            return real(name)
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", fake)
+    status, out = run(capsys)
+    assert status == 1 and part in out
+
+
+def test_the_cgroup_limit_is_in_the_report(capsys, monkeypatch):
+    monkeypatch.setattr("sglang_ess.tiers.cgroup.limit_bytes", lambda: 3 << 30)
+    assert "memory_cgroup_limit_bytes  3.00 GiB" in run(capsys)[1]

@@ -1,0 +1,239 @@
+"""What the launcher refuses to serve: models, platforms, features that two tiers lack."""
+
+import json
+
+import pytest
+
+from sglang_ess.launch import option_ranges as ranges
+from sglang_ess.launch import preflight
+from tests.support.launching import DSA, refused
+
+
+@pytest.mark.parametrize(
+    "change", [{"architectures": ["LlamaForCausalLM"]}, {"index_topk": None}, {"architectures": []}]
+)
+def test_models_without_sparse_attention(launch, change):
+    model = {**DSA, **change}
+    refused(launch(model=model), "sparse attention", "index_topk", "--disable-ess")
+    assert launch("--disable-ess", model=model)[1] == []
+    refused(launch(model={}), "architectures None")
+
+
+def test_overrides_and_text_config_count(launch):
+    override = json.dumps({"index_topk": 64})
+    model = {**DSA, "index_topk": None}
+    assert launch("--json-model-override-args", override, model=model)[1] == []
+    nested = {"architectures": DSA["architectures"], "text_config": DSA}
+    assert launch(model=nested)[1] == []
+    refused(launch("--json-model-override-args", "{"), "--json-model-override-args must be JSON")
+
+
+def test_hisparse(launch):
+    refused(launch("--enable-hisparse"), "--enable-hisparse", "--disable-ess")
+    refused(launch("--enable-hisparse", accelerator="cuda"), "--enable-hisparse", "--disable-ess")
+    assert launch("--enable-hisparse", "--disable-ess", accelerator="cuda")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "limit"),
+    [
+        ("--device", "cuda", "unset or cpu"),
+        ("--tp-size", "2", "1"),
+        ("--pp-size", "2", "1"),
+        ("--dp-size", "2", "1"),
+        ("--ep-size", "2", "1"),
+        ("--attn-dp-size", "2", "1"),
+        ("--nnodes", "2", "1"),
+        ("--enable-dp-attention", None, "off"),
+        ("--speculative-algorithm", "EAGLE", "unset"),
+        ("--quantization", "fp8", "unset or unquant"),
+        ("--enable-hierarchical-cache", None, "off"),
+        ("--enable-lora", None, "unset or off"),
+        ("--enable-two-batch-overlap", None, "off"),
+        ("--kv-cache-dtype", "fp8_e5m2", "auto or bf16 or bfloat16 or fp8_e4m3"),
+        ("--page-size", "1", "unset or 64"),
+        ("--attention-backend", "fa3", "unset or dsa or nsa"),
+        ("--dtype", "half", "auto or bfloat16 or float32 or float"),
+        ("--is-embedding", None, "off"),
+    ],
+)
+def test_the_cpu_platforms_limits(launch, flag, value, limit):
+    given = [flag] if value is None else [flag, value]
+    got = "on" if value is None else value
+    refused(launch(*given), f"{flag} must be {limit} on the CPU platform: got {got}.")
+    rules = {rule[1] for rule in preflight.ESS_RULES + preflight.CUDA_RULES}
+    lines = launch(*given, accelerator="cuda")[1]
+    assert (" with ESS: got " in "".join(lines)) if flag in rules else lines == []
+    assert launch(*given, "--disable-ess", accelerator="cuda")[1] == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--kv-cache-dtype", "fp8_e4m3", "--page-size", "64", "--attention-backend", "dsa"],
+        ["--disaggregation-mode", "decode"],
+        ["--disaggregation-mode", "decode", "--disable-ess"],
+        ["--disaggregation-mode", "prefill"],
+        ["--ess-link-gib", "0.5", "--ess-itl-ms", "80", "--ess-admission", "off"],
+        ["--ess-hot-ratio", "0.3", "--ess-host-gib", "0.5", "--ess-device-gib", "0.25"],
+        ["--ess-device-gib", "0.25", "--disable-ess"],
+    ],
+)
+def test_what_the_cpu_platform_takes(launch, flags):
+    assert launch(*flags)[1] == []
+
+
+def test_dense_models_keep_sglangs_own_choices_on_the_cpu_platform(launch):
+    flags = ("--page-size", "1", "--attention-backend", "torch_native", "--disable-ess")
+    assert launch(*flags, model={"architectures": ["LlamaForCausalLM"]})[1] == []
+
+
+def test_a_quantized_checkpoint_on_the_cpu_platform(launch):
+    model = {**DSA, "quantization_config": {"quant_method": "fp8"}}
+    refused(launch(model=model), "quant_method 'fp8'", "bfloat16 checkpoint")
+    assert launch(model=model, accelerator="cuda")[1] == []
+
+
+@pytest.mark.parametrize("accelerator", [None, "cuda"])
+def test_the_fp8_row_has_one_shape(launch, accelerator):
+    model = {**DSA, "kv_lora_rank": 128, "qk_rope_head_dim": 32}
+    flags = ("--kv-cache-dtype", "fp8_e4m3")
+    refused(launch(*flags, model=model, accelerator=accelerator), "656-byte row", "got 128 and 32")
+    assert launch(model=model, accelerator=accelerator)[1] == []
+
+
+def test_float32_indexer_keys_off_the_cpu_platform(launch):
+    flags = ("--ess-index-dtype", "float32")
+    refused(launch(*flags, accelerator="cuda"), "--ess-index-dtype must be fp8", "float32")
+    assert launch(*flags, "--ess-platform", "cpu", accelerator="cuda")[1] == []
+
+
+RULE_CASES = {
+    "disaggregation_transfer_backend": ["--disaggregation-transfer-backend", "mori"],
+    "disaggregation_decode_enable_offload_kvcache": [
+        "--disaggregation-decode-enable-offload-kvcache"
+    ],
+    "disaggregation_decode_host_receive_threshold": [
+        "--disaggregation-decode-host-receive-threshold",
+        "0.5",
+    ],
+    "disaggregation_decode_retraction_backup": [
+        "--disaggregation-decode-retraction-backup",
+        "host_pool",
+    ],
+    "enable_pd_role_switch": ["--enable-pd-role-switch"],
+    "enable_memory_saver": ["--enable-memory-saver"],
+    "enable_unified_memory": ["--enable-unified-memory"],
+    "enable_hisparse": ["--enable-hisparse"],
+    "enable_hierarchical_cache": ["--enable-hierarchical-cache"],
+    "enable_lmcache": ["--enable-lmcache"],
+    "enable_flexkv": ["--enable-flexkv"],
+    "speculative_algorithm": ["--speculative-algorithm", "EAGLE"],
+    "pp_size": ["--pp-size", "2"],
+    "dcp_size": ["--dcp-size", "2"],
+    "attn_cp_size": ["--attn-cp-size", "2"],
+    "enable_two_batch_overlap": ["--enable-two-batch-overlap"],
+    "enable_single_batch_overlap": ["--enable-single-batch-overlap"],
+    "enable_pdmux": ["--enable-pdmux"],
+    "attention_backend": ["--attention-backend", "flashmla"],
+    "prefill_attention_backend": ["--prefill-attention-backend", "fa3"],
+    "decode_attention_backend": ["--decode-attention-backend", "flashmla"],
+}
+
+
+@pytest.mark.parametrize(("name", "flag", "allowed"), preflight.ESS_RULES)
+def test_what_two_tiers_do_not_serve(launch, name, flag, allowed):
+    """One line each, also where the CPU platform has a rule of its own for it."""
+    given = RULE_CASES[name]
+    assert given[0] == flag
+    refused(launch(*given), f"{flag} must be ")
+    ours = name not in {rule[0] for rule in preflight.CPU_RULES} | {"enable_hisparse"}
+    if ours:
+        refused(launch(*given), " with ESS: got ", "Drop it or add --disable-ess")
+    assert (launch(*given, "--disable-ess")[0] != 2) == ours
+    refused(launch(*given, accelerator="cuda"), f"{flag} must be ")
+
+
+@pytest.mark.parametrize(("name", "flag", "allowed"), preflight.CUDA_RULES)
+def test_what_two_tiers_do_not_serve_on_a_gpu(launch, name, flag, allowed):
+    given = RULE_CASES[name]
+    assert given[0] == flag
+    refused(launch(*given, accelerator="cuda"), f"{flag} must be ", "with ESS", "add --disable-ess")
+    assert launch(*given, "--disable-ess", accelerator="cuda")[1] == []
+
+
+def test_overlap_and_its_costs(launch, tmp_path):
+    refused(launch("--ess-overlap", "da"), "--ess-overlap and", "CPU platform", "one stream")
+    assert launch("--ess-overlap", "da", accelerator="cuda")[1] == []
+    refused(launch("--ess-overlap", "on"), "--ess-overlap", "auto, off, da, dba", "'on'")
+    costs = tmp_path / "kernels.json"
+    flags = ("--ess-overlap-costs", str(costs))
+    refused(launch(*flags, accelerator="cuda"), "must hold a cost table", "FileNotFoundError")
+    costs.write_text("{}")
+    refused(launch(*flags, accelerator="cuda"), "overlap_costs", "benchmarks.kernels")
+
+
+def test_device_gib_off_the_cpu_platform(launch):
+    flags = ("--ess-device-gib", "1.5")
+    refused(
+        launch(*flags, accelerator="cuda"), "--ess-device-gib", "got 1.5", "mem-fraction-static"
+    )
+    refused(launch(*flags, "--disable-ess", accelerator="cuda"), "--ess-device-gib must not")
+    assert launch(*flags, "--ess-platform", "cpu", accelerator="cuda")[1] == []
+
+
+@pytest.mark.parametrize(("name", "flag", "words", "holds"), ranges.RANGES)
+def test_values_that_would_end_a_server(launch, name, flag, words, holds):
+    outside = next(value for value in (0, -1, 1 << 40) if not holds(value))
+    refused(launch(flag, str(outside)), f"{flag} must be {words}: got {outside}.")
+    assert launch(flag, "1", "--disable-ess")[1] == []
+
+
+@pytest.mark.parametrize(("name", "flag"), ranges.JSON)
+def test_options_that_are_json(launch, name, flag):
+    for text in ("{bad", "[]", "1"):
+        refused(launch(flag, text), f"{flag} must be a JSON object: got '{text}'")
+    assert launch(flag, "{}")[1] == []
+
+
+def test_tracing_needs_its_package(launch, monkeypatch):
+    monkeypatch.setattr(ranges.importlib.util, "find_spec", lambda name: None)
+    refused(launch("--enable-trace"), "--enable-trace must have the package opentelemetry")
+    monkeypatch.setattr(ranges.importlib.util, "find_spec", lambda name: name)
+    assert launch("--enable-trace")[1] == []
+
+
+def test_nodes_that_are_none(launch):
+    refused(launch("--numa-node", "0", "-1"), "--numa-node must be 0 or more: got [0, -1]")
+    refused(launch("--node-rank", "1", "--disable-ess"), "--node-rank must be below", "1 of 1")
+
+
+def test_nan_is_no_value_of_any_flag(launch):
+    refused(launch("--soft-watchdog-timeout", "nan"), "--soft-watchdog-timeout must be a number")
+
+
+def test_a_host_tier_larger_than_memory(launch):
+    refused(launch("--ess-host-gib", "1e6"), "--ess-host-gib must fit", "got 1e+06 GiB", "limit ")
+    assert launch("--ess-host-gib", "1e6", "--disable-ess")[1] == []
+
+
+def test_a_trace_that_could_not_be_written(launch, tmp_path):
+    gone = str(tmp_path / "gone" / "trace.ess")
+    refused(launch("--ess-trace", gone), "--ess-trace must name a file", repr(gone))
+    refused(launch("--ess-trace", str(tmp_path)), "--ess-trace must name a file")
+    assert launch("--ess-trace", str(tmp_path / "trace.ess"))[1] == []
+    assert launch("--ess-trace", gone, "--disable-ess")[1] == []
+    flags = ("--ess-trace", str(tmp_path / "trace.ess"))
+    refused(launch(*flags, accelerator="cuda"), "--ess-trace must be left out", "--ess-platform")
+
+
+def test_all_reasons_are_collected(launch):
+    status, lines = launch(
+        "--tp-size", "2", "--enable-lora", "--enable-hisparse", "--page-size", "1",
+        "--kv-cache-dtype", "fp8_e4m3", model={**DSA, "kv_lora_rank": 128},
+    )  # fmt: skip
+    assert status == 2
+    named = [line.split()[1] for line in lines]
+    assert named == [
+        "--kv-cache-dtype", "--page-size", "--enable-hisparse", "--tp-size", "--enable-lora",
+    ]  # fmt: skip

@@ -1,0 +1,192 @@
+"""The launcher's outer process around stand-ins for SGLang: each way to end, within its bound.
+
+With real servers: tests/launch/test_shutdown_server.py. Bounds, not times: a machine may be busy.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sglang_ess.config import REFUSED
+from sglang_ess.launch import shutdown
+from tests.benchmarks.test_processes import poll
+from tests.support import leftovers
+from tests.support.stand_in import BOUND, SCHEDULER
+
+REPO = Path(__file__).resolve().parents[2]
+TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
+GRACE = 60.0
+SOON = 20.0  # seconds that what takes a moment may take on a busy machine; less than GRACE
+
+
+class StandIn(leftovers.Marked):
+    """A process of tests.support.stand_in with this behaviour."""
+
+    def __init__(self, log: Path, behaviour: str, grace: float = GRACE):
+        super().__init__()
+        self.log = log
+        command = [sys.executable, "-m", "tests.support.stand_in", str(grace), behaviour]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=REPO,
+                stdout=output,
+                stderr=output,
+                env=os.environ | self.env,
+                start_new_session=True,
+            )
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_serving(self) -> None:
+        poll(lambda: "serving" in self.text() and self.named(SCHEDULER))
+
+    def status(self) -> int:
+        """Of its end, within the bound that any has; nothing is left then."""
+        status = self.process.wait(GRACE + BOUND + SOON)
+        assert self.remains() == []
+        return status
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """stand_in(behaviour, grace): one that serves; its rest is ended after the test."""
+    started = []
+
+    def start(behaviour, grace=GRACE, ready=True):
+        started.append(StandIn(tmp_path / "log", behaviour, grace))
+        if ready:
+            started[-1].wait_serving()
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.clear()
+        one.process.wait()
+
+
+def to_group(server, number):
+    """As a terminal's Ctrl-C."""
+    os.killpg(server.process.pid, number)
+
+
+def to_every_process(server, number):
+    """As systemd."""
+    for pid in server.processes():
+        os.kill(pid, number)
+
+
+def signalled(server, *numbers, gap=0.8, send=StandIn.send) -> tuple[int, float]:
+    """(exit status, seconds from the last signal)."""
+    for i, number in enumerate(numbers):
+        time.sleep(gap * bool(i))
+        since = time.monotonic()
+        send(server, number)
+    return server.status(), time.monotonic() - since
+
+
+@pytest.mark.parametrize("number", [TERM, INT, signal.SIGHUP])
+def test_idle_it_ends_at_once_and_leaves_nothing(stand_in, number):
+    status, seconds = signalled(stand_in("idle"), number)
+    assert status == 0 and seconds < SOON
+
+
+@pytest.mark.parametrize("send", [StandIn.send, to_group, to_every_process])
+def test_what_runs_has_its_grace(stand_in, send):
+    server = stand_in("busy")
+    status, seconds = signalled(server, TERM, send=send)
+    assert status == 0 and 0.7 < seconds < SOON
+    assert "SIGTERM: no more requests are taken; those that run have 60 s" in server.text()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(stand_in):
+    """GNU timeout signals the process and then its group."""
+    status, seconds = signalled(stand_in("busy"), TERM, TERM, gap=0.05)
+    assert status == 0 and seconds > 0.5
+
+
+@pytest.mark.parametrize("number", [TERM, INT])
+def test_a_second_signal_ends_at_once(stand_in, number):
+    status, seconds = signalled(stand_in("hung"), TERM, number)
+    assert status == 128 + number and seconds < SOON
+
+
+def test_the_bound_holds_for_processes_that_hang(stand_in):
+    server = stand_in("hung", 0.1)
+    (scheduler,) = server.named(SCHEDULER)
+    os.kill(scheduler, signal.SIGSTOP)
+    status, seconds = signalled(server, TERM)
+    assert status == 1 and BOUND < seconds < 0.1 + BOUND + SOON
+    assert "warning: a process hung" in server.text()
+
+
+def test_before_it_serves_a_signal_ends_it_at_once(stand_in):
+    status, seconds = signalled(stand_in("starting"), INT)
+    assert status == 0 and seconds < SOON
+
+
+def test_a_process_that_left_its_parent_and_session_is_found(stand_in):
+    server = stand_in("orphan")
+    poll(lambda: len(server.processes()) == 4)
+    assert signalled(server, TERM)[0] == 0
+
+
+def test_all_end_with_a_launcher_that_is_killed(stand_in):
+    """Their files stay: nobody is left to remove them."""
+    server = stand_in("idle")
+    server.process.kill()
+    main = [pid for pid in server.processes() if pid != server.named(SCHEDULER)[0]]
+    poll(lambda: not set(main) & set(server.processes()))
+
+
+def test_a_scheduler_that_is_killed_ends_the_server(stand_in):
+    """SGLang with several tokenizer workers does not notice."""
+    server = stand_in("idle")
+    os.kill(server.named(SCHEDULER)[0], KILL)
+    assert server.status() == 1
+    (line,) = [line for line in server.text().splitlines() if line.startswith("sglang-ess: ")]
+    assert f"got the end of {SCHEDULER} (process" in line
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "status", "part"),
+    [
+        ("refuses", REFUSED, ""),
+        ("fails", 1, "RuntimeError: the reason"),
+        ("kills itself", 1, "got the end of the main one"),
+    ],
+)
+def test_an_end_by_itself(stand_in, behaviour, status, part):
+    server = stand_in(behaviour, ready=False)
+    assert server.status() == status and part in server.text()
+    lines = [line for line in server.text().splitlines() if line.startswith("sglang-ess: ")]
+    assert len(lines) == (status != REFUSED)
+
+
+def test_a_scheduler_that_has_died_before_it_was_seen_is_noticed():
+    """It waits to be reaped, without a command line."""
+    pid = os.fork()
+    if pid == 0:
+        ctypes.CDLL(None).prctl(15, b"sglang::scheduler")  # PR_SET_NAME
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    supervisor = shutdown._Supervisor.__new__(shutdown._Supervisor)
+    supervisor.vital, supervisor.segments, supervisor.poll = {}, set(), select.poll()
+    try:
+        supervisor._look()
+        (seen,) = [number for number, vital in supervisor.vital.items() if vital[0] == pid]
+        assert supervisor.vital[seen] == (pid, SCHEDULER)
+        assert seen in [number for number, _ in supervisor.poll.poll(0)]
+    finally:
+        os.waitpid(pid, 0)

@@ -1,0 +1,278 @@
+"""A start as the operator sees it: progress in order, one block whose numbers are right."""
+
+import json
+import re
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_ess import launch_server, plugin
+from sglang_ess.config import ENV_VAR
+from sglang_ess.cpu.ops.index_scores import index_scores_paged
+from sglang_ess.cpu.ops.rows import LATENT_DIM, ROPE_DIM, ROW_DIM, index_page_bytes
+from sglang_ess.cpu.ops.sparse_mla import sparse_mla
+from sglang_ess.cpu.ops.topk_select import topk_select
+from sglang_ess.launch import compile_kernels as warmup
+from sglang_ess.launch import preflight, startup
+from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
+from tests.conftest import SLOTS
+from tests.support.engine import EngineProcess
+from tests.support.launching import in_this_process
+from tests.support.server import free_port
+
+PAGE, MIB = 64, 1 << 20
+ARGS = SimpleNamespace(
+    model_path="m", url=lambda: "http://h:1", api_key=None, tokenizer_worker_num=1
+)
+PROGRESS = (
+    "importing SGLang",
+    "checking the options",
+    "preparing the CPU kernels",
+    "CPU kernels ",
+    "starting the scheduler",
+    "the scheduler is ready",
+    "ready after ",
+)
+
+
+def printed(server) -> tuple[list[str], dict[str, str]]:
+    """(our progress lines, {name: value} of the block), once the block is complete."""
+    server.wait_for(lambda: re.search(r"^    URL .*\n", server.log.read_text(), re.M), 10, "summed")
+    text = server.log.read_text()
+    lines = [line for line in text.splitlines() if line.startswith(startup.PREFIX)]
+    block = text.split(lines[-1] + "\n")[1]
+    rows = re.match(r"(?:    .*\n)+", block)[0].splitlines()
+    return lines, {row[4:19].strip(): row[20:] for row in rows}
+
+
+def test_progress_comes_in_order_and_the_block_once_at_the_end(server):
+    lines, block = printed(server)
+    assert [line for line, part in zip(lines, PROGRESS, strict=True) if part not in line] == []
+    assert len(block) == 10
+    seconds = float(re.search(r"ready after ([\d.]+) s", lines[-1])[1])
+    assert 1 < seconds < 600
+    warm_up = server.log.read_text().index('"POST /generate')  # SGLang's own comes before us
+    assert warm_up < server.log.read_text().index(lines[-1])
+
+
+def test_the_block_holds_what_config_json_says(server, tiny_v32):
+    config = json.loads((tiny_v32 / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    latent = (config["kv_lora_rank"] + config["qk_rope_head_dim"]) * 2  # bfloat16
+    key = config["index_head_dim"] + 4  # e4m3 and one fp32 scale
+    _, block = printed(server)
+    assert block["model"] == f"{tiny_v32} (DeepseekV32ForCausalLM, {layers} layers, bfloat16)"
+    assert block["device"] == f"cpu, {torch.get_num_threads()} threads"
+    assert block["KV format"] == "latent rows bfloat16, 1152 B; index keys fp8_e4m3, 132 B"
+    assert block["bytes per token"] == (
+        f"{layers * (latent + key)} = {layers} x {latent} latent rows + {layers} x {key} index keys"
+    )
+    rows = SLOTS + PAGE  # SGLang adds one page
+    assert block["host tier"] == f"{layers * latent * rows / MIB:.0f} MiB"
+    # Neither ratio nor GiB given, and memory enough: every row is hot, 28 B of queue each.
+    staging = config["max_position_embeddings"] + PAGE
+    plan = 64 * config["index_topk"] * 12
+    device = rows * (layers * (key + latent + 28 + 4) + 4) + 2 * staging * latent + plan
+    assert block["device memory"] == (
+        f"{device / MIB:.0f} MiB: index keys, maps, {rows} hot rows a layer (100% of the slots), "
+        f"2 x {staging} staging rows"
+    )
+    assert block["top-k"] == str(config["index_topk"])
+    assert block["slots"] == f"{SLOTS} in pages of {PAGE}"
+    context = config["max_position_embeddings"]
+    assert block["limits"].endswith(
+        f" at once; one has {context - 2} tokens at most, {context - 7} of them its prompt"
+    )
+    assert block["URL"] == server.url
+
+
+def test_the_facts_are_in_server_info_too(server, tiny_v32):
+    info = server.get("/server_info")
+    facts = info["ess"]
+    assert facts["slots"] == info["max_total_num_tokens"] == SLOTS
+    args = SimpleNamespace(model_path=str(tiny_v32), url=lambda: server.url)
+    shown = startup.block(args, facts, 0).splitlines()[1:]
+    assert [row[20:] for row in shown] == list(printed(server)[1].values())
+
+
+def test_shared_index_layers_fp8_rows_and_one_tier(tmp_path):
+    """GLM keeps no index keys for layers that share a top-k; --disable-ess says as much."""
+    config = TinyModelConfig(arch="glm")
+    model = write_tiny_model(tmp_path / "glm", config)
+    full = config.indexer_types.count("full")
+    assert 0 < full < config.layers
+    slots = 1024
+    ess = {"enabled": False, "index_dtype": "float32"}
+    with EngineProcess(model, ess, kv_cache_dtype="fp8_e4m3", max_total_tokens=slots) as engine:
+        facts = engine.call("_server_info")["ess"]
+        longest = facts["max_prompt_tokens"]
+        (served,) = engine.generate([[7] * longest], max_new_tokens=1)
+        with pytest.raises(Exception, match=f"memory budget: input_len={longest + 1}"):
+            engine.generate([[7] * (longest + 1)], max_new_tokens=1)
+    assert longest < slots and len(served.token_ids) == 1
+    total = config.layers * 656 + full * 512
+    assert facts["kv_total_bytes"] == total * (slots + PAGE)
+    assert json.loads(json.dumps(facts)) == facts  # as /server_info sends them
+    text = startup.block(ARGS, facts, 0)
+    mib = total * (slots + PAGE) / MIB
+    assert f"KV memory       {mib:.0f} MiB, all on the device (one-tier)\n" in text
+    assert "host tier" not in text and "hot rows" not in text
+    assert "latent rows fp8_e4m3, 656 B; index keys float32, 512 B\n" in text
+    assert f" {total} = {config.layers} x 656 latent rows + {full} x 512 index keys\n" in text
+    assert "(GlmMoeDsaForCausalLM, " in text
+
+
+def test_nothing_is_printed_when_ess_was_not_asked_for(monkeypatch, capfd):
+    """Where SGLang has a platform; tests/launch/test_offline.py has the line for where it has none."""
+    import sglang.srt.platforms
+    from sglang.srt.platforms.cpu import CpuSRTPlatform
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    calls = []
+    monkeypatch.setattr(HookRegistry, "register", lambda *call: calls.append(call))
+    monkeypatch.delenv(ENV_VAR, raising=False)
+    monkeypatch.setattr(sglang.srt.platforms, "_current_platform", CpuSRTPlatform())
+    plugin.register()
+    assert calls == [] and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "flags", "warned"),
+    [("cuda", [], True), ("cuda", ["--disable-ess"], False), (None, [], False)],
+)
+def test_one_tier_on_an_accelerator_is_said_once(
+    monkeypatch, capsys, tmp_path, accelerator, flags, warned
+):
+    import sglang.launch_server
+    import sglang.srt.plugins
+    import sglang.srt.utils
+
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["DeepseekV32ForCausalLM"], "index_topk": 64})
+    )
+    monkeypatch.setenv(ENV_VAR, "")  # so that what main() sets is undone
+    monkeypatch.setattr(sglang.launch_server, "run_server", lambda server_args: None)
+    monkeypatch.setattr(sglang.srt.plugins, "load_plugins", lambda: None)
+    monkeypatch.setattr(sglang.srt.utils, "kill_process_tree", lambda *a, **k: None)
+    monkeypatch.setattr(plugin, "registered", True)
+    monkeypatch.setattr(plugin, "accelerator", lambda: accelerator)
+    monkeypatch.setattr(preflight, "resolve", lambda server_args: None)  # there is no model
+    in_this_process(monkeypatch)
+    port = str(free_port())
+    assert launch_server.main(["--model-path", str(tmp_path), "--port", port, *flags]) == 0
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith(startup.PREFIX)]
+    assert sum("one-tier" in line for line in lines) == warned
+    assert "ready after" not in lines[-1]
+
+
+class HttpServer:
+    """A stand-in for sglang.srt.entrypoints.http_server."""
+
+    def __init__(self, manager, info):
+        self.state = SimpleNamespace(tokenizer_manager=manager, scheduler_info=info)
+
+    def get_global_state(self):
+        return self.state
+
+
+@pytest.fixture
+def web():
+    """A server on a port of its own; statuses: what it answers, the last one from then on."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            web.asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(web.statuses.pop(0) if len(web.statuses) > 1 else web.statuses[0])
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        web.statuses, web.asked = [200], []
+        thread = threading.Thread(target=web.serve_forever, args=(0.01,))
+        thread.start()
+        web.url = lambda: f"http://127.0.0.1:{web.server_port}"
+        yield web
+        web.shutdown()
+        thread.join()
+
+
+def args(url, workers=1, api_key=None):
+    return SimpleNamespace(model_path="m", url=url, tokenizer_worker_num=workers, api_key=api_key)
+
+
+READY = SimpleNamespace(is_ready=lambda: True)
+
+
+def test_no_block_without_a_hook_on_the_scheduler_but_the_address(monkeypatch, capsys, web):
+    """An accelerator."""
+    monkeypatch.setitem(sys.modules, startup.HTTP_SERVER, HttpServer(READY, {}))
+    serving = threading.Event()
+    with startup.announced(args(web.url), time.monotonic(), serving.set):
+        err = wait_for_url(capsys)
+    assert re.fullmatch(
+        r"\[sglang-ess\] the scheduler is ready.*\n\[sglang-ess\] ready after \d\.\d s\n"
+        rf"    model           m\n    URL             {web.url()}\n",
+        err,
+    )
+    assert serving.is_set()
+
+
+def test_it_is_ready_only_once_the_url_answers(monkeypatch, capsys, web):
+    """SGLang's manager is so a moment before its HTTP server is."""
+    monkeypatch.setitem(sys.modules, startup.HTTP_SERVER, HttpServer(READY, {}))
+    web.statuses = [503, 503, 200]
+    with startup.announced(args(web.url, api_key="secret"), time.monotonic()):
+        assert "ready after" in wait_for_url(capsys)
+    assert web.asked == [("/ready", "Bearer secret")] * 3
+    assert not startup._answers(args(lambda: f"http://127.0.0.1:{free_port()}"), 1)
+
+
+def test_every_tokenizer_worker_must_answer(monkeypatch, web):
+    monkeypatch.setattr(startup.time, "sleep", lambda seconds: None)
+    router, two = SimpleNamespace(all_worker_ipcs={"a"}), args(web.url, workers=2)
+    assert not startup._is_ready(two, router) and web.asked == []
+    router.all_worker_ipcs.add("b")
+    web.statuses = [200, 200, 503, 200]  # a client still meets one that warms up
+    assert not startup._is_ready(two, router)
+    assert startup._is_ready(two, router)
+
+
+def wait_for_url(capsys):
+    text, until = "", time.monotonic() + 10
+    while "URL" not in text and time.monotonic() < until:
+        text += capsys.readouterr().err
+        time.sleep(0.01)
+    return text
+
+
+@pytest.mark.parametrize("module", [None, HttpServer(SimpleNamespace(is_ready=lambda: False), {})])
+def test_a_start_that_fails_ends_without_a_block(monkeypatch, capsys, module):
+    monkeypatch.setitem(sys.modules, startup.HTTP_SERVER, module)
+    with pytest.raises(RuntimeError), startup.announced(ARGS, time.monotonic()):
+        raise RuntimeError
+    assert "ready after" not in capsys.readouterr().err
+
+
+def test_one_warm_up_serves_every_format():
+    """No call of the engine brings numba a type that warm_up() did not."""
+    warmup.warm_up()
+    known = [set(kernel.signatures) for kernel in warmup.KERNELS]
+    slots, lengths = torch.zeros(3, 8, dtype=torch.int32), torch.tensor([1, 9, 64]).int()
+    query, rope = torch.randn(3, 2, LATENT_DIM), torch.randn(3, 2, ROPE_DIM)
+    for dtype in (torch.bfloat16, torch.float32):
+        rows = torch.zeros(9, ROW_DIM, dtype=dtype)
+        sparse_mla(query.to(dtype), rope.to(dtype), rows, slots, 1.0)
+    pages = torch.zeros(2, index_page_bytes(fp32=True), dtype=torch.uint8)
+    table = torch.zeros(3, 1, dtype=torch.int32)
+    scores = index_scores_paged(torch.randn(3, 4, 128), torch.ones(3, 4), pages, table, lengths)
+    rows, tokens = torch.zeros(3, dtype=torch.int64), torch.zeros(4, 64, dtype=torch.int32)
+    topk_select(scores, lengths, rows, tokens, 8)
+    topk_select(torch.empty(3, 0), lengths, rows, tokens, 64)
+    assert [set(kernel.signatures) for kernel in warmup.KERNELS] == known

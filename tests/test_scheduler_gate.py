@@ -1,0 +1,225 @@
+"""Admission in SGLang's own scheduler: who waits, who goes back, and that no token changes."""
+
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_ess import scheduler_gate as scheduling
+from sglang_ess.admission.policy import HOT_TIER, LINK, Decision
+from sglang_ess.mem_cache.allocator import EssPagedAllocator
+from tests.support import parity, retraction
+from tests.support.scheduling import Decode
+
+PATCH = "tests.support.scheduling:"
+SLOTS, REQUESTS, NEW_TOKENS = 8192, 8, 48
+# A decode step of all requests selects 8 x 128 rows a layer; this holds two and a half of them.
+HOT_ROWS = 320
+# 1.1 KB rows: one request that misses all its rows takes 12 ms a layer.
+SLOW_LINK = {"link_gib": 0.0125}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Two layers, top-k 128."""
+    shape = dict(arch="v32", layers=2, context=4096, index_topk=128)
+    return parity.write_model(tmp_path_factory.mktemp("models") / "v32", **shape)
+
+
+def serve(model, *patches, **ess):
+    """(token ids of each prompt, the decode steps) of one engine that gets all prompts at once."""
+    ess = {"hot_ratio": HOT_ROWS / SLOTS} | ess
+    with parity.EngineProcess(
+        model,
+        ess=ess | {"index_dtype": "float32"},
+        patches=[PATCH + name for name in ("record", *patches)],
+        dtype="float32",
+        max_total_tokens=SLOTS,
+    ) as engine:
+        outputs = engine.generate(parity.prompts_of([600] * REQUESTS), NEW_TOKENS, start=-1)
+        return [output.token_ids for output in outputs], retraction.events(engine, Decode)
+
+
+@pytest.fixture(scope="module")
+def ungated(model):
+    """Admission off: all run together."""
+    tokens, steps = serve(model, admission="off")
+    assert max(step.running for step in steps) == REQUESTS
+    return tokens
+
+
+def test_requests_wait_for_the_hot_tier(model, ungated):
+    tokens, steps = serve(model, "cautious", **SLOW_LINK)
+    assert tokens == ungated
+    most = max(step.running for step in steps)
+    assert 1 <= most < REQUESTS and steps[-1].held[HOT_TIER] > 0
+    assert steps[-1].shed == 0
+    # Measured, not the prior of three top-k's, and within the rows a request has.
+    assert 128 <= steps[-1].working_set_rows <= 650
+
+
+def test_requests_do_not_wait_where_misses_cost_nothing(model, ungated):
+    """This machine's memory is its link: fetching all rows takes a fraction of a step."""
+    tokens, steps = serve(model)
+    assert tokens == ungated
+    assert max(step.running for step in steps) == REQUESTS
+
+
+def test_a_thrashing_hot_tier_sheds_requests_and_they_resume(model, ungated):
+    tokens, steps = serve(model, "blind", **SLOW_LINK)
+    assert tokens == ungated
+    assert steps[-1].shed > 0
+    running = [step.running for step in steps]
+    assert min(running[running.index(max(running)) :]) < max(running)
+
+
+@pytest.mark.slow
+def test_requests_wait_for_the_link(model, ungated):
+    """With the hot tier out of the question: the steps alone are predicted too long."""
+    tokens, steps = serve(model, "blind", itl_ms=60, **SLOW_LINK)
+    assert tokens == ungated
+    assert steps[-1].held[LINK] > 0 and max(step.running for step in steps) < REQUESTS
+
+
+# --- the allocator --------------------------------------------------------------------------
+
+
+class Pool:
+    """What the allocator needs of a pool; remembers which slots were written."""
+
+    def __init__(self):
+        self.dropped = []
+
+    def written_in_all_layers(self, slots):
+        self.dropped += slots.view(-1).tolist()
+
+
+@pytest.fixture
+def allocator(monkeypatch):
+    monkeypatch.setattr("sglang_ess.mem_cache.allocator.EssTokenToKVPool", Pool)
+    Pool.empty_hot_tier = lambda self: self.dropped.append("all")
+    return EssPagedAllocator(1024, 64, torch.uint8, "cpu", Pool(), need_sort=False)
+
+
+def test_freed_slots_are_dropped_from_the_hot_tier_once(allocator):
+    slots = allocator.alloc(256)
+    allocator.get_kvcache().dropped.clear()
+    allocator.free(slots[:64])
+    assert allocator.get_kvcache().dropped == slots[:64].tolist()
+    allocator.free_group_begin()
+    allocator.free(slots[64:128])
+    allocator.free_page_ids(slots[128:192:64] // 64)
+    allocator.free_group_end()
+    assert sorted(allocator.get_kvcache().dropped) == sorted(slots[:192].tolist())
+    allocator.clear()
+    assert allocator.get_kvcache().dropped[-1] == "all"
+
+
+def test_no_more_requests_than_may_go_on(allocator):
+    step = {"num_tokens": 0, "tree_cache": None}
+    assert allocator.check_decode_capacity(**step, requests=[1, 2, 3])
+    allocator.keep_running = 2
+    assert not allocator.check_decode_capacity(**step, requests=[1, 2, 3])
+    assert allocator.check_decode_capacity(**step, requests=[1, 2])
+    assert allocator.keep_running is None
+    assert not allocator.check_decode_capacity(num_tokens=2048, tree_cache=None, requests=[1])
+
+
+def test_alone_a_request_needs_no_reserve(allocator):
+    too_much = {"full_budget_tokens": 100, "swa_budget_tokens": None}
+    assert not allocator.prealloc_fits(None, 200, 0, **too_much)
+    allocator.is_idle = True
+    assert allocator.prealloc_fits(None, 200, 0, **too_much)
+    assert not allocator.prealloc_fits(None, 200, 0, **too_much), "the second one is not alone"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked", "given"), [(800, 50, 50), (800, 500, 127), (990, 50, None), (990, 0, 0)]
+)
+def test_a_prompt_that_leaves_no_token_is_refused(allocator, prompt, asked, given):
+    """1,024 slots: the prompt's pages, a page and a token are kept. None is a 400."""
+    limits = {"token_capacity": 1024, "sliding_window_size": None, "chunk_size": None}
+    assert allocator.max_new_tokens_for_memory(prompt, asked, **limits) == given
+
+
+# --- parking --------------------------------------------------------------------------------
+
+
+def request(name, done=False):
+    return SimpleNamespace(
+        rid=name, finished=lambda: done, output_ids=[0] * int(name), retracted_stain=False
+    )
+
+
+class Batch:
+    def __init__(self, reqs):
+        self.reqs, self.batch_is_full = reqs, True
+
+    def _get_decode_retraction_order(self, reqs):
+        return sorted(range(len(reqs)), key=lambda i: -len(reqs[i].output_ids))
+
+    def filter_batch(self, keep_indices):
+        self.reqs = [self.reqs[i] for i in keep_indices]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_parking_takes_in_the_step_under_way_and_leaves_the_finished(overlap):
+    done, batch = [], Batch([request("3"), request("9", done=True), request("1"), request("5")])
+    scheduler = SimpleNamespace(
+        enable_overlap=overlap, last_batch=batch, result_queue=deque([("batch", "result")]),
+        process_batch_result=lambda *result: done.append(result),
+    )  # fmt: skip
+    parked = scheduling.park(scheduler, batch, keep=1)
+    assert [req.rid for req in parked] == ["3", "1"]
+    assert [req.rid for req in batch.reqs] == ["9", "5"]
+    assert all(req.retracted_stain for req in parked) and not batch.batch_is_full
+    assert done == ([("batch", "result")] if overlap else [])
+    assert (scheduler.last_batch is None) == overlap
+
+
+# --- several ranks --------------------------------------------------------------------------
+
+
+def test_the_rank_that_can_hold_least_decides(monkeypatch):
+    """Clocks and links differ between ranks that must run the same batch."""
+    asked = []
+
+    def reduce(flags, group, op):
+        asked.append((flags, group, op))
+        return [1]
+
+    monkeypatch.setattr(scheduling, "all_reduce_flags", reduce)
+    queue = [SimpleNamespace(seqlen=100) for _ in range(5)]
+    gate = object.__new__(scheduling.Gate)
+    gate._scheduler = SimpleNamespace(
+        waiting_queue=queue, enable_priority_scheduling=False, chunked_req=None,
+        attn_tp_cpu_group="ranks", max_running_requests=8,
+    )  # fmt: skip
+    gate.admission = SimpleNamespace(
+        admit=lambda running, waiting, within: Decision(len([*waiting]), None)
+    )
+    gate._warm_up, gate._arrives_cold, gate._is_decode_server = None, False, True
+    seen = []
+    gate.round(lambda scheduler, batch: seen.extend(scheduler.waiting_queue), Batch([]))
+    assert asked == [([5], "ranks", torch.distributed.ReduceOp.MIN)]
+    assert seen == queue[:1] and gate._scheduler.waiting_queue == queue
+
+
+@pytest.mark.parametrize(
+    ("is_decode_server", "places", "free", "most"),
+    [(False, 8, 350, 3), (False, 2, 350, 2), (False, 0, 350, 0), (True, 4, 0, 4)],
+)
+def test_a_larger_batch_is_planned_with_those_only_who_can_join(
+    is_decode_server, places, free, most
+):
+    """Five of 100 tokens wait, three run. A tenth of the free slots are in the radix tree."""
+    gate = object.__new__(scheduling.Gate)
+    gate._is_decode_server = is_decode_server
+    gate._scheduler = SimpleNamespace(
+        waiting_queue=[SimpleNamespace(seqlen=100) for _ in range(5)],
+        max_running_requests=3 + places,
+        token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: free * 9 // 10),
+        tree_cache=SimpleNamespace(evictable_size=lambda: free // 10),
+    )
+    assert gate._most_joining(3) == most
