@@ -37,7 +37,7 @@ CLOSED_ROOMS = {
 
 
 def room(file):
-    """The first name below a root: `sglang_ess/mem_cache/pool.py` and `sglang_ess/pool/x.py` are "pool"."""
+    """The first name below a root: `sglang_ess/pool/x.py` is "pool"."""
     for name, root in ROOTS.items():
         if file.is_relative_to(root):
             first = Path(file.relative_to(root).parts[0]).stem

@@ -128,7 +128,7 @@ def test_shared_index_layers_fp8_rows_and_one_tier(tmp_path):
 
 
 def test_nothing_is_printed_when_ess_was_not_asked_for(monkeypatch, capfd):
-    """Where SGLang has a platform; tests/launch/test_offline.py has the line for where it has none."""
+    """Where SGLang has a platform; tests/launch/test_offline.py has the line for none."""
     import sglang.srt.platforms
     from sglang.srt.platforms.cpu import CpuSRTPlatform
     from sglang.srt.plugins.hook_registry import HookRegistry

@@ -162,7 +162,8 @@ class DeviceTier:
 
     def move(self, sizes: Sequence[int]) -> None:
         """Each layer has so many hot rows from now on, free ones and the most recently used of
-        its own. Between steps, on the stream of the tiers. Raises: ValueError as ess_kernels.resize_layers.
+        its own. Between steps, on the stream of the tiers.
+        Raises: ValueError as ess_kernels.resize_layers.
         """
         table = move_table(self.sizes, sizes)
         if self._pinned:

@@ -5,7 +5,7 @@
 
 ESS counts `batch x context x layers x (ratio x row + index key)` and nothing else; that equation
 gives the batch and ratio of each of its rows. Ours adds maps, row state and staging as
-sglang_ess/mem_cache/capacity.py does, which this room may not import: a test holds the two together.
+sglang_ess/mem_cache/capacity.py does, which this room may not import: a test compares the two.
 """
 
 from __future__ import annotations
