@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from benchmarks.common import Report, arguments, save_figure, simulated, table
 from benchmarks.ess_paper import BASELINES, ESS_ROWS, K
+from sglang_ess.layout import GIB
 from sglang_ess.sim.inputs.specs import load
 from sglang_ess.sim.model.cost import CostModel
 from sglang_ess.sim.model.decode_tiers import measure, miss_curves
@@ -37,7 +38,6 @@ from sglang_ess.sim.model.memory import Charges, Memory
 from sglang_ess.sim.planning import lab
 from sglang_ess.tiers.balance.budgets import allot, uniform
 from sglang_ess.tiers.balance.ghost_cache import MissCurve
-from sglang_ess.tiers.host_tier import GIB
 
 MODEL, GPU, LINK, QUERIES = "deepseek-v3.2", "h200", "pcie5", 2
 RATIO, CONTEXT = 0.2, 32 * K

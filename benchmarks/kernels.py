@@ -47,7 +47,7 @@ class Run:
         import torch
 
         from benchmarks.kernels_points import host_tier
-        from ess_kernels.sparse_mla import FP8_ROW_BYTES
+        from sglang_ess.layout import FP8_ROW_BYTES
 
         self.bench, self.sizes, self.seed = bench, sizes, args.seed
         self.us = args.indexer_us, args.preattn_us

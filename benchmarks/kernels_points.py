@@ -18,7 +18,7 @@ from benchmarks.kernels_timing import require
 from ess_kernels import hot_state
 from ess_kernels.hot_state import HotState
 from ess_kernels.plan import PlanBuffers
-from ess_kernels.sparse_mla import FP8_ROW_BYTES, GROUP, LATENT_DIM, ROPE_DIM, ROW_DIM
+from sglang_ess.layout import FP8_ROW_BYTES, LATENT_DIM, ROPE_DIM, ROW_DIM, SCALE_GROUP
 
 LAST_SHARE = 0.6  # papers.md 1.6
 AGES = 64  # steps over which a hot tier turned over
@@ -65,7 +65,7 @@ def make_rows(num_rows: int, row_bytes: int, device, generator) -> torch.Tensor:
     if row_bytes == BF16_ROW_BYTES:
         return normal(ROW_DIM).bfloat16()
     latents = normal(LATENT_DIM).to(torch.float8_e4m3fn).view(torch.uint8)
-    scales = normal(LATENT_DIM // GROUP).abs().view(torch.uint8)
+    scales = normal(LATENT_DIM // SCALE_GROUP).abs().view(torch.uint8)
     return torch.cat([latents, scales, normal(ROPE_DIM).bfloat16().view(torch.uint8)], 1)
 
 

@@ -14,10 +14,11 @@ from benchmarks.kernels_copies import row_bytes_of
 from benchmarks.kernels_points import PAGE, Sizes, Steady, make_rows
 from benchmarks.kernels_timing import Bench, Subject, nothing, require
 from ess_kernels.fetch import fetch
-from ess_kernels.sparse_mla import ROPE_DIM, ROW_DIM, sparse_mla_reference
+from ess_kernels.sparse_mla import sparse_mla_reference
 from sglang_ess.attention.mla_kernels import KERNELS, PREFERRED, Need
 from sglang_ess.attention.overlap import Mode
 from sglang_ess.attention.two_tier_decode import TwoTierDecode
+from sglang_ess.layout import ROPE_DIM, ROW_DIM
 from sglang_ess.tiers.hot_cache_cuda import DeviceTier
 from sglang_ess.tiers.transfer_stream import TransferStream
 

@@ -23,12 +23,8 @@ import triton
 import triton.language as tl
 
 from ess_kernels.checks import check_on_device, check_tensor, interpreted
+from sglang_ess.layout import FP8_ROW_BYTES, LATENT_DIM, ROW_DIM, SCALE_GROUP
 
-LATENT_DIM = 512
-ROPE_DIM = 64
-ROW_DIM = LATENT_DIM + ROPE_DIM
-GROUP = 128  # latents per fp8 scale, and the width of one piece of the accumulator
-FP8_ROW_BYTES = LATENT_DIM + LATENT_DIM // GROUP * 4 + ROPE_DIM * 2
 FP8_SCALES = tl.constexpr(LATENT_DIM // 4)  # first scale of a row, in float32
 FP8_ROPE = tl.constexpr((LATENT_DIM + 16) // 2)  # first rope key of a row, in bfloat16
 
@@ -291,7 +287,7 @@ def unpack_rows(rows: torch.Tensor) -> torch.Tensor:
     latents = rows[:, :scales_at].contiguous().view(torch.float8_e4m3fn).double()
     scales = rows[:, scales_at:rope_at].contiguous().view(torch.float32).double()
     rope = rows[:, rope_at:].contiguous().view(torch.bfloat16).double()
-    return torch.cat([latents * scales.repeat_interleave(GROUP, dim=1), rope], dim=1)
+    return torch.cat([latents * scales.repeat_interleave(SCALE_GROUP, dim=1), rope], dim=1)
 
 
 def sparse_mla_reference(

@@ -241,7 +241,7 @@ def late(monkeypatch):
 @pytest.fixture
 def build(monkeypatch):
     def backend(overlap="da", hot_rows=HOT_ROWS, staging_rows=SLOTS, max_queries=6, **options):
-        monkeypatch.setattr(pool, "DEVICE_PLAN_QUERIES", max_queries)
+        monkeypatch.setattr(pool, "PLAN_QUERIES_CUDA", max_queries)
         for name, value in EssConfig(enabled=True, overlap=overlap, **options).to_env().items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(attention_backend, "active", None)

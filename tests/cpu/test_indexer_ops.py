@@ -13,21 +13,22 @@ from sglang_ess.cpu.ops.index_scores import (
     index_scores_reference,
 )
 from sglang_ess.cpu.ops.topk_select import topk_select, topk_select_reference
+from sglang_ess.layout import PAGE_SLOTS, index_page_bytes
 
 
 def paged_context(lengths, fp32, seed=0):
     """(pages, page table, keys of each request): every request on pages of its own."""
     g = torch.Generator().manual_seed(seed)
-    counts = [-(-n // rows.PAGE) for n in lengths]
+    counts = [-(-n // PAGE_SLOTS) for n in lengths]
     order = torch.randperm(sum(counts) + 5, generator=g)
-    pages = torch.zeros(sum(counts) + 5, rows.index_page_bytes(fp32), dtype=torch.uint8)
+    pages = torch.zeros(sum(counts) + 5, index_page_bytes(fp32), dtype=torch.uint8)
     table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     taken, contexts = 0, []
     for i, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         own = order[taken : taken + count]
         taken += count
         table[i, :count] = own
-        slots = (own.unsqueeze(1) * rows.PAGE + torch.arange(rows.PAGE)).flatten()[:length]
+        slots = (own.unsqueeze(1) * PAGE_SLOTS + torch.arange(PAGE_SLOTS)).flatten()[:length]
         rows.store_index_keys(pages, slots, torch.randn(length, 128, generator=g))
         contexts.append(gather_context_keys(pages, slots))
     return pages, table, contexts

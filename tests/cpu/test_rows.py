@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sglang_ess.cpu.ops import rows
+from sglang_ess.layout import PAGE_SLOTS, index_page_bytes
 
 
 def spread(*shape, seed=0):
@@ -60,9 +61,9 @@ def test_other_formats_unpack_exactly():
 @pytest.mark.parametrize("fp32", [False, True])
 def test_index_keys_land_in_their_page_and_nowhere_else(fp32):
     num_pages, keys = 7, spread(50, 128)
-    pages = torch.full((num_pages, rows.index_page_bytes(fp32)), 0x5A, dtype=torch.uint8)
+    pages = torch.full((num_pages, index_page_bytes(fp32)), 0x5A, dtype=torch.uint8)
     before = pages.clone()
-    slots = torch.randperm(num_pages * rows.PAGE, generator=torch.Generator().manual_seed(3))[:50]
+    slots = torch.randperm(num_pages * PAGE_SLOTS, generator=torch.Generator().manual_seed(3))[:50]
     rows.store_index_keys(pages, slots, keys)
     loaded = rows.load_index_keys(pages, slots)
     if fp32:
@@ -70,7 +71,7 @@ def test_index_keys_land_in_their_page_and_nowhere_else(fp32):
     else:
         codes, scale = rows.quantize_index(keys, power_of_two=False)
         assert torch.equal(loaded, codes.float() * scale.unsqueeze(-1))
-    others = torch.ones(num_pages * rows.PAGE, dtype=torch.bool)
+    others = torch.ones(num_pages * PAGE_SLOTS, dtype=torch.bool)
     others[slots] = False
     others = others.nonzero().flatten()
     assert torch.equal(rows.load_index_keys(pages, others), rows.load_index_keys(before, others))

@@ -14,11 +14,11 @@ import torch
 from sglang_ess import launch_server, plugin
 from sglang_ess.config import ENV_VAR
 from sglang_ess.cpu.ops.index_scores import index_scores_paged
-from sglang_ess.cpu.ops.rows import LATENT_DIM, ROPE_DIM, ROW_DIM, index_page_bytes
 from sglang_ess.cpu.ops.sparse_mla import sparse_mla
 from sglang_ess.cpu.ops.topk_select import topk_select
 from sglang_ess.launch import compile_kernels as warmup
 from sglang_ess.launch import preflight, startup
+from sglang_ess.layout import LATENT_DIM, ROPE_DIM, ROW_DIM, index_page_bytes
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from tests.conftest import SLOTS
 from tests.support.engine import EngineProcess

@@ -12,10 +12,10 @@ import pytest
 from benchmarks import layer_budgets as benchmark
 from sglang_ess.config import EssConfig
 from sglang_ess.launch import preflight
+from sglang_ess.layout import GIB
 from sglang_ess.mem_cache import capacity
 from sglang_ess.mem_cache.capacity import GPU_TIER, GPU_TIER_THAT_MOVES, Geometry, settle
 from sglang_ess.tiers.balance.rebalance import ghost_bytes
-from sglang_ess.tiers.host_tier import GIB
 from sglang_ess.tiers.hot_cache_cuda import MOST_SHARE
 from tests.support import parity
 from tests.support.engine import EngineProcess

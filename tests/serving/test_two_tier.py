@@ -152,7 +152,7 @@ def test_a_query_larger_than_the_hot_tier(models):
 
 
 def test_a_batch_of_more_than_one_plan(models):
-    """70 requests: 64 queries are planned at once (capacity.PLAN_QUERIES)."""
+    """70 requests: 64 queries are planned at once (layout.PLAN_QUERIES_CPU)."""
 
     def run(served):
         return {"many": served.together("many", parity.prompts_of([40] * 70), 8)}

@@ -6,11 +6,12 @@ from benchmarks.ess_paper import DEVICE_BYTES, ESS_ROWS
 from ess_kernels import hot_state
 from ess_kernels.plan import PlanBuffers
 from ess_kernels.rebuild_order import ReorderScratch
+from sglang_ess import layout
+from sglang_ess.layout import GIB
 from sglang_ess.mem_cache import capacity
 from sglang_ess.sim.inputs.specs import changed, load
 from sglang_ess.sim.model import memory
 from sglang_ess.sim.model.memory import Charges, Memory, kv_bytes, weight_bytes
-from sglang_ess.tiers.host_tier import GIB
 
 MODEL = load("model", "deepseek-v3.2")
 PAIRS = sorted({(row.context, row.batch, row.ratio) for row in ESS_ROWS})
@@ -75,8 +76,7 @@ def test_the_constants_are_the_kernels():
     assert memory.ROW_STATE_BYTES == hot_state.HOT_ROW_STATE_BYTES
     assert memory.ORDER_BYTES == ReorderScratch.bytes_for(0)
     assert memory.ROW_ORDER_BYTES == ReorderScratch.bytes_for(1) - memory.ORDER_BYTES
-    assert memory.PLAN_QUERIES == capacity.DEVICE_PLAN_QUERIES
-    plans = memory.PLAN_QUERIES * 2048 * memory.PLAN_BYTES_PER_LOOKUP
+    plans = layout.PLAN_QUERIES_CUDA * 2048 * memory.PLAN_BYTES_PER_LOOKUP
     assert PlanBuffers.bytes_for(memory.PLAN_QUERIES, 2048) == pytest.approx(plans, rel=1e-3)
 
 

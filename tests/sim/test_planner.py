@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sglang_ess.config import EssConfig
+from sglang_ess.layout import GIB
 from sglang_ess.sim.cli import plan as command
 from sglang_ess.sim.inputs.specs import changed, load
 from sglang_ess.sim.model import miss_table
@@ -18,7 +19,6 @@ from sglang_ess.sim.model.trace_replay import curve
 from sglang_ess.sim.planning import planner
 from sglang_ess.sim.planning.planner import PlanError, Planner, Question
 from sglang_ess.tiers.balance.ghost_cache import MissCurve
-from sglang_ess.tiers.host_tier import GIB
 from sglang_ess.trace.trace import read_trace
 
 CONTEXT = 131072  # few batches: a quick search

@@ -213,7 +213,7 @@ def backend_class() -> type:
         SparseMetadata,
         attend_rows,
     )
-    from sglang_ess.cpu.ops.rows import LATENT_DIM
+    from sglang_ess.layout import LATENT_DIM
 
     @dataclass(frozen=True)
     class Metadata(SparseMetadata):

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from sglang_ess.cpu.ops import index_scores, sparse_mla
-from sglang_ess.cpu.ops.rows import PAGE, index_page_bytes, pack_fp8_rows, store_index_keys
+from sglang_ess.cpu.ops.rows import pack_fp8_rows, store_index_keys
+from sglang_ess.layout import PAGE_SLOTS, index_page_bytes
 
 ROWS = 256
 KERNELS = (sparse_mla._sparse_mla_kernel, index_scores._index_scores_kernel)
@@ -37,12 +38,12 @@ def index_scores_results(g: torch.Generator) -> dict[str, np.ndarray]:
     """Heads that fill the loop of four and heads that do not; lengths in mid-page."""
     results = {}
     for fp32 in (False, True):
-        pages = torch.zeros(ROWS // PAGE, index_page_bytes(fp32), dtype=torch.uint8)
+        pages = torch.zeros(ROWS // PAGE_SLOTS, index_page_bytes(fp32), dtype=torch.uint8)
         store_index_keys(pages, torch.arange(ROWS), torch.randn(ROWS, 128, generator=g))
-        table = torch.arange(ROWS // PAGE, dtype=torch.int32).view(2, -1)
+        table = torch.arange(ROWS // PAGE_SLOTS, dtype=torch.int32).view(2, -1)
         for heads in (3, 4, 6, 64):
             q, weights = torch.randn(2, heads, 128, generator=g), torch.randn(2, heads, generator=g)
-            lengths = torch.tensor([PAGE + 9, 2 * PAGE], dtype=torch.int32)
+            lengths = torch.tensor([PAGE_SLOTS + 9, 2 * PAGE_SLOTS], dtype=torch.int32)
             scores = index_scores.index_scores_paged(q, weights, pages, table, lengths)
             kept = torch.cat([row[:n] for row, n in zip(scores, lengths.tolist(), strict=True)])
             results[f"index_scores {'fp32' if fp32 else 'fp8'} {heads}"] = kept.numpy()

@@ -17,7 +17,8 @@ from scipy.linalg import hadamard
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-from sglang_ess.cpu.ops.rows import GROUP, LATENT_DIM, ROPE_DIM, quantize_index
+from sglang_ess.cpu.ops.rows import quantize_index
+from sglang_ess.layout import INDEX_DIM, LATENT_DIM, ROPE_DIM
 
 ByPosition = dict[int, np.ndarray]  # query position -> what was decided there
 FLOAT32_UNIT = 2.0**-24  # unit roundoff
@@ -247,7 +248,7 @@ class _RoundingTorch:
 
     def matmul(self, a, b):
         # The indexer's keys have one head where MLA's have as many as its queries.
-        if a.dim() == 4 and b.dim() == 4 and b.shape[1] == 1 and a.shape[-1] == GROUP:
+        if a.dim() == 4 and b.dim() == 4 and b.shape[1] == 1 and a.shape[-1] == INDEX_DIM:
             a = self._fake_quantize(a, power_of_two=True)
             b = self._fake_quantize(b.transpose(-1, -2), power_of_two=False).transpose(-1, -2)
         return torch.matmul(a, b)
@@ -255,7 +256,7 @@ class _RoundingTorch:
     def _fake_quantize(self, x, power_of_two):
         if self.interleaved:
             x = torch.cat([_paired(x[..., :ROPE_DIM]), x[..., ROPE_DIM:]], dim=-1)
-        rotated = x.float() @ torch.from_numpy(hadamard(GROUP)).float() * GROUP**-0.5
+        rotated = x.float() @ torch.from_numpy(hadamard(INDEX_DIM)).float() * INDEX_DIM**-0.5
         noise = 2 * torch.rand(rotated.shape, generator=self.generator) - 1
         values, scale = quantize_index(rotated * (1 + self.disturbance * noise), power_of_two)
         return values.float() * scale.unsqueeze(-1)

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sglang_ess.cpu.ops.rows import FP8_MAX, GROUP, LATENT_DIM
+from sglang_ess.cpu.ops.rows import FP8_MAX
+from sglang_ess.layout import LATENT_DIM, SCALE_GROUP
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from tests.support import oracle as oracles
 from tests.support.engine import EngineProcess
@@ -316,7 +317,7 @@ def _rounding(exact, disturbed, rows, dtype):
     exact, disturbed = exact[positions], disturbed[positions]
     allowed = exact.abs() * UNIT["bfloat16"]
     if dtype == "fp8_e4m3":
-        groups = exact[:, :LATENT_DIM].abs().view(len(exact), -1, GROUP)
+        groups = exact[:, :LATENT_DIM].abs().view(len(exact), -1, SCALE_GROUP)
         least = groups.amax(2, keepdim=True) / FP8_MAX * (E4M3_LEAST / 2)
         fp8 = torch.maximum(groups * UNIT[dtype], least).flatten(1)
         allowed = torch.cat([fp8, allowed[:, LATENT_DIM:]], 1)

@@ -8,7 +8,7 @@ import torch
 from sglang_ess.attention.passes import attend_hot
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend, attend_rows
-from sglang_ess.mem_cache.capacity import PLAN_QUERIES
+from sglang_ess.layout import PLAN_QUERIES_CPU
 from sglang_ess.mem_cache.pool import IDLE_STEPS
 from sglang_ess.tiers.hot_cache import CANARY_ROWS
 from sglang_ess.tiers.warmup_window import warm_spans
@@ -70,8 +70,8 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         pool.sample.take(layer.layer_id - pool.start_layer, topk)
         check = partial(self._check, cache, layer.layer_id)
         outs = []
-        for first in range(0, len(q), PLAN_QUERIES):
-            block = slice(first, first + PLAN_QUERIES)
+        for first in range(0, len(q), PLAN_QUERIES_CPU):
+            block = slice(first, first + PLAN_QUERIES_CPU)
 
             def attend(queries, rows, dtype, q=q[block], q_rope=q_rope[block]):
                 parts = (part[queries].to(dtype) for part in (q, q_rope))

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 
 from ess_kernels.checks import interpreted
-from ess_kernels.sparse_mla import LATENT_DIM, ROPE_DIM, sparse_mla
+from ess_kernels.sparse_mla import sparse_mla
+from sglang_ess.layout import LATENT_DIM, PAGE_SLOTS, ROPE_DIM
 
-PAGE = 64  # rows of a page as FlashMLA and TRTLLM-GEN see the rows (SGLang's physical page size)
 # SGLang's dsa_dcp.trtllm_rows_per_call: 256 float2 of softmax state for each query and head, and
 # 128 MiB of the kernel's own.
 TRTLLM_STATE_BYTES, TRTLLM_SCRATCH_BYTES = 256 * 8, 128 << 20
@@ -84,11 +84,12 @@ def _without_heads(out, lse, num_heads, log_unit=1.0) -> tuple[torch.Tensor, tor
 
 
 def _pages(rows: torch.Tensor) -> torch.Tensor:
-    if len(rows) % PAGE:
+    if len(rows) % PAGE_SLOTS:
         raise ValueError(
-            f"the hot rows must be whole pages of {PAGE}: got {len(rows)}. Round the hot tier up."
+            f"the hot rows must be whole pages of {PAGE_SLOTS}: got {len(rows)}. "
+            "Round the hot tier up."
         )
-    return rows.view(-1, PAGE, rows.shape[1])
+    return rows.view(-1, PAGE_SLOTS, rows.shape[1])
 
 
 class FlashMlaFp8:

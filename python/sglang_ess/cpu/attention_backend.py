@@ -7,9 +7,9 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.runtime_context import get_disagg
 
 from sglang_ess.config import EssConfig
-from sglang_ess.cpu.ops.rows import LATENT_DIM, PAGE, ROPE_DIM
 from sglang_ess.cpu.ops.sparse_mla import sparse_mla
 from sglang_ess.disagg import prefill_side as recorder
+from sglang_ess.layout import LATENT_DIM, PAGE_SLOTS, ROPE_DIM
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,14 @@ class SparseMetadata:
         """One query a request."""
         lengths = seq_lens.to(torch.int32)
         max_length = int(lengths.max()) if len(lengths) else 0
-        first_slots = req_to_token[req_rows, :max_length:PAGE]
+        first_slots = req_to_token[req_rows, :max_length:PAGE_SLOTS]
         return SparseMetadata(
-            req_to_token, req_rows, lengths, max_length, (first_slots // PAGE).contiguous(), None
+            req_to_token,
+            req_rows,
+            lengths,
+            max_length,
+            (first_slots // PAGE_SLOTS).contiguous(),
+            None,
         )
 
     @staticmethod

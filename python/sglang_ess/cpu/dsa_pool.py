@@ -9,7 +9,8 @@ from sglang.srt.mem_cache.index_key_cache import IndexKeyCache
 from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, MLATokenToKVPool
 
 from sglang_ess.config import EssConfig
-from sglang_ess.cpu.ops.rows import index_page_bytes, pack_fp8_rows, store_index_keys
+from sglang_ess.cpu.ops.rows import pack_fp8_rows, store_index_keys
+from sglang_ess.layout import index_page_bytes
 
 
 class _CpuIndexKeyCache(IndexKeyCache):

@@ -15,8 +15,9 @@ from sglang_ess.cpu.ops.index_scores import (
     index_scores_dense,
     index_scores_paged,
 )
-from sglang_ess.cpu.ops.rows import GROUP, index_page_bytes, quantize_index
+from sglang_ess.cpu.ops.rows import quantize_index
 from sglang_ess.cpu.ops.topk_select import topk_select
+from sglang_ess.layout import INDEX_DIM, index_page_bytes
 from sglang_ess.testing.topk_stream.announce import requested
 
 # Floats of intermediate products in prefill: 16 MiB, half of this class of machine's L3.
@@ -27,9 +28,9 @@ PREFILL_PRODUCTS = 4 << 20
 def _hadamard() -> torch.Tensor:
     """Orthonormal 128 x 128 Hadamard matrix (Sylvester), float32."""
     matrix = torch.ones(1, 1)
-    while matrix.shape[0] < GROUP:
+    while matrix.shape[0] < INDEX_DIM:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix * GROUP**-0.5
+    return matrix * INDEX_DIM**-0.5
 
 
 def _rotate(x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +57,7 @@ def _prefill_slots(metadata, query, weights, pages, topk) -> torch.Tensor:
     for row, prefix, tokens in metadata.spans:
         total = prefix + tokens
         slots = metadata.req_to_token[row, :total]
-        keys = gather_context_keys(pages, slots) if total > topk else query.new_empty(0, GROUP)
+        keys = gather_context_keys(pages, slots) if total > topk else query.new_empty(0, INDEX_DIM)
         block = max(1, PREFILL_PRODUCTS // (query.shape[1] * total))
         for first in range(start, start + tokens, block):
             last = min(first + block, start + tokens)

@@ -3,11 +3,11 @@
 import torch
 
 from sglang_ess.cpu.ops import index_scores, sparse_mla, topk_select
-from sglang_ess.cpu.ops.rows import (
+from sglang_ess.layout import (
     FP8_ROW_BYTES,
-    GROUP,
+    INDEX_DIM,
     LATENT_DIM,
-    PAGE,
+    PAGE_SLOTS,
     ROPE_DIM,
     index_page_bytes,
 )
@@ -37,10 +37,10 @@ def warm_up() -> bool:
     sparse_mla.sparse_mla(q_nope, q_rope, host_rows, slots, 1.0)
     pages = torch.zeros(1, index_page_bytes(fp32=False), dtype=torch.uint8)
     scores = index_scores.index_scores_paged(
-        torch.zeros(1, 1, GROUP), torch.zeros(1, 1), pages, slots, one
+        torch.zeros(1, 1, INDEX_DIM), torch.zeros(1, 1), pages, slots, one
     )
     requests = torch.zeros(1, dtype=torch.int64)
-    table = torch.zeros(1, PAGE, dtype=torch.int32)
+    table = torch.zeros(1, PAGE_SLOTS, dtype=torch.int32)
     topk_select.topk_select(scores, one, requests, table, 1)
     _warm_up_tiers(host_rows, slots)
     return any(kernel.stats.cache_misses for kernel in KERNELS)

@@ -15,12 +15,12 @@ import sys
 from typing import Any
 
 from sglang_ess.config import EssConfig
+from sglang_ess.layout import GIB
 
 REQUIRED = ("sglang", "torch", "numba", "transformers", "psutil")
 OPTIONAL = ("triton", "flashinfer-python")
 # What the CPU platform's kernels gain from, as LLVM (numba's code generator) names it.
 CPU_FEATURES = ("avx2", "avx512f", "avx512bw", "avx512bf16", "amx-bf16")
-GIB = 1 << 30
 
 
 def examine() -> dict[str, Any]:

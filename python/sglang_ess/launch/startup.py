@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+from sglang_ess.layout import MIB
 from sglang_ess.testing.topk_stream import announce
 
 PREFIX = "[sglang-ess]"  # "sglang-ess: " is for refusals, which end the process
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 POLL_SECONDS = 0.1
 READY_SECONDS = 5.0  # for an answer that says that the server is ready
-MIB = 1 << 20
 
 
 def progress(text: str) -> None:

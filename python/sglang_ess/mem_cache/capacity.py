@@ -17,13 +17,21 @@ from ess_kernels.hot_state import HOT_ROW_STATE_BYTES, LAYER_STATE_BYTES
 from ess_kernels.plan import PlanBuffers as DevicePlanBuffers
 from ess_kernels.rebuild_order import OWNED_LAYER_BYTES, OWNED_ROW_BYTES, ReorderScratch
 from sglang_ess.config import EssConfig
-from sglang_ess.cpu.ops.rows import index_page_bytes
 from sglang_ess.errors import Refusal
+from sglang_ess.layout import (
+    GIB,
+    MAP_BYTES,
+    PAGE_SLOTS,
+    PLAN_LOOKUP_BYTES_CPU,
+    PLAN_QUERIES_CPU,
+    PLAN_QUERIES_CUDA,
+    STAGING_BUFFERS,
+    index_page_bytes,
+)
 from sglang_ess.tiers import free_host_bytes
 from sglang_ess.tiers.balance.rebalance import ghost_bytes
-from sglang_ess.tiers.host_tier import GIB
-from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES, MAP_BYTES
-from sglang_ess.tiers.hot_cache_cuda import MOST_SHARE, PAGE_ROWS, DeviceTier
+from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES
+from sglang_ess.tiers.hot_cache_cuda import MOST_SHARE, DeviceTier
 from sglang_ess.tiers.lru import STATE_SIZE
 from sglang_ess.tiers.throttled_link import probe_bytes
 
@@ -35,12 +43,7 @@ MIN_HOT_ROWS = 64
 AUTO_HOT_RATIO = 0.2
 # Of the host memory that is free; the rest is the process's own and the page cache.
 AUTO_HOST_SHARE = 0.6
-# Queries of one plan; a larger decode batch is planned in blocks of this many.
-PLAN_QUERIES = 64
-DEVICE_PLAN_QUERIES = 256
-PLAN_BYTES_PER_LOOKUP = 12
 STATE_BYTES = STATE_SIZE * 8  # of one layer's hot tier: its counters
-STAGING_BUFFERS = 2
 
 
 def size(num_bytes: int) -> str:
@@ -66,15 +69,15 @@ class TierBytes:
 
     def shared(self, topk: int, row_bytes: int) -> int:
         """Buffers that the layers use one after another, but for row_shared."""
-        return PLAN_QUERIES * topk * PLAN_BYTES_PER_LOOKUP
+        return PLAN_QUERIES_CPU * topk * PLAN_LOOKUP_BYTES_CPU
 
 
 class GpuTierBytes(TierBytes):
     """DeviceTier's."""
 
     def shared(self, topk: int, row_bytes: int) -> int:
-        plans = DevicePlanBuffers.bytes_for(DEVICE_PLAN_QUERIES, topk)
-        claims = DevicePlanBuffers.bytes_for(1, DEVICE_PLAN_QUERIES)
+        plans = DevicePlanBuffers.bytes_for(PLAN_QUERIES_CUDA, topk)
+        claims = DevicePlanBuffers.bytes_for(1, PLAN_QUERIES_CUDA)
         scratch = DeviceTier.HALVES * 4 + ReorderScratch.bytes_for(0)
         return plans + claims + scratch + probe_bytes(row_bytes)
 
@@ -82,11 +85,11 @@ class GpuTierBytes(TierBytes):
 CPU_TIER = TierBytes(HOT_ROW_OVERHEAD_BYTES, 0, STATE_BYTES, 1)
 GPU_TIER = GpuTierBytes(
     HOT_ROW_STATE_BYTES, ReorderScratch.bytes_for(1) - ReorderScratch.bytes_for(0),
-    LAYER_STATE_BYTES, PAGE_ROWS,
+    LAYER_STATE_BYTES, PAGE_SLOTS,
 )  # fmt: skip
 GPU_TIER_THAT_MOVES = GpuTierBytes(
     HOT_ROW_STATE_BYTES + OWNED_ROW_BYTES, MOST_SHARE * GPU_TIER.row_shared,
-    LAYER_STATE_BYTES + OWNED_LAYER_BYTES, PAGE_ROWS, moves=True,
+    LAYER_STATE_BYTES + OWNED_LAYER_BYTES, PAGE_SLOTS, moves=True,
 )  # fmt: skip
 
 

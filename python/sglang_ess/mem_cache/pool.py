@@ -14,12 +14,12 @@ import torch
 from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, unwrap_write_loc
 
 from sglang_ess.config import EssConfig
+from sglang_ess.layout import GIB, PLAN_QUERIES_CPU
 from sglang_ess.mem_cache import capacity
 from sglang_ess.tiers import HostTier, HotCache, PlanBuffers, lru
 from sglang_ess.tiers import throttled_link as link
 from sglang_ess.tiers.balance.budgets import Budgets
 from sglang_ess.tiers.balance.rebalance import AgeRebalancer, Rebalancer
-from sglang_ess.tiers.host_tier import GIB
 from sglang_ess.tiers.hot_arena import HotArena
 from sglang_ess.tiers.row_words import as_words
 from sglang_ess.tiers.staging import Staging
@@ -60,7 +60,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
 
     def _create_tiers(self) -> None:
         """The hot tier and prefill's staging, on the host; a GPU's are in cuda/pool.py."""
-        self.plan_buffers = PlanBuffers(capacity.PLAN_QUERIES * self.capacity.geometry.topk)
+        self.plan_buffers = PlanBuffers(PLAN_QUERIES_CPU * self.capacity.geometry.topk)
         config = EssConfig.from_env()
         counted = None
         if config is not None and config.link_gib is not None:
@@ -91,7 +91,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
         """What a trace's header says of the pool: layers, top-k, slots, and more for readers."""
         rows, topk = self.kv_buffer[0], self.capacity.geometry.topk
         meta = {"row_bytes": rows[0].nbytes, "page_slots": self.page_size}
-        return self.layer_num, topk, len(rows), meta | {"plan_queries": capacity.PLAN_QUERIES}
+        return self.layer_num, topk, len(rows), meta | {"plan_queries": PLAN_QUERIES_CPU}
 
     def before_decode_step(self, num_queries: int = 0) -> None:
         """Hot rows change their layer here, if at all, before anything of a step is planned.
@@ -159,7 +159,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
         """Give the slots loc [n] int64, just written, hot rows; see HotCache.install."""
         host_rows = self.kv_buffer[layer_id - self.start_layer].squeeze(1)
         # In parts: a long prefill chunk must not make the plan buffers grow.
-        for part in loc.split(capacity.PLAN_QUERIES * self.capacity.geometry.topk):
+        for part in loc.split(PLAN_QUERIES_CPU * self.capacity.geometry.topk):
             # Not host_rows[part]: for few rows that is 100 times slower on the CPU.
             rows = torch.index_select(host_rows, 0, part)
             self.hot_cache(layer_id).install(part, rows, min_age)

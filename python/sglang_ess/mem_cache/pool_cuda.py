@@ -9,7 +9,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
 
 from ess_kernels.scatter import scatter_rows
-from sglang_ess.mem_cache.capacity import DEVICE_PLAN_QUERIES
+from sglang_ess.layout import PLAN_QUERIES_CUDA
 from sglang_ess.mem_cache.pool import IDLE_STEPS, EssTokenToKVPool
 from sglang_ess.tiers.balance.budgets import Budgets
 from sglang_ess.tiers.balance.rebalance import AgeRebalancer
@@ -35,7 +35,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         topk = self.capacity.geometry.topk
         moves, hot_rows = self.capacity.geometry.tier.moves, self.capacity.hot_rows
         self.tier = DeviceTier(
-            self.kv_buffer, hot_rows, topk, DEVICE_PLAN_QUERIES, self.device, moves
+            self.kv_buffer, hot_rows, topk, PLAN_QUERIES_CUDA, self.device, moves
         )
         self.hot_caches = self.tier.caches
         if moves:

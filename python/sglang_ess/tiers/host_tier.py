@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
+from sglang_ess.layout import GIB
 from sglang_ess.tiers import cgroup
 
 logger = logging.getLogger(__name__)
 
 MEMINFO = Path("/proc/meminfo")
-GIB = 1 << 30
 LOG_SECONDS = 10  # between two lines of progress
 
 

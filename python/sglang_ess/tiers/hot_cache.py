@@ -18,7 +18,6 @@ from sglang_ess.tiers.throttled_link import CountedLink
 # Per hot row: what the arena has of it, its entry in the free list, and two entries of the queue
 # with their steps; 4 B each. Per slot: its row.
 HOT_ROW_OVERHEAD_BYTES = ARENA_ROW_BYTES + 20
-MAP_BYTES = 4
 CANARY_ROWS = 16  # that one check_rows of the canary compares
 
 

@@ -24,16 +24,16 @@ from ess_kernels.plan import MAX_WIDTH, WARM, PlanBuffers, plan
 from ess_kernels.rebuild_order import Owned, ReorderScratch, reorder
 from ess_kernels.resize_layers import move, move_table
 from ess_kernels.scatter import scatter_rows
+from sglang_ess.layout import PAGE_SLOTS
 from sglang_ess.tiers.balance.row_ages import Look
 from sglang_ess.tiers.hot_cache import RowCorruption
 
-PAGE_ROWS = 64  # FlashMLA reads its cache in pages; rows are allocated in whole ones
 MOST_SHARE = 8  # rows of one layer, of as many in each, where they move: what reorder has room for
 
 
 def whole_pages(num_rows: int) -> int:
     """Rows to allocate for num_rows."""
-    return -(-num_rows // PAGE_ROWS) * PAGE_ROWS
+    return -(-num_rows // PAGE_SLOTS) * PAGE_SLOTS
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from sglang_ess.layout import MIB
 from sglang_ess.trace import format as trace_format
 from sglang_ess.trace.codec import slots_to_positions
 from sglang_ess.trace.format import (
@@ -43,7 +44,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MIB = 1 << 20
 # A frame is written when so much is queued, or after this time: what a crash loses.
 FRAME_BYTES = 4 * MIB  # as queued, int32; about a quarter of it as raw bytes
 FLUSH_SECONDS = 1.0

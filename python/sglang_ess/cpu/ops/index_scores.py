@@ -9,9 +9,10 @@ import torch
 from numba import prange
 
 from sglang_ess.cpu.ops._numba import e4m3_to_float, jit, parallel_jit
-from sglang_ess.cpu.ops.rows import GROUP, PAGE, index_page_bytes, load_index_keys
+from sglang_ess.cpu.ops.rows import load_index_keys
+from sglang_ess.layout import INDEX_DIM, PAGE_SLOTS, index_page_bytes
 
-KEY_BYTES = PAGE * GROUP  # of an fp8 page; its scales follow
+KEY_BYTES = PAGE_SLOTS * INDEX_DIM  # of an fp8 page; its scales follow
 FP32_PAGE_BYTES = index_page_bytes(fp32=True)
 
 
@@ -23,7 +24,7 @@ def _key_scores(q, weights, key):
     while h + 4 <= num_heads:
         s0 = s1 = s2 = s3 = np.float32(0)
         q0, q1, q2, q3 = q[h], q[h + 1], q[h + 2], q[h + 3]
-        for d in range(GROUP):
+        for d in range(INDEX_DIM):
             s0 += q0[d] * key[d]
             s1 += q1[d] * key[d]
             s2 += q2[d] * key[d]
@@ -35,7 +36,7 @@ def _key_scores(q, weights, key):
     while h < num_heads:
         s0 = np.float32(0)
         q0 = q[h]
-        for d in range(GROUP):
+        for d in range(INDEX_DIM):
             s0 += q0[d] * key[d]
         total += weights[h] * max(s0, np.float32(0))
         h += 1
@@ -48,13 +49,13 @@ def _page_scores(q, weights, page, count, out):
     if page.shape[0] == FP32_PAGE_BYTES:
         keys = page.view(np.float32)
         for j in range(count):
-            out[j] = _key_scores(q, weights, keys[j * GROUP : (j + 1) * GROUP])
+            out[j] = _key_scores(q, weights, keys[j * INDEX_DIM : (j + 1) * INDEX_DIM])
         return
     scales = page[KEY_BYTES:].view(np.float32)
-    key = np.empty(GROUP, np.float32)
+    key = np.empty(INDEX_DIM, np.float32)
     bits = key.view(np.uint32)
     for j in range(count):
-        e4m3_to_float(page[j * GROUP : (j + 1) * GROUP], scales[j], bits, key, 0)
+        e4m3_to_float(page[j * INDEX_DIM : (j + 1) * INDEX_DIM], scales[j], bits, key, 0)
         out[j] = _key_scores(q, weights, key)
 
 
@@ -64,8 +65,8 @@ def _index_scores_kernel(q, weights, pages, page_table, lengths, out):
     # One work item a page: a single long request still uses every core.
     for item in prange(num_queries * num_pages):
         t, p = item // num_pages, item % num_pages
-        start = p * PAGE
-        count = min(PAGE, lengths[t] - start)
+        start = p * PAGE_SLOTS
+        count = min(PAGE_SLOTS, lengths[t] - start)
         if count > 0:
             _page_scores(
                 q[t], weights[t], pages[page_table[t, p]], count, out[t, start : start + count]
@@ -93,7 +94,7 @@ def index_scores_paged(
     lengths [B] int32, valid keys of each request; at most P * 64
     Returns [B, P * 64] float32; columns at and past a request's length are unspecified.
     """
-    scores = torch.empty(q.shape[0], page_table.shape[1] * PAGE)
+    scores = torch.empty(q.shape[0], page_table.shape[1] * PAGE_SLOTS)
     _index_scores_kernel(
         q.contiguous().numpy(),
         weights.contiguous().numpy(),
@@ -112,7 +113,7 @@ def index_scores_dense(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tenso
     Returns [T, L] float32, not causally masked. Holds T * H * L floats meanwhile.
     """
     num_tokens, num_heads, _ = q.shape
-    products = torch.mm(q.reshape(-1, GROUP), keys.T).relu_()
+    products = torch.mm(q.reshape(-1, INDEX_DIM), keys.T).relu_()
     products = products.view(num_tokens, num_heads, keys.shape[0])
     return torch.bmm(weights.unsqueeze(1), products).squeeze(1)
 

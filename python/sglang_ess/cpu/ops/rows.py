@@ -1,26 +1,16 @@
-"""Byte formats of a latent row and of an index key.
-
-Latent row, fp8 (656 B, the layout FlashMLA reads: its README, "FP8 KV cache"):
-
-    [0, 512)    512 x e4m3, the latent divided by its group's scale
-    [512, 528)  4 x fp32 scale, one per 128 latents
-    [528, 656)  64 x bf16 rope key, not quantised
-
-Latent row, bf16 or fp32 (1152 B or 2304 B): 512 latents, then 64 rope keys.
-
-Index key, fp8 (132 B): 128 x e4m3 and one fp32 scale. A page of 64 slots holds its 64
-keys first and its 64 scales after them (DeepGEMM's paged layout, which SGLang keeps).
-Index key, fp32 (512 B): 128 x fp32, the CPU platform's exact reference.
-"""
+"""Pack and unpack latent rows and index keys. sglang_ess/layout.py has their byte formats."""
 
 import torch
 
-LATENT_DIM = 512
-ROPE_DIM = 64
-ROW_DIM = LATENT_DIM + ROPE_DIM
-GROUP = 128  # latents per scale, and the width of an index key
-FP8_ROW_BYTES = LATENT_DIM + LATENT_DIM // GROUP * 4 + ROPE_DIM * 2
-PAGE = 64  # slots per index-key page
+from sglang_ess.layout import (
+    FP8_ROW_BYTES,
+    INDEX_DIM,
+    LATENT_DIM,
+    PAGE_SLOTS,
+    SCALE_GROUP,
+    index_page_bytes,
+)
+
 FP8_MAX = 448.0
 # SGLang's fused index-key store clamps the group's maximum here before dividing
 # (kernels/jit/csrc: fused_store_indexer_cache); act_quant does the same for queries.
@@ -53,7 +43,7 @@ def pack_fp8_rows(latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     dsa_quant_k_cache.
     """
     num_tokens = latent.shape[0]
-    groups = latent.float().view(num_tokens, -1, GROUP)
+    groups = latent.float().view(num_tokens, -1, SCALE_GROUP)
     scales = groups.abs().amax(dim=-1) / FP8_MAX
     inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
     packed = torch.empty(num_tokens, FP8_ROW_BYTES, dtype=torch.uint8)
@@ -77,7 +67,7 @@ def unpack_rows(rows: torch.Tensor) -> torch.Tensor:
     latent = rows[:, :LATENT_DIM].contiguous().view(torch.float8_e4m3fn).float()
     scales = rows[:, LATENT_DIM : LATENT_DIM + 16].contiguous().view(torch.float32)
     rope = rows[:, LATENT_DIM + 16 :].contiguous().view(torch.bfloat16).float()
-    latent = latent.view(num_tokens, -1, GROUP) * scales.unsqueeze(-1)
+    latent = latent.view(num_tokens, -1, SCALE_GROUP) * scales.unsqueeze(-1)
     return torch.cat([latent.view(num_tokens, LATENT_DIM), rope], dim=-1)
 
 
@@ -95,33 +85,28 @@ def quantize_index(x: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, t
     return quantised.to(torch.float8_e4m3fn), scale
 
 
-def index_page_bytes(fp32: bool) -> int:
-    """Bytes of one page of index keys."""
-    return PAGE * GROUP * 4 if fp32 else PAGE * (GROUP + 4)
-
-
 def store_index_keys(pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor) -> None:
     """Write index keys into their pages.
 
     pages [num_pages, page bytes] uint8, written; the page size tells the format
     slots [T] int64; keys [T, 128] floating point
     """
-    page, offset = slots // PAGE, slots % PAGE
+    page, offset = slots // PAGE_SLOTS, slots % PAGE_SLOTS
     if pages.shape[1] == index_page_bytes(fp32=True):
-        pages.view(torch.float32).view(-1, PAGE, GROUP)[page, offset] = keys.float()
+        pages.view(torch.float32).view(-1, PAGE_SLOTS, INDEX_DIM)[page, offset] = keys.float()
         return
     quantised, scale = quantize_index(keys, power_of_two=False)
-    key_bytes = PAGE * GROUP
-    pages[:, :key_bytes].view(-1, PAGE, GROUP)[page, offset] = quantised.view(torch.uint8)
+    key_bytes = PAGE_SLOTS * INDEX_DIM
+    pages[:, :key_bytes].view(-1, PAGE_SLOTS, INDEX_DIM)[page, offset] = quantised.view(torch.uint8)
     pages[:, key_bytes:].view(torch.float32)[page, offset] = scale
 
 
 def load_index_keys(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Index keys of the slots [T] -> [T, 128] float32, scale applied."""
-    page, offset = slots // PAGE, slots % PAGE
+    page, offset = slots // PAGE_SLOTS, slots % PAGE_SLOTS
     if pages.shape[1] == index_page_bytes(fp32=True):
-        return pages.view(torch.float32).view(-1, PAGE, GROUP)[page, offset]
-    key_bytes = PAGE * GROUP
-    keys = pages[:, :key_bytes].view(-1, PAGE, GROUP)[page, offset]
+        return pages.view(torch.float32).view(-1, PAGE_SLOTS, INDEX_DIM)[page, offset]
+    key_bytes = PAGE_SLOTS * INDEX_DIM
+    keys = pages[:, :key_bytes].view(-1, PAGE_SLOTS, INDEX_DIM)[page, offset]
     scale = pages[:, key_bytes:].view(torch.float32)[page, offset]
     return keys.view(torch.float8_e4m3fn).float() * scale.unsqueeze(-1)

@@ -18,16 +18,8 @@ from sglang_ess.cpu.ops._numba import (
     jit,
     to_float,
 )
-from sglang_ess.cpu.ops.rows import (
-    FORMAT_BF16,
-    FORMAT_FP8,
-    FP8_ROW_BYTES,
-    GROUP,
-    LATENT_DIM,
-    ROW_DIM,
-    row_format,
-    unpack_rows,
-)
+from sglang_ess.cpu.ops.rows import FORMAT_BF16, FORMAT_FP8, row_format, unpack_rows
+from sglang_ess.layout import FP8_ROW_BYTES, LATENT_DIM, ROW_DIM, SCALE_GROUP
 
 # Rows decoded at a time: 16 x 576 floats (36 KiB) leave room in a 48 KiB L1 for the
 # query; the dot products then run four rows abreast.
@@ -39,9 +31,9 @@ def _load_row(row, fmt, out, bits):
     """out [576] float32 = latent row [row_bytes] uint8 in the given format."""
     if fmt == FORMAT_FP8:
         scales = row[LATENT_DIM : LATENT_DIM + 16].view(np.float32)
-        for group in range(LATENT_DIM // GROUP):
-            start = group * GROUP
-            e4m3_to_float(row[start : start + GROUP], scales[group], bits, out, start)
+        for group in range(LATENT_DIM // SCALE_GROUP):
+            start = group * SCALE_GROUP
+            e4m3_to_float(row[start : start + SCALE_GROUP], scales[group], bits, out, start)
         bf16_to_float(row[LATENT_DIM + 16 : FP8_ROW_BYTES].view(np.uint16), bits, LATENT_DIM)
     elif fmt == FORMAT_BF16:
         bf16_to_float(row.view(np.uint16), bits, 0)

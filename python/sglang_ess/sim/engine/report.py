@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from sglang_ess.layout import GIB
 from sglang_ess.sim.engine.requests import Requests, State
-from sglang_ess.tiers.host_tier import GIB
 
 PERCENTS = (50, 90, 99)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from sglang_ess.admission.policy import Limits
+from sglang_ess.layout import PAGE_SLOTS
 from sglang_ess.sim.engine.admission_gate import Gate
 from sglang_ess.sim.engine.decode_rank import DecodeRank, RankLimits
 from sglang_ess.sim.engine.fetches import ConstantFetches, Fetches, TierFetches
@@ -22,7 +23,7 @@ from sglang_ess.sim.model.cost import CostModel
 from sglang_ess.sim.model.decode_tiers import DecodeTiers
 from sglang_ess.sim.model.locality import Locality
 from sglang_ess.sim.model.memory import Charges, Memory
-from sglang_ess.sim.model.slots import PAGE_SLOTS, whole_pages
+from sglang_ess.sim.model.slots import whole_pages
 
 GROWTH_SLACK = 4 * PAGE_SLOTS  # tokens by which a request's simulated rows may run ahead
 

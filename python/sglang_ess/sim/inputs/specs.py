@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sglang_ess.layout import FP8_ROW_BYTES
 from sglang_ess.sim.inputs.files import (
     FRACTION,
     NOT_NEGATIVE,
@@ -31,7 +32,6 @@ __all__ = [
 
 OVERLAPS = ("off", "da", "dba", "layerwise", "auto", "halves")
 AT_LEAST_ONE = ("1 or more", lambda value: 1 <= value < float("inf"))
-ROW_BYTES = 656  # of the rows that benchmarks/kernels.py copies
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ def _gather_gb_s(rows: list[dict]) -> float:
         at = row["config"]
         if (
             at["system"] in ("triton", "cuda")
-            and at["row_bytes"] == ROW_BYTES
+            and at["row_bytes"] == FP8_ROW_BYTES
             and at["batch"] >= 16
             and at["misses"] >= 64
         ):

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sglang_ess.layout import PAGE_SLOTS, PLAN_QUERIES_CUDA
 from sglang_ess.sim.model.locality import RECENT_QUERIES, Locality, TopkStream
-from sglang_ess.sim.model.slots import PAGE_SLOTS, PLAN_QUERIES, whole_pages
+from sglang_ess.sim.model.slots import whole_pages
 from sglang_ess.tiers import HotCache, PlanBuffers
 
 WARMUPS = ("cold", "recent", "settled")
@@ -82,12 +83,12 @@ class _Layer:
 def _fetched(cache: HotCache, topk: np.ndarray) -> np.ndarray:
     """One step of a layer, as the server plans it. Returns rows fetched by query [queries]."""
     misses = np.empty(len(topk), np.int64)
-    for first in range(0, len(topk), PLAN_QUERIES):
-        block = torch.from_numpy(topk[first : first + PLAN_QUERIES])
+    for first in range(0, len(topk), PLAN_QUERIES_CUDA):
+        block = torch.from_numpy(topk[first : first + PLAN_QUERIES_CUDA])
         start: tuple[int, int] | None = (0, 0)
         while start is not None:
             start = cache.plan(block, start, same_step=first > 0).stop
-        misses[first : first + PLAN_QUERIES] = cache.query_misses
+        misses[first : first + PLAN_QUERIES_CUDA] = cache.query_misses
     return misses
 
 

@@ -5,21 +5,18 @@
 
 ESS counts `batch x context x layers x (ratio x row + index key)` and nothing else; that equation
 gives the batch and ratio of each of its rows. Ours adds maps, row state and staging as
-sglang_ess/mem_cache/capacity.py does, which this room may not import: a test compares the two.
+mem_cache/capacity.py does. This room may not import that file: a test compares the two.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_ess.layout import GIB, MAP_BYTES, PAGE_SLOTS, PLAN_QUERIES_CUDA, STAGING_BUFFERS
 from sglang_ess.sim.inputs.specs import Deployment, Gpu, Model
 from sglang_ess.sim.model.cost import HEAD_WEIGHT_BYTES
-from sglang_ess.sim.model.slots import PAGE_SLOTS, PLAN_QUERIES
-from sglang_ess.tiers.host_tier import GIB
-from sglang_ess.tiers.hot_cache import MAP_BYTES
 from sglang_ess.tiers.throttled_link import probe_bytes
 
-STAGING_BUFFERS = 2
 ROW_STATE_BYTES = 16  # ess_kernels.hot_state: of a hot row in one layer
 ROW_ORDER_BYTES = 4  # ess_kernels.rebuild_order: of a hot row, for all layers
 ORDER_BYTES = 262_148  # the same, whatever the rows
@@ -47,7 +44,7 @@ class Charges:
     @classmethod
     def ours(cls, model: Model) -> Charges:
         """As the GPU pool allocates."""
-        plans = PLAN_QUERIES * model.topk * PLAN_BYTES_PER_LOOKUP
+        plans = PLAN_QUERIES_CUDA * model.topk * PLAN_BYTES_PER_LOOKUP
         return cls(
             slot_bytes=model.layers * model.index_bytes + (model.layers + 1) * MAP_BYTES,
             hot_row_bytes=model.layers * (model.row_bytes + ROW_STATE_BYTES) + ROW_ORDER_BYTES,

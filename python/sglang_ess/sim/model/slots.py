@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-PAGE_SLOTS = 64  # SGLang's pool for sparse attention allocates so many at a time
-PLAN_QUERIES = 256  # of one plan on a GPU: capacity.DEVICE_PLAN_QUERIES
+from sglang_ess.layout import PAGE_SLOTS
 
 
 def whole_pages(tokens: int) -> int:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from sglang_ess.layout import GIB
 from sglang_ess.sim.inputs.specs import Calibration, Deployment, Gpu, Link, Model
 from sglang_ess.sim.model.cost import CostModel
 from sglang_ess.sim.model.memory import Memory
 from sglang_ess.sim.model.miss_table import MissTable
-from sglang_ess.tiers.host_tier import GIB
 
 MIN_GAIN = 0.02  # tokens/s over one tier, below which ESS is not worth its settings
 BUDGET_GAIN = 0.02  # of misses: layer_budgets.MIN_GAIN

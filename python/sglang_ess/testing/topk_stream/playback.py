@@ -8,13 +8,12 @@ from functools import cache
 import torch
 
 from ess_kernels.replay_topk import replay_topk, replay_topk_reference
+from sglang_ess.layout import PAGE_SLOTS
 from sglang_ess.testing.topk_stream.announce import requested
 from sglang_ess.testing.topk_stream.spec import table_for
 from sglang_ess.testing.topk_stream.table import StreamTable
 
 logger = logging.getLogger(__name__)
-
-PAGE_SLOTS = 64  # SGLang's page of sparse models
 
 
 class Playback:
