@@ -425,7 +425,7 @@ def bundle(folder, part_size):
 
 
 def join(source, target):
-    command = ["scripts/gpu_bundle.sh", "--join", source, target]
+    command = ["tools/gpu_bundle.sh", "--join", source, target]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -450,7 +450,7 @@ def test_a_spoilt_wheel_is_refused(tmp_path):
 @without_gpu
 def test_the_check_wants_a_gpu(tmp_path):
     done = subprocess.run(
-        ["scripts/gpu_check.sh", "--quick"], cwd=ROOT, capture_output=True, text=True,
+        ["tools/gpu_check.sh", "--quick"], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "OUT": str(tmp_path), "WORK": str(tmp_path), "PYTHON": sys.executable},
     )  # fmt: skip
     assert done.returncode == 2 and "a CUDA device must be there: got none" in done.stderr

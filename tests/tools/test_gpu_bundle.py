@@ -1,4 +1,4 @@
-"""scripts/gpu_bundle.sh and gpu_install.sh: wheels leave in parts, arrive one after the other, and
+"""tools/gpu_bundle.sh and gpu_install.sh: wheels leave in parts, arrive one after the other, and
 become an environment that finds our plugin; what is missing or spoilt is said. No network, no GPU.
 """
 
@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, REPO / "scripts" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, REPO / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -69,7 +69,7 @@ def parts(tmp_path_factory):
         "kernels ess-tiny-small ess_tiny_small # why\nserving ess-tiny-large ess_tiny_large\n"
     )
     done = run(
-        "scripts/gpu_bundle.sh", "--for", "serving", "--part-mib", 1, "--to", folder / "parts",
+        "tools/gpu_bundle.sh", "--for", "serving", "--part-mib", 1, "--to", folder / "parts",
         folder=folder, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(folder / "index"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -77,7 +77,7 @@ def parts(tmp_path_factory):
 
 
 def install(folder, source, venv):
-    return run("scripts/gpu_install.sh", sys.executable, source, venv, folder=folder)
+    return run("tools/gpu_install.sh", sys.executable, source, venv, folder=folder)
 
 
 def test_no_part_is_over_its_limit(parts):
@@ -135,13 +135,13 @@ def test_a_spoilt_piece_is_refused_before_it_is_taken(parts, tmp_path):
     content = bytearray(piece.read_bytes())
     content[len(content) // 2] ^= 1
     piece.write_bytes(content)
-    done = run("scripts/gpu_bundle.sh", "--join", part, tmp_path / "joined", folder=tmp_path)
+    done = run("tools/gpu_bundle.sh", "--join", part, tmp_path / "joined", folder=tmp_path)
     assert done.returncode == 1 and "must have the checksums it left with" in done.stderr
     assert not list((tmp_path / "joined").glob("*.piece*"))
 
 
 def test_the_list_names_pinned_distributions_once():
-    rows = [line.split("#")[0].split() for line in (REPO / "scripts/gpu_wheels.txt").open()]
+    rows = [line.split("#")[0].split() for line in (REPO / "tools/gpu_wheels.txt").open()]
     rows = [row for row in rows if row]
     names = [gpu_site._normal(row[1]) for row in rows]
     assert len(names) == len(set(names)) and {row[0] for row in rows} == {

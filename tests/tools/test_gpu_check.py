@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh: its stages, their time and what it says of them, with commands that only
+"""tools/gpu_check.sh: its stages, their time and what it says of them, with commands that only
 pretend. What the stages do is run on a GPU host; that it refuses to run without a GPU is in
 test_kernel_benchmark.py.
 """
@@ -48,7 +48,7 @@ def host(tmp_path):
         env = os.environ | {name: str(tmp_path / path) for name, path in names.items()}
         env |= {"PATH": f"{bin}:{os.environ['PATH']}", "PYTHON": str(bin / "python")}
         done = subprocess.run(
-            [REPO / "scripts/gpu_check.sh", *arguments],
+            [REPO / "tools/gpu_check.sh", *arguments],
             env=env | {"CALLS": str(calls)} | environment,
             capture_output=True,
             text=True,

@@ -2,8 +2,8 @@
 # Collects the wheels that a GPU host without network lacks, in parts that travel one by one, and
 # joins them there. docs/gpu.md says which host and what for.
 #
-#   scripts/gpu_bundle.sh [--for kernels|serving] [--part-mib N] [--to FOLDER] [PACKAGE...]
-#   scripts/gpu_bundle.sh --join [FROM [TO]]                          check and join there
+#   tools/gpu_bundle.sh [--for kernels|serving] [--part-mib N] [--to FOLDER] [PACKAGE...]
+#   tools/gpu_bundle.sh --join [FROM [TO]]                          check and join there
 #
 # Defaults: kernels, for benchmarks/kernels.py; 60 MiB; .whl, where folders part<i> are made; --join
 # .whl /tmp/ess_wheels. serving: also what SGLang's server needs on DeepSeek-V3.2, torch included;
@@ -36,7 +36,7 @@ find_python() { # module: prints an interpreter that has it
 }
 
 listed() { # kernels|serving: its packages
-  sed 's/#.*//' "${LISTED:-scripts/gpu_wheels.txt}" |
+  sed 's/#.*//' "${LISTED:-tools/gpu_wheels.txt}" |
     awk -v wanted="$1" '$1 == "kernels" || $1 == "serving" && wanted == "serving" { print $2 }'
 }
 
@@ -84,7 +84,7 @@ collect() { # kernels|serving part_mib to package...
   # shellcheck disable=SC2046  # one word a package
   download "$work/all" $(listed "$set") "$@"
   for file in "$work"/all/*.whl; do # one by one: torch unpacked is 1.3 GB
-    "$python" scripts/gpu_slim.py "$work/slim" "$file"
+    "$python" tools/gpu_slim.py "$work/slim" "$file"
     rm "$file"
     xz -T 0 "$work/slim/$(basename "$file")"
   done

@@ -1,4 +1,4 @@
-"""`python scripts/gpu_slim.py OUT WHEEL...`: wheels without what a Hopper GPU cannot use.
+"""`python tools/gpu_slim.py OUT WHEEL...`: wheels without what a Hopper GPU cannot use.
 
 Each WHEEL is written to OUT under its own name and version, stored, so that a compressor
 afterwards sees all of it. Left out: the files of DROPPED, and in every shared library the device

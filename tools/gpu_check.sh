@@ -2,8 +2,8 @@
 # One command on a host with an NVIDIA GPU and no network: everything that needs the device, stage
 # by stage. docs/gpu.md says which host, what has to be carried there, and what each stage prints.
 #
-#   scripts/gpu_check.sh [--stages LIST] [--quick] [--seconds N] [-- arguments]
-#   scripts/gpu_check.sh --receive      keep the parts of a bundle that were carried, and end
+#   tools/gpu_check.sh [--stages LIST] [--quick] [--seconds N] [-- arguments]
+#   tools/gpu_check.sh --receive      keep the parts of a bundle that were carried, and end
 #
 # LIST, separated by commas; they run in this order [facts,wheels,build,tests,bench]:
 #   facts    the card, the driver, versions: always
@@ -80,7 +80,7 @@ stage() { # name, arguments...: runs it, logs it, keeps what became of it
   fi
   echo "== $name (at most $most s)" | tee -a "$LOG"
   before=$(stat -c %s "$LOG")
-  MOST=$most timeout --kill-after=10 "$most" scripts/gpu_stage.sh "$@" >>"$LOG" 2>&1 </dev/null
+  MOST=$most timeout --kill-after=10 "$most" tools/gpu_stage.sh "$@" >>"$LOG" 2>&1 </dev/null
   status=$?
   tail -c "+$((before + 1))" "$LOG" | tail -n 60 | cut -c1-300
   times+=($((SECONDS - start)))
@@ -138,7 +138,7 @@ first_path=$PATH:/usr/local/cuda/bin first_pythonpath=${PYTHONPATH:-}
 [ -n "${CUDA_HOME:-}" ] || [ ! -d /usr/local/cuda ] || export CUDA_HOME=/usr/local/cuda
 export OUT SITE VENV PYTHON WHEELS WORK JOINED PATH PYTHONPATH PYTHONUNBUFFERED=1
 if [ $receive = 1 ]; then
-  scripts/gpu_stage.sh receive 2>&1 | tee "$LOG"
+  tools/gpu_stage.sh receive 2>&1 | tee "$LOG"
   exit "${PIPESTATUS[0]}"
 fi
 

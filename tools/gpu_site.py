@@ -1,14 +1,14 @@
 """A virtual environment on a GPU host: the host's packages, then ours, and this checkout.
 
-    python scripts/gpu_site.py host VENV      before wheels are installed; by the host's Python
-    python scripts/gpu_site.py finish VENV    after the last one; by VENV's Python
+    python tools/gpu_site.py host VENV      before wheels are installed; by the host's Python
+    python tools/gpu_site.py finish VENV    after the last one; by VENV's Python
 
 A virtual environment of a virtual environment sees the packages of neither, so a .pth file names
 the host's folders, behind VENV's own: what a wheel brought hides what the host has. It names our
 source roots too, and metadata beside it tells SGLang of our entry points; nothing is built. Wheels
 find CUDA's libraries by paths relative to their own, so links stand where the host's would be.
 
-`finish` prints a line for each thing that scripts/gpu_wheels.txt names and VENV lacks or cannot
+`finish` prints a line for each thing that tools/gpu_wheels.txt names and VENV lacks or cannot
 import; exit status 1 if there was one.
 """
 
@@ -120,7 +120,7 @@ def _absence(origin: str, name: str) -> str | None:
         version = None
     if origin == "host":
         if version is None:
-            return f"expected of the host. Bring it: scripts/gpu_bundle.sh --for serving {name}"
+            return f"expected of the host. Bring it: tools/gpu_bundle.sh --for serving {name}"
         return None
     pin = _pins().get(_normal(name), version)
     if version is None or version != pin:
@@ -159,7 +159,7 @@ def main(action: str, venv: Path) -> int:
     link_cuda(packages(venv))
     register_checkout(packages(venv))
     importlib.invalidate_caches()
-    listed = Path(os.environ.get("LISTED", REPO / "scripts" / "gpu_wheels.txt"))
+    listed = Path(os.environ.get("LISTED", REPO / "tools" / "gpu_wheels.txt"))
     lines = missing(listed)
     for line in lines:
         print(f"gpu_install: {line}", file=sys.stderr)

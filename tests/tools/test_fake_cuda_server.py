@@ -22,7 +22,7 @@ import torch
 
 from sglang_ess.attention.overlap import Mode
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
-from tests.fake_cuda import build
+from tools.fake_cuda import build
 from tests.support.server import Server
 
 pytestmark = [

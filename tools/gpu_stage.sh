@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One stage of scripts/gpu_check.sh, which says what each does and starts it with a time limit:
-#   scripts/gpu_stage.sh NAME [arguments of its program]
+# One stage of tools/gpu_check.sh, which says what each does and starts it with a time limit:
+#   tools/gpu_stage.sh NAME [arguments of its program]
 # Environment, all set by gpu_check.sh: its own OUT, WHEELS, SITE, VENV, WORK, PYTHON; JOINED,
 # where wheels go as parts of a bundle arrive; MOST, the seconds the stage has.
 # Exit status: 0 if it passed.
@@ -18,7 +18,7 @@ receive() { # joins what was carried with what came before: 1 while something is
   local folder status=0
   for folder in $WHEELS; do
     [ -n "$(find "$folder" -name SHA256SUMS -print -quit 2>/dev/null)" ] || continue
-    scripts/gpu_bundle.sh --join "$folder" "$JOINED" || status=1
+    tools/gpu_bundle.sh --join "$folder" "$JOINED" || status=1
   done
   return "$status"
 }
@@ -53,7 +53,7 @@ wheels() {
 
 install() {
   rm -f "$VENV/complete"
-  receive && scripts/gpu_install.sh "$PYTHON" "$JOINED" "$VENV" && compute && touch "$VENV/complete"
+  receive && tools/gpu_install.sh "$PYTHON" "$JOINED" "$VENV" && compute && touch "$VENV/complete"
 }
 
 compute() { # the device takes the libraries, whose code for other cards did not travel
@@ -105,7 +105,7 @@ measure() { # name, module, arguments...: a benchmark that writes name.json and 
   # What is running when --seconds end is finished, and the files are written.
   "$PYTHON" -m "$module" --json "$OUT/$name.json" --plot "$OUT/$name.png" --seconds $rest "$@"
   status=$?
-  cp "$OUT/$name.json" "$WORK/" # a lent machine's OUT is emptied before the next call
+  cp "$OUT/$name.json" "$WORK/" # OUT may be emptied before the next call
   return "$status"
 }
 
@@ -133,7 +133,7 @@ serving() {
     "$PYTHON" -m sglang_ess.slice_model --out "$WORK/slice" "${SLICE[@]}" || return
   fi
   # bench may have run out of time before its cost table was whole
-  ! "$PYTHON" -c "from sglang_ess.attention import overlap_policy as o; o.CostTable.read('$table')" ||
+  ! "$PYTHON" -c "from sglang_ess.attention.overlap import CostTable; CostTable.read('$table')" ||
     costs=(--overlap-costs "$table")
   measure gpu_serving benchmarks.gpu_serving --model "$WORK/slice" --logs "$WORK/serving" \
     "${costs[@]}" "$@"

@@ -2,26 +2,26 @@
 # Installs a bundle of gpu_bundle.sh, and this checkout, into a virtual environment on a GPU host
 # without network. It can be called as parts arrive: each call takes what is there.
 #
-#   scripts/gpu_install.sh [PYTHON [FROM [VENV]]]
+#   tools/gpu_install.sh [PYTHON [FROM [VENV]]]
 #
 # Defaults: python3, whose packages VENV sees behind its own; .whl, a folder of parts or of wheels;
 # /tmp/ess_venv, made if it is not there. Parts are joined in JOINED [/tmp/ess_wheels].
 # Prints a line for each thing that is missing. Exit status: 0 if VENV/bin/python can serve, 1 if
 # something is missing, 2 if a wheel could not be installed. LISTED: what is wanted
-# [scripts/gpu_wheels.txt].
+# [tools/gpu_wheels.txt].
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${1:-python3} FROM=${2:-.whl} VENV=${3:-/tmp/ess_venv}
 JOINED=${JOINED:-/tmp/ess_wheels}
-LISTED=${LISTED:-scripts/gpu_wheels.txt}
+LISTED=${LISTED:-tools/gpu_wheels.txt}
 export LISTED
 
 say() { echo "gpu_install: $*" >&2; }
 
 join_parts() { # sets FROM and, if wheels are still to come, status
   [ -n "$(find "$FROM" -name SHA256SUMS -print -quit 2>/dev/null)" ] || return 0
-  PYTHON=$PYTHON scripts/gpu_bundle.sh --join "$FROM" "$JOINED" || status=1
+  PYTHON=$PYTHON tools/gpu_bundle.sh --join "$FROM" "$JOINED" || status=1
   FROM=$JOINED
 }
 
@@ -48,8 +48,8 @@ install_wheels() { # those that came since the last call
 status=0
 join_parts
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv --without-pip "$VENV"
-"$PYTHON" scripts/gpu_site.py host "$VENV"
+"$PYTHON" tools/gpu_site.py host "$VENV"
 install_wheels
 [ "$status" = 0 ] || exit 1 # join has said what is to come
-"$VENV/bin/python" scripts/gpu_site.py finish "$VENV" || exit 1
+"$VENV/bin/python" tools/gpu_site.py finish "$VENV" || exit 1
 say "$VENV/bin/python can serve, $SECONDS s"

@@ -1,0 +1,1 @@
+"""Programs that help to develop the project and are no part of the product."""
