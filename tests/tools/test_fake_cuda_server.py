@@ -22,8 +22,8 @@ import torch
 
 from sglang_ess.attention.overlap import Mode
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
-from tools.fake_cuda import build
 from tests.support.server import Server
+from tools.fake_cuda import build
 
 pytestmark = [
     pytest.mark.slow,
