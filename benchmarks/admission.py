@@ -94,7 +94,7 @@ def simulate(point: Point, requests: int, seed: int) -> dict[str, float]:
         "misses": results.misses,
         "itl_p50_ms": 1000 * results.itl.p50,
         "itl_p99_ms": 1000 * results.itl.p99,
-        "shed": results.shed,
+        "shed": results.preempted,
     }
 
 

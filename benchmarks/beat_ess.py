@@ -48,7 +48,7 @@ SETTLE = 20  # steps before those that count
 HOST_GIB = 1024
 PORTION = 64  # rows that budgets move
 # A tier that holds no step's union takes passes. The union of two queries is 1.3 top-k's.
-LEAST_ROWS = 1.4
+MIN_ROWS = 1.4
 PUBLISHED = {32 * K: 69.4, 128 * K: 122.7}
 
 
@@ -137,14 +137,14 @@ class Setting:
         """Those whose tier holds more than a step's union, in steps of about 2 %."""
         most = self.memory.max_batch(self.context)
         found = range(most // 3, most, max(1, most // 80))
-        return [b for b in found if self.rows(b) >= LEAST_ROWS * self.model.topk]
+        return [b for b in found if self.rows(b) >= MIN_ROWS * self.model.topk]
 
     def at(self, batch: int, overlap: str, curves: list[MissCurve] | None) -> Point:
         """curves: that budgets are made by; None: as many rows for every layer."""
         rows, layers = self.rows(batch), self.model.layers
         budgets = uniform(layers, rows * layers)
         if curves is not None:
-            least = int(LEAST_ROWS * self.model.topk)
+            least = int(MIN_ROWS * self.model.topk)
             budgets = allot(curves, rows * layers, least, self.context, PORTION).rows
         misses = np.array([c.at(n) for c, n in zip(self.curves, budgets, strict=True)])
         cost = self.cost(overlap)
@@ -229,7 +229,7 @@ def check(report: Report, locality: Locality, context: int, point: Point, quick,
     layers = locality.spread(4 if quick else 16)
     found = measure(
         locality, context, 4 if quick else 12, [point.budgets[layer] for layer in layers],
-        queries=QUERIES, steps=20 if quick else 40, settle=20, layers=layers, seed=seed,
+        queries=QUERIES, steps=20 if quick else 40, warmup_steps=20, layers=layers, seed=seed,
     )  # fmt: skip
     error = found.mean / point.misses[list(layers)].mean() - 1
     report.summarise(f"curve_error_{context // K}k", error)

@@ -154,7 +154,7 @@ class EnginePlan:
         return self.system in ESS_SYSTEMS
 
     @property
-    def most_requests(self) -> int:
+    def max_requests(self) -> int:
         return max(point.batch for point in self.points)
 
     @property
@@ -407,7 +407,7 @@ def server_args(engine: EnginePlan, plan: Plan, model: Model) -> dict[str, Any]:
         "kv_cache_dtype": "fp8_e4m3",
         "context_length": engine.context_tokens(plan),
         "max_total_tokens": engine.slots,
-        "max_running_requests": engine.most_requests,
+        "max_running_requests": engine.max_requests,
         "num_reserved_decode_tokens": plan.new_tokens,
         "disaggregation_decode_extra_slots": 0,
         "disable_radix_cache": True,  # as decode of PD has it anyway; HiSparse asks for the word

@@ -19,7 +19,7 @@ from typing import Any
 MIB = 2**20
 SAMPLE_SECONDS = 0.025
 # Shorter than this a difference of two samples says little.
-LEAST_SECONDS = 0.06
+MIN_SECONDS = 0.06
 FIGURES = ("pcie", "pcie_out", "gpu_busy", "sm_busy")
 
 
@@ -132,7 +132,7 @@ class Probe:
     def between(self, start: float, end: float) -> dict[str, float | None]:
         """FIGURES of the samples from start to end (perf_counter's seconds)."""
         inside = [(at, sample) for at, sample in self._samples if start <= at <= end]
-        self._short = not inside or inside[-1][0] - inside[0][0] < LEAST_SECONDS
+        self._short = not inside or inside[-1][0] - inside[0][0] < MIN_SECONDS
         if self._short:
             return dict.fromkeys(FIGURES)
         if self.kind == "gpm":

@@ -16,7 +16,7 @@ from sglang_ess.attention.overlap import CostTable, Mode
 ROW_BYTES = 656
 PLAN_POINT = {"batch": 160, "topk": 2048}
 EXPOSED_POINT = {"batch": 160, "misses": 256}
-LEAST_BATCH, LEAST_MISSES = 16, 64  # from where fetch must reach the share of the peak
+MIN_BATCH, MIN_MISSES = 16, 64  # from where fetch must reach the share of the peak
 OUR_KERNELS = ("triton", "cuda")
 FETCHES = (*OUR_KERNELS, "memcpy_per_row", "memcpy_batch", "index_select")
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
@@ -55,7 +55,7 @@ def fetch_share(report: Report, system: str) -> float | None:
     rates = [
         row["gb_per_s"]
         for row in measured_rows(report, "fetch", system=system, row_bytes=ROW_BYTES)
-        if row["config"]["batch"] >= LEAST_BATCH and row["config"]["misses"] >= LEAST_MISSES
+        if row["config"]["batch"] >= MIN_BATCH and row["config"]["misses"] >= MIN_MISSES
     ]
     return min(rates) / roof if roof and rates else None
 

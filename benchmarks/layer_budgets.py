@@ -24,7 +24,7 @@ from sglang_ess.tiers.balance import budgets as layer_budgets
 from sglang_ess.tiers.balance import rebalance
 from sglang_ess.tiers.balance.ghost_cache import GhostCache
 from sglang_ess.tiers.balance.rebalance import AgeRebalancer, AgeSchedule, Rebalancer, Schedule
-from sglang_ess.tiers.balance.row_ages import Look
+from sglang_ess.tiers.balance.row_ages import AgeSnapshot
 from sglang_ess.tiers.hot_arena import HotArena
 
 PROFILE = "deepseek-v3.2"
@@ -54,11 +54,11 @@ class Phase:
         return np.mean(self.misses, axis=0)
 
 
-def look_at(caches: list[HotCache]) -> Look:
-    """As DeviceTier.look()."""
+def age_snapshot_of(caches: list[HotCache]) -> AgeSnapshot:
+    """As DeviceTier.age_snapshot()."""
     evictions = np.array([cache.counters["evictions"] for cache in caches])
     steps = np.array([cache.steps for cache in caches])
-    return Look(np.stack([_ages_of(cache) for cache in caches]), evictions, steps)
+    return AgeSnapshot(np.stack([_ages_of(cache) for cache in caches]), evictions, steps)
 
 
 def _ages_of(cache: HotCache) -> np.ndarray:
@@ -79,10 +79,10 @@ class ByAge:
         self._arena, self._demand, self._steps = arena, min(demand, rows), 0
 
     def step(self) -> None:
-        look, self._steps = None, self._steps + 1
+        snapshot, self._steps = None, self._steps + 1
         if self._steps % LOOK_STEPS == 0:
-            look = look_at(self._arena.caches)
-        if (budgets := self.decides.step(self._demand, look)) is not None:
+            snapshot = age_snapshot_of(self._arena.caches)
+        if (budgets := self.decides.step(self._demand, snapshot)) is not None:
             self._arena.resize(list(budgets.rows))
 
 
@@ -173,9 +173,9 @@ def measure(report: common.Report, point: dict, num_layers: int, seed: int) -> N
     for side in stage.sides.values():
         side.begin()
     stage.ghost_seconds.clear()
-    watched = -(-num_layers // rebalance.LAYERS_A_STEP) + schedule.settle + schedule.counted
+    watched = -(-num_layers // rebalance.LAYERS_A_STEP) + schedule.warmup_steps + schedule.counted
     # One round too, that ends with the other's.
-    age_schedule = AgeSchedule(settle=watched - AgeSchedule.counted)
+    age_schedule = AgeSchedule(warmup_steps=watched - AgeSchedule.counted)
     demand = point["requests"] * (topk + 1)
     by_age.rebalancer = ByAge(by_age.arena, demand, topk, age_schedule)
     stage.run(watched)

@@ -157,7 +157,7 @@ OUTPUT = Scenario(
 )
 ONE_TIER_REQUESTS = 4.3  # what the device bytes hold one-tier; a fraction is never admitted
 HOT_RATIO = 0.1
-LEAST_USED = 0.95  # of the device bytes
+MIN_USED = 0.95  # of the device bytes
 # A small model, so that a step costs little beside its misses, and a top-k of most of the context,
 # so that a request's working set is nearly its whole context and stays that.
 THRASH = Scenario(
@@ -327,9 +327,9 @@ def record_sizes(bench: Bench, name: str, facts: dict) -> None:
     """Raises: RuntimeError if the pool takes more device bytes than it was given, or far fewer:
     then the host tier was too small, for want of host memory."""
     limit, found = device_gib() * 2**30, facts["device_bytes"]
-    if not LEAST_USED * limit <= found <= limit:
+    if not MIN_USED * limit <= found <= limit:
         raise RuntimeError(
-            f"{name} must take {LEAST_USED:g} to 1 of its {limit:.0f} device bytes: got {found}. "
+            f"{name} must take {MIN_USED:g} to 1 of its {limit:.0f} device bytes: got {found}. "
             "Free host memory."
         )
     for key, unit in (("device_bytes", "B"), ("host_bytes", "B"), ("slots", "")):

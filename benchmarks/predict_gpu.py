@@ -122,7 +122,14 @@ def simulated_misses(
     requests = min(batch, QUICK_REQUESTS) if quick else batch
     steps = QUICK_STEPS if quick else STEPS
     found = measure(
-        locality, played[-1], requests, rows, steps=steps, settle=steps, layers=chosen, seed=seed
+        locality,
+        played[-1],
+        requests,
+        rows,
+        steps=steps,
+        warmup_steps=steps,
+        layers=chosen,
+        seed=seed,
     )
     return found.misses[which]
 

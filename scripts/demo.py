@@ -111,7 +111,7 @@ def ask(url: str, text: str) -> Answer:
 
 
 @contextmanager
-def most_running(server: Server) -> Iterator[list[int]]:
+def max_running(server: Server) -> Iterator[list[int]]:
     """Ask the server how many requests it runs until the end: [the most so far]."""
     most, ended = [0], threading.Event()
 
@@ -178,7 +178,7 @@ def question_all(server: Server, log: Path, texts: list[str]) -> Served:
             print(f"\rone by one: {number} of {len(texts)}", end="\r", flush=True)
     print(f"one by one: {len(texts)} answers, {time.perf_counter() - since:.1f} s", flush=True)
     since = time.perf_counter()
-    with most_running(server) as running, ThreadPoolExecutor(len(texts)) as pool:
+    with max_running(server) as running, ThreadPoolExecutor(len(texts)) as pool:
         together = list(pool.map(lambda text: ask(server.url, text), texts))
     seconds = time.perf_counter() - since
     print(f"at once: {len(texts)} answers, {seconds:.1f} s", flush=True)

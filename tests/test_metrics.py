@@ -405,7 +405,7 @@ def test_admission_is_exported_as_it_stands():
         return registry.get_sample_value(f"sglang:ess_{name}", {"model_name": "m"} | more)
 
     for refusals in (2, 3):
-        admission.held[HOT_TIER], admission.retractions = refusals, refusals - 1
+        admission.deferred[HOT_TIER], admission.retractions = refusals, refusals - 1
         exporter.update_admission(admission)
         assert value("held_rounds_total", reason=HOT_TIER) == refusals
         assert value("held_rounds_total", reason="link") == 0

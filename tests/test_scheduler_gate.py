@@ -53,8 +53,8 @@ def test_requests_wait_for_the_hot_tier(model, ungated):
     tokens, steps = serve(model, "cautious", **SLOW_LINK)
     assert tokens == ungated
     most = max(step.running for step in steps)
-    assert 1 <= most < REQUESTS and steps[-1].held[HOT_TIER] > 0
-    assert steps[-1].shed == 0
+    assert 1 <= most < REQUESTS and steps[-1].deferred[HOT_TIER] > 0
+    assert steps[-1].preempted == 0
     # Measured, not the prior of three top-k's, and within the rows a request has.
     assert 128 <= steps[-1].working_set_rows <= 650
 
@@ -69,7 +69,7 @@ def test_requests_do_not_wait_where_misses_cost_nothing(model, ungated):
 def test_a_thrashing_hot_tier_sheds_requests_and_they_resume(model, ungated):
     tokens, steps = serve(model, "blind", **SLOW_LINK)
     assert tokens == ungated
-    assert steps[-1].shed > 0
+    assert steps[-1].preempted > 0
     running = [step.running for step in steps]
     assert min(running[running.index(max(running)) :]) < max(running)
 
@@ -79,7 +79,7 @@ def test_requests_wait_for_the_link(model, ungated):
     """With the hot tier out of the question: the steps alone are predicted too long."""
     tokens, steps = serve(model, "blind", itl_ms=60, **SLOW_LINK)
     assert tokens == ungated
-    assert steps[-1].held[LINK] > 0 and max(step.running for step in steps) < REQUESTS
+    assert steps[-1].deferred[LINK] > 0 and max(step.running for step in steps) < REQUESTS
 
 
 # --- the allocator --------------------------------------------------------------------------
@@ -222,4 +222,4 @@ def test_a_larger_batch_is_planned_with_those_only_who_can_join(
         token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: free * 9 // 10),
         tree_cache=SimpleNamespace(evictable_size=lambda: free // 10),
     )
-    assert gate._most_joining(3) == most
+    assert gate._max_joining(3) == most

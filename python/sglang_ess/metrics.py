@@ -245,19 +245,19 @@ class Exporter:
             name: gauge(name, text, list(labels)).labels(**labels)
             for name, text in _ADMISSION_GAUGES.items()
         }
-        self._shed = Counter(
+        self._preempted = Counter(
             "sglang:ess_shed_requests_total",
             "Running requests that went back to the queue because the hot tier thrashed.",
             list(labels),
             registry=registry,
         ).labels(**labels)
-        held = Counter(
+        deferred = Counter(
             "sglang:ess_held_rounds_total",
             "Scheduling rounds in which a waiting request could not join, by what ran out.",
             [*labels, "reason"],
             registry=registry,
         )
-        self._held = {reason: held.labels(**labels, reason=reason) for reason in REASONS}
+        self._deferred = {reason: deferred.labels(**labels, reason=reason) for reason in REASONS}
         self._counted: dict[str, int] = {}
         self._request_misses = Histogram(
             "sglang:ess_request_misses",
@@ -293,9 +293,9 @@ class Exporter:
         }
         for name, value in values.items():
             self._admission_gauges[name].set(value)
-        counts = {**admission.held, "shed": admission.retractions}
+        counts = {**admission.deferred, "preempted": admission.retractions}
         for name, count in counts.items():
-            series = self._shed if name == "shed" else self._held[name]
+            series = self._preempted if name == "preempted" else self._deferred[name]
             series.inc(count - self._counted.get(name, 0))
         self._counted = counts
 

@@ -30,7 +30,7 @@ from sglang_ess.tiers.topk_sample import SAMPLES
 logger = logging.getLogger(__name__)
 
 LINK_SECONDS = 30  # between two measurements of the link
-SHED_LOG_SECONDS = 10
+PREEMPTION_LOG_SECONDS = 10
 
 
 def prefill_round(original: Any, scheduler: Any, running_batch: Any) -> Any:
@@ -147,7 +147,7 @@ class Gate:
         warms = config.pd_warmup == "on" and isinstance(buffers, EssMetadataBuffers)
         self._warm_up = WarmUp(pool, buffers) if warms else None
         self._round_began = self._link_measured = time.perf_counter()
-        self._shed_logged = 0.0
+        self._preemption_logged = 0.0
         self._is_decode_server = buffers is not None
         # Colocated, a prompt's own pass warms the tier.
         self._arrives_cold = self._is_decode_server or config.warmup == "off"
@@ -163,17 +163,17 @@ class Gate:
         self._round_began = now
         if last is None or not last.forward_mode.is_decode() or not last.reqs:
             return None
-        told = self._feed.decoded(self._last_step(last.reqs, seconds))
+        policy_updated = self._feed.decoded(self._last_step(last.reqs, seconds))
         if now - self._link_measured > LINK_SECONDS:
             self._link_measured = now
             self.admission.link(self._pool.measure_link())
         running = len(running_batch.reqs)
         # Only then, because ranks count steps alike, and to agree costs a message each.
-        keep = self._agreed(self.admission.keep(running)) if told else running
+        keep = self._agreed(self.admission.keep(running)) if policy_updated else running
         if keep >= running:
             return None
-        if now - self._shed_logged > SHED_LOG_SECONDS:
-            self._shed_logged = now
+        if now - self._preemption_logged > PREEMPTION_LOG_SECONDS:
+            self._preemption_logged = now
             logger.warning(
                 "ESS: the hot tier thrashes (rows are evicted %.1f steps after their use): %d of "
                 "%d requests go on, the others wait",
@@ -201,7 +201,7 @@ class Gate:
             if scheduler.enable_priority_scheduling:
                 scheduler.policy.calc_priority(scheduler.waiting_queue, running_batch)
             running = len(running_batch.reqs) + (scheduler.chunked_req is not None)
-            within, head = self._most_joining(running), self._candidates(self._reach(running))
+            within, head = self._max_joining(running), self._candidates(self._reach(running))
             count = self._agreed(self.admission.admit(running, head, within).count)
         with self._hiding_all_but(count):
             if self._warm_up is not None:
@@ -257,7 +257,7 @@ class Gate:
             or scheduler.enable_lmcache
         )
 
-    def _most_joining(self, running: int) -> int:
+    def _max_joining(self, running: int) -> int:
         """Of the queue's head: those that have a place in the batch, and slots, if none share."""
         scheduler = self._scheduler
         places = max(0, scheduler.max_running_requests - running)

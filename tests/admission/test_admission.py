@@ -48,7 +48,7 @@ def settle(admission, step):
 def test_working_sets_fill_the_hot_tier():
     admission = make()
     assert admission.admit(0, [LONG] * 30) == Decision(20, "hot tier")
-    assert admission.held == {"hot tier": 1, "link": 0, "thrash": 0}
+    assert admission.deferred == {"hot tier": 1, "link": 0, "thrash": 0}
     assert admission.working_set_rows == 300
 
 
@@ -246,7 +246,7 @@ def test_a_thrashing_hot_tier_sheds():
     assert admission.keep(9) == 9, "not again in the cooldown"
     assert admission.admit(9, [LONG]) == Decision(0, "thrash")
     assert admission.admit(8, [LONG] * 3) == Decision(1, "thrash")
-    assert admission.held["thrash"] == 2
+    assert admission.deferred["thrash"] == 2
 
 
 def test_sheds_what_the_working_sets_say_and_never_the_last():

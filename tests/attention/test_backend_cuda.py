@@ -290,7 +290,7 @@ def test_without_a_stream(build):
 @pytest.mark.parametrize(
     ("overlap", "hot_rows", "max_queries"),
     [("dba", 16, 6), ("off", 12, 6), ("da", 5, 6), ("dba", HOT_ROWS, 1)],
-    ids=["no room to claim", "two plans", "by columns", "queries of a plan"],
+    ids=["no room to reserve", "two plans", "by columns", "queries of a plan"],
 )
 def test_a_tier_that_is_too_small_is_slower_never_wrong(
     build, late, overlap, hot_rows, max_queries
@@ -357,12 +357,14 @@ def test_padding_that_the_metadata_lacks_is_not_cut(build, late):
 # --- faults: each must show ---
 
 
-def no_claim(monkeypatch):
-    monkeypatch.setattr(DeviceHotCache, "claim", lambda cache, slots, _: torch.full_like(slots, -1))
+def no_reserve(monkeypatch):
+    monkeypatch.setattr(
+        DeviceHotCache, "reserve", lambda cache, slots, _: torch.full_like(slots, -1)
+    )
 
 
 def claim_after_write(monkeypatch):
-    claim, write, waiting = TwoTierDecode.claim, TwoTierDecode.write, []
+    reserve, write, waiting = TwoTierDecode.reserve, TwoTierDecode.write, []
 
     def later(decode, *args):
         waiting.append(args)
@@ -372,9 +374,9 @@ def claim_after_write(monkeypatch):
     def write_first(decode, *args):
         write(decode, *args)
         while waiting:
-            claim(decode, *waiting.pop())
+            reserve(decode, *waiting.pop())
 
-    monkeypatch.setattr(TwoTierDecode, "claim", later)
+    monkeypatch.setattr(TwoTierDecode, "reserve", later)
     monkeypatch.setattr(TwoTierDecode, "write", write_first)
 
 
@@ -396,8 +398,8 @@ def no_wait(monkeypatch):
 @pytest.mark.parametrize(
     ("fault", "overlap", "hot_rows", "needs_late"),
     [
-        (no_claim, "off", HOT_ROWS, False),
-        (no_claim, "da", HOT_ROWS, False),
+        (no_reserve, "off", HOT_ROWS, False),
+        (no_reserve, "da", HOT_ROWS, False),
         (claim_after_write, "da", HOT_ROWS, False),
         (no_invalidate, "da", 16, False),
         (written_row_is_early, "da", HOT_ROWS, True),

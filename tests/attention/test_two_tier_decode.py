@@ -198,7 +198,7 @@ def test_halves_of_a_pass_that_failed_are_not_taken_for_the_next_ones(decode):
     torch.testing.assert_close(out, expected(q, host[0], topk), atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [90, 32, 20], ids=["claimed", "no room: fetched", "passes"])
+@pytest.mark.parametrize("rows", [90, 32, 20], ids=["reserved", "no room: fetched", "passes"])
 def test_a_row_written_in_this_step_is_read(decode, rows):
     two_tier, host = decode(rows=rows, topk=10, hold=False)
     random = np.random.default_rng(5)
@@ -208,7 +208,7 @@ def test_a_row_written_in_this_step_is_read(decode, rows):
         topk = draw(random, 3, 10)
         topk[:, 0] = written.int()
         topk[:, 1:][torch.isin(topk[:, 1:], written.int())] = -1
-        early = two_tier.claim(0, written, topk.shape[1]) and rows == 90
+        early = two_tier.reserve(0, written, topk.shape[1]) and rows == 90
         planned = two_tier.start(0, topk, written) if early else None
         two_tier.write(0, written, values)
         assert torch.equal(host[0][written], values)
@@ -236,9 +236,9 @@ def test_what_the_scheduler_forks_comes_after_the_step_under_way(monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: steps)
     transfer.begin_step()
-    assert transfer.fork() is transfer._stream and transfer._stream.waited == [steps]
+    assert transfer.on_transfer_stream() is transfer._stream and transfer._stream.waited == [steps]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: scheduler)
     transfer._stream.waited.clear()
-    transfer.fork()
+    transfer.on_transfer_stream()
     # A capture must not wait for what is outside of it.
     assert transfer._stream.waited == ([scheduler] if capturing else [scheduler, steps])

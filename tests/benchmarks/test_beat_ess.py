@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.beat_ess import LEAST_ROWS, QUERIES, Setting
+from benchmarks.beat_ess import MIN_ROWS, QUERIES, Setting
 from benchmarks.ess_paper import BASELINES, K
 from sglang_ess.sim.model.locality import Locality
 from sglang_ess.tiers.balance.ghost_cache import MissCurve
@@ -55,7 +55,7 @@ def test_what_is_chosen_fits_the_memory(found):
             assert sum(point.budgets) <= point.rows * 61
             rows = point.batch * sum(point.budgets) / 61
             assert one.memory.device_used(point.batch, 32 * K, rows) <= one.memory.device_bytes
-            assert point.rows >= LEAST_ROWS * 2048
+            assert point.rows >= MIN_ROWS * 2048
 
 
 def test_budgets_miss_less_than_equal_rows_where_layers_differ():

@@ -101,7 +101,7 @@ class TestPlan:
                 assert config.layer_budgets == ("auto" if engine.system == BUDGETS else "uniform")
                 tokens = engine.context_tokens(plan)
                 shape = geometry(plan, model, tokens, engine.system == BUDGETS)
-                found = capacity.settle(config, shape, engine.slots, 1 << 50, 1 << 50)
+                found = capacity.choose_capacity(config, shape, engine.slots, 1 << 50, 1 << 50)
                 assert found.hot_rows == engine.hot_rows
                 assert found.device_bytes == engine.device_bytes(plan, model)
 

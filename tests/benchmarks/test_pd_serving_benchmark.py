@@ -240,7 +240,7 @@ class TestScenarios:
         )
         config = EssConfig(hot_ratio=pd_serving.HOT_RATIO)
         slots = {
-            ESS: capacity.most_slots(config, geometry, limit, 1 << 40),
+            ESS: capacity.max_slots(config, geometry, limit, 1 << 40),
             ONE_TIER: limit // scenario.cell_bytes - pd_serving.PAGE,
         }
         each = scenario.request_tokens + scenario.outputs[1]

@@ -105,7 +105,7 @@ class TestPlans:
             page_slots=two_tier.PAGE,
         )
         one_tier = two_tier.one_tier_slots(plan)
-        ess = capacity.most_slots(EssConfig(hot_ratio=plan.ratios[0]), geometry, total, 1 << 40)
+        ess = capacity.max_slots(EssConfig(hot_ratio=plan.ratios[0]), geometry, total, 1 << 40)
         assert one_tier // need == 4 and ess // need >= 14
         assert ess // need < two_tier.SUBMITTED
         rows = capacity.hot_rows_at(plan.ratios[0], geometry, ess)

@@ -16,8 +16,8 @@ from sglang_ess.mem_cache.capacity import (
     CapacityError,
     Geometry,
     TierBytes,
-    most_slots,
-    settle,
+    choose_capacity,
+    max_slots,
 )
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from tests.support.engine import EngineProcess
@@ -34,7 +34,7 @@ PLENTY = 1 << 50
 AUTO = EssConfig()
 
 
-def least_bytes(config, geometry, slots):
+def min_bytes(config, geometry, slots):
     """Device bytes of these slots with no more hot rows than the options ask for."""
     rows = round((config.hot_ratio or capacity.AUTO_HOT_RATIO) * slots)
     if config.hot_gib is not None:
@@ -45,11 +45,11 @@ def least_bytes(config, geometry, slots):
 @pytest.mark.parametrize("config", [AUTO, EssConfig(hot_ratio=0.5), EssConfig(hot_gib=0.001)])
 @pytest.mark.parametrize("device_bytes", [1 << 21, 10_000_000, 33_333_333, GIB])
 def test_device_memory_is_used_to_the_last_page(config, device_bytes):
-    slots = most_slots(config, SMALL, device_bytes, PLENTY)
+    slots = max_slots(config, SMALL, device_bytes, PLENTY)
     assert slots % PAGE == 0
-    assert least_bytes(config, SMALL, slots) <= device_bytes
-    assert least_bytes(config, SMALL, slots + PAGE) > device_bytes
-    assert settle(config, SMALL, slots, device_bytes, PLENTY).device_bytes <= device_bytes
+    assert min_bytes(config, SMALL, slots) <= device_bytes
+    assert min_bytes(config, SMALL, slots + PAGE) > device_bytes
+    assert choose_capacity(config, SMALL, slots, device_bytes, PLENTY).device_bytes <= device_bytes
 
 
 @pytest.mark.parametrize("pages", [1, 2, 77])
@@ -57,7 +57,7 @@ def test_device_memory_is_used_to_the_last_page(config, device_bytes):
 def test_host_memory_bounds_the_slots(pages, spare):
     """One page more than the slots: SGLang's padding has rows too."""
     host_bytes = (pages + 1) * PAGE * SMALL.layers * SMALL.row_bytes + spare
-    assert most_slots(AUTO, SMALL, GIB, host_bytes) == pages * PAGE
+    assert max_slots(AUTO, SMALL, GIB, host_bytes) == pages * PAGE
     assert SMALL.host_bytes(pages * PAGE) == host_bytes - spare
 
 
@@ -74,18 +74,18 @@ def test_the_parts_of_the_sum():
 
 def test_a_cap_of_the_users_goes_to_the_automatic_hot_tier():
     device_bytes = 10_000_000
-    most = most_slots(AUTO, SMALL, device_bytes, PLENTY)
-    before = settle(AUTO, SMALL, most, device_bytes, PLENTY)
+    most = max_slots(AUTO, SMALL, device_bytes, PLENTY)
+    before = choose_capacity(AUTO, SMALL, most, device_bytes, PLENTY)
     assert before.hot_rows == pytest.approx(capacity.AUTO_HOT_RATIO * most, rel=0.05)
-    fewer = settle(AUTO, SMALL, most // 2 // PAGE * PAGE, device_bytes, PLENTY)
+    fewer = choose_capacity(AUTO, SMALL, most // 2 // PAGE * PAGE, device_bytes, PLENTY)
     freed = (before.slots - fewer.slots) * SMALL.slot_device_bytes // SMALL.hot_row_bytes
     assert fewer.hot_rows == pytest.approx(before.hot_rows + freed, abs=2) and freed > 1000
     assert 0 <= device_bytes - fewer.device_bytes < SMALL.hot_row_bytes
-    few = settle(AUTO, SMALL, 10 * PAGE, device_bytes, PLENTY)
+    few = choose_capacity(AUTO, SMALL, 10 * PAGE, device_bytes, PLENTY)
     assert few.hot_rows == 11 * PAGE  # all there are, the padding's too
-    explicit = settle(EssConfig(hot_ratio=0.5), SMALL, 10 * PAGE, device_bytes, PLENTY)
+    explicit = choose_capacity(EssConfig(hot_ratio=0.5), SMALL, 10 * PAGE, device_bytes, PLENTY)
     assert explicit.hot_rows == 5 * PAGE
-    gib = settle(EssConfig(hot_gib=0.001), SMALL, 20 * PAGE, device_bytes, PLENTY)
+    gib = choose_capacity(EssConfig(hot_gib=0.001), SMALL, 20 * PAGE, device_bytes, PLENTY)
     assert gib.hot_rows == GIB // 1000 // SMALL.hot_row_bytes
 
 
@@ -99,11 +99,11 @@ def test_hot_rows_at_a_ratio(ratio, slots, rows):
 
 def test_hot_gib_is_bytes_of_all_layers_and_no_more_than_the_slots():
     config = EssConfig(hot_gib=0.5)
-    slots = most_slots(config, V32, 40 * GIB, PLENTY)
-    decided = settle(config, V32, slots, 40 * GIB, PLENTY)
+    slots = max_slots(config, V32, 40 * GIB, PLENTY)
+    decided = choose_capacity(config, V32, slots, 40 * GIB, PLENTY)
     taken = V32.device_bytes(slots, decided.hot_rows) - V32.device_bytes(slots, 0)
     assert 0 <= GIB // 2 - taken < V32.hot_row_bytes
-    assert settle(EssConfig(hot_gib=100), SMALL, 640, GIB, PLENTY).hot_rows == 640 + PAGE
+    assert choose_capacity(EssConfig(hot_gib=100), SMALL, 640, GIB, PLENTY).hot_rows == 640 + PAGE
 
 
 def refusal(call, *args):
@@ -115,17 +115,17 @@ def refusal(call, *args):
 
 
 def test_not_one_page():
-    need = least_bytes(AUTO, SMALL, PAGE)
-    assert most_slots(AUTO, SMALL, need, PLENTY) == PAGE
-    line = refusal(most_slots, AUTO, SMALL, need - 1, SMALL.host_bytes(PAGE))
+    need = min_bytes(AUTO, SMALL, PAGE)
+    assert max_slots(AUTO, SMALL, need, PLENTY) == PAGE
+    line = refusal(max_slots, AUTO, SMALL, need - 1, SMALL.host_bytes(PAGE))
     for part in (
         f"one page of {PAGE} slots", capacity.size(need - 1), capacity.size(need),
         "3 layers x 656 B", "Raise the device memory (", "--ess-device-gib",
     ):  # fmt: skip
         assert part in line
     host = SMALL.host_bytes(PAGE)
-    assert most_slots(AUTO, SMALL, GIB, host) == PAGE
-    assert capacity.size(host) in refusal(most_slots, AUTO, SMALL, GIB, host - 1)
+    assert max_slots(AUTO, SMALL, GIB, host) == PAGE
+    assert capacity.size(host) in refusal(max_slots, AUTO, SMALL, GIB, host - 1)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_the_memory_that_is_short_is_the_one_to_raise(
     config, host_advice, hot_advice, device_is_short, host_is_short
 ):
     line = refusal(
-        most_slots, config, SMALL, 1 if device_is_short else GIB, 1 if host_is_short else GIB
+        max_slots, config, SMALL, 1 if device_is_short else GIB, 1 if host_is_short else GIB
     )
     _, _, advice = line.rpartition("of staging). ")
     assert ("raise the device memory" in advice.lower()) == device_is_short
@@ -154,11 +154,13 @@ def test_the_memory_that_is_short_is_the_one_to_raise(
 
 
 def test_a_hot_tier_below_the_minimum_names_what_would_do():
-    line = refusal(settle, EssConfig(hot_ratio=0.09), SMALL, 640, GIB, PLENTY)
+    line = refusal(choose_capacity, EssConfig(hot_ratio=0.09), SMALL, 640, GIB, PLENTY)
     assert "must hold 64 rows a layer: got 58 for 640 slots" in line
-    line = refusal(settle, EssConfig(hot_gib=1e-5), SMALL, 640, GIB, PLENTY)
+    line = refusal(choose_capacity, EssConfig(hot_gib=1e-5), SMALL, 640, GIB, PLENTY)
     assert f"got {int(1e-5 * GIB) // SMALL.hot_row_bytes} for 640 slots" in line
-    assert refusal(settle, EssConfig(hot_ratio=0.5), SMALL, 64, GIB, PLENTY).count("1.0000")
+    assert refusal(choose_capacity, EssConfig(hot_ratio=0.5), SMALL, 64, GIB, PLENTY).count(
+        "1.0000"
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -167,24 +169,24 @@ def test_the_remedy_is_enough(slots, layers):
     """Printed with four digits it is taken as it stands, beside the flags that were given."""
     geometry = replace(SMALL, layers=layers)
     for flags in ({"hot_ratio": 1e-9}, {"hot_gib": 1e-12}):
-        line = refusal(settle, EssConfig(**flags), geometry, slots, GIB, PLENTY)
+        line = refusal(choose_capacity, EssConfig(**flags), geometry, slots, GIB, PLENTY)
         ((flag, value),) = re.findall(r"Raise --ess-(hot-\w+) to ([\d.]*\d)", line)
         config = EssConfig(**flags | {flag.replace("-", "_"): float(value)})
-        assert settle(config, geometry, slots, GIB, PLENTY).hot_rows >= 64
+        assert choose_capacity(config, geometry, slots, GIB, PLENTY).hot_rows >= 64
 
 
 def test_with_neither_flag_one_is_to_be_set():
-    line = refusal(settle, AUTO, SMALL, 64, 1, PLENTY)
+    line = refusal(choose_capacity, AUTO, SMALL, 64, 1, PLENTY)
     ratio = float(re.search(r"Set --ess-hot-ratio to ([\d.]*\d)", line)[1])
-    assert settle(EssConfig(hot_ratio=ratio), SMALL, 64, 1, PLENTY).hot_rows >= 64
+    assert choose_capacity(EssConfig(hot_ratio=ratio), SMALL, 64, 1, PLENTY).hot_rows >= 64
 
 
 def test_slots_that_the_host_cannot_hold():
     host = SMALL.host_bytes(640)
-    line = refusal(settle, AUTO, SMALL, 704, GIB, host)
+    line = refusal(choose_capacity, AUTO, SMALL, 704, GIB, host)
     for part in (capacity.size(SMALL.host_bytes(704)), capacity.size(host), "704 slots"):
         assert part in line
-    assert settle(AUTO, SMALL, 640, GIB, host).slots == 640
+    assert choose_capacity(AUTO, SMALL, 640, GIB, host).slots == 640
 
 
 def test_the_host_limit(monkeypatch):
@@ -213,7 +215,7 @@ def test_the_batches_of_ess_table_2(batch, context, ratio):
     0.21 x 61 x 30 B of queue make 3.7 % of a slot's bytes.
     """
     geometry = replace(V32, context_tokens=context)
-    slots = most_slots(EssConfig(hot_ratio=ratio), geometry, int(85.7e9), PLENTY)
+    slots = max_slots(EssConfig(hot_ratio=ratio), geometry, int(85.7e9), PLENTY)
     assert slots / context == pytest.approx(batch, rel=0.06)
     per_slot = 62 * 4 + ratio * 61 * 30
     paper = int(85.7e9) / (61 * (ratio * 656 + 132))
@@ -241,9 +243,9 @@ def test_neither_memory_is_ever_exceeded(config, geometry, on_device, on_host, s
     device_bytes, host_bytes = geometry.device_bytes(on_device, 64), geometry.host_bytes(on_host)
     page = geometry.page_slots
     try:
-        most = most_slots(config, geometry, device_bytes, host_bytes)
+        most = max_slots(config, geometry, device_bytes, host_bytes)
         slots = max(page, int(most * share) // page * page)  # the user's cap
-        decided = settle(config, geometry, slots, device_bytes, host_bytes)
+        decided = choose_capacity(config, geometry, slots, device_bytes, host_bytes)
     except CapacityError as error:
         assert re.search("hot tier must hold|must hold one page", str(error))
         return

@@ -76,7 +76,7 @@ def hot(pool, layer) -> set[int]:
 
 def check(pool, layer, slots, rows) -> None:
     """Rows of slots in the host tier, and in the hot tier where they are there."""
-    pool.settle()
+    pool.synchronize()
     assert torch.equal(pool.kv_buffer[layer][slots], rows)
     cache = pool.hot_caches[layer]
     cache.check_rows(np.arange(cache.num_rows), "all", first_slot=PAGE)
@@ -144,7 +144,7 @@ def test_a_reused_slot_has_its_new_row(build, schedule):
 def test_the_padding_of_a_batch_is_never_hot(build, schedule):
     pool = build()
     write(pool, [0, 64, 0, 65, 0], 1)
-    pool.settle()
+    pool.synchronize()
     assert hot(pool, 0) == {64, 65}
 
 
@@ -256,11 +256,11 @@ def test_a_copy_on_the_host_and_back(build, schedule):
 def test_after_a_flush_no_slot_is_hot(build, schedule):
     pool = build()
     write(pool, range(64, 164), 1)
-    pool.settle()
+    pool.synchronize()
     assert len(hot(pool, 0)) == len(hot(pool, 1)) == 100
     before = pool.hot_caches[0].counters
     pool.empty_hot_tier()
-    pool.settle()
+    pool.synchronize()
     assert not hot(pool, 0) and not hot(pool, 1)
     assert pool.hot_caches[0].counters == before
 
@@ -271,17 +271,17 @@ def test_freed_pages_are_not_hot_and_the_link_is_measured(build, schedule):
     allocator = EssPagedAllocator(256, PAGE, torch.uint8, "cpu", pool, need_sort=False)
     slots = allocator.alloc(2 * PAGE)
     write(pool, slots[:100].tolist(), 1)
-    pool.settle()
+    pool.synchronize()
     assert len(hot(pool, 0)) == 100
     allocator.free(slots[:PAGE])
-    pool.settle()
+    pool.synchronize()
     assert hot(pool, 0) == hot(pool, 1) == set(slots[PAGE:100].tolist())
     assert pool.measure_link() > 0
     assert pool.device_bytes == pool.capacity.device_bytes
     pool.tier.mirror()
     assert pool.totals() == (0, 0, 0)
     pool.warm(1, slots[:PAGE].view(-1, TOPK).int())
-    pool.settle()
+    pool.synchronize()
     assert hot(pool, 1) >= set(slots[:PAGE].tolist())
 
 

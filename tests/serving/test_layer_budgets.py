@@ -14,9 +14,9 @@ from sglang_ess.config import EssConfig
 from sglang_ess.launch import preflight
 from sglang_ess.layout import GIB
 from sglang_ess.mem_cache import capacity
-from sglang_ess.mem_cache.capacity import GPU_TIER, GPU_TIER_THAT_MOVES, Geometry, settle
+from sglang_ess.mem_cache.capacity import GPU_TIER, GPU_TIER_THAT_MOVES, Geometry, choose_capacity
 from sglang_ess.tiers.balance.rebalance import ghost_bytes
-from sglang_ess.tiers.hot_cache_cuda import MOST_SHARE
+from sglang_ess.tiers.hot_cache_cuda import MAX_LAYER_SHARE
 from tests.support import parity
 from tests.support.engine import EngineProcess
 
@@ -59,10 +59,10 @@ def test_ghosts_are_charged():
     plain = Geometry(**{**vars(GEOMETRY), "ghosts": False})
     more = GEOMETRY.device_bytes(6400, 640) - plain.device_bytes(6400, 640)
     assert more == 4 * ghost_bytes(6464)
-    settled = settle(EssConfig(), GEOMETRY, 6400, 10_000_000, 100 * GIB)
+    settled = choose_capacity(EssConfig(), GEOMETRY, 6400, 10_000_000, 100 * GIB)
     assert settled.geometry.ghosts and settled.device_bytes <= 10_000_000
     # A row for every slot: nothing is ever missed, whoever has the rows.
-    assert not settle(EssConfig(), GEOMETRY, 6400, GIB, 100 * GIB).geometry.ghosts
+    assert not choose_capacity(EssConfig(), GEOMETRY, 6400, GIB, 100 * GIB).geometry.ghosts
 
 
 def test_a_gpu_tier_that_moves_rows_is_charged():
@@ -73,10 +73,12 @@ def test_a_gpu_tier_that_moves_rows_is_charged():
         )
         for tier in (GPU_TIER, GPU_TIER_THAT_MOVES)
     }
-    assert sizes[True] - sizes[False] == 4 * (640 * 4 + 1024 * 4) + 640 * 4 * (MOST_SHARE - 1)
+    assert sizes[True] - sizes[False] == 4 * (640 * 4 + 1024 * 4) + 640 * 4 * (MAX_LAYER_SHARE - 1)
     moving = Geometry(**{**vars(GEOMETRY), "ghosts": False, "tier": GPU_TIER_THAT_MOVES})
-    assert settle(EssConfig(), moving, 6400, 10_000_000, 100 * GIB).geometry.tier.moves
-    assert settle(EssConfig(), moving, 6400, GIB, 100 * GIB).geometry.tier == GPU_TIER  # all is hot
+    assert choose_capacity(EssConfig(), moving, 6400, 10_000_000, 100 * GIB).geometry.tier.moves
+    assert (
+        choose_capacity(EssConfig(), moving, 6400, GIB, 100 * GIB).geometry.tier == GPU_TIER
+    )  # all is hot
 
 
 def test_the_benchmark(tmp_path, monkeypatch, capsys):

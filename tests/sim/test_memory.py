@@ -65,7 +65,7 @@ def test_ours_charges_what_the_gpu_pool_allocates():
         page_slots=64, tier=capacity.GPU_TIER,
     )  # fmt: skip
     found = Memory(MODEL, DEVICE_BYTES).device_used(batch, context, rows)
-    # Left out: pages of staging rows, layers' counters, claims. Kilobytes.
+    # Left out: pages of staging rows, layers' counters, reserved rows. Kilobytes.
     assert found == pytest.approx(geometry.device_bytes(batch * context, rows), abs=200e3)
     assert geometry.host_bytes(batch * context) == pytest.approx(
         Memory(MODEL, DEVICE_BYTES).host_used(batch, context), rel=1e-4

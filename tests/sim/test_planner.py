@@ -42,12 +42,12 @@ TABLE = table()
 
 
 def question(
-    context=CONTEXT, itl_ms=60.0, gpu="h200", link="pcie5", budgets=False, most_requests=None, **dep
+    context=CONTEXT, itl_ms=60.0, gpu="h200", link="pcie5", budgets=False, max_requests=None, **dep
 ):
     deployment = changed(load("deployment", "node-8"), **dep)
     return Question(
         load("model", "deepseek-v3.2"), load("gpu", gpu), load("link", link), deployment, context,
-        itl_ms / 1000, budgets=budgets, most_requests=most_requests,
+        itl_ms / 1000, budgets=budgets, max_requests=max_requests,
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def speed(plan):
         [{"link": link} for link in ("pcie4", "pcie5", "nvlink-c2c")],
         [{"kv_gib": gib} for gib in (2, 5, 10, 20, 40, 80, 160)],
         [{"host_gib": gib} for gib in (3, 10, 30, 60, 200, 1000)],
-        [{"most_requests": n} for n in (1, 3, 5, 20, None)],
+        [{"max_requests": n} for n in (1, 3, 5, 20, None)],
     ],
     ids=["itl", "link", "device", "host", "requests"],
 )
@@ -164,10 +164,10 @@ def test_latency_is_reached_before_the_memorys_end():
 
 
 def test_all_requests_fit_on_the_device():
-    advice = advise(most_requests=4)
+    advice = advise(max_requests=4)
     assert (advice.helps, advice.limit) == (False, planner.REQUESTS)
     assert "4 requests of 131072 tokens a GPU, room for 4" in advice.reason
-    assert advise(most_requests=8).helps
+    assert advise(max_requests=8).helps
 
 
 def test_host_memory_is_too_small():

@@ -44,7 +44,7 @@ def test_who_is_shed_keeps_its_slots_and_is_the_first_to_rejoin(mode):
     rank.fetches.join = lambda *args: (joins.append(args), join(*args))
     held = []
     system.run(lambda system: held.append([rank.slots.held(r) for r in range(3)]))
-    assert rank.shed == 2 and rank.retractions == 0
+    assert rank.preempted == 2 and rank.retractions == 0
     assert system.requests.retractions.tolist() == [0, 1, 1], "the longest prompts go"
     assert held[4][1:] == held[3][1:] != [0, 0]
     # Their rows are in place, but nobody knows any more which are wanted (in a radix tree a
@@ -89,7 +89,7 @@ def test_admission_serves_a_hot_tier_that_is_too_small_better_and_starves_nobody
     assert after.tokens_per_second > 1.2 * before.tokens_per_second
     joined = gated.requests.joined
     assert (np.diff(joined) >= 0).all(), "first come, first served"
-    assert gated.serving.ranks[0].gate.admission.held["hot tier"] > 0
+    assert gated.serving.ranks[0].gate.admission.deferred["hot tier"] > 0
 
 
 def test_a_hot_tier_that_thrashes_sheds_requests_and_all_are_served(monkeypatch):
@@ -97,9 +97,9 @@ def test_a_hot_tier_that_thrashes_sheds_requests_and_all_are_served(monkeypatch)
     monkeypatch.setattr(Admission, "_hot_tier_holds", lambda *args: True)
     before, system = thrashing().run(), thrashing(admission=True)
     results = system.run()
-    assert results.shed > 0 and results.finished == 16
+    assert results.preempted > 0 and results.finished == 16
     assert results.misses < 0.8 * before.misses
-    assert system.requests.retractions.sum() == results.shed
+    assert system.requests.retractions.sum() == results.preempted
     totals = system.serving.ranks[0].fetches.totals
     assert totals.misses < totals.evictions, "new rows and warm-ups evict, too"
     assert totals.evictions <= totals.evicted_age < 16 * totals.evictions
@@ -218,7 +218,7 @@ def test_the_policy_is_told_what_the_server_tells_it(monkeypatch):
     told = Told()
     state = dict(
         _scheduler=scheduler, _pool=pool, admission=told, _round_began=0.0, _link_measured=1e9,
-        _shed_logged=0.0, _feed=AdmissionFeed(told, WorkingSetWindow(500, SAMPLES, TOPK), 2),
+        _preemption_logged=0.0, _feed=AdmissionFeed(told, WorkingSetWindow(500, SAMPLES, TOPK), 2),
     )  # fmt: skip
     vars(real).update(state)
     ours = told_gate()

@@ -36,7 +36,7 @@ def rows_move() -> None:
     _moves()
     random = np.random.default_rng(0)
 
-    def draw(rebalancer, demand, look=None):
+    def draw(rebalancer, demand, snapshot=None):
         shares = random.dirichlet(np.ones(len(rebalancer.rows)))
         spread = sum(rebalancer.rows) - demand * len(rebalancer.rows)
         rows = demand + np.floor(shares * spread).astype(int)
@@ -53,7 +53,7 @@ def rows_move_by_age() -> None:
 
     _moves()
     attention_backend.MIRROR_STEPS = 1
-    rebalance.AgeSchedule = partial(rebalance.AgeSchedule, settle=1, counted=4)
+    rebalance.AgeSchedule = partial(rebalance.AgeSchedule, warmup_steps=1, counted=4)
     rebalance.NOISE = rebalance.MIN_GAIN = 0.0
     rebalance.rebalanced = partial(rebalance.rebalanced, min_moved=0.0)
 

@@ -24,7 +24,7 @@ from tests.support.interpreter import make_fast
 
 
 class LateStream(TransferStream):
-    """Kernels that are launched inside fork() run, in order, once somebody waits for them."""
+    """Kernels launched inside on_transfer_stream() run, in order, once somebody waits for them."""
 
     recording: LateStream | None = None
 
@@ -34,7 +34,7 @@ class LateStream(TransferStream):
         self._issued = self._done = 0
 
     @contextmanager
-    def fork(self):
+    def on_transfer_stream(self):
         before, LateStream.recording = LateStream.recording, self
         try:
             yield
@@ -69,7 +69,7 @@ def wait_late(event) -> None:
 
 
 def launches_are_late(set_attribute=setattr) -> None:
-    """Kernel launches inside a LateStream's fork() go to its queue.
+    """Kernel launches inside a LateStream's on_transfer_stream() go to its queue.
 
     set_attribute: pytest's monkeypatch.setattr where it has to end
     """
@@ -330,11 +330,11 @@ def slots_are_not_copied() -> None:
     )
 
 
-def no_claim() -> None:
+def no_reserve() -> None:
     """A decode step's rows get to the host tier only; hot rows of a reused slot stay."""
     from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
 
-    DeviceHotCache.claim = lambda cache, slots, first_slot: torch.full_like(slots, -1).int()
+    DeviceHotCache.reserve = lambda cache, slots, first_slot: torch.full_like(slots, -1).int()
     DeviceHotCache.invalidate = lambda *_: None
 
 

@@ -134,18 +134,18 @@ def check_same(found: list[Difference], dtype: str, yardstick: Difference, exact
     exact: bit for bit. Prompts are in any case, but where retraction made other batches.
     """
     most = max(LEAST[dtype], MARGIN * yardstick.worst)
-    most_mean = max(LEAST[dtype] / MARGIN, MARGIN * yardstick.mean)
+    max_mean = max(LEAST[dtype] / MARGIN, MARGIN * yardstick.mean)
     assert most < MOST, f"one tier must agree with itself within {MOST}: got {yardstick}"
     wrong = []
     for one in found:
         retracted = one.where.startswith(RETRACT)
-        rounding = one.worst <= most and one.mean <= most_mean
+        rounding = one.worst <= most and one.mean <= max_mean
         if not (one.is_none if exact and not retracted else rounding):
             wrong.append(one)
         elif one.prompt and not retracted:
             wrong.append(one)
     agreed, tokens = (sum(getattr(one, name) for one in found) for name in ("agreed", "tokens"))
-    rule = "not at all" if exact else f"by {most:.2g} at most, {most_mean:.2g} on average"
+    rule = "not at all" if exact else f"by {most:.2g} at most, {max_mean:.2g} on average"
     assert not wrong, f"logprobs must differ {rule}: got\n" + "\n".join(map(str, wrong))
     assert agreed > tokens / 2, f"half of the tokens must be comparable: got {agreed} of {tokens}"
 

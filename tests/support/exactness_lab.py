@@ -41,7 +41,7 @@ SYSTEMS = {
     "ess resident": {"overlap": "off", "hot_ratio": 1.0},
 }
 ENDS_VAR = "ESS_GPU_ENDS"  # seconds since 1970 when all engines have to have ended, if it is set
-LEAST_SECONDS = 30  # to start an engine at all
+MIN_SECONDS = 30  # to start an engine at all
 HOPELESS = 4  # engines that failed while none has given outputs: then no more are started
 LOG_LINES, LOG_COLUMNS = 25, 240  # of an engine that failed; SGLang's lines can be 30 KB
 
@@ -243,8 +243,8 @@ class Lab:
     @contextmanager
     def _start(self, case: Case, log: Path):
         left = self._deadline - time.monotonic()
-        if left < LEAST_SECONDS:
-            raise TimeoutError(f"an engine must have {LEAST_SECONDS} s: got {left:.0f} s")
+        if left < MIN_SECONDS:
+            raise TimeoutError(f"an engine must have {MIN_SECONDS} s: got {left:.0f} s")
         if self._failed >= HOPELESS and not self._answered:
             raise RuntimeError(f"an engine must have worked by now: got {self._failed} failures")
         host, has_two = self.host, case.system != ONE_TIER

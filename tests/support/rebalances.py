@@ -62,7 +62,7 @@ def _rounds(counted: int) -> None:
         }
         return answer
 
-    rebalance.Schedule = partial(rebalance.Schedule, settle=1, counted=2, rest=0)
+    rebalance.Schedule = partial(rebalance.Schedule, warmup_steps=1, counted=2, rest=0)
     Scheduler.get_internal_state = with_rebalances
     engines._rebalances = _rebalances
 

@@ -10,8 +10,8 @@ class Decode:
     """One decode step: its requests, and the policy's figures so far."""
 
     running: int
-    shed: int
-    held: dict[str, int]
+    preempted: int
+    deferred: dict[str, int]
     working_set_rows: float
 
 
@@ -28,7 +28,9 @@ def record() -> None:
         if policy is None:
             write(Decode(running, 0, {}, 0.0))
         else:
-            write(Decode(running, policy.retractions, dict(policy.held), policy.working_set_rows))
+            write(
+                Decode(running, policy.retractions, dict(policy.deferred), policy.working_set_rows)
+            )
         return batch
 
     Scheduler.update_running_batch = recording

@@ -23,7 +23,7 @@ def move(served):
     least, layers = max(map(tier.demand, range(1, QUERIES + 1))), len(before)
     shares = served.random.dirichlet(np.full(layers, 0.5))
     sizes = least + np.floor(shares * (sum(before) - least * layers)).astype(int)
-    sizes = np.minimum(sizes, tier.most_rows)
+    sizes = np.minimum(sizes, tier.max_rows)
     while (left := sum(before) - sizes.sum()) > 0:
         sizes[sizes.argmin()] += left
     tier.move(sizes.tolist())
@@ -131,17 +131,17 @@ def test_figures_and_ages_follow_the_rows():
     served = built()
     tier = served.tier
     tier.mirror()
-    assert tier.look() is None  # nothing planned yet
+    assert tier.age_snapshot() is None  # nothing planned yet
     topk = torch.arange(18, dtype=torch.int32).view(3, 6)
     for layer in range(3):
         served.decode(layer, topk)
         served.decode(layer, topk + 6)
     tier.mirror()
-    look = tier.look()
-    ages = look.ages
-    assert look.evictions.tolist() == [0] * 3 and look.steps.tolist() == [3] * 3
+    snapshot = tier.age_snapshot()
+    ages = snapshot.ages
+    assert snapshot.evictions.tolist() == [0] * 3 and snapshot.steps.tolist() == [3] * 3
     assert (ages[:, 0] == 18).all() and (ages[:, 1] == 6).all() and ages.sum() == 3 * 24
-    assert tier.look() is None  # given before
+    assert tier.age_snapshot() is None  # given before
     tier.move([40, 20, 30])
     tier.mirror()
     assert [layer["occupied"] for layer in tier.figures()] == [24, 20, 24]
@@ -154,7 +154,7 @@ def test_sizes_beyond_what_there_is_are_refused():
     served = built()
     with pytest.raises(ValueError, match="got 90 rows of 3 layers to 91 of 3"):
         served.tier.move([30, 30, 31])
-    assert served.tier.most_rows == SLOTS and served.tier.sizes == (30, 30, 30)
+    assert served.tier.max_rows == SLOTS and served.tier.sizes == (30, 30, 30)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a graph needs a CUDA device")

@@ -50,7 +50,7 @@ class Served:
             for other in self.tier.caches:
                 room = other.has_room_for_writes(len(written), topk.shape[1])
                 if other is cache and room:
-                    scatter_rows(rows[layer], other.claim(written.to(DEVICE)), other.rows)
+                    scatter_rows(rows[layer], other.reserve(written.to(DEVICE)), other.rows)
                 else:
                     other.invalidate(written.to(DEVICE))
         for part in cache.passes(*topk.shape):

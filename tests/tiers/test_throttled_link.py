@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from sglang_ess.tiers.throttled_link import CountedLink, measure
+from sglang_ess.tiers.throttled_link import ThrottledLink, measure
 
 MIB = 1 << 20
 
@@ -30,7 +30,7 @@ def clock(monkeypatch):
 
 def test_many_small_copies_take_as_long_as_one_large(clock):
     """1 MiB at 100 MiB/s: 10 ms, in copies of 10 us each, none of which sleeps alone."""
-    link = CountedLink(100 * MIB)
+    link = ThrottledLink(100 * MIB)
     for _ in range(1024):
         link.carried(1024, 0.0)
     assert clock.now == pytest.approx(0.010, rel=0.05)
@@ -38,7 +38,7 @@ def test_many_small_copies_take_as_long_as_one_large(clock):
 
 
 def test_a_slow_copy_owes_nothing(clock):
-    link = CountedLink(100 * MIB)
+    link = ThrottledLink(100 * MIB)
     for _ in range(1024):
         link.carried(1024, seconds=1.0)
     assert clock.naps == []
@@ -46,7 +46,7 @@ def test_a_slow_copy_owes_nothing(clock):
 
 def test_what_overslept_is_paid_ahead(clock):
     """A sleep of 50 ms for 10 owed: the next four copies of 10 ms are free."""
-    clock.overshoot, link = 5.0, CountedLink(100 * MIB)
+    clock.overshoot, link = 5.0, ThrottledLink(100 * MIB)
     for _ in range(5):
         link.carried(MIB, 0.0)
     assert clock.naps == [pytest.approx(0.010)]
@@ -55,7 +55,7 @@ def test_what_overslept_is_paid_ahead(clock):
 
 
 def test_the_measured_rate_is_the_counted_one_where_sleeps_last_too_long(clock):
-    clock.overshoot, link = 1.9, CountedLink(100 * MIB)
+    clock.overshoot, link = 1.9, ThrottledLink(100 * MIB)
 
     def copy():
         link.carried(MIB, 0.0)
@@ -66,4 +66,4 @@ def test_the_measured_rate_is_the_counted_one_where_sleeps_last_too_long(clock):
 
 def test_a_rate_must_be_positive():
     with pytest.raises(ValueError, match="more than 0 B/s"):
-        CountedLink(0)
+        ThrottledLink(0)

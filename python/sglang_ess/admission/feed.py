@@ -88,12 +88,12 @@ class AdmissionFeed:
         self._steps += 1
         self._seconds += last.seconds
         self._accepted += last.accepted
-        told = self._steps == OBSERVED_STEPS
-        if told:
+        policy_updated = self._steps == OBSERVED_STEPS
+        if policy_updated:
             self._flush(last.totals)
         if last.topk is not None:
             self._sample(last)
-        return told
+        return policy_updated
 
     def _sample(self, last: LastStep) -> None:
         """Count what the step's first requests selected, when a window of steps is full."""

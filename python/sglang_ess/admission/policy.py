@@ -44,10 +44,10 @@ THRASH_STEPS = 8  # settled steps that a verdict takes
 # set. By the curve at PRIOR_TOPKS that is 1.7 top-k's a request; HiSparse ships with 2 and 3.
 THRASH_AGE = 4
 THRASH_MISSES = 1 / 8  # of a top-k, per request, step and layer: fewer cost nothing
-COOLDOWN_STEPS = 24  # two windows of working sets: what was shed shows in their means
+COOLDOWN_STEPS = 24  # two windows of working sets: what was preempted shows in their means
 MAX_PATIENCE = 32 * COOLDOWN_STEPS  # healthy steps before the cap rises, at most
 MISS_SHARE = 1 / 4  # of a step's computing: what fetching may add before it counts
-SHED_FRACTION = 8  # 1 / of the batch is shed at once, one request at least
+PREEMPT_FRACTION = 8  # 1 / of the batch is preempted at once, one request at least
 NEAR_BEST = 0.98  # of the most tokens a second: beyond, the least batch that comes so near
 WORTH = 0.95  # of its tokens a second is more than those of a batch that fits
 LOOK_AHEAD = 256  # of the queue: SGLang's largest batches
@@ -163,8 +163,8 @@ class StepFit:
 class Admission:
     """The decisions, and what they rest on. The caller runs one step between two of them.
 
-    A refusal lasts until the load of what ran out is below REOPEN of its limit. A shed sets
-    `cap`; it rises by one after `patience` healthy steps, which doubles with each shed and
+    A refusal lasts until the load of what ran out is below REOPEN of its limit. Preempting sets
+    `cap`; it rises by one after `patience` healthy steps, which doubles each time and
     halves when two rises follow each other: so a cap that is right is seldom tried.
     """
 
@@ -183,7 +183,7 @@ class Admission:
         self._cooldown = self._healthy = 0  # steps
         self._patience, self._has_risen = COOLDOWN_STEPS // 2, False
         self.retractions = 0
-        self.held = dict.fromkeys(REASONS, 0)
+        self.deferred = dict.fromkeys(REASONS, 0)
 
     # --- what is observed ---------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class Admission:
                 misses = self._misses_against(more_rows, batch + 1, first_rows, running)
             reason = self._refusal(batch, fits, more_cold, misses)
             if reason is not None:
-                self.held[reason] += 1
+                self.deferred[reason] += 1
                 self._closed = self._closed if reason == THRASH else reason
                 break
             rows, count, cold, self._closed = more_rows, count + 1, more_cold, None
@@ -397,7 +397,7 @@ class Admission:
         # What fits by the working sets; if that is all of them, they are under-estimated.
         fitting = int(self.limits.hot_rows / max(1.0, self._demand(self._sets.mean)))
         fitting = max(fitting, self._best_to_keep(running))
-        kept = max(1, min(running - max(1, running // SHED_FRACTION), fitting))
+        kept = max(1, min(running - max(1, running // PREEMPT_FRACTION), fitting))
         self._cap, self._cooldown, self._healthy = kept, COOLDOWN_STEPS, 0
         self._patience, self._has_risen = min(MAX_PATIENCE, 2 * self._patience), False
         self._recent.clear()

@@ -212,10 +212,10 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             return
         # Copies: a prefill graph has one top-k buffer for all layers, and nobody waits for this.
         parts = [topk[first:end].clone() for first, end in self._warm_spans]
-        with pool.transfer.fork():
+        with pool.transfer.on_transfer_stream():
             for part in parts:
                 pool.hot_caches[index].warm(part)
-            pool.transfer.uses(*parts)
+            pool.transfer.record_stream(*parts)
 
     # --- decode ---------------------------------------------------------------------------
 
@@ -232,7 +232,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             return get_topk(q_fp8, weights, metadata)
         if len(cache.passes(batch, width)) > 1 or not cache.has_room_for_writes(batch, width):
             return get_topk(q_fp8, weights, metadata)
-        self.decode.claim(index, slots, width, self.token_to_kv_pool.page_size)
+        self.decode.reserve(index, slots, width, self.token_to_kv_pool.page_size)
         cuts = []
         if self.mode is Mode.DBA and self.decode.can_halve(index, batch, width):
             cuts = self._cut(metadata, batch)
@@ -268,7 +268,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         if planned is not None and planned.topk.shape != topk.shape:
             planned = None
         if planned is None and save_kv_cache:
-            self.decode.claim(index, slots, topk.shape[1], pool.page_size)
+            self.decode.reserve(index, slots, topk.shape[1], pool.page_size)
         if save_kv_cache:
             self.decode.write(index, slots, pool.pack(k, k_rope))
         if planned is None:
@@ -326,7 +326,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         if not self._canary_rate or self._random.random() >= self._canary_rate:
             return
         pool = self.token_to_kv_pool
-        pool.settle()
+        pool.synchronize()
         index = int(self._random.integers(pool.layer_num))
         picks = self._random.integers(0, 2**31, CANARY_ROWS)
         name = f"layer {index + pool.start_layer}"

@@ -66,14 +66,14 @@ class TwoTierDecode:
     attend_late: Attend | None = None
     # layer -> (queries planned so far, the point where the last half's lists were there)
     _halves: dict[int, tuple[int, torch.cuda.Event | None]] = field(default_factory=dict)
-    _targets: torch.Tensor | None = None  # rows of the claimed slots
+    _targets: torch.Tensor | None = None  # rows of the reserved slots
     _written: torch.cuda.Event | None = None
 
     def begin_pass(self) -> None:
         """A forward pass begins: what one that ended in an error planned in halves is void."""
         self._halves.clear()
 
-    def claim(self, layer: int, slots: torch.Tensor, width: int, first_slot: int = 0) -> bool:
+    def reserve(self, layer: int, slots: torch.Tensor, width: int, first_slot: int = 0) -> bool:
         """Make a step's new slots [T] int64 hot, a slot a query, before their rows are there.
 
         Returns whether they got rows: then start() may come before write(). Else they are hot
@@ -82,24 +82,24 @@ class TwoTierDecode:
         """
         cache = self.tier.caches[layer]
         fits = cache.has_room_for_writes(len(slots), width)
-        with self.transfer.fork():
+        with self.transfer.on_transfer_stream():
             if fits:
-                self._targets = cache.claim(slots, first_slot)
+                self._targets = cache.reserve(slots, first_slot)
             else:
                 cache.invalidate(slots)
                 self._targets = None
-            self.transfer.uses(slots)
+            self.transfer.record_stream(slots)
         return fits
 
     def write(self, layer: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
-        """Save the rows [T, ...] of the claimed slots, packed, and fill their hot rows."""
+        """Save the rows [T, ...] of the reserved slots, packed, and fill their hot rows."""
         cache = self.tier.caches[layer]
-        with self.transfer.fork():
+        with self.transfer.on_transfer_stream():
             scatter_rows(rows, slots, cache.host_rows)
             if self._targets is not None:
                 scatter_rows(rows, self._targets, cache.rows)
             self._written = self.transfer.event()
-            self.transfer.uses(slots, rows)
+            self.transfer.record_stream(slots, rows)
 
     def plan_half(
         self, layer: int, topk: torch.Tensor, first: int, batch: int, written=None
@@ -110,11 +110,11 @@ class TwoTierDecode:
         """
         cache = self.tier.caches[layer]
         last = first + len(topk) == batch
-        with self.transfer.fork():
+        with self.transfer.on_transfer_stream():
             planned = cache.plan(topk, first, int(first > 0), advance=last, written=written)
             ready = self.transfer.event()  # behind the first half's fetch: that one is in
             cache.fetch(planned)
-            self.transfer.uses(topk)
+            self.transfer.record_stream(topk)
         self._halves[layer] = first + len(topk), ready
 
     def can_halve(self, layer: int, batch: int, width: int) -> bool:
@@ -124,22 +124,22 @@ class TwoTierDecode:
     def start(self, layer: int, topk: torch.Tensor, written=None) -> Planned | None:
         """Plan topk [T, K] int32 slots and fetch its misses, behind what the caller does next.
 
-        written: the claimed slots [T]
+        written: the reserved slots [T]
         None where the batch takes several passes: then everything waits for attention.
         """
         cache = self.tier.caches[layer]
         if len(cache.passes(*topk.shape)) > 1:
             return None
-        whole = self.tier.part(*topk.shape)
+        whole = self.tier.buffers_for(*topk.shape)
         halves, ready = self._halves.pop(layer, (0, None))
-        with self.transfer.fork():
+        with self.transfer.on_transfer_stream():
             if halves != len(topk):
                 cache.plan(topk, written=written)
                 ready = self.transfer.event()
                 cache.fetch(whole)
             fetched = self.transfer.event()
             cache.reorder()
-            self.transfer.uses(topk)
+            self.transfer.record_stream(topk)
         return Planned(cache, topk, whole, ready, fetched)
 
     def finish(self, q: torch.Tensor, planned: Planned, mode: Mode) -> torch.Tensor:
@@ -190,12 +190,14 @@ class TwoTierDecode:
 
     def _one_pass(self, cache, q, topk, part: Pass):
         lookups = topk[part.queries, part.columns].contiguous()
-        with self.transfer.fork():  # after the attention whose rows this pass may evict
+        with (
+            self.transfer.on_transfer_stream()
+        ):  # after the attention whose rows this pass may evict
             planned = cache.plan(lookups)  # the fork waited for who read the buffers last
             cache.fetch(planned)
             fetched = self.transfer.event()
             cache.reorder()
-            self.transfer.uses(lookups)
+            self.transfer.record_stream(lookups)
         wait(fetched)
         return self._attend(q, cache, planned.rows)
 

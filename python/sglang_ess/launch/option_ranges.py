@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 # Above this a list with one entry for each size up to it, as SGLang makes, fills the memory.
-MOST_GRAPH_SIZE = 1 << 20
-MOST_PROCESSES = 256
+MAX_GRAPH_SIZE = 1 << 20
+MAX_PROCESSES = 256
 
 _COUNT = ("at least 1", lambda value: value >= 1)
 _PORT = ("1 to 65535", lambda value: 1 <= value <= 65535)
-_SIZE = (f"at most {MOST_GRAPH_SIZE}", lambda value: value <= MOST_GRAPH_SIZE)
-_PROCESSES = (f"1 to {MOST_PROCESSES}", lambda value: 1 <= value <= MOST_PROCESSES)
+_SIZE = (f"at most {MAX_GRAPH_SIZE}", lambda value: value <= MAX_GRAPH_SIZE)
+_PROCESSES = (f"1 to {MAX_PROCESSES}", lambda value: 1 <= value <= MAX_PROCESSES)
 
 # (ServerArgs field, flag, what a value that is not None must be, check)
 RANGES: tuple[tuple[str, str, str, Callable[[Any], bool]], ...] = (

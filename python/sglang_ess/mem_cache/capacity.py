@@ -31,7 +31,7 @@ from sglang_ess.layout import (
 from sglang_ess.tiers import free_host_bytes
 from sglang_ess.tiers.balance.rebalance import ghost_bytes
 from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES
-from sglang_ess.tiers.hot_cache_cuda import MOST_SHARE, DeviceTier
+from sglang_ess.tiers.hot_cache_cuda import MAX_LAYER_SHARE, DeviceTier
 from sglang_ess.tiers.lru import STATE_SIZE
 from sglang_ess.tiers.throttled_link import probe_bytes
 
@@ -77,9 +77,9 @@ class GpuTierBytes(TierBytes):
 
     def shared(self, topk: int, row_bytes: int) -> int:
         plans = DevicePlanBuffers.bytes_for(PLAN_QUERIES_CUDA, topk)
-        claims = DevicePlanBuffers.bytes_for(1, PLAN_QUERIES_CUDA)
+        reserved = DevicePlanBuffers.bytes_for(1, PLAN_QUERIES_CUDA)
         scratch = DeviceTier.HALVES * 4 + ReorderScratch.bytes_for(0)
-        return plans + claims + scratch + probe_bytes(row_bytes)
+        return plans + reserved + scratch + probe_bytes(row_bytes)
 
 
 CPU_TIER = TierBytes(HOT_ROW_OVERHEAD_BYTES, 0, STATE_BYTES, 1)
@@ -88,7 +88,7 @@ GPU_TIER = GpuTierBytes(
     LAYER_STATE_BYTES, PAGE_SLOTS,
 )  # fmt: skip
 GPU_TIER_THAT_MOVES = GpuTierBytes(
-    HOT_ROW_STATE_BYTES + OWNED_ROW_BYTES, MOST_SHARE * GPU_TIER.row_shared,
+    HOT_ROW_STATE_BYTES + OWNED_ROW_BYTES, MAX_LAYER_SHARE * GPU_TIER.row_shared,
     LAYER_STATE_BYTES + OWNED_LAYER_BYTES, PAGE_SLOTS, moves=True,
 )  # fmt: skip
 
@@ -169,7 +169,7 @@ class Capacity:
         return self.geometry.staging_rows(self.slots)
 
 
-def most_slots(config: EssConfig, geometry: Geometry, device_bytes: int, host_bytes: int) -> int:
+def max_slots(config: EssConfig, geometry: Geometry, device_bytes: int, host_bytes: int) -> int:
     """The largest number of slots, in whole pages, that both memories allow.
 
     Raises: CapacityError if not even one page fits, with the bytes it takes.
@@ -178,14 +178,14 @@ def most_slots(config: EssConfig, geometry: Geometry, device_bytes: int, host_by
 
     def fits(pages: int) -> bool:
         slots = pages * page
-        rows = _least_hot_rows(config, geometry, slots)
+        rows = _min_hot_rows(config, geometry, slots)
         return (
             geometry.device_bytes(slots, rows) <= device_bytes
             and geometry.host_bytes(slots) <= host_bytes
         )
 
     if not fits(1):
-        need = geometry.device_bytes(page, _least_hot_rows(config, geometry, page))
+        need = geometry.device_bytes(page, _min_hot_rows(config, geometry, page))
         host_need, advice = geometry.host_bytes(page), []
         if need > device_bytes:
             advice.append(
@@ -213,7 +213,7 @@ def most_slots(config: EssConfig, geometry: Geometry, device_bytes: int, host_by
     return low * page
 
 
-def _least_hot_rows(config: EssConfig, geometry: Geometry, slots: int) -> int:
+def _min_hot_rows(config: EssConfig, geometry: Geometry, slots: int) -> int:
     """Hot rows that have to be there before a slot is worth having."""
     if config.hot_gib is not None:
         return min(int(config.hot_gib * GIB) // geometry.hot_row_bytes, slots + geometry.page_slots)
@@ -228,7 +228,7 @@ def hot_rows_at(ratio: float, geometry: Geometry, slots: int) -> int:
     return max(1, round(ratio * slots))
 
 
-def settle(
+def choose_capacity(
     config: EssConfig, geometry: Geometry, slots: int, device_bytes: int, host_bytes: int
 ) -> Capacity:
     """The hot tier for the slots that SGLang settled on.
@@ -236,7 +236,7 @@ def settle(
     With neither --ess-hot-ratio nor --ess-hot-gib it takes the device memory that is left.
     Raises: CapacityError for a hot tier below the minimum or a host tier that cannot be.
     """
-    rows = _least_hot_rows(config, geometry, slots)
+    rows = _min_hot_rows(config, geometry, slots)
     if (config.hot_gib, config.hot_ratio) == (None, None):
         padding = (geometry.tier.page_rows - 1) * geometry.layers * geometry.row_bytes
         left = device_bytes - geometry.device_bytes(slots, 0) - padding
@@ -320,11 +320,11 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
         return original(configurator, budget_bytes, **kwargs)
     cell_bytes, geometry = _geometry(configurator, config)
     host_bytes = host_limit_bytes(config)
-    slots = most_slots(config, geometry, budget_bytes, host_bytes)
+    slots = max_slots(config, geometry, budget_bytes, host_bytes)
     # SGLang divides by what a token costs one-tier, then applies its own constraints.
     result = original(configurator, slots * cell_bytes, **kwargs)
     slots = result.max_total_num_tokens
-    _decided = settle(config, geometry, slots, budget_bytes, host_bytes)
+    _decided = choose_capacity(config, geometry, slots, budget_bytes, host_bytes)
     if configurator.device != "cpu" and (advice := graph_advice(_decided, _largest_graph())):
         logger.warning("ESS: %s", advice)
     return result

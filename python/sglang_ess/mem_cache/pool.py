@@ -62,10 +62,10 @@ class EssTokenToKVPool(DSATokenToKVPool):
         """The hot tier and prefill's staging, on the host; a GPU's are in cuda/pool.py."""
         self.plan_buffers = PlanBuffers(PLAN_QUERIES_CPU * self.capacity.geometry.topk)
         config = EssConfig.from_env()
-        counted = None
+        throttled = None
         if config is not None and config.link_gib is not None:
-            counted = link.CountedLink(config.link_gib * GIB)
-        self._link = counted
+            throttled = link.ThrottledLink(config.link_gib * GIB)
+        self._link = throttled
         new_cache = hot_cache_factory(config.trace if config else "", *self._trace_facts())
         hot_rows, layers = self.capacity.hot_rows, self.layer_num
         self.arena = HotArena(layers * hot_rows, self.kv_buffer[0].squeeze(1))
@@ -74,7 +74,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
                 rows.squeeze(1),
                 hot_rows,
                 buffers=self.plan_buffers,
-                link=counted,
+                link=throttled,
                 arena=self.arena,
             )
             for rows in self.kv_buffer

@@ -39,7 +39,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         )
         self.hot_caches = self.tier.caches
         if moves:
-            self.rebalancer = AgeRebalancer(self.layer_num, hot_rows, self.tier.most_rows, topk)
+            self.rebalancer = AgeRebalancer(self.layer_num, hot_rows, self.tier.max_rows, topk)
         pinned = torch.device(self.device).type == "cuda"
         self.sample = TopkSample(self.layer_num, topk, pinned)
         self._probe = LinkProbe(self.kv_buffer[0], self.device, self.transfer)
@@ -66,9 +66,9 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
     def _rebalance(self, num_queries: int) -> Budgets | None:
         """The host decides by the last mirror of the ages and waits for nothing."""
         tier = self.tier
-        budgets = self.rebalancer.step(tier.demand(num_queries), tier.look())
+        budgets = self.rebalancer.step(tier.demand(num_queries), tier.age_snapshot())
         if budgets is not None:
-            with self.transfer.fork():
+            with self.transfer.on_transfer_stream():
                 tier.move(budgets.rows)
         return budgets
 
@@ -79,10 +79,10 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         return self._probe.bytes_per_second()
 
     def warm(self, layer: int, topk: torch.Tensor) -> None:
-        with self.transfer.fork():
+        with self.transfer.on_transfer_stream():
             slots = topk.to(self.device, non_blocking=True)
             self.hot_caches[layer].warm(slots)
-            self.transfer.uses(slots)
+            self.transfer.record_stream(slots)
 
     @contextmanager
     def reading(self, rows: torch.Tensor) -> Iterator[None]:
@@ -137,10 +137,10 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         # A copy: SGLang writes the next pass's slots into this tensor, and a prompt's pass does
         # not end with the main stream waiting for its saves.
         slots = loc.clone()
-        with self.transfer.fork():
+        with self.transfer.on_transfer_stream():
             scatter_rows(rows, slots, self.kv_buffer[index])
             self.hot_caches[index].install(slots, rows, IDLE_STEPS, first_slot=self.page_size)
-            self.transfer.uses(slots, rows)
+            self.transfer.record_stream(slots, rows)
 
     # --- SGLang's write paths -----------------------------------------------------------
 
@@ -171,27 +171,27 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
         """Between steps: waits for the device, copies on the host."""
-        self.settle()
+        self.synchronize()
         for rows in self.kv_buffer:
             rows[tgt_loc.view(-1).cpu()] = rows[src_loc.view(-1).cpu()]
         self.index_key_cache.move(tgt_loc, src_loc)
         self.written_in_all_layers(tgt_loc)
 
     def get_cpu_copy(self, indices, *args, **kwargs):
-        self.settle()
+        self.synchronize()
         return super().get_cpu_copy(indices.cpu(), *args, **kwargs)
 
     def load_cpu_copy(self, kv_cache_cpu, indices, *args, **kwargs) -> None:
-        self.settle()
+        self.synchronize()
         super().load_cpu_copy(kv_cache_cpu, indices.cpu(), *args, **kwargs)
 
     def written_in_all_layers(self, loc: torch.Tensor) -> None:
-        with self.transfer.fork():
+        with self.transfer.on_transfer_stream():
             slots = loc.view(-1).to(self.device)
             self.tier.invalidate(slots)
-            self.transfer.uses(slots)
+            self.transfer.record_stream(slots)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Rows under way are in the host tier before the host touches it."""
         self.transfer.join()
         if torch.cuda.is_available():

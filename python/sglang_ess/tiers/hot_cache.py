@@ -13,7 +13,7 @@ from sglang_ess.tiers import lru
 from sglang_ess.tiers.balance.ghost_cache import GhostCache
 from sglang_ess.tiers.hot_arena import ARENA_ROW_BYTES, HotArena
 from sglang_ess.tiers.row_words import as_words
-from sglang_ess.tiers.throttled_link import CountedLink
+from sglang_ess.tiers.throttled_link import ThrottledLink
 
 # Per hot row: what the arena has of it, its entry in the free list, and two entries of the queue
 # with their steps; 4 B each. Per slot: its row.
@@ -101,7 +101,7 @@ class HotCache:
         num_rows: int,
         num_slots: int | None = None,
         buffers: PlanBuffers | None = None,
-        link: CountedLink | None = None,
+        link: ThrottledLink | None = None,
         arena: HotArena | None = None,
     ):
         self.num_slots = len(host_rows) if host_rows is not None else num_slots or 0

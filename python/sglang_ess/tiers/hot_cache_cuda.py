@@ -25,10 +25,10 @@ from ess_kernels.rebuild_order import Owned, ReorderScratch, reorder
 from ess_kernels.resize_layers import move, move_table
 from ess_kernels.scatter import scatter_rows
 from sglang_ess.layout import PAGE_SLOTS
-from sglang_ess.tiers.balance.row_ages import Look
+from sglang_ess.tiers.balance.row_ages import AgeSnapshot
 from sglang_ess.tiers.hot_cache import RowCorruption
 
-MOST_SHARE = 8  # rows of one layer, of as many in each, where they move: what reorder has room for
+MAX_LAYER_SHARE = 8  # a layer may grow to 8x its equal share; the scratch is sized for it
 
 
 def whole_pages(num_rows: int) -> int:
@@ -93,20 +93,20 @@ class DeviceTier:
         self.rows = [zeros(layers * paged)] * layers if moves else [zeros(paged) for _ in host_rows]
         self.buffers = PlanBuffers.new(max_queries, topk, device)
         # Of the step's writes, whose rows are filled after the plan has used the ones above.
-        self.claims = PlanBuffers.new(1, max_queries, device)
+        self.reserved = PlanBuffers.new(1, max_queries, device)
         self._num_misses = torch.zeros(self.HALVES, dtype=torch.int32, device=device)
-        self.scratch = ReorderScratch.new(num_rows * (MOST_SHARE if moves else 1), device)
+        self.scratch = ReorderScratch.new(num_rows * (MAX_LAYER_SHARE if moves else 1), device)
         self.caches = [DeviceHotCache(self, i, rows) for i, rows in enumerate(host_rows)]
         self._pinned = torch.device(device).type == "cuda"
         self._split = np.ones(len(host_rows), bool)  # what the layers' words[SPLIT] say
         self._mirror: tuple[torch.Tensor, ...] | None = None
         self._copied: torch.cuda.Event | None = None
-        self._was_looked_at = False
+        self._snapshot_given = False
         if moves:
             self.move(self.sizes)  # compiles what a later one launches
             self.owned.ages.fill_(-1)
 
-    def part(self, queries: int, width: int, first: int = 0, half: int = 0) -> PlanBuffers:
+    def buffers_for(self, queries: int, width: int, first: int = 0, half: int = 0) -> PlanBuffers:
         """Buffers of a plan [queries, width] that starts at query `first` of the batch."""
         start, stop = first * self.topk, first * self.topk + queries * width
         b, rows = self.buffers, slice(first, first + queries)
@@ -143,7 +143,7 @@ class DeviceTier:
     # --- rows by layer --------------------------------------------------------------------
 
     @property
-    def most_rows(self) -> int:
+    def max_rows(self) -> int:
         """Rows that one layer may have."""
         return min(self.num_slots, len(self.scratch.rank))
 
@@ -172,18 +172,18 @@ class DeviceTier:
         move(self.state, self.owned, self.scratch, table, max(sizes))
         self.sizes = tuple(sizes)
 
-    def look(self) -> Look | None:
+    def age_snapshot(self) -> AgeSnapshot | None:
         """What the last mirror() shows; None where that is under way, was given before, or came
         before any plan. Its ages are a view, valid until the next mirror().
         """
-        if self._was_looked_at or not self.is_mirrored():
+        if self._snapshot_given or not self.is_mirrored():
             return None
-        self._was_looked_at = True
+        self._snapshot_given = True
         counters, words, ages = (tensor.numpy() for tensor in self._mirror)
         if (ages < 0).any():
             return None
         evictions = counters[:, hot_state.EVICTIONS].copy()
-        return Look(ages, evictions, hot_state.steps(words.astype(np.int64)))
+        return AgeSnapshot(ages, evictions, hot_state.steps(words.astype(np.int64)))
 
     # --- figures --------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class DeviceTier:
             )
         for host, device in zip(self._mirror, figures, strict=True):
             host.copy_(device, non_blocking=True)
-        self._was_looked_at = False
+        self._snapshot_given = False
         if self._pinned:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -249,7 +249,7 @@ class DeviceTier:
             rows.nbytes for rows in self.rows
         )  # fmt: skip
         shared = self.buffers.nbytes + self._num_misses.nbytes + self.scratch.nbytes
-        shared += self.claims.nbytes
+        shared += self.reserved.nbytes
         return rows + self.state.nbytes + shared
 
 
@@ -260,7 +260,7 @@ def _lookups(part: Pass) -> int:
 class DeviceHotCache:
     """One layer of a DeviceTier; see HotCache for what the verbs promise.
 
-    The caller keeps the order of a step on one stream, or by events: claim or invalidate,
+    The caller keeps the order of a step on one stream, or by events: reserve or invalidate,
     then for each pass plan, fetch, [attention], reorder.
     """
 
@@ -294,7 +294,7 @@ class DeviceHotCache:
         first: the pass's first query in the batch; half, advance: of a batch in two halves
         Effect: what an earlier plan of these queries handed out is overwritten.
         """
-        buffers = self._tier.part(*topk.shape, first=first, half=half)
+        buffers = self._tier.buffers_for(*topk.shape, first=first, half=half)
         plan(self.state, topk.contiguous(), buffers, advance, written=written)
         return buffers
 
@@ -307,20 +307,20 @@ class DeviceHotCache:
         reorder(self.state, self._tier.need, self._tier.scratch, self._owned)
 
     def has_room_for_writes(self, num_queries: int, width: int) -> bool:
-        """Whether a step may claim a row a query and still be sure of its first plan.
+        """Whether a step may reserve a row a query and still be sure of its first plan.
 
         Where it may not, the new rows are invalidated and fetched like any other.
         """
         first = self.passes(num_queries, width)[0]
         return self._tier.has_room(_lookups(first), num_queries)
 
-    def claim(self, slots: torch.Tensor, first_slot: int = 0) -> torch.Tensor:
+    def reserve(self, slots: torch.Tensor, first_slot: int = 0) -> torch.Tensor:
         """Rows for the slots [n] that a decode step writes, one a query, safe from its plan.
 
         Returns targets [n] int32, -1 for slots below first_slot (a batch's padding), where
-        scatter_rows has to put the values; valid until the next claim of any layer.
+        scatter_rows has to put the values; valid until the next reserve of any layer.
         """
-        return install(self.state, slots, self._tier.claims, first_slot=first_slot)
+        return install(self.state, slots, self._tier.reserved, first_slot=first_slot)
 
     def install(
         self, slots: torch.Tensor, rows: torch.Tensor, min_age: int = 0, first_slot: int = 0
@@ -342,7 +342,7 @@ class DeviceHotCache:
         """Make the slots of topk [queries, K] hot, the last query's the most recently used."""
         for part in passes(*topk.shape, self.num_rows, self._tier.max_queries):
             lookups = topk[part.queries, part.columns].contiguous()
-            buffers = self._tier.part(*lookups.shape)
+            buffers = self._tier.buffers_for(*lookups.shape)
             plan(self.state, lookups, buffers, advance=True, kind=WARM.value)
             self.fetch(buffers)
             self.reorder()

@@ -50,7 +50,7 @@ class LinkProbe:
         return self._rate
 
     def _time_one(self) -> None:
-        with self._transfer.fork():
+        with self._transfer.on_transfer_stream():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             self._fetch()

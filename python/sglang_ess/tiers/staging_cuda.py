@@ -130,7 +130,7 @@ class DeviceStaging:
     def _prefetch(self, item: int) -> None:
         layer, index = divmod(item, len(self.groups))
         group = self.groups[index]
-        with self._transfer.fork():  # after the attention that reads this buffer now
+        with self._transfer.on_transfer_stream():  # after the attention that reads this buffer now
             if len(group.prefix):
                 fetch(
                     self._host_rows[layer],
@@ -140,5 +140,5 @@ class DeviceStaging:
                     group.count,
                     PREFILL_PROGRAMS,
                 )
-            self._transfer.uses(group.prefix, group.places, group.count)
+            self._transfer.record_stream(group.prefix, group.places, group.count)
             self._pending = item, self._transfer.event()

@@ -20,7 +20,7 @@ def probe_bytes(row_bytes: int) -> int:
     return PROBE_ROWS * (row_bytes + 4 + 4) + 4
 
 
-class CountedLink:
+class ThrottledLink:
     """Copies that take bytes / rate seconds. Raises: ValueError for a rate of 0 or less.
 
     bytes_per_second: of the link; layers share one, as they share a bus

@@ -19,7 +19,7 @@ class TransferStream:
         if self._stream is not None:
             self._steps = torch.cuda.current_stream()
 
-    def fork(self):
+    def on_transfer_stream(self):
         """Context: what is launched in it runs here, after the main stream's work so far.
 
         And after the step under way, where another stream forks (the scheduler's, which frees
@@ -34,14 +34,14 @@ class TransferStream:
         return torch.cuda.stream(self._stream)
 
     def event(self) -> torch.cuda.Event | None:
-        """A point in this stream to join at; call it inside fork()."""
+        """A point in this stream to join at; call it inside on_transfer_stream()."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
         event.record(self._stream)
         return event
 
-    def uses(self, *tensors: torch.Tensor) -> None:
+    def record_stream(self, *tensors: torch.Tensor) -> None:
         """The allocator may give their memory away only after what is in this stream now."""
         if self._stream is not None:
             for tensor in tensors:

@@ -11,7 +11,7 @@ from sglang_ess.tiers.balance.rebalance import Rebalancer, Schedule
 from sglang_ess.tiers.hot_arena import HotArena
 
 NUM_SLOTS, EVEN = 2000, 150
-QUICK = Schedule(settle=10, counted=30, rest=20)
+QUICK = Schedule(warmup_steps=10, counted=30, rest=20)
 ROUND = 1 + 10 + 30 + 20 + 1  # two layers are seeded in its first step
 
 
@@ -78,7 +78,7 @@ def test_alike_layers_keep_their_rows():
 
 @pytest.mark.parametrize("least", [1, 90])
 def test_a_layer_that_misses_nothing_keeps_a_share(least):
-    stage = Stage([1, 300], least=least)
+    stage = Stage([1, 300], min_rows=least)
     stage.run(2 * ROUND)
     assert stage.rows[0] == max(least, round(rebalance.MIN_SHARE * EVEN))
 
@@ -94,7 +94,7 @@ def test_a_step_that_outgrows_a_layer_evens_them_out():
 
 
 def test_ghosts_are_there_while_they_count_only():
-    stage = Stage([60, 240, 240], Schedule(settle=2, counted=4, rest=3))
+    stage = Stage([60, 240, 240], Schedule(warmup_steps=2, counted=4, rest=3))
     watched = []
     for _ in range(24):
         stage.run(1)
@@ -105,7 +105,7 @@ def test_ghosts_are_there_while_they_count_only():
 
 def test_seeded_ghosts_know_the_present_size_at_once():
     """No settling: the curve at EVEN rows is what the cache missed in those steps."""
-    stage = Stage([300, 300], Schedule(settle=0, counted=100, rest=0))
+    stage = Stage([300, 300], Schedule(warmup_steps=0, counted=100, rest=0))
     stage.run(200, moves=False)
     stage.run(1)  # seeds
     missed = stage.run(100)
@@ -130,7 +130,7 @@ def test_large_moves_take_several_steps():
 
 def test_rows_on_their_way_are_shared_out_too():
     """A round without rest decides again while rows move; then a step outgrows its layer."""
-    stage = Stage([40] * 6 + [300] * 6, Schedule(settle=10, counted=30, rest=0))
+    stage = Stage([40] * 6 + [300] * 6, Schedule(warmup_steps=10, counted=30, rest=0))
     while not stage.arena.spare:
         stage.run(1)
     stage.widths = [2000] * 12

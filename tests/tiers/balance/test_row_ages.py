@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.layer_budgets import look_at
+from benchmarks.layer_budgets import age_snapshot_of
 from sglang_ess.tiers import HotCache, PlanBuffers
 from sglang_ess.tiers.balance import rebalance
 from sglang_ess.tiers.balance.ghost_cache import GhostCache
 from sglang_ess.tiers.balance.rebalance import AgeRebalancer, AgeSchedule
-from sglang_ess.tiers.balance.row_ages import GROWTH, Look, age_curve
+from sglang_ess.tiers.balance.row_ages import GROWTH, AgeSnapshot, age_curve
 from sglang_ess.tiers.hot_arena import HotArena
 
 NUM_SLOTS, EVEN = 6000, 1200
 QUERIES, WIDTH = 8, 24
 DEMAND = QUERIES * WIDTH
-QUICK = AgeSchedule(settle=40, counted=80)
-ROUND = QUICK.settle + QUICK.counted + 1
+QUICK = AgeSchedule(warmup_steps=40, counted=80)
+ROUND = QUICK.warmup_steps + QUICK.counted + 1
 
 
 class Stage:
@@ -24,13 +24,13 @@ class Stage:
     to the power exponents[i].
     """
 
-    def __init__(self, exponents, least=1):
+    def __init__(self, exponents, min_rows=1):
         self.arena, buffers = HotArena(EVEN * len(exponents)), PlanBuffers()
         self.caches = [
             HotCache(None, EVEN, NUM_SLOTS, buffers, arena=self.arena) for _ in exponents
         ]
         self.exponents, self._random = list(exponents), np.random.default_rng(0)
-        self.rebalancer = AgeRebalancer(len(exponents), EVEN, NUM_SLOTS, least, QUICK)
+        self.rebalancer = AgeRebalancer(len(exponents), EVEN, NUM_SLOTS, min_rows, QUICK)
         self.found = []  # budgets
         self._shares = {}
 
@@ -46,8 +46,8 @@ class Stage:
         before = self.misses()
         for _ in range(steps):
             if moves:
-                look = look_at(self.caches)
-                if (budgets := self.rebalancer.step(demand, look)) is not None:
+                snapshot = age_snapshot_of(self.caches)
+                if (budgets := self.rebalancer.step(demand, snapshot)) is not None:
                     self.arena.resize(list(budgets.rows))
                     self.found.append(budgets)
             for cache, exponent in zip(self.caches, self.exponents, strict=True):
@@ -76,7 +76,7 @@ def test_the_curve_is_what_caches_of_other_sizes_miss(exponent):
     looks = []
     for _ in range(60):
         stage.run(4, moves=False, ghosts=[ghost])
-        looks.append(look_at(stage.caches).ages[0])
+        looks.append(age_snapshot_of(stage.caches).ages[0])
     curve, truth = age_curve(np.mean(looks, 0), EVEN, len(looks)), ghost.curve()
     for share in shares:
         found = curve.at(share * EVEN) / truth.at(share * EVEN)
@@ -136,11 +136,11 @@ def test_alike_layers_keep_their_rows():
     assert len(stage.rebalancer.curves) == 3
 
 
-@pytest.mark.parametrize("least", [1, 300])
-def test_a_layer_that_misses_nothing_keeps_a_share(least):
-    stage = Stage([6.0, 0.3], least=least)
+@pytest.mark.parametrize("min_rows", [1, 300])
+def test_a_layer_that_misses_nothing_keeps_a_share(min_rows):
+    stage = Stage([6.0, 0.3], min_rows=min_rows)
     stage.run(4 * ROUND)
-    floor = max(least, round(rebalance.MIN_SHARE * EVEN))
+    floor = max(min_rows, round(rebalance.MIN_SHARE * EVEN))
     assert stage.rows[0] == max(floor, round(rebalance.UNION_MARGIN * DEMAND))
 
 
@@ -168,7 +168,7 @@ def test_layers_that_have_not_turned_over_are_left_alone():
         rebalancer = AgeRebalancer(2, EVEN, NUM_SLOTS, schedule=QUICK)
         for step in range(rounds * ROUND):
             seen = np.array(evictions) * step, np.full(2, step)
-            if (found := rebalancer.step(DEMAND, Look(ages, *seen))) is not None:
+            if (found := rebalancer.step(DEMAND, AgeSnapshot(ages, *seen))) is not None:
                 return found.rows
         return None
 

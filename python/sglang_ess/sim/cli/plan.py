@@ -237,7 +237,7 @@ def as_dict(question: Question, options: argparse.Namespace, advice: Advice) -> 
     """What --json writes."""
     specs = {name: getattr(options, name) for name in ("model", "gpu", "link", "locality")}
     specs |= {"context": question.context, "longest": question.slots_tokens}
-    specs |= {"itl_ms": question.itl_seconds * 1000, "requests": question.most_requests}
+    specs |= {"itl_ms": question.itl_seconds * 1000, "requests": question.max_requests}
     return {
         "kind": "simulated",
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),

@@ -147,8 +147,8 @@ def lines(results: Sequence[Results]) -> Iterator[tuple[str, ...]]:
     yield row("misses a request and layer", lambda r: f"{r.misses:.1f}")
     yield row("hit rate", lambda r: f"{r.hit_rate:.3f}")
     yield row("link in use", lambda r: f"{r.link_utilisation:.1%}")
-    yield row("retracted / shed", lambda r: f"{r.retractions} / {r.shed}")
-    yield row("held out, rounds", _held)
+    yield row("retracted / shed", lambda r: f"{r.retractions} / {r.preempted}")
+    yield row("held out, rounds", _deferred)
     if any(result.prefill_share for result in results):
         yield row("time in prompts", lambda r: f"{r.prefill_share:.1%}")
     yield row("slots / hot rows", lambda r: f"{r.slots:,} / {r.hot_rows:,}")
@@ -165,10 +165,10 @@ def _gain(result: Results, base: Results) -> str:
     return f"{result.tokens_per_second / base.tokens_per_second - 1:+.1%}"
 
 
-def _held(result: Results) -> str:
+def _deferred(result: Results) -> str:
     """Rounds in which the admission kept the queue's head out, by reason."""
-    held = [f"{reason} {rounds}" for reason, rounds in result.held.items() if rounds]
-    return ", ".join(held) or "-"
+    deferred = [f"{reason} {rounds}" for reason, rounds in result.deferred.items() if rounds]
+    return ", ".join(deferred) or "-"
 
 
 def _percentiles(values: Percentiles, scale: float) -> str:

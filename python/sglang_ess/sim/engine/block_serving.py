@@ -56,7 +56,7 @@ class BlockCache:
         self._block_tokens, self._share = sparse.block_tokens, sparse.metadata_share
         most = -(-model.max_prompt_tokens // sparse.block_tokens)
         self._stride = most + -(-most // round(1 / sparse.metadata_share))
-        self._most = most
+        self._max_blocks = most
         num_slots = MAX_REQUESTS * self._stride
         self.cache = HotCache(None, min(rows, num_slots), num_slots)
         self.streams = BlockStreams(sparse, MAX_REQUESTS, most, seed)
@@ -78,7 +78,7 @@ class BlockCache:
         return np.arange(first, last) + stream * self._stride
 
     def metadata(self, stream: int, tokens: int) -> np.ndarray:
-        first = self._most
+        first = self._max_blocks
         return self.slots(stream, first, first + self.metadata_rows(tokens))
 
     def step(self, active: np.ndarray, held: list[np.ndarray]) -> tuple[int, np.ndarray]:

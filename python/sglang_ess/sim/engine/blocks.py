@@ -122,15 +122,15 @@ class Setting:
         """Raises: SpecError, one line with file, line and field."""
         return read(path, cls)
 
-    def draw(self, count: int, most_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Prompt and output tokens [count] int64 each; prompts are cut at most_tokens."""
+    def draw(self, count: int, max_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt and output tokens [count] int64 each; prompts are cut at max_tokens."""
         rng = np.random.default_rng(seed)
         weights = np.array([d.samples for d in self.datasets], float)
         picks = rng.choice(len(weights), count, p=weights / weights.sum())
         means = np.array([d.words for d in self.datasets])[picks] * self.workload.tokens_per_word
         sigma = self.workload.length_sigma
         prompts = means * rng.lognormal(-(sigma**2) / 2, sigma, count)
-        prompts = np.clip(prompts, self.sparse.block_tokens, most_tokens).astype(np.int64)
+        prompts = np.clip(prompts, self.sparse.block_tokens, max_tokens).astype(np.int64)
         return prompts, np.array([d.output_tokens for d in self.datasets])[picks]
 
     def cache_bytes(self, model: DenseModel) -> float:

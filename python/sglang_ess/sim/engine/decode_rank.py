@@ -77,7 +77,7 @@ def acceptance_probability(queries: int, accepted: float) -> float:
 
 
 class DecodeRank:
-    """Requests go inbox -> hand-off -> waiting -> running; those that are shed, back to waiting.
+    """Requests go inbox -> hand-off -> waiting -> running; preempted ones back to waiting.
 
     inbox    want slots; waiting: have them (colocated: want them, or have some still)
     running  the batch, oldest first
@@ -103,7 +103,7 @@ class DecodeRank:
         self._returning: set[int] = set()  # ran before, and has no warm-up any more
         self._prefixes: set[int] = set()  # computed here
         self._last: LastStep | None = None
-        self.retractions = self.shed = 0
+        self.retractions = self.preempted = 0
 
     @property
     def load(self) -> int:
@@ -145,7 +145,7 @@ class DecodeRank:
         """What this rank does next; None if nothing. last_seconds: of the round before."""
         keep = self._keep(last_seconds)
         if keep < len(self.running):
-            self.shed += len(self.running) - keep
+            self.preempted += len(self.running) - keep
             self._retract(keep, now, parks=True)
         joined = self._join(now)
         if self.limits.colocated and joined:

@@ -48,6 +48,10 @@ class Series:
     step_seconds: np.ndarray
 
 
+# Fields whose names in the JSON report differ.
+JSON_NAMES = {"preempted": "shed", "deferred": "held"}
+
+
 @dataclass(frozen=True)
 class Results:
     """Figures of one system, over the measured part of a run.
@@ -61,8 +65,8 @@ class Results:
     hit_rate        of looked-up rows; link_utilisation: bytes over time and gather rate
     step_parts      mean seconds of a decode step by part; step_seconds is their sum
     prefill_share   of a decode rank's time that went into prompts (colocated)
-    retractions     for want of slots; shed: by the admission; held: requests and rounds it kept
-                    out, by reason
+    retractions     for want of slots; preempted: by the admission
+    deferred        requests and rounds that the admission kept out, by reason
     slots, hot_rows of a rank; host_gib, peak_host_gib: its rows, pinned and in use at most
     """
 
@@ -90,8 +94,8 @@ class Results:
     step_parts: dict[str, float]
     prefill_share: float
     retractions: int
-    shed: int
-    held: dict[str, int]
+    preempted: int
+    deferred: dict[str, int]
     slots: int
     hot_rows: int
     host_gib: float
@@ -100,7 +104,7 @@ class Results:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; the series as lists."""
-        values = asdict(self)
+        values = {JSON_NAMES.get(name, name): value for name, value in asdict(self).items()}
         values["series"] = {name: array.tolist() for name, array in vars(self.series).items()}
         return {"kind": "simulated", **values}
 
@@ -184,8 +188,8 @@ class Recorder:
         """Raw samples of the requests that joined in the measured part."""
         return self._requests.queued_s[self._requests.joined >= self._begin]
 
-    def results(self, system: str, ranks: Any, held: Mapping[str, int]) -> Results:
-        """The figures; ranks: DecodeRanks, for their counts; held: of their admissions."""
+    def results(self, system: str, ranks: Any, deferred: Mapping[str, int]) -> Results:
+        """The figures; ranks: DecodeRanks, for their counts; deferred: of their admissions."""
         columns = np.array(self._steps).reshape(-1, 6).T
         series = Series(
             columns[0], columns[1].astype(int), columns[2].astype(int), columns[3].astype(int),
@@ -230,8 +234,8 @@ class Recorder:
             step_parts={name: part / steps for name, part in sorted(self._parts.items())},
             prefill_share=self._prefill_seconds / (seconds * self._num_ranks) if seconds else 0.0,
             retractions=sum(rank.retractions for rank in ranks),
-            shed=sum(rank.shed for rank in ranks),
-            held=dict(held),
+            preempted=sum(rank.preempted for rank in ranks),
+            deferred=dict(deferred),
             slots=machine.slots,
             hot_rows=machine.hot_rows,
             host_gib=machine.slots * row_gib,

@@ -125,11 +125,11 @@ class Simulation:
         """Raises: RuntimeError if a request, token, slot or row went missing."""
         self.serving.run(progress)
         self.serving.check()
-        held: dict[str, int] = {}
+        deferred: dict[str, int] = {}
         for rank in self.serving.ranks:
-            for reason, times in (rank.gate.admission.held if rank.gate else {}).items():
-                held[reason] = held.get(reason, 0) + times
-        return self._recorder.results(self.system, self.serving.ranks, held)
+            for reason, times in (rank.gate.admission.deferred if rank.gate else {}).items():
+                deferred[reason] = deferred.get(reason, 0) + times
+        return self._recorder.results(self.system, self.serving.ranks, deferred)
 
     # --- parts --------------------------------------------------------------------------
 

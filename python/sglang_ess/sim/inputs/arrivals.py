@@ -18,7 +18,7 @@ import numpy as np
 
 from sglang_ess.sim.inputs.files import NOT_NEGATIVE, POSITIVE, Checked, spec
 
-MOST_TOKENS = 1 << 40  # of a request: none
+MAX_TOKENS = 1 << 40  # of a request: none
 CONSTANT, UNIFORM, LOGNORMAL, MIXTURE = "constant", "uniform", "lognormal", "mixture"
 POISSON, FIXED, CLOSED, BURST, TRACE = "poisson", "fixed", "closed", "burst", "trace"
 
@@ -89,7 +89,7 @@ class Lengths(Checked):
             return rng.integers(self.low, self.high + 1, count)
         if self.kind == LOGNORMAL:
             drawn = np.rint(rng.lognormal(math.log(self.median), self.sigma, count))
-            return np.clip(drawn, self.low or 1, self.high or MOST_TOKENS).astype(np.int64)
+            return np.clip(drawn, self.low or 1, self.high or MAX_TOKENS).astype(np.int64)
         weights = np.array([part.weight or 1.0 for part in self.parts])
         which = rng.choice(len(weights), count, p=weights / weights.sum())
         # Every part draws for all, so that one part's share changes nobody else's lengths.
@@ -98,10 +98,10 @@ class Lengths(Checked):
 
     @property
     def most(self) -> int:
-        """No draw is more; MOST_TOKENS where nothing says."""
+        """No draw is more; MAX_TOKENS where nothing says."""
         if self.kind == MIXTURE:
             return max(part.most for part in self.parts)
-        return self.tokens or self.high or MOST_TOKENS
+        return self.tokens or self.high or MAX_TOKENS
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,7 @@ def measure(
     *,
     queries: int = 1,
     steps: int = 40,
-    settle: int = 40,
+    warmup_steps: int = 40,
     layers: Iterable[int] | None = None,
     shared: bool = True,
     seed: int = 0,
@@ -274,11 +274,11 @@ def measure(
 
     rows  hot rows for each request and layer, or one number for each layer. Shared: of all
           requests together so many times as many
-    settle: steps before those that count; progress: called after every step of a layer
+    warmup_steps: steps before those that count; progress: called after every step of a layer
     """
     chosen = tuple(range(locality.num_layers) if layers is None else layers)
     rows = np.broadcast_to(np.asarray(rows, float), len(chosen))
-    tokens = context + settle + steps + PAGE_SLOTS
+    tokens = context + warmup_steps + steps + PAGE_SLOTS
     misses, lookups = [], 0
 
     def one(index: int) -> float:
@@ -290,15 +290,15 @@ def measure(
         for request in range(requests):
             tiers.join(request, context, "settled")
         total = 0
-        for step in range(settle + steps):
+        for step in range(warmup_steps + steps):
             fetched = int(tiers.step()[0])
-            total += fetched if step >= settle else 0
+            total += fetched if step >= warmup_steps else 0
             progress()
         return total / steps / requests
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         misses = list(threads.map(one, range(len(chosen))))
-    lookups = len(chosen) * (settle + steps) * requests * queries * locality.topk
+    lookups = len(chosen) * (warmup_steps + steps) * requests * queries * locality.topk
     return Measured(chosen, np.array(misses), lookups)
 
 
@@ -310,7 +310,7 @@ def miss_curves(
     queries: int = 1,
     requests: int = 1,
     steps: int = 60,
-    settle: int = 10,
+    warmup_steps: int = 10,
     layers: Iterable[int] | None = None,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
@@ -332,10 +332,10 @@ def miss_curves(
             caches = [HotCache(None, int(min(n, context)), context, buffers) for n in rows]
             for cache in caches:
                 cache.warm(order[-cache.num_rows :])
-            for step in range(settle + steps):
+            for step in range(warmup_steps + steps):
                 topk = stream.next(which, length, positions, queries)
                 fetched = [_fetched(cache, topk).sum() for cache in caches]
-                misses += fetched if step >= settle else 0
+                misses += fetched if step >= warmup_steps else 0
             progress()
         return misses / (requests * steps)
 

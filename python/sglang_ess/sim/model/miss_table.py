@@ -60,7 +60,7 @@ class MissTable:
         if sizes:
             found = miss_curves(
                 locality, context, sizes, queries=queries, requests=REQUESTS, steps=STEPS,
-                settle=SETTLE, layers=chosen, seed=seed, progress=progress,
+                warmup_steps=SETTLE, layers=chosen, seed=seed, progress=progress,
             )  # fmt: skip
         # Of no rows and of all: what a step selects, at most, and nothing.
         most = min(queries * locality.topk, context)

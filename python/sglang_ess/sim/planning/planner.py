@@ -25,7 +25,7 @@ BUDGET_GAIN = 0.02  # of misses: layer_budgets.MIN_GAIN
 LEVELS = 40  # of hot rows, at which budgets are shared out
 HOT_GIB_STEP = 0.01  # of --ess-hot-gib as printed
 FAST_LINK = 1e6  # times the link, to see what it costs
-MOST_REQUESTS = 4096  # a GPU, where nothing else limits them
+MAX_REQUESTS = 4096  # a GPU, where nothing else limits them
 MS = 1000
 
 
@@ -40,7 +40,7 @@ class Question:
     context      tokens of a request in a decode step, on average; longest: at its end, which its
                  slots are counted for
     itl_seconds  mean time between two tokens of a request: a step / accepted_tokens
-    most_requests  that one GPU will ever have at once; None: as many as fit
+    max_requests  that one GPU will ever have at once; None: as many as fit
     budgets      whether layers may share hot rows out by what they miss; a GPU's server does
                  not yet, the CPU platform's does
     Raises: PlanError for a value outside its limits.
@@ -53,7 +53,7 @@ class Question:
     context: int
     itl_seconds: float
     longest: int | None = None
-    most_requests: int | None = None
+    max_requests: int | None = None
     budgets: bool = False
     calibration: Calibration | None = None
 
@@ -63,7 +63,7 @@ class Question:
             ("context", self.context, 1, self.model.max_context, "tokens"),
             ("longest request", longest, self.context, self.model.max_context, "tokens"),
             ("inter-token latency", self.itl_seconds * MS, 0.01, 1e6, "ms"),
-            ("requests", self.most_requests, 1, 1e6, "a GPU"),
+            ("requests", self.max_requests, 1, 1e6, "a GPU"),
         )
         for name, value, low, high, unit in limits:
             if value is not None and not low <= value <= high:
@@ -150,8 +150,8 @@ class Planner:
         )  # fmt: skip
         self._memory = Memory.of(question.model, question.gpu, question.deployment)
         # Of a request: a query's rows at the least, all of its tokens at the most.
-        self._least_rows = min(question.context, max(question.model.topk, misses.floor))
-        levels = np.geomspace(self._least_rows, question.context, LEVELS)
+        self._min_rows = min(question.context, max(question.model.topk, misses.floor))
+        levels = np.geomspace(self._min_rows, question.context, LEVELS)
         self._levels = np.unique(levels.astype(int))
         self._budgeted = misses.budgeted(self._levels.tolist())
 
@@ -177,7 +177,7 @@ class Planner:
         return (plan for batch in batches(self._capped(most)) for plan in self._two_tier(batch))
 
     def _capped(self, most: int) -> int:
-        return min(most, self.question.most_requests or most)
+        return min(most, self.question.max_requests or most)
 
     def _best(self, plans: Iterable[Plan]) -> Plan | None:
         """The most tokens/s within the target; of equals the first, which has fewer requests."""
@@ -202,7 +202,7 @@ class Planner:
         if rows < batch * longest:  # what --ess-hot-gib says with two digits
             rows = int(math.floor(rows * row_bytes / step) * step // row_bytes)
         share = min(rows / batch, question.context)
-        if share < self._least_rows:
+        if share < self._min_rows:
             return
         device, host = memory.device_used(batch, longest, rows), memory.host_used(batch, longest)
         uniform = self._misses.uniform(share)
@@ -257,9 +257,9 @@ class Planner:
         if not ess and not one_tier:
             return NONE_FITS, self._nothing_fits(target)
         resident = self._memory.resident_batch(question.slots_tokens)
-        if one_tier and question.most_requests and question.most_requests <= resident:
+        if one_tier and question.max_requests and question.max_requests <= resident:
             return REQUESTS, (
-                f"all fits on the device: {question.most_requests} requests of "
+                f"all fits on the device: {question.max_requests} requests of "
                 f"{question.slots_tokens} tokens a GPU, room for {resident}."
             )
         free = self._all_on_device()
@@ -338,7 +338,7 @@ class Planner:
 
     def _all_on_device(self) -> Plan | None:
         """The best one-tier plan with any amount of device memory."""
-        most = self._capped(MOST_REQUESTS)
+        most = self._capped(MAX_REQUESTS)
         return self._best(self._resident(batch) for batch in batches(most))
 
     def _worst_transfer(self, plan: Plan) -> float:

@@ -1,6 +1,6 @@
 """Moves hot rows between layers while they serve, to where they save the most misses.
 
-    watch (ghosts seeded, settle, count) -> budgets -> resize, a few layers a step -> rest -> ...
+    watch (seed ghosts, warm up, count) -> budgets -> resize, a few layers a step -> rest -> ...
 
 Ghosts run for a part of the time only: that keeps what they cost below 2 % of planning. What a
 step is asked to do beside, seeding or resizing a layer or two, takes as long as a few plans.
@@ -23,7 +23,7 @@ from sglang_ess.tiers.balance.budgets import (
     uniform,
 )
 from sglang_ess.tiers.balance.ghost_cache import GhostCache, MissCurve
-from sglang_ess.tiers.balance.row_ages import Look, age_curve
+from sglang_ess.tiers.balance.row_ages import AgeSnapshot, age_curve
 from sglang_ess.tiers.hot_arena import HotArena
 from sglang_ess.tiers.hot_cache import HotCache
 
@@ -32,7 +32,7 @@ from sglang_ess.tiers.hot_cache import HotCache
 # wants some thousands for 2 %). More cost more beside a plan, and what is chosen by the curves of
 # all layers together errs less than each.
 SAMPLED_SLOTS = 2048
-LEAST_RATE, MOST_RATE = 1 / 128, 1 / 4
+MIN_RATE, MAX_RATE = 1 / 128, 1 / 4
 # Sizes of a curve, as shares of an even share: MIN_SHARE to 8 in steps of 15 %.
 MIN_SHARE = 0.25  # a layer is left this much of an even share, whatever was measured
 NUM_SIZES = 26
@@ -49,12 +49,12 @@ LAYERS_A_STEP = 2  # that are seeded or resized in one decode step
 
 def ghost_rate(num_slots: int) -> float:
     """Share of the slots that a layer's ghost samples."""
-    return min(MOST_RATE, max(LEAST_RATE, SAMPLED_SLOTS / num_slots))
+    return min(MAX_RATE, max(MIN_RATE, SAMPLED_SLOTS / num_slots))
 
 
-def floor_rows(even: int, least: int) -> int:
-    """Rows that each layer keeps where all would have `even` and a step takes `least`."""
-    return min(max(least, round(MIN_SHARE * even)), even)
+def floor_rows(even: int, min_rows: int) -> int:
+    """Rows that each layer keeps where all would have `even` and a step takes `min_rows`."""
+    return min(max(min_rows, round(MIN_SHARE * even)), even)
 
 
 def _choose(
@@ -84,12 +84,12 @@ def ghost_bytes(num_slots: int) -> int:
 class Schedule:
     """Decode steps of each part of a round.
 
-    settle   after the ghosts are seeded, so that they know sizes above the present one too
+    warmup_steps  after the ghosts are seeded, so that they know sizes above the present one too
     counted  of which the curves are made
     rest     until the next round, without ghosts
     """
 
-    settle: int = 64
+    warmup_steps: int = 64
     counted: int = 192
     rest: int = 2048
 
@@ -98,7 +98,7 @@ class Rebalancer:
     """The layers of an arena, all of one host tier, and when they change size.
 
     arena   with a row for some slots of each layer, not for all
-    least   rows that each layer keeps at any rate: a query's top-k, so that it is attended whole
+    min_rows  rows that each layer keeps at any rate: a query's top-k, so that it is attended whole
     rate    of the ghosts
     budgets, curves: of the last round that moved rows, and of the last round; None before
     rebalances, rows_moved: rounds that moved rows, and how many of them, since the start
@@ -107,11 +107,11 @@ class Rebalancer:
     def __init__(
         self,
         arena: HotArena,
-        least: int = 1,
+        min_rows: int = 1,
         schedule: Schedule | None = None,
         rate: float | None = None,
     ):
-        self.arena, self._least = arena, least
+        self.arena, self._min_rows = arena, min_rows
         self._schedule = schedule or Schedule()
         self.budgets: Budgets | None = None
         self.curves: list[MissCurve] | None = None
@@ -141,15 +141,15 @@ class Rebalancer:
         position, self._position = self._position, self._position + 1
         if position < seeding:
             self._seed(position * LAYERS_A_STEP)
-        if position == seeding + schedule.settle:
+        if position == seeding + schedule.warmup_steps:
             for ghost in self._ghosts:
                 ghost.forget()
         found = None
-        if position == seeding + schedule.settle + schedule.counted:
+        if position == seeding + schedule.warmup_steps + schedule.counted:
             found = self._decide()
         if self._pending:
             self._resize()
-        if position >= seeding + schedule.settle + schedule.counted + schedule.rest:
+        if position >= seeding + schedule.warmup_steps + schedule.counted + schedule.rest:
             self._position = 0 if not self._pending else position
         return found
 
@@ -165,7 +165,7 @@ class Rebalancer:
         self.curves = [ghost.curve() for ghost in self._ghosts]
         current = [cache.num_rows for cache in caches]
         union = max(curve.union for curve in self.curves)
-        floor = floor_rows(self._even, max(self._least, round(UNION_MARGIN * union)))
+        floor = floor_rows(self._even, max(self._min_rows, round(UNION_MARGIN * union)))
         # One row less than all: with all of them a layer keeps no order of use to go by.
         cap = caches[0].num_slots - 1
         counted = self._counted(current)
@@ -199,11 +199,11 @@ class Rebalancer:
 class AgeSchedule:
     """Decode steps of each part of a round by ages.
 
-    settle   after rows have moved, or a round before has ended
+    warmup_steps  after rows have moved, or a round before has ended
     counted  of which the curves are made
     """
 
-    settle: int = 64
+    warmup_steps: int = 64
     counted: int = 192
 
 
@@ -213,15 +213,20 @@ class AgeRebalancer:
     A decision only: who calls step() moves the rows. Looks at the ages cost a step nothing, so
     rounds follow one another, each with layers that grow by row_ages.GROWTH at the most.
     rows        of each layer now, in the beginning as many in each
-    cap, least  rows that a layer may have, and keeps
+    cap, min_rows  rows that a layer may have, and keeps
     budgets, curves, rebalances, rows_moved: as Rebalancer's
     """
 
     def __init__(
-        self, layers: int, even: int, cap: int, least: int = 1, schedule: AgeSchedule | None = None
+        self,
+        layers: int,
+        even: int,
+        cap: int,
+        min_rows: int = 1,
+        schedule: AgeSchedule | None = None,
     ):
         self.rows = uniform(layers, layers * even)
-        self._even, self._cap, self._least = even, cap, least
+        self._even, self._cap, self._min_rows = even, cap, min_rows
         self._schedule = schedule or AgeSchedule()
         self.budgets: Budgets | None = None
         self.curves: list[MissCurve] | None = None
@@ -230,32 +235,32 @@ class AgeRebalancer:
 
     def _begin(self) -> None:
         self._position, self._demand = 0, 0
-        self._looks, self._ages = 0, 0
-        self._first: Look | None = None
+        self._snapshots, self._ages = 0, 0
+        self._first: AgeSnapshot | None = None
 
-    def step(self, demand: int, look: Look | None = None) -> Budgets | None:
+    def step(self, demand: int, snapshot: AgeSnapshot | None = None) -> Budgets | None:
         """Before each decode step. Returns budgets to move to before it is planned, if any.
 
         demand: rows that the step needs in each layer, no more than even; the layers have them
             when it returns and its budgets are kept
-        look: where there has been one since the step before
+        snapshot: where there has been one since the step before
         """
         schedule = self._schedule
         self._position += 1
         self._demand = max(self._demand, demand)
-        if look is not None and self._position > schedule.settle:
-            self._ages = self._ages + look.ages.astype(np.int64)
-            self._looks += 1
-            self._first = self._first or look
-        is_end = look is not None and self._position > schedule.settle + schedule.counted
+        if snapshot is not None and self._position > schedule.warmup_steps:
+            self._ages = self._ages + snapshot.ages.astype(np.int64)
+            self._snapshots += 1
+            self._first = self._first or snapshot
+        is_end = snapshot is not None and self._position > schedule.warmup_steps + schedule.counted
         is_short = min(self.rows) < demand
         if not (is_end or is_short):
             return None
-        is_steady = is_end and self._measure(look)
-        floor = floor_rows(self._even, max(self._least, round(UNION_MARGIN * self._demand)))
+        is_steady = is_end and self._measure(snapshot)
+        floor = floor_rows(self._even, max(self._min_rows, round(UNION_MARGIN * self._demand)))
         found = None
         if is_steady:
-            counted = self._looks * expected_misses(self.curves, self.rows)
+            counted = self._snapshots * expected_misses(self.curves, self.rows)
             total = sum(self.rows)
             found = _choose(self.curves, self.rows, total, floor, self._cap, counted)
         elif is_short:
@@ -263,13 +268,13 @@ class AgeRebalancer:
         self._begin()
         return self._moved(found)
 
-    def _measure(self, last: Look) -> bool:
+    def _measure(self, last: AgeSnapshot) -> bool:
         """Make the round's curves; whether they are of the layers as they are now."""
         first = self._first
         steps = np.maximum(1, last.steps - first.steps)
         evicted = float(((last.evictions - first.evictions) / steps).sum())
         curves = [
-            age_curve(counts / self._looks, rows, self._looks)
+            age_curve(counts / self._snapshots, rows, self._snapshots)
             for counts, rows in zip(self._ages, self.rows, strict=True)
         ]
         least, most = (limit * evicted for limit in STEADY)

@@ -21,11 +21,11 @@ from sglang_ess.tiers.balance.ghost_cache import MissCurve
 FIT_FROM, FIT_TO = 0.4, 0.9
 GROWTH = 1.5  # of a layer's rows in one round: as far as a curve is continued
 AGE_STEP = 1.1  # between two points of a curve
-MOST_DECAY = 4.0  # of the fitted power: a tier that has turned over in a few steps shows no more
+MAX_DECAY = 4.0  # of the fitted power: a tier that has turned over in a few steps shows no more
 
 
 @dataclass(frozen=True)
-class Look:
+class AgeSnapshot:
     """What a tier shows of its layers at some step.
 
     ages       [layers, ages] rows that were last used 0, 1, ... steps ago, the oldest together
@@ -76,7 +76,7 @@ def _points(end: int) -> np.ndarray:
 
 
 def _decay(ages: np.ndarray, lost: np.ndarray, sizes: list[float], rows: int) -> float:
-    """b of N(T) = c / T^b over the older rows, 0 to MOST_DECAY; 1 where too few ages show it."""
+    """b of N(T) = c / T^b over the older rows, 0 to MAX_DECAY; 1 where too few ages show it."""
     old = (np.array(sizes) >= FIT_FROM * rows) & (lost > 0) & (ages > 0)
     if old.sum() < 3:
         old = (lost > 0) & (ages > 0)
@@ -84,4 +84,4 @@ def _decay(ages: np.ndarray, lost: np.ndarray, sizes: list[float], rows: int) ->
         return 1.0
     weights = np.sqrt(lost[old])
     slope = np.polyfit(np.log(ages[old]), np.log(lost[old]), 1, w=weights)[0]
-    return float(np.clip(-slope, 0.0, MOST_DECAY))
+    return float(np.clip(-slope, 0.0, MAX_DECAY))
