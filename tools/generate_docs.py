@@ -1,0 +1,184 @@
+"""Write the documentation's generated tables: python -m tools.generate_docs [--check]
+
+A page keeps a table between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. The
+flags come from EssConfig, the series from the Prometheus exporter, the hooks from ess_patches,
+the figures from results/*.json. --check writes nothing and exits with status 1 for a stale page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+REGION = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.S)
+UPSTREAM = "sglang.srt."
+WHERE = {"cpu": "CPU platform", "cuda": "GPU", "always": "ESS"}
+MOST_COLUMNS = 9  # of a table of results; what has no room stands in the file
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table. A `|` inside a cell is escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(
+        "| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |\n" for line in lines
+    )
+
+
+def flags() -> str:
+    """A row for each field of EssConfig: its flag with its values, its default, its help."""
+    from sglang_ess.config import EssConfig
+
+    rows = []
+    for field in fields(EssConfig):
+        kind, choices = field.metadata["kind"], field.metadata["choices"]
+        value = "|".join(choices) if choices else {float: "NUMBER", str: "TEXT"}.get(kind, "")
+        flag = f"{field.metadata['flag']} {value}".rstrip()
+        rows.append((f"`{flag}`", _default(field.default), field.metadata["help"]))
+    return table(("Flag", "Default", "Meaning"), rows)
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, bool):
+        return "off"  # of the flag, which switches the field away from its default
+    if value is None:
+        return "automatic"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value else "none"
+
+
+def metrics() -> str:
+    """A row for each series that the exporter makes."""
+    from prometheus_client import CollectorRegistry
+
+    from sglang_ess.metrics import Exporter
+
+    registry = CollectorRegistry()
+    exporter = Exporter({"model_name": "m"}, [0], registry)
+    rows = []
+    for family in registry.collect():
+        names = {name for sample in family.samples for name in sample.labels}
+        own = ", ".join(sorted(names - {"model_name", "le"})) or "none"
+        name = family.name + ("_total" if family.type == "counter" else "")
+        rows.append((f"`{name}`", family.type, own, family.documentation))
+    del exporter
+    return table(("Series", "Type", "Own labels", "Meaning"), rows)
+
+
+def hooks() -> str:
+    """A row for each upstream name that is hooked, with the first reason that is given for it."""
+    from ess_patches import all_hooks
+
+    by_target: dict[str, list[Any]] = {}
+    for hook in all_hooks():
+        if hook.is_registered:
+            by_target.setdefault(hook.target, []).append(hook)
+    rows = [
+        (
+            f"`{target.removeprefix(UPSTREAM)}`",
+            found[0].kind,
+            " and ".join(sorted({WHERE[hook.when] for hook in found})),
+            found[0].reason,
+        )
+        for target, found in sorted(by_target.items())
+    ]
+    return table(("Upstream function", "Kind", "In force", "Why"), rows)
+
+
+def touch_points() -> str:
+    """A row for each upstream name that is used in place, with how."""
+    from ess_patches import all_hooks
+
+    by_target: dict[str, list[Any]] = {}
+    for hook in all_hooks():
+        if not hook.is_registered:
+            by_target.setdefault(hook.target, []).append(hook)
+    rows = [
+        (
+            f"`{target.removeprefix(UPSTREAM)}`",
+            found[0].kind,
+            " and ".join(sorted({WHERE[hook.when] for hook in found})),
+        )
+        for target, found in sorted(by_target.items())
+    ]
+    return table(("Upstream name", "Kind", "In force"), rows)
+
+
+def results(name: str) -> str:
+    """The conditions, the summary and the rows of results/NAME.json."""
+    file = REPO / "results" / f"{name}.json"
+    report = json.loads(file.read_text())
+    parts = [f"File: [results/{file.name}](../results/{file.name}). {_conditions(report)}\n"]
+    if summary := _flat(report.get("summary") or {}):
+        parts.append(table(("Figure", "Value"), ((f"`{k}`", _cell(v)) for k, v in summary)))
+    return "\n" + "\n".join(parts) + "\n"
+
+
+def _conditions(report: dict[str, Any]) -> str:
+    parts = [f"{key}: {_cell(value)}" for key, value in _flat(report.get("machine") or {})]
+    parts += [f"{key} {_cell(value)}" for key, value in _flat(report.get("versions") or {})]
+    return "; ".join(parts) + "." if parts else ""
+
+
+def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{before}{key}.")
+        else:
+            found.append((f"{before}{key}", value))
+    return found
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    return str(value)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "flags": flags,
+    "metrics": metrics,
+    "hooks": hooks,
+    "touch_points": touch_points,
+}
+
+
+def _content(name: str) -> str:
+    """Raises: KeyError for a name that is neither a table nor a file of results."""
+    make = TABLES.get(name) or partial(results, name.removeprefix("results/"))
+    return make()
+
+
+def generated(text: str) -> str:
+    """The page `text` with every generated region renewed."""
+    return REGION.sub(lambda match: match[1] + _content(match[2]) + match[3], text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Renew all pages, or with --check name the stale ones: 1 if there are any."""
+    parser = argparse.ArgumentParser(prog="python -m tools.generate_docs", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 for a stale page")
+    check = parser.parse_args(argv).check
+    stale = []
+    for page in sorted((REPO / "docs").glob("*.md")):
+        text = page.read_text()
+        if (renewed := generated(text)) != text:
+            stale.append(page)
+            if not check:
+                page.write_text(renewed)
+    for page in stale:
+        print(f"{page.relative_to(REPO)} {'is stale' if check else 'is renewed'}", file=sys.stderr)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
