@@ -1,7 +1,7 @@
 """What a round of admission costs the scheduler by how many wait: part of benchmarks/admission.py.
 
-The production Gate.round over a scheduler that takes as many requests as it has places, with
-nothing else in it, so its time is admission's own. Beside it the same round when it looks at the
+The production SchedulerGate.round over a scheduler that takes as many requests as it has places,
+with nothing else in it, so its time is admission's own. Beside it the same round when it looks at the
 whole queue, and copies what does not join: the two alternate, so that what slows one slows both.
 """
 
@@ -20,7 +20,7 @@ ROUNDS, QUICK_ROUNDS = 200, 20
 
 
 def scheduler_of(waiting: int, running: int = RUNNING, places: int = PLACES) -> SimpleNamespace:
-    """What Gate asks of SGLang's colocated scheduler: first come, first served, one rank."""
+    """What SchedulerGate asks of a colocated scheduler: first come, first served, one rank."""
     return SimpleNamespace(
         waiting_queue=[SimpleNamespace(seqlen=1000 + i % 7) for i in range(waiting)],
         max_running_requests=running + places,
@@ -38,10 +38,10 @@ def scheduler_of(waiting: int, running: int = RUNNING, places: int = PLACES) -> 
 
 
 def gate_of(scheduler: Any, admission: Any) -> Any:
-    """A Gate of one rank with this policy, without a pool."""
-    from sglang_ess import scheduler_gate as scheduling
+    """A SchedulerGate of one rank with this policy, without a pool."""
+    from sglang_ess import scheduler_gate
 
-    gate = object.__new__(scheduling.Gate)
+    gate = object.__new__(scheduler_gate.SchedulerGate)
     gate._scheduler, gate.admission, gate._warm_up = scheduler, admission, None
     gate._is_decode_server = gate._arrives_cold = False
     gate._agreed = lambda number: number
@@ -51,7 +51,7 @@ def gate_of(scheduler: Any, admission: Any) -> Any:
 @contextmanager
 def over_the_whole_queue() -> Iterator[None]:
     """Meanwhile a round asks about every request that waits, and copies those that do not join."""
-    from sglang_ess.scheduler_gate import Gate
+    from sglang_ess.scheduler_gate import SchedulerGate
 
     @contextmanager
     def copying(self, count):
@@ -61,13 +61,13 @@ def over_the_whole_queue() -> Iterator[None]:
         yield
         scheduler.waiting_queue = scheduler.waiting_queue + held
 
-    production = Gate._reach, Gate._hiding_all_but
-    Gate._reach = lambda self, running: len(self._scheduler.waiting_queue)
-    Gate._hiding_all_but = copying
+    production = SchedulerGate._reach, SchedulerGate._hiding_all_but
+    SchedulerGate._reach = lambda self, running: len(self._scheduler.waiting_queue)
+    SchedulerGate._hiding_all_but = copying
     try:
         yield
     finally:
-        Gate._reach, Gate._hiding_all_but = production
+        SchedulerGate._reach, SchedulerGate._hiding_all_but = production
 
 
 def fill_places(scheduler: Any, running_batch: Any) -> list[Any]:
@@ -80,9 +80,9 @@ def fill_places(scheduler: Any, running_batch: Any) -> list[Any]:
 
 def round_seconds(waiting: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round, by how far it looks. Who joined waits again, at the end."""
-    from sglang_ess.admission.policy import Admission, Limits
+    from sglang_ess.admission.policy import Admission, AdmissionLimits
 
-    limits = Limits(hot_rows=1 << 26, topk=2048, layers=61, row_bytes=656)
+    limits = AdmissionLimits(hot_rows=1 << 26, topk=2048, layers=61, row_bytes=656)
     scheduler = scheduler_of(waiting)
     gate = gate_of(scheduler, Admission(limits, 25e9))
     batch = SimpleNamespace(reqs=[None] * RUNNING)

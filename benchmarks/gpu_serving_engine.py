@@ -120,9 +120,9 @@ def _all_modes(labels: Sequence[str]) -> Callable[[str, int], None]:
 
     if not torch.cuda.is_available():
         return lambda label, batch: None
-    from sglang_ess.attention import backend_cuda as attention_backend
+    from sglang_ess.attention import backend_cuda
 
-    return switch_modes(labels, lambda: attention_backend.active)
+    return switch_modes(labels, lambda: backend_cuda.active)
 
 
 def switch_modes(labels: Sequence[str], active: Callable[[], Any]) -> Callable[[str, int], None]:

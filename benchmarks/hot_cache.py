@@ -36,7 +36,7 @@ from benchmarks import common
 from sglang_ess.sim.model.trace_replay import replay
 from sglang_ess.tiers import HotCache, PlanBuffers, lru
 from sglang_ess.trace.trace import read_trace
-from sglang_ess.trace.trace_recorder import Recorder
+from sglang_ess.trace.trace_recorder import TraceRecorder
 
 TOPK, CONTEXT, PAGE = 2048, 64 << 10, 64
 SIMILARITY = 0.6  # papers.md 1.6: mean over layers, at any context
@@ -240,7 +240,7 @@ def measure_recording(report: common.Report, num_steps: int, seed: int) -> None:
     seconds = {"plain": [], "recorded": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace"
-        recorder = Recorder(path, NUM_LAYERS, TOPK, slots, {})
+        recorder = TraceRecorder(path, NUM_LAYERS, TOPK, slots, {})
         tiers = {
             "plain": [HotCache(None, rows, slots) for _ in range(NUM_LAYERS)],
             "recorded": [recorder.hot_cache(None, rows, slots) for _ in range(NUM_LAYERS)],

@@ -16,7 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_ess import metrics
-from sglang_ess.admission.policy import HOT_TIER, Admission, Limits
+from sglang_ess.admission.policy import HOT_TIER, Admission, AdmissionLimits
 from sglang_ess.metrics import Exporter, Metrics, Watch, log_line
 from sglang_ess.tiers import HotCache
 from tests.support.server import Server
@@ -399,7 +399,7 @@ def test_admission_is_exported_as_it_stands():
     """Gauges as they are, counters by what came since the last time."""
     registry = CollectorRegistry()
     exporter = Exporter({"model_name": "m"}, range(1), registry)
-    admission = Admission(Limits(hot_rows=100, topk=10, layers=1, row_bytes=656), 5e9)
+    admission = Admission(AdmissionLimits(hot_rows=100, topk=10, layers=1, row_bytes=656), 5e9)
 
     def value(name, **more):
         return registry.get_sample_value(f"sglang:ess_{name}", {"model_name": "m"} | more)

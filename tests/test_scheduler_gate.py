@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_ess import scheduler_gate as scheduling
+from sglang_ess import scheduler_gate
 from sglang_ess.admission.policy import HOT_TIER, LINK, Decision
 from sglang_ess.mem_cache.allocator import EssPagedAllocator
 from tests.support import parity, retraction
@@ -91,7 +91,7 @@ class Pool:
     def __init__(self):
         self.dropped = []
 
-    def written_in_all_layers(self, slots):
+    def invalidate_slots(self, slots):
         self.dropped += slots.view(-1).tolist()
 
 
@@ -170,7 +170,7 @@ def test_parking_takes_in_the_step_under_way_and_leaves_the_finished(overlap):
         enable_overlap=overlap, last_batch=batch, result_queue=deque([("batch", "result")]),
         process_batch_result=lambda *result: done.append(result),
     )  # fmt: skip
-    parked = scheduling.park(scheduler, batch, keep=1)
+    parked = scheduler_gate.park(scheduler, batch, keep=1)
     assert [req.rid for req in parked] == ["3", "1"]
     assert [req.rid for req in batch.reqs] == ["9", "5"]
     assert all(req.retracted_stain for req in parked) and not batch.batch_is_full
@@ -189,9 +189,9 @@ def test_the_rank_that_can_hold_least_decides(monkeypatch):
         asked.append((flags, group, op))
         return [1]
 
-    monkeypatch.setattr(scheduling, "all_reduce_flags", reduce)
+    monkeypatch.setattr(scheduler_gate, "all_reduce_flags", reduce)
     queue = [SimpleNamespace(seqlen=100) for _ in range(5)]
-    gate = object.__new__(scheduling.Gate)
+    gate = object.__new__(scheduler_gate.SchedulerGate)
     gate._scheduler = SimpleNamespace(
         waiting_queue=queue, enable_priority_scheduling=False, chunked_req=None,
         attn_tp_cpu_group="ranks", max_running_requests=8,
@@ -214,7 +214,7 @@ def test_a_larger_batch_is_planned_with_those_only_who_can_join(
     is_decode_server, places, free, most
 ):
     """Five of 100 tokens wait, three run. A tenth of the free slots are in the radix tree."""
-    gate = object.__new__(scheduling.Gate)
+    gate = object.__new__(scheduler_gate.SchedulerGate)
     gate._is_decode_server = is_decode_server
     gate._scheduler = SimpleNamespace(
         waiting_queue=[SimpleNamespace(seqlen=100) for _ in range(5)],

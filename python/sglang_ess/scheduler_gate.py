@@ -19,10 +19,10 @@ import torch
 from sglang.srt.disaggregation.utils import all_reduce_flags
 
 from sglang_ess.admission.feed import AdmissionFeed, LastStep, Totals
-from sglang_ess.admission.policy import Admission, Candidate, Limits
+from sglang_ess.admission.policy import Admission, AdmissionLimits, Candidate
 from sglang_ess.admission.working_set import WorkingSetWindow
 from sglang_ess.config import EssConfig
-from sglang_ess.disagg.decode_side import WarmUp
+from sglang_ess.disagg.decode_side import RequestWarmup
 from sglang_ess.disagg.metadata import EssMetadataBuffers
 from sglang_ess.mem_cache.pool import EssTokenToKVPool
 from sglang_ess.tiers.topk_sample import SAMPLES
@@ -108,17 +108,17 @@ def _finish_step_under_way(scheduler: Any) -> None:
         scheduler.last_batch = None
 
 
-def gate_of(scheduler: Any) -> Gate | None:
+def gate_of(scheduler: Any) -> SchedulerGate | None:
     """The scheduler's gate; None where ESS serves one-tier."""
     if "ess_gate" not in vars(scheduler):
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         config = EssConfig.from_env()
         two_tiers = config is not None and isinstance(pool, EssTokenToKVPool)
-        scheduler.ess_gate = Gate(scheduler, pool, config) if two_tiers else None
+        scheduler.ess_gate = SchedulerGate(scheduler, pool, config) if two_tiers else None
     return scheduler.ess_gate
 
 
-class Gate:
+class SchedulerGate:
     """One scheduler's admission: feeds the policy, and hides what may not join from SGLang.
 
     admission: the policy, or None with --ess-admission off
@@ -129,7 +129,7 @@ class Gate:
         self.admission: Admission | None = None
         geometry = pool.capacity.geometry
         if config.admission == "on":
-            limits = Limits(
+            limits = AdmissionLimits(
                 hot_rows=pool.capacity.hot_rows,
                 topk=geometry.topk,
                 layers=geometry.layers,
@@ -145,7 +145,7 @@ class Gate:
             logger.info("ESS: host-to-device link %.1f GB/s at row size", rate / 1e9)
         buffers = getattr(scheduler, "disagg_metadata_buffers", None)
         warms = config.pd_warmup == "on" and isinstance(buffers, EssMetadataBuffers)
-        self._warm_up = WarmUp(pool, buffers) if warms else None
+        self._warm_up = RequestWarmup(pool, buffers) if warms else None
         self._round_began = self._link_measured = time.perf_counter()
         self._preemption_logged = 0.0
         self._is_decode_server = buffers is not None

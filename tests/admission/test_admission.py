@@ -10,10 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ess.admission import policy as module
-from sglang_ess.admission.policy import Admission, Candidate, Decision, Limits, Step, StepFit
+from sglang_ess.admission.policy import (
+    Admission,
+    AdmissionLimits,
+    Candidate,
+    Decision,
+    Step,
+    StepFit,
+)
 
 # Prior: 300 rows a request, so 20 fill the hot tier. A cold joiner fetches 100 rows, 10 ms.
-LIMITS = Limits(hot_rows=6000, topk=100, layers=1, row_bytes=1000)
+LIMITS = AdmissionLimits(hot_rows=6000, topk=100, layers=1, row_bytes=1000)
 LINK = 1e7
 LONG = Candidate(tokens=10_000)
 WARM = replace(LONG, cold=False)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_ess.admission.policy import Admission, Candidate, Limits, Step
+from sglang_ess.admission.policy import Admission, AdmissionLimits, Candidate, Step
 from sglang_ess.admission.working_set import WorkingSetWindow
 from sglang_ess.tiers import HotCache
 
@@ -135,7 +135,7 @@ HOT_ROWS, TOPK, BATCH = 2000, 64, 64
 
 def served(hot_rows_told, steps, measures, seed=0):
     """A server of HOT_ROWS after many steps, its throughput, and what its admission did."""
-    limits = Limits(hot_rows_told, TOPK, layers=1, row_bytes=ROW_BYTES)
+    limits = AdmissionLimits(hot_rows_told, TOPK, layers=1, row_bytes=ROW_BYTES)
     admission = Admission(limits, SLOW_LINK)
     server = Server(HOT_ROWS, TOPK, BATCH, admission, seed, measures)
     return server.throughput(steps, seed + 1), server, admission
@@ -178,7 +178,7 @@ def test_shedding_makes_up_for_working_sets_that_are_far_too_small(fixed):
 )  # fmt: skip
 def test_everyone_finishes_and_nobody_overtakes(requests, hot_rows, told, itl, seed):
     """Whatever the working sets, limits that are wrong, and targets that cannot be kept."""
-    limits = Limits(max(1, int(hot_rows * told)), 16, 1, ROW_BYTES, itl)
+    limits = AdmissionLimits(max(1, int(hot_rows * told)), 16, 1, ROW_BYTES, itl)
     server = Server(hot_rows, 16, 8, Admission(limits, SLOW_LINK), seed)
     for name, (pool, output) in enumerate(requests):
         server.waiting.append(Request(name, pool, output))

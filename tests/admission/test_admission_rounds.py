@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from benchmarks import admission_rounds
 from benchmarks.admission_rounds import PLACES, RUNNING, WAITING, fill_places
-from sglang_ess import scheduler_gate as scheduling
-from sglang_ess.admission.policy import LOOK_AHEAD, Admission, Candidate, Limits, Step
+from sglang_ess import scheduler_gate
+from sglang_ess.admission.policy import LOOK_AHEAD, Admission, AdmissionLimits, Candidate, Step
 from sglang_ess.mem_cache.allocator import EssPagedAllocator
 
-ROOMY = Limits(hot_rows=1 << 26, topk=2048, layers=61, row_bytes=656)
+ROOMY = AdmissionLimits(hot_rows=1 << 26, topk=2048, layers=61, row_bytes=656)
 
 
 # --- bounded, and deciding the same ---------------------------------------------------------
@@ -46,7 +46,7 @@ candidates = st.builds(
 def test_those_with_a_place_join_whether_or_not_others_are_asked(
     history, rounds, running, waiting, places, slots, hot_rows, itl_seconds
 ):
-    limits = Limits(hot_rows, topk=100, layers=2, row_bytes=1000, itl_seconds=itl_seconds)
+    limits = AdmissionLimits(hot_rows, topk=100, layers=2, row_bytes=1000, itl_seconds=itl_seconds)
     whole = Admission(limits, 1e7)
     for step in history:
         whole.observe(step)
@@ -171,7 +171,7 @@ def decode_server(monkeypatch, running, waiting):
     gate._is_decode_server = True
     gate._warm_up = SimpleNamespace(warm=lambda *args: None, working_set=lambda req: None)
     gate.keep = lambda running_batch: 2
-    monkeypatch.setattr(scheduling, "gate_of", lambda scheduler: gate)
+    monkeypatch.setattr(scheduler_gate, "gate_of", lambda scheduler: gate)
     return scheduler, batch, gate
 
 
@@ -196,7 +196,7 @@ def test_requests_come_back_whatever_fails(monkeypatch, point):
     scheduler, batch, gate = decode_server(monkeypatch, running, waiting)
     POINTS[point](scheduler, batch, gate)
     with pytest.raises(Injected):
-        scheduling.prebuilt_round(fail, scheduler, batch)
+        scheduler_gate.prebuilt_round(fail, scheduler, batch)
     parked = running[2:] if len(batch.reqs) == 2 else []
     assert batch.reqs + parked == running
     assert scheduler.waiting_queue == parked + waiting
@@ -208,7 +208,7 @@ def test_without_a_failure_the_parked_come_first(monkeypatch):
     allocator = EssPagedAllocator.__new__(EssPagedAllocator)
     scheduler, batch, _ = decode_server(monkeypatch, running, waiting)
     scheduler.token_to_kv_pool_allocator = allocator
-    joined = scheduling.prebuilt_round(fill_places, scheduler, batch)
+    joined = scheduler_gate.prebuilt_round(fill_places, scheduler, batch)
     assert batch.reqs == running[:2] and scheduler.waiting_queue[:4] == running[2:]
     assert joined + scheduler.waiting_queue[4:] == waiting and allocator.is_idle is False
 

@@ -20,14 +20,13 @@ from torch.overrides import TorchFunctionMode
 from triton.runtime import interpreter
 
 from ess_kernels.sparse_mla import sparse_mla_reference
-from sglang_ess.attention import backend_cuda as attention_backend
-from sglang_ess.attention import half_batch as halves
+from sglang_ess.attention import backend_cuda, half_batch
 from sglang_ess.attention.backend_cuda import EssDsaBackend
 from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
 from sglang_ess.attention.two_tier_decode import TwoTierDecode
 from sglang_ess.config import EssConfig
-from sglang_ess.mem_cache import pool_cuda as pool
-from sglang_ess.platforms import cuda as hooks
+from sglang_ess.mem_cache import pool_cuda
+from sglang_ess.platforms import cuda as cuda_hooks
 from sglang_ess.tiers.hot_cache import RowCorruption
 from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
 from tests.support.device_tier import launches_are_late
@@ -38,7 +37,7 @@ NOPE, ROPE = 512, 64
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # float32 sums in another order
 
 
-class Pool(pool.CudaEssTokenToKVPool):
+class Pool(pool_cuda.CudaEssTokenToKVPool):
     """The pool's tiers over float32 rows, without SGLang's allocation and packing kernels."""
 
     def __init__(self, hot_rows, staging_rows):
@@ -230,7 +229,7 @@ class Run:
 
         metadata = self.backend.get_indexer_metadata(i, batch)
         weights = q_fp8[:, :, :1].contiguous()
-        return hooks.topk_selected(get_topk, None, batch, i, q_fp8, weights, metadata)
+        return cuda_hooks.topk_selected(get_topk, None, batch, i, q_fp8, weights, metadata)
 
 
 @pytest.fixture
@@ -241,10 +240,10 @@ def late(monkeypatch):
 @pytest.fixture
 def build(monkeypatch):
     def backend(overlap="da", hot_rows=HOT_ROWS, staging_rows=SLOTS, max_queries=6, **options):
-        monkeypatch.setattr(pool, "PLAN_QUERIES_CUDA", max_queries)
+        monkeypatch.setattr(pool_cuda, "PLAN_QUERIES_CUDA", max_queries)
         for name, value in EssConfig(enabled=True, overlap=overlap, **options).to_env().items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(attention_backend, "active", None)
+        monkeypatch.setattr(backend_cuda, "active", None)
         monkeypatch.setattr("sglang_ess.tiers.warmup_window.WARMUP_QUERIES", WARMUP_QUERIES)
         torch.manual_seed(hot_rows)
         return Backend(
@@ -471,8 +470,10 @@ def test_a_graph_has_the_order_it_is_captured_for(build, monkeypatch):
     backend.init_forward_metadata_out_graph(batch, in_capture=True)
     assert backend.mode is Mode.DBA and backend.chosen is Mode.OFF
     assert backend._steps == steps
-    cut, calls = halves.of, []
-    monkeypatch.setattr(halves, "of", lambda *args: calls.append(args) or cut(*args))
+    cut, calls = half_batch.slice_metadata, []
+    monkeypatch.setattr(
+        half_batch, "slice_metadata", lambda *args: calls.append(args) or cut(*args)
+    )
     run.decode([1, 2], begin=False)  # the warm-up
     run.decode([1, 2], begin=False)  # the capture: what it reads it must have made
     assert len(calls) == 4 and run.halves_seen == 4 * LAYERS
@@ -481,7 +482,7 @@ def test_a_graph_has_the_order_it_is_captured_for(build, monkeypatch):
 
 
 def test_a_step_takes_the_mode_chosen_in_the_step_before(build, monkeypatch):
-    monkeypatch.setattr(attention_backend, "MIRROR_STEPS", 2)
+    monkeypatch.setattr(backend_cuda, "MIRROR_STEPS", 2)
     backend = build("off", warmup="off")
     table = CostTable((1, 8), (0, 8), {mode: ((1.0,) * 2,) * 2 for mode in Mode}, 0.0, 0.0, "t")
     backend.policy = OverlapPolicy(LAYERS, table)

@@ -1,4 +1,4 @@
-"""halves.of on SGLang's own metadata, and that it cuts all that the indexer reads by query."""
+"""slice_metadata on SGLang's own metadata: it cuts all that the indexer reads by query."""
 
 import ast
 import dataclasses
@@ -13,10 +13,10 @@ from sglang.srt.layers.attention.dsa.dsa_indexer_metadata import DSAIndexerMetad
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import DSATopKBackend, TopkTransformMethod
 from sglang.srt.layers.attention.dsa_backend import DSAMetadata
 
-from sglang_ess.attention import half_batch as halves
+from sglang_ess.attention import half_batch
 
 BATCH = 5
-# Cut in halves.of by name, beside PER_QUERY.
+# Cut in half_batch.slice_metadata by name, beside PER_QUERY.
 CUT = {
     "dsa_extend_seq_lens_list",
     "cu_seqlens_q",
@@ -82,7 +82,7 @@ def metadata(batch=BATCH, **changes) -> DSAIndexerMetadata:
 @pytest.mark.parametrize("queries", [slice(0, 2), slice(2, 5)], ids=["first", "second"])
 def test_a_half_is_the_metadata_of_its_queries_alone(plans, queries):
     whole, count = metadata(), queries.stop - queries.start
-    half = halves.of(whole, queries)
+    half = half_batch.slice_metadata(whole, queries)
     lengths = whole.get_seqlens_int32()[queries]
     assert torch.equal(half.get_seqlens_int32(), lengths)
     assert torch.equal(half.get_seqlens_expanded(), lengths + 1)
@@ -98,7 +98,7 @@ def test_a_half_is_the_metadata_of_its_queries_alone(plans, queries):
 
 
 def test_the_whole_batchs_schedule_is_left_out_and_its_lengths_are_cut(plans):
-    half = halves.of(metadata(), slice(2, 5))
+    half = half_batch.slice_metadata(metadata(), slice(2, 5))
     for part in (half, half.attn_metadata):
         assert part.paged_mqa_schedule_metadata is None
     assert half.paged_mqa_ctx_lens_2d.tolist() == [[102], [103], [104]]
@@ -106,17 +106,22 @@ def test_the_whole_batchs_schedule_is_left_out_and_its_lengths_are_cut(plans):
 
 
 def test_the_topk_plan_is_made_anew_for_the_lengths_of_the_half(plans):
-    half = halves.of(metadata(), slice(2, 5))
+    half = half_batch.slice_metadata(metadata(), slice(2, 5))
     assert [lengths.tolist() for lengths in plans] == [[103, 104, 105]]
     assert half.attn_metadata.topk_v2_plan.tolist() == [[312, 312]] * 4
-    assert halves.of(metadata(topk_v2_plan=None), slice(2, 5)).attn_metadata.topk_v2_plan is None
+    assert (
+        half_batch.slice_metadata(
+            metadata(topk_v2_plan=None), slice(2, 5)
+        ).attn_metadata.topk_v2_plan
+        is None
+    )
     assert len(plans) == 1
 
 
 def test_the_whole_stays_as_it_was_and_the_parts_share_its_memory(plans):
     whole = metadata()
     before = {f.name: getattr(whole.attn_metadata, f.name) for f in dataclasses.fields(DSAMetadata)}
-    half = halves.of(whole, slice(2, 5))
+    half = half_batch.slice_metadata(whole, slice(2, 5))
     for name, value in before.items():
         assert getattr(whole.attn_metadata, name) is value, name
     whole.attn_metadata.cache_seqlens_int32.add_(1)  # as a graph's metadata is refreshed
@@ -124,18 +129,20 @@ def test_the_whole_stays_as_it_was_and_the_parts_share_its_memory(plans):
 
 
 def test_a_dropped_table_stays_dropped(plans):
-    half = halves.of(metadata(page_table_1=None, indexer_seq_lens=None), slice(0, 2))
+    half = half_batch.slice_metadata(
+        metadata(page_table_1=None, indexer_seq_lens=None), slice(0, 2)
+    )
     assert half.get_page_table_1() is None and half.get_indexer_seq_len() is None
 
 
 def test_queries_without_metadata_cannot_be_cut(plans):
-    assert halves.of(metadata(batch=3), slice(2, 4)) is None
-    assert halves.of(metadata(batch=3), slice(0, 3)) is not None
+    assert half_batch.slice_metadata(metadata(batch=3), slice(2, 4)) is None
+    assert half_batch.slice_metadata(metadata(batch=3), slice(0, 3)) is not None
 
 
 def test_every_field_that_is_cut_is_one_of_sglangs():
     names = {field.name for field in dataclasses.fields(DSAMetadata)}
-    assert names >= set(halves.PER_QUERY) | CUT | SHARED | PREFILL
+    assert names >= set(half_batch.PER_QUERY) | CUT | SHARED | PREFILL
 
 
 # --- what upstream reads ------------------------------------------------------------------
@@ -165,4 +172,4 @@ def test_the_indexer_reads_no_other_part_of_its_metadata():
             method = getattr(DSAIndexerMetadata, called, None)
             fields |= reads(method, "self.attn_metadata") if inspect.isfunction(method) else set()
     assert fields >= {"real_page_table", "topk_v2_plan", "dsa_seqlens_expanded", "page_table_1"}
-    assert fields <= set(halves.PER_QUERY) | CUT | SHARED | PREFILL
+    assert fields <= set(half_batch.PER_QUERY) | CUT | SHARED | PREFILL

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ess_kernels.sparse_mla import sparse_mla_reference
-from sglang_ess.attention import mla_kernels as decode_kernels
+from sglang_ess.attention import mla_kernels
 from sglang_ess.attention.mla_kernels import (
     KERNELS,
     FlashInferMla,
@@ -271,7 +271,7 @@ def test_triton(dtype, monkeypatch):
     expected, expected_lse = sparse_mla_reference(q, rows, indices, SCALE, lengths.clamp_max(40))
     assert (out - expected).abs().max() <= 2 * OUT_TOLERANCE  # its weights are bfloat16 as well
     assert torch.equal(lse.isinf(), expected_lse.isinf())
-    monkeypatch.setattr(decode_kernels, "interpreted", lambda: False)
+    monkeypatch.setattr(mla_kernels, "interpreted", lambda: False)
     with pytest.raises(ValueError, match="triton needs a GPU, or TRITON_INTERPRET=1"):
         choose(Need(dtype, None, 8), SCALE, CPU)
 

@@ -13,7 +13,7 @@ from sglang.kernels.ops.attention.merge_state import merge_state_triton
 
 from ess_kernels.hot_state import SPLIT
 from ess_kernels.sparse_mla import sparse_mla, sparse_mla_reference
-from sglang_ess.attention import two_tier_decode as overlap
+from sglang_ess.attention import two_tier_decode
 from sglang_ess.attention.overlap import Mode
 from sglang_ess.attention.two_tier_decode import TwoTierDecode
 from sglang_ess.tiers.hot_cache_cuda import DeviceTier
@@ -51,7 +51,7 @@ def decode(monkeypatch):
         def attend(q, rows, indices, lengths):
             return sparse_mla(q, rows, indices, SCALE, lengths)
 
-        monkeypatch.setattr(overlap, "wait", lambda event: transfer.wait(event))
+        monkeypatch.setattr(two_tier_decode, "wait", lambda event: transfer.wait(event))
         if hold:
             for cache in tier.caches:
                 copy_rows = cache.fetch
@@ -152,7 +152,7 @@ def test_bfloat16_parts_are_merged_in_float32(decode, num_parts):
 @pytest.mark.parametrize("mode", [Mode.DA, Mode.OFF])
 def test_attention_that_does_not_wait_is_noticed(decode, mode, monkeypatch):
     two_tier, host = decode(rows=90, topk=12)
-    monkeypatch.setattr(overlap, "wait", lambda event: None)
+    monkeypatch.setattr(two_tier_decode, "wait", lambda event: None)
     q, topk = torch.randn(4, HEADS, 576), draw(np.random.default_rng(3), 4, 12)
     assert run(two_tier, 0, q, topk, mode).isnan().any()
 

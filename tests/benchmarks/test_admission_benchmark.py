@@ -5,7 +5,14 @@ import pytest
 from benchmarks import admission as benchmark
 from benchmarks.admission import OFF, ON, SETS, Point
 from benchmarks.common import Report
-from sglang_ess.admission.policy import HOT_TIER, Admission, Candidate, Decision, Limits, Step
+from sglang_ess.admission.policy import (
+    HOT_TIER,
+    Admission,
+    AdmissionLimits,
+    Candidate,
+    Decision,
+    Step,
+)
 
 
 def test_each_rule_is_compared_at_its_worst_and_best_point():
@@ -33,7 +40,7 @@ def test_a_point_is_a_scenario():
 
 def observed() -> Admission:
     """Two run on the rows of one working set and a half, where misses are worth it."""
-    admission = Admission(Limits(hot_rows=450, topk=100, layers=1, row_bytes=1000), 1e7)
+    admission = Admission(AdmissionLimits(hot_rows=450, topk=100, layers=1, row_bytes=1000), 1e7)
     for n in (1, 2):
         for _ in range(12):
             admission.observe(Step(1, n, 0.030, 0, 0, 0))

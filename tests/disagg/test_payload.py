@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sglang_ess.disagg import payload as warmup_payload
+from sglang_ess.disagg import payload as payload_module
 from sglang_ess.disagg.payload import (
     HEADER,
     ITEM_BYTES,
@@ -202,8 +202,8 @@ def test_one_compiled_version_serves_any_array():
     frozen.flags.writeable = False
     assert round_trip([strided, frozen], 100) == groups_of([frozen, frozen])
     decode(item_of(b"\0", 1, np.int32(5)), 1, np.int32(5), ROOM)
-    assert len(warmup_payload._write_layer.signatures) == 1
-    assert len(warmup_payload._parse.signatures) == 1
+    assert len(payload_module._write_layer.signatures) == 1
+    assert len(payload_module._parse.signatures) == 1
 
 
 def test_what_exceeds_the_budget_goes_from_the_oldest_end():
@@ -456,11 +456,11 @@ def test_fuzz():
 
 def test_fuzz_never_reads_out_of_bounds(monkeypatch):
     """The kernels as Python, in which a read past an array's end is an IndexError."""
-    kernels = {k: v for k, v in vars(warmup_payload).items() if hasattr(v, "py_func")}
-    space = dict(vars(warmup_payload))
+    kernels = {k: v for k, v in vars(payload_module).items() if hasattr(v, "py_func")}
+    space = dict(vars(payload_module))
     for name in ("_read_varint", "_read_group", "_parse"):
         space[name] = types.FunctionType(kernels[name].py_func.__code__, space, name)
-    monkeypatch.setattr(warmup_payload, "_parse", space["_parse"])
+    monkeypatch.setattr(payload_module, "_parse", space["_parse"])
     assert None in fuzz(600, seed=6)
     for body in HOSTILE.values():
         assert check_body(bytes.fromhex(body), 1, 1000)

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_ess.disagg import decode_side as warmup
-from sglang_ess.disagg import prefill_side as recorder
+from sglang_ess.disagg import decode_side, prefill_side
 from sglang_ess.disagg.metadata import EssMetadataBuffers
 from sglang_ess.disagg.payload import HEADER, ITEM_BYTES, encode
-from sglang_ess.disagg.prefill_side import Recorder
+from sglang_ess.disagg.prefill_side import PromptEndRecorder
 
 LAYERS, TOPK, SLOTS, ROOM = 2, 4, 256, 99
 
@@ -42,8 +41,8 @@ def buffers():
 
 @pytest.fixture
 def active(monkeypatch):
-    monkeypatch.setattr(recorder, "active", Recorder(LAYERS, SLOTS))
-    return recorder.active
+    monkeypatch.setattr(prefill_side, "active", PromptEndRecorder(LAYERS, SLOTS))
+    return prefill_side.active
 
 
 def record(active, table, positions, prefix=36, rid="a"):
@@ -61,9 +60,9 @@ POSITIONS = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [0, 12, 13, 14]]
 
 def hot_pool():
     """Remembers what it is asked to warm, query by query."""
-    pool = SimpleNamespace(warmed=[[] for _ in range(LAYERS)])
+    pool = SimpleNamespace(warmed=[[] for _ in range(LAYERS)], start_layer=3)
     pool.capacity = SimpleNamespace(geometry=SimpleNamespace(layers=LAYERS, topk=TOPK))
-    pool.warm = lambda layer, topk: pool.warmed[layer].extend(
+    pool.warm = lambda layer_id, topk: pool.warmed[layer_id - pool.start_layer].extend(
         row[row >= 0].tolist() for row in topk.numpy()
     )
     return pool
@@ -82,7 +81,7 @@ def test_from_prompt_to_hot_tier(active, table, buffers):
     hand_over(buffers, decode)
     decode.get_buf(0)
     pool, req = hot_pool(), request(row=2)
-    warm_up = warmup.WarmUp(pool, decode)
+    warm_up = decode_side.RequestWarmup(pool, decode)
     assert warm_up.working_set(req) == 15
     slots = torch.zeros(3, 64, dtype=torch.int64)
     slots[2] = torch.arange(64) + 300  # of this request, on this node
@@ -102,7 +101,7 @@ def test_a_chunk_after_another_replaces_it(active, table, buffers):
     decode = EssMetadataBuffers(4, 8, torch.bfloat16, 16)
     hand_over(buffers, decode)
     decode.get_buf(0)
-    assert warmup.WarmUp(hot_pool(), decode).working_set(request()) == 15
+    assert decode_side.RequestWarmup(hot_pool(), decode).working_set(request()) == 15
 
 
 @pytest.mark.parametrize("rid", ["b", None])
@@ -118,7 +117,7 @@ def test_another_requests_row_is_not_sent(active, table, buffers, rid):
 def test_a_plain_prefill_node_sends_nothing_and_a_cleared_slot_is_empty(buffers):
     buffers.get_buf(0)
     assert not buffers.arrived
-    warm_up = warmup.WarmUp(hot_pool(), buffers)
+    warm_up = decode_side.RequestWarmup(hot_pool(), buffers)
     assert warm_up.working_set(request()) is None
     encode([np.zeros((1, 1), np.int32)] * LAYERS, 40, ROOM, buffers.warmup[1].numpy())
     buffers.clear_slot(1)
@@ -138,7 +137,7 @@ def test_a_plain_prefill_node_sends_nothing_and_a_cleared_slot_is_empty(buffers)
 def test_hostile_payloads_cost_one_warning_and_no_request(buffers, caplog, spoil):
     pool, warm_up = hot_pool(), None
     with caplog.at_level(logging.WARNING, logger="sglang_ess.disagg.decode_side"):
-        warm_up = warmup.WarmUp(pool, buffers)
+        warm_up = decode_side.RequestWarmup(pool, buffers)
         for room in (ROOM, ROOM + 1):
             positions = np.arange(12, dtype=np.int32).reshape(3, 4)
             encode([positions] * LAYERS, 40, room, buffers.warmup[0].numpy())
@@ -155,7 +154,7 @@ def test_a_payload_of_another_request_is_refused(buffers):
     encode([np.array([[39]], np.int32)] * LAYERS, 40, ROOM, buffers.warmup[0].numpy())
     buffers.bootstrap_room[0, 0] = ROOM
     buffers.get_buf(0)
-    warm_up = warmup.WarmUp(hot_pool(), buffers)
+    warm_up = decode_side.RequestWarmup(hot_pool(), buffers)
     assert warm_up.working_set(request(tokens=20)) is None and warm_up.refused == 1
 
 
@@ -165,10 +164,10 @@ def test_what_never_starts_is_forgotten(buffers):
         encode([np.zeros((1, 1), np.int32)] * LAYERS, 40, room, buffers.warmup[0].numpy())
         buffers.get_buf(0)
     assert list(buffers.arrived) == [5, 6, 7, 8], "no more than there are items"
-    warm_up = warmup.WarmUp(hot_pool(), buffers)
+    warm_up = decode_side.RequestWarmup(hot_pool(), buffers)
     req = request(room=8)
     assert warm_up.working_set(req) == 1 and warm_up.working_set(req) == 1
-    groups = weakref.ref(getattr(req, warmup.IDS)[0][0])
+    groups = weakref.ref(getattr(req, decode_side.IDS)[0][0])
     assert groups() is not None
     del req
     assert groups() is None

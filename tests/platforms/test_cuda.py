@@ -17,13 +17,13 @@ from ess_patches import (
     platforms_interface,
     touch_points_cuda,
 )
-from sglang_ess.attention import backend_cuda as attention_backend
+from sglang_ess.attention import backend_cuda
 from sglang_ess.attention.backend_cuda import EssDsaBackend, _check, _check_mode
 from sglang_ess.attention.overlap import Mode
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache.allocator import EssPagedAllocator
 from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
-from sglang_ess.platforms import cuda as hooks
+from sglang_ess.platforms import cuda as cuda_hooks
 
 ROWS = [
     row
@@ -100,7 +100,7 @@ def test_a_sparse_models_main_pool_and_its_backend_are_ours(
     role(mode)
     before = dict(registry)
     configurator = SimpleNamespace(is_draft_worker=draft, device=device)
-    chosen = hooks.kv_pool_class(
+    chosen = cuda_hooks.kv_pool_class(
         DSATokenToKVPool, configurator, kind=kind, default=DSATokenToKVPool
     )
     assert chosen is (CudaEssTokenToKVPool if ours else DSATokenToKVPool)
@@ -120,8 +120,8 @@ def test_a_sparse_models_main_pool_and_its_backend_are_ours(
 )
 def test_the_allocator_over_it_is_ours(role, mode, enabled, ours):
     role(mode, enabled)
-    assert hooks.paged_allocator_class(None, None) is (EssPagedAllocator if ours else None)
-    assert hooks.paged_allocator_class(dict, None) is dict, "a platform's own stays"
+    assert cuda_hooks.paged_allocator_class(None, None) is (EssPagedAllocator if ours else None)
+    assert cuda_hooks.paged_allocator_class(dict, None) is dict, "a platform's own stays"
 
 
 # --- a graph for each mode ----------------------------------------------------------------
@@ -133,23 +133,23 @@ def active(monkeypatch):
 
     def put(modes=tuple(Mode), chosen=Mode.OFF, select=None):
         backend = SimpleNamespace(policy=SimpleNamespace(modes=modes), chosen=chosen, select=select)
-        monkeypatch.setattr(attention_backend, "active", backend)
+        monkeypatch.setattr(backend_cuda, "active", backend)
         return backend
 
-    monkeypatch.setattr(attention_backend, "active", None)
+    monkeypatch.setattr(backend_cuda, "active", None)
     return put
 
 
 def test_upstreams_variants_are_left_where_ess_is_not_or_where_there_are_any(active):
-    assert hooks.graph_variants(None, None) is None
+    assert cuda_hooks.graph_variants(None, None) is None
     active()
     theirs = graph_variants.DsaGraphVariants(2048)
-    assert hooks.graph_variants(theirs, None) is theirs
+    assert cuda_hooks.graph_variants(theirs, None) is theirs
 
 
 def test_a_graph_for_each_mode_that_may_be_chosen(active):
     backend = active(chosen=Mode.DA)
-    variants = hooks.graph_variants(None, None)
+    variants = cuda_hooks.graph_variants(None, None)
     assert variants.capture_labels == ("off", "da", "dba")
     # "dense" would make the indexer skip its logits: _should_skip_logits_computation.
     assert graph_variants.DSA_DENSE not in variants.capture_labels
@@ -160,7 +160,7 @@ def test_a_graph_for_each_mode_that_may_be_chosen(active):
 
 def test_a_mode_without_a_graph_takes_the_first_one(active):
     active(modes=(Mode.DA,), chosen=Mode.DBA)
-    variants = hooks.graph_variants(None, None)
+    variants = cuda_hooks.graph_variants(None, None)
     assert variants.capture_labels == ("da",) and variants.select(None) == "da"
 
 
@@ -176,7 +176,7 @@ def batch(mode):
 
 
 def test_top_k_without_a_backend_is_upstreams(active):
-    out = hooks.topk_selected(get_topk, "indexer", batch(ForwardMode.DECODE), 3, "q", "w", "m")
+    out = cuda_hooks.topk_selected(get_topk, "indexer", batch(ForwardMode.DECODE), 3, "q", "w", "m")
     assert out == ("upstream", "indexer", ForwardMode.DECODE, 3, "q", "w", "m")
 
 
@@ -185,7 +185,7 @@ def test_top_k_without_a_backend_is_upstreams(active):
 )
 def test_top_k_of_other_than_decode_is_upstreams(active, mode):
     active(select=None)
-    assert hooks.topk_selected(get_topk, "i", batch(mode), 3, "q", "w", "m")[2] is mode
+    assert cuda_hooks.topk_selected(get_topk, "i", batch(mode), 3, "q", "w", "m")[2] is mode
 
 
 def test_top_k_of_decode_goes_through_select(active):
@@ -194,7 +194,7 @@ def test_top_k_of_decode_goes_through_select(active):
         return upstream("half q", "half w", "half m")
 
     active(select=select)
-    out = hooks.topk_selected(get_topk, "indexer", batch(ForwardMode.DECODE), 3, "q", "w", "m")
+    out = cuda_hooks.topk_selected(get_topk, "indexer", batch(ForwardMode.DECODE), 3, "q", "w", "m")
     assert out == ("upstream", "indexer", ForwardMode.DECODE, 3, "half q", "half w", "half m")
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_ess.admission.policy import Limits
-from sglang_ess.sim.engine.admission_gate import Gate
+from sglang_ess.admission.policy import AdmissionLimits
+from sglang_ess.sim.engine.admission_gate import AdmissionGate
 from sglang_ess.sim.engine.decode_rank import DecodeRank, RankLimits
 from sglang_ess.sim.engine.fetches import ConstantFetches, TierFetches
 from sglang_ess.sim.engine.report import Machine, Recorder
@@ -90,9 +90,11 @@ class System:
             )  # fmt: skip
             fetches = TierFetches(tiers, LAYERS, self.accepted)
         if self.admission:
-            limit = Limits(self.hot_rows, TOPK, LAYERS, ROW_BYTES, None, self.slots)
+            limit = AdmissionLimits(self.hot_rows, TOPK, LAYERS, ROW_BYTES, None, self.slots)
             width = TOPK * self.queries
-            gate = Gate(limit, self.link, self.slots + 64 * 256, width, fetches.sample_layers)
+            gate = AdmissionGate(
+                limit, self.link, self.slots + 64 * 256, width, fetches.sample_layers
+            )
         rng = np.random.default_rng([self.seed, number])
         return DecodeRank(limits, self.requests, self.cost, fetches, gate, rng)
 

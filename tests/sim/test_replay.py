@@ -23,7 +23,7 @@ from sglang_ess.sim.model.trace_replay import (
 from sglang_ess.trace import trace
 from sglang_ess.trace.format import PREFIX
 from sglang_ess.trace.trace import Kind, Trace, read_trace
-from sglang_ess.trace.trace_recorder import Recorder
+from sglang_ess.trace.trace_recorder import TraceRecorder
 from tests.support import parity
 from tests.support.engine import EngineProcess
 from tests.support.recorded import Life
@@ -37,7 +37,7 @@ def counters(caches):
 
 def recorded(path, sizes, steps, slots=256, width=8):
     """A trace of top-k steps, each with a top-k of each layer [layers, queries, width]."""
-    recorder = Recorder(path, len(sizes), width, slots, {"row_bytes": 1024})
+    recorder = TraceRecorder(path, len(sizes), width, slots, {"row_bytes": 1024})
     caches = [recorder.hot_cache(None, rows, slots) for rows in sizes]
     for step in steps:
         for cache, topk in zip(caches, step, strict=True):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from sglang_ess.admission.feed import OBSERVED_STEPS, AdmissionFeed, LastStep, Totals
-from sglang_ess.admission.policy import Admission, Limits, Step
-from sglang_ess.sim.engine.admission_gate import SAMPLES, Gate
+from sglang_ess.admission.policy import Admission, AdmissionLimits, Step
+from sglang_ess.sim.engine.admission_gate import SAMPLES, AdmissionGate
 from tests.sim.serving_system import LAYERS, ROW_BYTES, TOPK, System, load, poisson
 
 PACKAGE = Path(__file__).parents[2] / "python" / "sglang_ess"
@@ -182,7 +182,7 @@ class Told:
 
 def told_gate():
     """The simulator's gate, over an Admission that writes down what it is told."""
-    gate = Gate(Limits(500, TOPK, LAYERS, ROW_BYTES), 1e9, 500, TOPK, 2)
+    gate = AdmissionGate(AdmissionLimits(500, TOPK, LAYERS, ROW_BYTES), 1e9, 500, TOPK, 2)
     gate.admission = gate._feed._admission = Told()
     return gate
 
@@ -200,21 +200,21 @@ def some_steps(rng, steps=60):
 
 @pytest.mark.slow
 def test_the_policy_is_told_what_the_server_tells_it(monkeypatch):
-    """The server's own Gate and the simulator's, over the same steps: the same calls."""
+    """The server's own SchedulerGate and the simulator's, over the same steps: the same calls."""
     from types import SimpleNamespace
 
     import torch
 
-    from sglang_ess import scheduler_gate as scheduling
+    from sglang_ess import scheduler_gate
     from sglang_ess.admission.working_set import WINDOW, WorkingSetWindow
 
     clock = iter(())
-    monkeypatch.setattr(scheduling.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(scheduling.Gate, "_agreed", lambda self, number: number)
+    monkeypatch.setattr(scheduler_gate.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(scheduler_gate.SchedulerGate, "_agreed", lambda self, number: number)
     rows = torch.zeros(2, SAMPLES, TOPK, dtype=torch.int32)
     pool = SimpleNamespace(sample=SimpleNamespace(layers=(0, 1), rows=rows))
     scheduler = SimpleNamespace(last_batch=None)
-    real = object.__new__(scheduling.Gate)
+    real = object.__new__(scheduler_gate.SchedulerGate)
     told = Told()
     state = dict(
         _scheduler=scheduler, _pool=pool, admission=told, _round_began=0.0, _link_measured=1e9,

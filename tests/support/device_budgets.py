@@ -48,11 +48,11 @@ def rows_move() -> None:
 
 def rows_move_by_age() -> None:
     """By the ages of rows, in rounds of a few steps; any gain is reason enough."""
-    from sglang_ess.attention import backend_cuda as attention_backend
+    from sglang_ess.attention import backend_cuda
     from sglang_ess.tiers.balance import rebalance
 
     _moves()
-    attention_backend.MIRROR_STEPS = 1
+    backend_cuda.MIRROR_STEPS = 1
     rebalance.AgeSchedule = partial(rebalance.AgeSchedule, warmup_steps=1, counted=4)
     rebalance.NOISE = rebalance.MIN_GAIN = 0.0
     rebalance.rebalanced = partial(rebalance.rebalanced, min_moved=0.0)

@@ -62,7 +62,7 @@ class LateStream(TransferStream):
 
 
 def wait_late(event) -> None:
-    """overlap.wait for the events of a LateStream."""
+    """two_tier_decode.wait for the events of a LateStream."""
     if event is not None:
         stream, number = event
         stream.run_to(number)
@@ -73,9 +73,9 @@ def launches_are_late(set_attribute=setattr) -> None:
 
     set_attribute: pytest's monkeypatch.setattr where it has to end
     """
-    from sglang_ess.attention import two_tier_decode as overlap
-    from sglang_ess.mem_cache import pool_cuda as pool
-    from sglang_ess.tiers import staging_cuda as staging
+    from sglang_ess.attention import two_tier_decode
+    from sglang_ess.mem_cache import pool_cuda
+    from sglang_ess.tiers import staging_cuda
 
     run_now = interpreter.GridExecutor.__call__
 
@@ -86,9 +86,9 @@ def launches_are_late(set_attribute=setattr) -> None:
         stream.launch(lambda: run_now(executor, *args, **kwargs))
 
     set_attribute(interpreter.GridExecutor, "__call__", launch)
-    for module in (overlap, staging):
+    for module in (two_tier_decode, staging_cuda):
         set_attribute(module, "wait", wait_late)
-    set_attribute(pool, "TransferStream", LateStream)
+    set_attribute(pool_cuda, "TransferStream", LateStream)
 
 
 # --- the engine's process -----------------------------------------------------------------
@@ -99,9 +99,8 @@ def install() -> None:
     if not interpreted():
         raise RuntimeError("Triton's interpreter must be on: got TRITON_INTERPRET unset.")
     make_fast()
-    import sglang_ess.attention.backend_cpu as two_tier_backend
     import sglang_ess.cpu.indexer as indexer
-    from sglang_ess.attention import half_batch as halves
+    from sglang_ess.attention import backend_cpu, half_batch
     from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
     from sglang_ess.mem_cache import capacity
     from sglang_ess.platforms.cpu import CpuDsaPlatform
@@ -114,8 +113,8 @@ def install() -> None:
 
     CpuDsaPlatform.get_kv_pool_cls = device_pool_class
     capacity.CPU_TIER = capacity.GPU_TIER
-    two_tier_backend.CpuTwoTierBackend = backend_class()
-    halves.of = _cut
+    backend_cpu.CpuTwoTierBackend = backend_class()
+    half_batch.slice_metadata = _cut
     _hook_topk(indexer)
     _count_calls()
     CpuDsaPlatform().init_backend()  # again: the fork server has registered the others
@@ -140,7 +139,7 @@ def interpreted_pool_class() -> type:
 
 def _hook_topk(indexer) -> None:
     """cuda/hooks.py's topk_selected around the CPU platform's top-k of a decode step."""
-    from sglang_ess.platforms import cuda as hooks
+    from sglang_ess.platforms import cuda
 
     forward, decode_slots, calls = indexer.indexer_forward, indexer._decode_slots, []
 
@@ -155,7 +154,7 @@ def _hook_topk(indexer) -> None:
         def get_topk(module, forward_batch, layer_id, query, weights, metadata):
             return decode_slots(metadata, query, weights, pages, topk)
 
-        return hooks.topk_selected(get_topk, *calls[-1], query, weights, metadata)
+        return cuda.topk_selected(get_topk, *calls[-1], query, weights, metadata)
 
     indexer.indexer_forward, indexer._decode_slots = hooked_forward, hooked_slots
 
@@ -194,7 +193,7 @@ def _count_calls() -> None:
 
 
 def _cut(metadata, queries: slice):
-    """halves.of for the CPU indexer's metadata."""
+    """half_batch.slice_metadata for the CPU indexer's metadata."""
     return replace(
         metadata,
         req_rows=metadata.req_rows[queries],
@@ -289,13 +288,13 @@ def backend_class() -> type:
 
 def triton_attention() -> None:
     """Decode's merged attention by the Triton kernel instead of the CPU platform's."""
-    import sglang_ess.attention.backend_cpu as two_tier_backend
     from ess_kernels.sparse_mla import sparse_mla
+    from sglang_ess.attention import backend_cpu
 
     def attend(backend, q_all, rows, indices, lengths):
         return sparse_mla(q_all, rows, indices, backend._layer.scaling, lengths)
 
-    two_tier_backend.CpuTwoTierBackend._attend_rows = attend
+    backend_cpu.CpuTwoTierBackend._attend_rows = attend
 
 
 # --- faults: each must show in the output -------------------------------------------------
@@ -310,9 +309,9 @@ def attention_does_not_wait() -> None:
 
 def staging_does_not_wait() -> None:
     """Prefill reads its buffer before the prefix rows are in; needs install_late."""
-    from sglang_ess.tiers import staging_cuda as staging
+    from sglang_ess.tiers import staging_cuda
 
-    staging.wait = lambda event: None
+    staging_cuda.wait = lambda event: None
 
 
 class _Uncopied(torch.Tensor):

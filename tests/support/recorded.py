@@ -5,7 +5,7 @@ import torch
 
 from sglang_ess.trace.format import STATE_PLACES
 from sglang_ess.trace.trace import Kind
-from sglang_ess.trace.trace_recorder import Recorder
+from sglang_ess.trace.trace_recorder import TraceRecorder
 
 NO_ROWS = torch.empty(0)
 
@@ -37,7 +37,7 @@ class Life:
 
     def __init__(self, path, rng):
         self.rng, self.expected = rng, []
-        self.recorder = Recorder(path, self.LAYERS, self.WIDTH, self.SLOTS, {})
+        self.recorder = TraceRecorder(path, self.LAYERS, self.WIDTH, self.SLOTS, {})
         sizes = (None, self.ROWS, self.SLOTS)
         self.caches = [self.recorder.hot_cache(*sizes) for _ in range(self.LAYERS)]
         for cache in self.caches:

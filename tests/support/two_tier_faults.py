@@ -21,7 +21,7 @@ def stale_hot_row() -> None:
     """Invariant 3: neither a write of the slot nor its being freed touches its hot row."""
     from sglang_ess.mem_cache.pool_cpu import CpuEssTokenToKVPool
 
-    CpuEssTokenToKVPool.written_in_all_layers = lambda *_: None
+    CpuEssTokenToKVPool.invalidate_slots = lambda *_: None
     CpuEssTokenToKVPool._written = lambda *_: None
     CpuEssTokenToKVPool.install = lambda *_: None
 

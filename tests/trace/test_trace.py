@@ -16,7 +16,7 @@ from sglang_ess.trace import format as trace_format
 from sglang_ess.trace import trace
 from sglang_ess.trace.format import STATE, Entry, Queries
 from sglang_ess.trace.trace import Kind, TraceWriter, read_trace, slots_to_positions
-from sglang_ess.trace.trace_recorder import Recorder
+from sglang_ess.trace.trace_recorder import TraceRecorder
 from tests.support.recorded import Life
 
 TOPK, SLOTS = 8, 4096
@@ -372,7 +372,7 @@ def test_bytes_per_index(tmp_path):
 
 def test_the_documented_format(tmp_path):
     """Read by hand, as trace_format.py's docstring says."""
-    recorder = Recorder(tmp_path / "t", 1, 4, 500, {"page": 64})
+    recorder = TraceRecorder(tmp_path / "t", 1, 4, 500, {"page": 64})
     cache = recorder.hot_cache(None, 400, 500)
     table = np.arange(100, 401, dtype=np.int32)[None]
     recorder.begin_step(["ab"], np.zeros(1, np.int64), np.array([301], np.int32), table)
@@ -426,7 +426,7 @@ def test_events_are_what_happened(tmp_path_factory, seed, frame_bytes):
 
 def test_positions_only_where_they_give_the_slots(tmp_path):
     """In context order the plan is a record; in another order, or outside a step, it is not."""
-    recorder = Recorder(tmp_path / "t", 1, 3, 128, {})
+    recorder = TraceRecorder(tmp_path / "t", 1, 3, 128, {})
     cache = recorder.hot_cache(None, 64, 128)
     table = np.arange(128, dtype=np.int32)[None, ::-1].copy()
     recorder.begin_step(["a"], np.zeros(1, np.int64), np.array([40], np.int32), table)
@@ -447,7 +447,7 @@ def test_positions_only_where_they_give_the_slots(tmp_path):
 
 def test_a_table_that_was_dropped_is_recorded_again(tmp_path, monkeypatch):
     """Until it is, plans are recorded as slots: none is read with another request's."""
-    recorder = Recorder(tmp_path / "t", 1, 2, 128, {})
+    recorder = TraceRecorder(tmp_path / "t", 1, 2, 128, {})
     cache = recorder.hot_cache(None, 64, 128)
     table = np.arange(40, dtype=np.int32)[None].copy()
     step = ["a"], np.zeros(1, np.int64), np.array([40], np.int32), table

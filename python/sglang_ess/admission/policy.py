@@ -56,7 +56,7 @@ REASONS = HOT_TIER, LINK, THRASH = "hot tier", "link", "thrash"
 
 
 @dataclass(frozen=True)
-class Limits:
+class AdmissionLimits:
     """What a decode server has.
 
     hot_rows     per layer; num_slots: of the host tier: with no fewer hot rows, none is evicted
@@ -168,7 +168,7 @@ class Admission:
     halves when two rises follow each other: so a cap that is right is seldom tried.
     """
 
-    def __init__(self, limits: Limits, link_bytes_per_second: float):
+    def __init__(self, limits: AdmissionLimits, link_bytes_per_second: float):
         self.limits = limits
         self.link(link_bytes_per_second)
         self._sets = WorkingSets(limits.topk)

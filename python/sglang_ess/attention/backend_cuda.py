@@ -23,7 +23,7 @@ from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
 from sglang.srt.layers.attention.merge_state import merge_state
 from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
 
-from sglang_ess.attention import half_batch as halves
+from sglang_ess.attention import half_batch
 from sglang_ess.attention.mla_kernels import Need, choose
 from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
 from sglang_ess.attention.two_tier_decode import Planned, TwoTierDecode
@@ -249,7 +249,9 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         """The indexer's metadata for each half; none where it has no row for each query."""
         if not self._halves:  # the same for every layer of a step
             parts = slice(0, batch // 2), slice(batch // 2, batch)
-            self._halves = [(queries, halves.of(metadata, queries)) for queries in parts]
+            self._halves = [
+                (queries, half_batch.slice_metadata(metadata, queries)) for queries in parts
+            ]
         return [] if any(cut is None for _, cut in self._halves) else self._halves
 
     def forward_decode(

@@ -19,7 +19,7 @@ PER_QUERY = (
 )
 
 
-def of(metadata: Any, queries: slice) -> Any:
+def slice_metadata(metadata: Any, queries: slice) -> Any:
     """DSAIndexerMetadata of the queries alone. DeepGEMM's schedule of the whole batch is left
     out: the indexer makes one for what it gets.
 

@@ -8,7 +8,7 @@ from sglang.srt.runtime_context import get_disagg
 
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.ops.sparse_mla import sparse_mla
-from sglang_ess.disagg import prefill_side as recorder
+from sglang_ess.disagg import prefill_side
 from sglang_ess.layout import LATENT_DIM, PAGE_SLOTS, ROPE_DIM
 
 
@@ -76,7 +76,9 @@ class CpuSparseMlaBackend(AttentionBackend):
         sends = config is not None and config.enabled and config.pd_warmup == "on"
         if sends and get_disagg().disaggregation_mode == "prefill":
             pool = self.token_to_kv_pool
-            recorder.active = recorder.Recorder(pool.layer_num, pool.size + pool.page_size)
+            prefill_side.active = prefill_side.PromptEndRecorder(
+                pool.layer_num, pool.size + pool.page_size
+            )
 
     def init_forward_metadata(self, forward_batch) -> None:
         req_rows = forward_batch.req_pool_indices.long()
@@ -127,7 +129,7 @@ class CpuSparseMlaBackend(AttentionBackend):
 
     def _attend(self, layer, forward_batch, q, q_rope, topk) -> torch.Tensor:
         """Attention over the slots topk [T, top-k]: out [T, heads, 512]."""
-        if recorder.active is not None and self.forward_metadata.spans is not None:
+        if prefill_side.active is not None and self.forward_metadata.spans is not None:
             self._record(layer.layer_id - self.token_to_kv_pool.start_layer, forward_batch, topk)
         rows = self.token_to_kv_pool.latent_rows(layer.layer_id)
         return attend_rows(layer, q, q_rope, rows, topk)[0]
@@ -135,7 +137,7 @@ class CpuSparseMlaBackend(AttentionBackend):
     def _record(self, layer, forward_batch, topk) -> None:
         """What a prompt's end selects goes along to the decode server."""
         metadata = self.forward_metadata
-        recorder.active.record(
+        prefill_side.active.record(
             layer,
             forward_batch.rids,
             metadata.spans,

@@ -19,7 +19,7 @@ IDS = "ess_warm_up_ids"  # attribute of a request: Groups, or None where nobody 
 Groups = list[list[np.ndarray]]
 
 
-class WarmUp:
+class RequestWarmup:
     """Takes each request's payload when it is first asked for, and warms once.
 
     What was taken stays on the request (IDS) until then, so that it goes with one that never
@@ -54,10 +54,10 @@ class WarmUp:
             return
         table_row = req_to_token[req.kv.req_pool_idx].cpu()
         width = self._pool.capacity.geometry.topk
-        for layer, groups in enumerate(ids):
+        for layer_id, groups in enumerate(ids, self._pool.start_layer):
             topk = _as_queries([table_row[torch.from_numpy(group)] for group in groups], width)
             for part in topk.split(WARMUP_QUERIES):
-                self._pool.warm(layer, part)
+                self._pool.warm(layer_id, part)
 
     def _take(self, req: Any) -> Groups | None:
         if not hasattr(req, IDS):

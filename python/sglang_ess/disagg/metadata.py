@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sglang.srt.disaggregation.utils import MetadataBuffers
 
-from sglang_ess.disagg import prefill_side as recorder
+from sglang_ess.disagg import prefill_side
 from sglang_ess.disagg.payload import HEADER, ITEM_BYTES
 
 
@@ -42,7 +42,7 @@ class EssMetadataBuffers(MetadataBuffers):
         super().set_buf(req)
         item = self.warmup[req.metadata_buffer_index].numpy()
         item[: HEADER.size] = 0
-        recorder.write(req, item)
+        prefill_side.write(req, item)
 
     def get_buf(self, idx: int):
         """Decode: what has arrived for the request of the items idx."""

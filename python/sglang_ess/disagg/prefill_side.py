@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from sglang_ess.disagg import payload as warmup_payload
+from sglang_ess.disagg import payload
 from sglang_ess.tiers.warmup_window import warm_spans
 from sglang_ess.trace.trace import slots_to_positions
 
 logger = logging.getLogger(__name__)
 
 
-class Recorder:
+class PromptEndRecorder:
     """Positions selected by the last WARMUP_QUERIES queries of each request's last pass.
 
     num_layers: that record; num_slots: of the pool
@@ -64,20 +64,22 @@ class Recorder:
         rid, layers = self._rows.pop(req.kv.req_pool_idx, (None, []))
         if rid == req.rid and req.bootstrap_room is not None:
             tokens = len(req.origin_input_ids)
-            warmup_payload.encode(layers, tokens, req.bootstrap_room, item)
+            payload.encode(layers, tokens, req.bootstrap_room, item)
 
 
-active: Recorder | None = None  # of this process; the attention backend of a prefill node sets it
+active: PromptEndRecorder | None = (
+    None  # of this process; the attention backend of a prefill node sets it
+)
 
 
 def write(req: Any, item: np.ndarray) -> None:
-    """Recorder.write, if this process records. A failure costs a warm-up, no request."""
+    """PromptEndRecorder.write, if this process records. A failure costs a warm-up, no request."""
     if active is None:
         return
     try:
         active.write(req, item)
     except Exception as error:
-        item[: warmup_payload.HEADER.size] = 0
+        item[: payload.HEADER.size] = 0
         active.failures += 1
         if active.failures == 1:
             logger.warning("ESS: no warm-up ids are sent: %s: %s", type(error).__name__, error)

@@ -67,7 +67,7 @@ class EssPagedAllocator(RefusingPagedAllocator):
         if isinstance(pool, EssTokenToKVPool):
             pages = torch.cat(page_ids)
             offsets = torch.arange(self.page_size, device=pages.device)
-            pool.written_in_all_layers(pages[:, None] * self.page_size + offsets)
+            pool.invalidate_slots(pages[:, None] * self.page_size + offsets)
 
     def clear(self) -> None:
         super().clear()

@@ -164,9 +164,9 @@ class EssTokenToKVPool(DSATokenToKVPool):
             rows = torch.index_select(host_rows, 0, part)
             self.hot_cache(layer_id).install(part, rows, min_age)
 
-    def warm(self, layer: int, topk: torch.Tensor) -> None:
-        """HotCache.warm of a layer, counted from 0, with topk [queries, K] int32 on the host."""
-        self.hot_caches[layer].warm(topk)
+    def warm(self, layer_id: int, topk: torch.Tensor) -> None:
+        """HotCache.warm of a layer with topk [queries, K] int32 on the host."""
+        self.hot_cache(layer_id).warm(topk)
 
     # --- SGLang's write paths -----------------------------------------------------------
 
@@ -182,18 +182,18 @@ class EssTokenToKVPool(DSATokenToKVPool):
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
         super().move_kv_cache(tgt_loc, src_loc)
-        self.written_in_all_layers(tgt_loc)
+        self.invalidate_slots(tgt_loc)
 
     def load_cpu_copy(self, kv_cache_cpu, indices, *args, **kwargs) -> None:
         super().load_cpu_copy(kv_cache_cpu, indices, *args, **kwargs)
-        self.written_in_all_layers(indices)
+        self.invalidate_slots(indices)
 
     def _written(self, layer, loc_info, layer_id_override) -> None:
         loc, _, _ = unwrap_write_loc(loc_info)
         layer_id = layer.layer_id if layer_id_override is None else layer_id_override
         self.hot_cache(layer_id).invalidate(loc)
 
-    def written_in_all_layers(self, loc: torch.Tensor) -> None:
+    def invalidate_slots(self, loc: torch.Tensor) -> None:
         """For whoever writes host rows of the slots loc without SGLang's setters."""
         for cache in self.hot_caches:
             cache.invalidate(loc.view(-1).long())
@@ -201,4 +201,4 @@ class EssTokenToKVPool(DSATokenToKVPool):
     def empty_hot_tier(self) -> None:
         """No slot is hot any more; counters go on."""
         everything = torch.arange(self.size + self.page_size)
-        self.written_in_all_layers(everything)
+        self.invalidate_slots(everything)

@@ -78,10 +78,10 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
     def measure_link(self) -> float:
         return self._probe.bytes_per_second()
 
-    def warm(self, layer: int, topk: torch.Tensor) -> None:
+    def warm(self, layer_id: int, topk: torch.Tensor) -> None:
         with self.transfer.on_transfer_stream():
             slots = topk.to(self.device, non_blocking=True)
-            self.hot_caches[layer].warm(slots)
+            self.hot_cache(layer_id).warm(slots)
             self.transfer.record_stream(slots)
 
     @contextmanager
@@ -175,7 +175,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         for rows in self.kv_buffer:
             rows[tgt_loc.view(-1).cpu()] = rows[src_loc.view(-1).cpu()]
         self.index_key_cache.move(tgt_loc, src_loc)
-        self.written_in_all_layers(tgt_loc)
+        self.invalidate_slots(tgt_loc)
 
     def get_cpu_copy(self, indices, *args, **kwargs):
         self.synchronize()
@@ -185,7 +185,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         self.synchronize()
         super().load_cpu_copy(kv_cache_cpu, indices.cpu(), *args, **kwargs)
 
-    def written_in_all_layers(self, loc: torch.Tensor) -> None:
+    def invalidate_slots(self, loc: torch.Tensor) -> None:
         with self.transfer.on_transfer_stream():
             slots = loc.view(-1).to(self.device)
             self.tier.invalidate(slots)

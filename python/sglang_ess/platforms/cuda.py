@@ -48,17 +48,17 @@ class OverlapVariants:
 
     def select(self, forward_batch: Any) -> str:
         """The label for this batch; no device is asked."""
-        from sglang_ess.attention import backend_cuda as attention_backend
+        from sglang_ess.attention import backend_cuda
 
-        label = attention_backend.active.chosen.value
+        label = backend_cuda.active.chosen.value
         return label if label in self.capture_labels else self.capture_labels[0]
 
 
 def graph_variants(variants: Any, hf_config: Any) -> Any:
     """AFTER create_attention_graph_variants: None upstream on CUDA with sparse attention."""
-    from sglang_ess.attention import backend_cuda as attention_backend
+    from sglang_ess.attention import backend_cuda
 
-    backend = attention_backend.active
+    backend = backend_cuda.active
     if variants is not None or backend is None:
         return variants
     return OverlapVariants(backend.policy.modes)
@@ -72,9 +72,9 @@ def topk_selected(
 
     Under --ess-topk-stream, with ESS or without, it is the stream's as soon as it is known.
     """
-    from sglang_ess.attention import backend_cuda as attention_backend
+    from sglang_ess.attention import backend_cuda
 
-    backend, is_decode = attention_backend.active, forward_batch.forward_mode.is_decode()
+    backend, is_decode = backend_cuda.active, forward_batch.forward_mode.is_decode()
 
     def upstream(q_fp8, weights, metadata):
         topk = get_topk(indexer, forward_batch, layer_id, q_fp8, weights, metadata)

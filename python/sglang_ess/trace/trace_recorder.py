@@ -14,7 +14,7 @@ from sglang_ess.trace.format import NO_DATA, STATE_PLACES, Entry, Kind, Queries
 from sglang_ess.trace.trace import TraceWriter
 
 
-class Recorder:
+class TraceRecorder:
     """The trace of one pool's layers, and what it has to know of the requests in decode.
 
     Decode's plans are records of positions in the file: between begin_step and end_step, their
@@ -99,8 +99,8 @@ class Recorder:
 
 
 def hot_cache_factory(path: str, *args, **kwargs) -> Callable[..., HotCache]:
-    """HotCache; with a path, a Recorder's hot_cache, for the first layer, the second, ..."""
-    return Recorder(path, *args, **kwargs).hot_cache if path else HotCache
+    """HotCache; with a path, a TraceRecorder's hot_cache, for the first layer, the second, ..."""
+    return TraceRecorder(path, *args, **kwargs).hot_cache if path else HotCache
 
 
 class RecordedHotCache(HotCache):
@@ -109,7 +109,7 @@ class RecordedHotCache(HotCache):
     recorder, layer: where, and as which; else as HotCache
     """
 
-    def __init__(self, recorder: Recorder, layer: int, *args, **kwargs):
+    def __init__(self, recorder: TraceRecorder, layer: int, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.recorder, self.layer = recorder, layer
         self._planned = 0  # queries of the step, by the plans so far

@@ -13,10 +13,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from ess_kernels.replay_topk import replay_topk_reference
 from ess_patches import all_hooks, contract
 from sglang_ess import plugin
-from sglang_ess.attention import backend_cuda as attention_backend
-from sglang_ess.attention import half_batch as halves
+from sglang_ess.attention import backend_cuda, half_batch
 from sglang_ess.config import ENV_VAR, EssConfig
-from sglang_ess.platforms import cuda as hooks
+from sglang_ess.platforms import cuda as cuda_hooks
 from sglang_ess.testing.topk_stream import playback
 from tests.attention.test_half_batch import metadata as decode_metadata
 from tests.support.launching import DSA, refused
@@ -100,7 +99,7 @@ def decode(monkeypatch, asked, small):
     asked()
     pool = SimpleNamespace(layer_num=3)
     monkeypatch.setattr(forward_context, "get_token_to_kv_pool", lambda: pool)
-    monkeypatch.setattr(attention_backend, "active", None)
+    monkeypatch.setattr(backend_cuda, "active", None)
     lengths = torch.tensor([100, 170, 600], dtype=torch.int32)
     pages = torch.randperm(30, generator=torch.Generator().manual_seed(0)).int().view(3, 10)
     sglangs = decode_metadata(3)
@@ -123,9 +122,9 @@ def decode(monkeypatch, asked, small):
             queries = len(metadata.get_seqlens_int32())
             return torch.full((queries, TOPK), -7, dtype=torch.int32)
 
-        monkeypatch.setattr(attention_backend, "active", backend)
+        monkeypatch.setattr(backend_cuda, "active", backend)
         batch = SimpleNamespace(forward_mode=mode)
-        return hooks.topk_selected(get_topk, None, batch, 1, None, None, whole)
+        return cuda_hooks.topk_selected(get_topk, None, batch, 1, None, None, whole)
 
     run.lengths, run.pages = lengths, pages
     return run
@@ -150,7 +149,7 @@ def test_halves_of_a_batch_are_replaced_before_they_are_planned(decode):
 
     def select(get_topk, forward_batch, layer_id, q_fp8, weights, metadata):
         for queries in (slice(0, 2), slice(2, 3)):
-            planned.append(get_topk(q_fp8, weights, halves.of(metadata, queries)))
+            planned.append(get_topk(q_fp8, weights, half_batch.slice_metadata(metadata, queries)))
         return torch.cat(planned)
 
     whole = decode()

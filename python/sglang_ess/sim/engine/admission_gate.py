@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sglang_ess.admission.feed import AdmissionFeed, LastStep
-from sglang_ess.admission.policy import Admission, Candidate, Limits
+from sglang_ess.admission.policy import Admission, AdmissionLimits, Candidate
 from sglang_ess.admission.working_set import WorkingSetWindow
 
 SAMPLES = 8  # requests of a step: as in attention/sampling.py
 
 
-class Gate:
+class AdmissionGate:
     """One decode rank's admission.
 
     num_slots  that a sampled top-k names; topk_width: its columns
@@ -20,7 +20,7 @@ class Gate:
 
     def __init__(
         self,
-        limits: Limits,
+        limits: AdmissionLimits,
         link_bytes_per_second: float,
         num_slots: int,
         topk_width: int,

@@ -15,7 +15,7 @@ import numpy as np
 
 from sglang_ess.admission.feed import LastStep
 from sglang_ess.admission.policy import Candidate
-from sglang_ess.sim.engine.admission_gate import SAMPLES, Gate
+from sglang_ess.sim.engine.admission_gate import SAMPLES, AdmissionGate
 from sglang_ess.sim.engine.fetches import Fetches
 from sglang_ess.sim.engine.requests import Requests, State
 from sglang_ess.sim.model.slots import Slots, whole_pages
@@ -89,7 +89,7 @@ class DecodeRank:
         requests: Requests,
         cost: Any,
         fetches: Fetches,
-        gate: Gate | None,
+        gate: AdmissionGate | None,
         rng: np.random.Generator,
     ):
         self.limits, self.requests, self.cost = limits, requests, cost

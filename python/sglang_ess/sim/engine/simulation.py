@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from sglang_ess.admission.policy import Limits
+from sglang_ess.admission.policy import AdmissionLimits
 from sglang_ess.layout import PAGE_SLOTS
-from sglang_ess.sim.engine.admission_gate import Gate
+from sglang_ess.sim.engine.admission_gate import AdmissionGate
 from sglang_ess.sim.engine.decode_rank import DecodeRank, RankLimits
 from sglang_ess.sim.engine.fetches import ConstantFetches, Fetches, TierFetches
 from sglang_ess.sim.engine.report import Machine, Recorder, Results
@@ -202,9 +202,9 @@ class Simulation:
         )
         return TierFetches(tiers, layers, self._deployment.accepted_tokens)
 
-    def _gate(self, fetches: Fetches) -> Gate:
+    def _gate(self, fetches: Fetches) -> AdmissionGate:
         model, server = self._model, self.scenario.server
-        limits = Limits(
+        limits = AdmissionLimits(
             hot_rows=self._room.hot_rows,
             topk=model.topk,
             layers=model.layers,
@@ -214,4 +214,4 @@ class Simulation:
         )
         width = model.topk * self._deployment.queries
         slots = self._room.slots + self.scenario.server.max_running * GROWTH_SLACK
-        return Gate(limits, self._link_rate, slots, width, fetches.sample_layers)
+        return AdmissionGate(limits, self._link_rate, slots, width, fetches.sample_layers)
