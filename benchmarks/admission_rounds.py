@@ -1,7 +1,7 @@
 """What a round of admission costs the scheduler by how many wait: part of benchmarks/admission.py.
 
 The production SchedulerGate.round over a scheduler that takes as many requests as it has places,
-with nothing else in it, so its time is admission's own. Beside it the same round when it looks at the
+with nothing else in it, so its time is admission's own. Beside it the same round, looking at the
 whole queue, and copies what does not join: the two alternate, so that what slows one slows both.
 """
 

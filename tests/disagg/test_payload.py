@@ -474,5 +474,5 @@ def test_a_random_item_is_refused():
 
 
 def test_sglang_is_not_needed():
-    script = "import sys; from sglang_ess.disagg import warmup_payload as p; "
+    script = "import sys; from sglang_ess.disagg import payload as p; "
     subprocess.run([sys.executable, "-c", script + "sys.exit('sglang' in sys.modules)"], check=True)
