@@ -1,9 +1,9 @@
-"""Ends a process with its parent, however the parent ends: `python guard.py PARENT LEADER`.
+"""End a process with its parent, however the parent ends: `python guard.py PARENT LEADER`.
 
-When PARENT is gone, LEADER, all that it started and its process group are killed; when LEADER is
-gone first, what is left of its group. A process of its own, because nothing else outlives a
-SIGKILL of PARENT, and no signal at a parent's death reaches processes that still import.
-Standard library only: it starts in 30 ms.
+When PARENT ends, the guard kills LEADER, its descendants and its process group. When LEADER ends
+first, it kills the rest of the group. The guard is a process of its own because nothing else
+outlives a SIGKILL of PARENT, and no signal at a parent's death reaches processes that still import.
+It uses the standard library only, so it starts in 30 ms.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def descendants(leader: int) -> list[int]:
-    """Of a process that lives: itself, its children, theirs, in this order."""
+    """A living process, its children, their children, and so on, in this order."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -22,7 +22,7 @@ def descendants(leader: int) -> list[int]:
         try:
             # The name, in parentheses, may hold anything; state and parent follow it.
             parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-        except OSError:  # it ended
+        except OSError:  # the process ended
             continue
         children.setdefault(int(parent), []).append(int(entry.name))
     found = [leader]
@@ -32,7 +32,7 @@ def descendants(leader: int) -> list[int]:
 
 
 def wait_for_one(pids: list[int]) -> None:
-    """Until one of these processes has ended."""
+    """Return once one of these processes has ended."""
     poll = select.poll()
     try:
         for pid in pids:

@@ -1,7 +1,7 @@
-"""Processes that serve HTTP, each in a session of its own: for benchmarks, tests and scripts.
+"""Processes of benchmarks, tests and scripts: HTTP servers, and objects with their own environment.
 
-Whatever one leaves behind is ended by its group, so no process of anybody else's is touched;
-and all end with the process that started them, be it killed (guard.py).
+Each runs in a session of its own, so ending it by its group touches no other process. Each ends
+with the process that started it, even if that one is killed (guard.py).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -17,46 +18,50 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 POLL_SECONDS = 0.1
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody has now."""
+    """A port of 127.0.0.1 that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def guard(leader: int, parent: int) -> subprocess.Popen:
-    """Let the process `leader`, and all that it starts, end when `parent` has ended."""
+    """End the process `leader` and its descendants when `parent` ends. Returns the guard."""
     script = Path(__file__).with_name("guard.py")
     return subprocess.Popen(
-        # No site-packages: it only waits. No pipe of ours: who reads one waits for its end.
+        # No site-packages: it only waits. No inherited pipe: its reader would wait for the guard.
         [sys.executable, "-I", "-S", script, str(parent), str(leader)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a Ctrl-C is not for it
+        start_new_session=True,  # a Ctrl-C must not end it
     )
 
 
 def end_with_parent() -> None:
-    """In a process of multiprocessing: it and all that it starts end with whoever made it."""
+    """Called in a multiprocessing child: it and its descendants end with its parent."""
     global _own_guard
     _own_guard = guard(os.getpid(), multiprocessing.parent_process().pid)
 
 
-_own_guard: subprocess.Popen | None = None  # kept, so that it is not reported as forgotten
+_own_guard: subprocess.Popen | None = None  # kept: an unreferenced Popen warns
 
 
 class HttpProcess:
     """`python -m MODULE --host 127.0.0.1 --port PORT FLAGS`; as a context manager, exit stops it.
 
     log: file for stdout and stderr, emptied here; port: one of free_port()'s if None
-    env: variables on top of this process's; settle: called in the child before it runs
-    After kill() or stop(), start() begins it anew on the same port.
+    env: variables on top of this process's; settle: called in the child before exec
+    After kill() or stop(), start() begins again on the same port.
     """
 
     ready_path = "/ready"  # answers 200 once the server takes requests
@@ -79,14 +84,14 @@ class HttpProcess:
         self.start()
 
     def start(self) -> None:
-        """Start the process; its log is continued, from log_start on. It must not be running."""
+        """Start the process, which must not be running. The log continues from log_start on."""
         with self.log.open("ab") as output:
             self.log_start = output.tell()
             self.process = self.begin(output)
         self._guard = guard(self.process.pid, os.getpid())
 
     def begin(self, output) -> subprocess.Popen:
-        """The process, in a session of its own. output: file for its stdout and stderr"""
+        """Start the process in a session of its own. output: file for stdout and stderr"""
         return subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
@@ -157,7 +162,7 @@ class HttpProcess:
             return error.code, error.read().decode()
 
     def stop(self, seconds: float = 60) -> int:
-        """Ask the server to end; whatever of its session is left then is killed.
+        """Ask the server to end, then kill the rest of its session.
 
         Returns its exit status (negative for a signal).
         """
@@ -174,3 +179,143 @@ class HttpProcess:
                 pass
             self.process.wait()
             self._guard.wait()
+
+
+class WorkerError(RuntimeError):
+    """A call failed, ran out of time, or lost its process."""
+
+
+class Worker:
+    """An object in a process of its own, with an environment of its own.
+
+    worker = Worker(Factory, *args, env={"NAME": "value", "GONE": None}); worker.call("method")
+    start() returns at once; call() starts the process if there is none and waits until it is ready.
+    After a timeout or a death the next call starts a new process. Calls block: two workers
+    never compute at once, unless one is still starting.
+
+    log: file for stdout and stderr; memory_gib: limit of the process's data, None for no limit
+    """
+
+    def __init__(self, factory: Callable, *args, env=None, log: Path, memory_gib=None):
+        self._factory, self._args = factory, args
+        self._env, self._log, self._memory_gib = env or {}, log, memory_gib
+        self._process = self._pipe = None
+        self._ready = False
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        target = (child, str(self._log), self._memory_gib, self._factory, self._args)
+        self._process = context.Process(target=_worker_main, args=target)
+        # SGLang's children are killed while they hold semaphores; the tracker warns about each.
+        with _environment({"PYTHONWARNINGS": "ignore:resource_tracker"} | self._env):
+            self._process.start()
+        child.close()
+        self._ready = False
+
+    def wait(self, timeout: float = 300) -> None:
+        """Return once the object exists. Raises: WorkerError if its constructor failed."""
+        if self._process is None:
+            self.start()
+        if not self._ready:
+            self._receive(timeout)
+            self._ready = True
+
+    def call(self, method: str, *args, timeout: float = 600) -> Any:
+        """object.method(*args). Raises: WorkerError if it raised, or gave no answer in time."""
+        self.wait()
+        try:
+            self._pipe.send((method, args))
+        except OSError:
+            pass  # the process died: _receive says so
+        return self._receive(timeout)
+
+    def _receive(self, timeout: float) -> Any:
+        try:
+            if not self._pipe.poll(timeout):
+                raise WorkerError(f"no answer in {timeout:.0f} s")
+            status, value = self._pipe.recv()
+        except (EOFError, ConnectionError, WorkerError) as error:
+            self.close(grace=0)
+            lines = self._log.read_text(errors="replace").splitlines()[-3:]
+            reason = str(error) or "the process died"
+            raise WorkerError(" | ".join([reason, *lines])) from None
+        if status == "error":
+            raise WorkerError(value)
+        return value
+
+    def hang_up(self) -> None:
+        """Tell the process to end, without waiting for it."""
+        if self._pipe is not None:
+            self._pipe.close()
+
+    def close(self, grace: float = 30) -> None:
+        """End the process and everything it started."""
+        if self._process is None:
+            return
+        family = _family(self._process.pid)
+        self.hang_up()
+        self._process.join(grace)
+        for process in family:
+            try:
+                process.kill()
+            except psutil.Error:
+                pass
+        self._process.join()
+        self._process = self._pipe = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [*process.children(recursive=True), process]
+    except psutil.Error:
+        return []
+
+
+@contextmanager
+def _environment(changes: dict[str, str | None]):
+    before = os.environ.copy()
+    for key, value in changes.items():
+        os.environ.pop(key, None)
+        if value is not None:
+            os.environ[key] = value
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _worker_main(pipe, log: str, memory_gib, factory, args) -> None:
+    """Body of a worker's process. stdout and stderr go to the log."""
+    end_with_parent()
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if memory_gib is not None:  # a larger allocation raises instead of waking the OOM killer
+        limit = int(memory_gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        target = factory(*args)
+    except BaseException as error:
+        pipe.send(("error", f"{type(error).__name__}: {error}"))
+        raise
+    pipe.send(("ok", None))
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:
+            break
+        try:
+            pipe.send(("ok", getattr(target, method)(*arguments)))
+        except Exception as error:  # the caller raises it
+            first_line = str(error).strip().splitlines()[:1]
+            pipe.send(("error", " ".join([f"{type(error).__name__}:", *first_line])))
+    getattr(target, "close", lambda: None)()
