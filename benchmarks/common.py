@@ -1,5 +1,17 @@
 """Old name of harness.py, until every benchmark imports that."""
 
-from benchmarks.harness import *  # noqa: F403
+from benchmarks.harness import (  # noqa: F401
+    OtherLoad,
+    Progress,
+    ROOT,
+    Report,
+    failed,
+    find,
+    measured,
+    ratios,
+    save_figure,
+    simulated,
+    table,
+)
 from benchmarks.harness import argument_parser as arguments  # noqa: F401
 from benchmarks.processes import Worker, WorkerError  # noqa: F401

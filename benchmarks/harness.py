@@ -322,7 +322,7 @@ def _formatted(row: Mapping, key: Key) -> Any:
         return key(row)
     name, _, style = key.partition(":")
     value = field_of(row, name)
-    return format(value, style) if style and value is not None else value
+    return format(value, style) if style and isinstance(value, int | float) else value
 
 
 def spread(row: Mapping) -> str | None:
