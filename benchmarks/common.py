@@ -1,9 +1,9 @@
 """Old name of harness.py, until every benchmark imports that."""
 
 from benchmarks.harness import (  # noqa: F401
+    ROOT,
     OtherLoad,
     Progress,
-    ROOT,
     Report,
     failed,
     find,
