@@ -17,12 +17,10 @@ import torch
 
 from benchmarks.kernels_points import POISON, Sizes, make_rows
 from benchmarks.kernels_timing import EVENTS, WALL, Bench, Subject, require
-from ess_kernels import cuda_ops
 from ess_kernels.fetch import fetch, fetch_reference
-from ess_kernels.save import SaveRing
 from ess_kernels.scatter import scatter_rows
 
-OUR_FETCH = {"triton": fetch, "cuda": cuda_ops.fetch}
+OUR_FETCH = {"triton": fetch}
 PROGRAMS = (4, 8, 12, 16, 24, 32, 48, 64, 96)  # of the sweep that says what limits fetch
 MANY_ROWS = 1 << 16  # of 656 B: 43 MB, about the L2
 HOST_TO_DEVICE = 1  # cudaMemcpyHostToDevice
@@ -214,7 +212,7 @@ def fetch_points(sizes: Sizes) -> list[tuple[int, int]]:
 
 
 def measure_fetch(bench: Bench, host_rows, sizes: Sizes, points, seed: int) -> None:
-    """Our fetch, both sources, at the points (batch, misses)."""
+    """Our fetch at the points (batch, misses)."""
     for batch, misses in points:
         config = {"batch": batch, "misses": misses, "row_bytes": row_bytes_of(host_rows)}
         bench.check_time()
@@ -285,53 +283,11 @@ class Saves:
         return Subject([save_all], self.poison, self.check, self.num_bytes)
 
 
-def _cuda_save(rows, slots, host) -> None:
-    cuda_ops.save(rows, slots, host)
-
-
 def measure_save(bench: Bench, host_rows, sizes: Sizes, seed: int) -> None:
-    """Direct stores in a graph; the ring until its rows are saved, and its part of the stream."""
+    """Direct stores into the host tier, in a graph."""
     for batch in sizes.batches:
         config = {"batch": batch, "layers": sizes.layers, "row_bytes": row_bytes_of(host_rows)}
         bench.check_time()
         bench.progress(f"save {config}")
         case = Saves(host_rows, sizes, batch, bench.device, seed)
-        for system, call in (("triton", scatter_rows), ("cuda", _cuda_save)):
-            bench.time("save", {"system": system} | config, lambda f=case, c=call: f.direct(c))
-        for system, timer in (("ring", WALL), ("ring_stream", EVENTS)):
-            ring = SaveRing(case.host, batch, depth=2, device=bench.device)
-            try:
-                bench.time(
-                    "save", {"system": system} | config,
-                    lambda f=case, r=ring, w=timer == WALL: _ring_subject(bench, f, r, w), timer,
-                )  # fmt: skip
-            finally:
-                ring.close()
-
-
-def _ring_subject(bench: Bench, case: Saves, ring: SaveRing, until_saved: bool) -> Subject:
-    def gather():
-        for layer, new in enumerate(case.new):
-            scatter_rows(new, ring.targets[: case.batch], ring.ring_rows(layer))
-
-    ring.begin(case.slots)
-    gather()
-    ring.wait(ring.submit())
-    gather = bench.captured(gather)
-
-    def step():
-        ring.begin(case.slots)
-        gather()
-        number = ring.submit()
-        if until_saved:
-            ring.wait(number)
-
-    def before():
-        ring.drain()
-        case.poison()
-
-    def check(last):
-        ring.drain()
-        case.check(last)
-
-    return Subject([step], before, check, case.num_bytes)
+        bench.time("save", {"system": "triton"} | config, lambda f=case: f.direct(scatter_rows))

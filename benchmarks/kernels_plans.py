@@ -13,21 +13,14 @@ import torch
 from benchmarks.kernels_copies import as_bytes, row_bytes_of
 from benchmarks.kernels_points import PAGE, POISON, Sizes, Steady
 from benchmarks.kernels_timing import Bench, Subject, require
-from ess_kernels import cuda_ops
 from ess_kernels.fetch import fetch
-from ess_kernels.plan import DECODE, plan
+from ess_kernels.plan import plan
 from ess_kernels.rebuild_order import ReorderScratch, reorder
 
 BLOCK_SIZE = 960  # HiSparse's default swap_in_block_size
 
-
-def cuda_plan(state, topk, buffers) -> None:
-    """plan by csrc/plan.cu."""
-    cuda_ops.run_plan(state, topk, topk.numel(), topk.shape[1], buffers, DECODE.value, True)
-
-
-OUR_PLAN = {"triton": plan, "cuda": cuda_plan}
-OUR_SWAP = {"ours_triton": (plan, fetch), "ours_cuda": (cuda_plan, cuda_ops.fetch)}
+OUR_PLAN = {"triton": plan}
+OUR_SWAP = {"ours_triton": (plan, fetch)}
 
 
 def plan_subject(steady: Steady, call) -> Subject:

@@ -1,8 +1,4 @@
-"""Figures, tables, plot and cost table of benchmarks/kernels.py, from its rows.
-
-Where two of our own kernels did the same work (Triton, CUDA C++), a figure is that of the one
-that is better over all its points, never a mix of points.
-"""
+"""Figures, tables, plot and cost table of benchmarks/kernels.py, from its rows."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ ROW_BYTES = 656
 PLAN_POINT = {"batch": 160, "topk": 2048}
 EXPOSED_POINT = {"batch": 160, "misses": 256}
 MIN_BATCH, MIN_MISSES = 16, 64  # from where fetch must reach the share of the peak
-OUR_KERNELS = ("triton", "cuda")
+OUR_KERNELS = ("triton",)
 FETCHES = (*OUR_KERNELS, "memcpy_per_row", "memcpy_batch", "index_select")
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
 TARGETS = {  # issue 4
@@ -222,7 +218,7 @@ def draw(report: Report, axes) -> None:
                row_bytes=ROW_BYTES)  # fmt: skip
     if (roof := peak(report, "h2d")) is not None:
         axes[0].axhline(roof, color="gray", linestyle=":", label="large copy")
-    for system in ("ours_triton", "ours_cuda", "hisparse"):
+    for system in ("ours_triton", "hisparse"):
         kind = {} if system == "hisparse" else {"reorder": False}
         _curve(axes[1], report, "swap", "median", system, system=system, batch=batch, **kind)
     for kernel in step_kernels(report)[:1]:

@@ -5,11 +5,10 @@
 #   tools/gpu_check.sh [--stages LIST] [--quick] [--seconds N] [-- arguments]
 #   tools/gpu_check.sh --receive      keep the parts of a bundle that were carried, and end
 #
-# LIST, separated by commas; they run in this order [facts,wheels,build,tests,bench]:
+# LIST, separated by commas; they run in this order [facts,wheels,tests,bench]:
 #   facts    the card, the driver, versions: always
 #   wheels   what the kernel stages need, from the bundle, into SITE
 #   install  what serving needs, from the bundle, into VENV, where later stages run from then on
-#   build    our CUDA C++ sources, compiled for this card
 #   tests    the kernel tests on the device; memcheck, racecheck: some under compute-sanitizer
 #   bench    benchmarks.kernels: kernels.json, kernels.png
 #   exact    tests/gpu: two tiers give one tier's logprobs
@@ -30,10 +29,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 OUT=${OUT:-out} SITE=${SITE:-/tmp/ess_site} VENV=${VENV:-/tmp/ess_venv} PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-.whl} JOINED=${JOINED:-/tmp/ess_wheels} WORK=${WORK:-/tmp/ess_work}
-ALL=(facts wheels install build tests memcheck racecheck bench exact serving predict)
+ALL=(facts wheels install tests memcheck racecheck bench exact serving predict)
 PREDICT_SECONDS=60
 LOG_BYTES=$((12 << 20)) # of gpu_check.log: a file larger than 16 MiB does not come back
-stages=facts,wheels,build,tests,bench quick=0 seconds='' receive=0 more=()
+stages=facts,wheels,tests,bench quick=0 seconds='' receive=0 more=()
 names=() results=() times=()
 
 usage() {
@@ -53,7 +52,6 @@ most_of() { # stage: its most seconds
     facts) echo 30 ;;
     wheels) echo 90 ;;
     install) echo 300 ;;
-    build) echo 120 ;;
     tests) echo $((seconds / 2)) ;;
     memcheck | racecheck) echo $((seconds / 4)) ;;
     predict) echo $PREDICT_SECONDS ;;

@@ -7,7 +7,6 @@
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-CUDA_TESTS=tests/kernels/test_cuda_sources.py
 TESTS=(tests/kernels tests/tiers/test_hot_cache_cuda.py)
 # Short of the whole: the sanitizer slows a kernel by ten to a hundred times.
 SANITIZED=(tests/kernels/test_fetch.py tests/kernels/test_plan.py -k
@@ -68,26 +67,10 @@ assert error < 1e-2
 PY
 }
 
-build() { # all CUDA C++ sources side by side: each compiler uses one core
-  local name job jobs=() status=0
-  for name in fetch save plan; do
-    "$PYTHON" -c "from ess_kernels import cuda_build; cuda_build.load('$name')" &
-    jobs+=($!)
-  done
-  for job in "${jobs[@]}"; do wait "$job" || status=1; done
-  return "$status"
-}
-
-tests() { # the CUDA C++ tests share their builds, so they have one process; the others several
-  local spread=() status=0 log
-  log=$(mktemp)
-  "$PYTHON" -m pytest -q "$CUDA_TESTS" >"$log" 2>&1 &
+tests() { # in several processes where xdist is there
+  local spread=()
   ! "$PYTHON" -c 'import xdist' 2>/dev/null || spread=(-n 8)
-  "$PYTHON" -m pytest -q "${spread[@]}" --ignore "$CUDA_TESTS" "${TESTS[@]}" || status=1
-  wait $! || status=1
-  cat "$log"
-  rm -f "$log"
-  return "$status"
+  "$PYTHON" -m pytest -q "${spread[@]}" "${TESTS[@]}" || return 1
 }
 
 sanitized() { # tool

@@ -1,6 +1,6 @@
 """out[targets[i]] = rows[i] for every i with targets[i] >= 0: new rows into either tier.
 
-Into device memory it installs rows in the hot tier or packs them into a SaveRing. Into pinned host
+Into device memory it installs rows in the hot tier. Into pinned host
 memory it is the direct-store save: GPU threads store over PCIe, no copy engine, no CPU thread. Such
 stores are posted, so programs do not wait for them, and a later fetch by the same device in stream
 order sees them; a CPU reader must wait for an event first.
