@@ -1,7 +1,7 @@
 """The fork's whole difference from SGLang: one module per upstream module.
 
-Each module here but `contract` exposes `HOOKS: tuple[Hook, ...]`; the bodies delegate to
-the rooms of `sglang_ess`.
+Each module here but `contract` and `topk_stream` exposes `HOOKS: tuple[Hook, ...]`; the bodies
+delegate to the rooms of `sglang_ess`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ if TYPE_CHECKING:  # `python -m ess_patches.contract` must not find it imported 
 
 
 def all_hooks() -> tuple[Hook, ...]:
-    """Every row of every hook module, modules in name order.
+    """Every row of every hook module, modules in name order; not those of `topk_stream`.
 
     Raises: RuntimeError if a module of this package has no HOOKS.
     """
     rows: list[Hook] = []
     for name in sorted(info.name for info in pkgutil.iter_modules(__path__)):
-        if name == "contract":
+        if name in ("contract", "topk_stream"):
             continue
         module = importlib.import_module(f"{__name__}.{name}")
         if not hasattr(module, "HOOKS"):

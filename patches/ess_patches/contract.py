@@ -46,7 +46,6 @@ class Hook:
     reason     one sentence
     when       "cpu" makes the CPU platform work; "always" and "cuda" are ESS itself
     test       the test that covers it
-    plays_stream  in force one-tier too where a top-k stream is played (--ess-topk-stream)
     Raises: ValueError for a kind, when or body outside these rules.
     """
 
@@ -57,7 +56,6 @@ class Hook:
     reason: str
     when: str = "always"
     test: str = ""
-    plays_stream: bool = False
 
     def __post_init__(self) -> None:
         for name, value, limit in (

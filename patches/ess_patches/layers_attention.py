@@ -19,10 +19,8 @@ HOOKS = (
         signature="(self, forward_batch, layer_id, q_fp8, weights, metadata)",
         body="sglang_ess.platforms.cuda:topk_selected",
         reason="Private, but the one place between `top-k known` and the work that the fetch can "
-        "hide behind; an attention backend hears of top-k only when that work is done. A top-k "
-        "stream takes the result's place there, before it is planned.",
+        "hide behind; an attention backend hears of top-k only when that work is done.",
         when="cuda",
         test="tests/platforms/test_cuda.py",
-        plays_stream=True,
     ),
 )

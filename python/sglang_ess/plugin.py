@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pkgutil
 import sys
 
 from sglang_ess import errors
@@ -53,7 +54,7 @@ def register() -> None:
         logger.info("sglang-ess: inert, %s is not set", ENV_VAR)
         _advise()
         return
-    _announce(config)
+    _mark_log_lines(config)
     try:
         targets = _arm(config)
     except Exception as error:
@@ -93,17 +94,15 @@ def _advise_clients() -> None:
 
 
 def _arm(config: EssConfig) -> list[str]:
-    from ess_patches import all_hooks, contract
+    from ess_patches import all_hooks, contract, topk_stream
 
     platform = active_platform()
-    # "cpu" rows make the CPU platform work, with or without ESS; the others are ESS itself, but
-    # for those that play a top-k stream.
-    hooks = [
-        hook
-        for hook in all_hooks()
-        if hook.applies(platform)
-        and (config.enabled or hook.when == "cpu" or (hook.plays_stream and config.topk_stream))
-    ]
+    # Of the rows for SGLang, "cpu" ones make the CPU platform work with or without ESS. A stream's
+    # rows come first: the first hook on a target is the innermost, so ESS plans what they return.
+    rows = [row for row in all_hooks() if config.enabled or row.when == "cpu"]
+    if config.topk_stream:
+        rows = [*topk_stream.HOOKS, *rows]
+    hooks = [row for row in rows if row.applies(platform)]
     if mismatches := contract.check(hooks):
         for mismatch in mismatches:
             print(f"sglang-ess: {mismatch}", file=sys.stderr)
@@ -123,7 +122,7 @@ def activate_cpu_platform() -> str | None:
     Raises: SystemExit if ENV_VAR is malformed.
     """
     config = _config()
-    _announce(config)
+    _mark_log_lines(config)
     if _named():
         taken = config is None or config.platform != "native"
     elif config is None:
@@ -154,11 +153,12 @@ def _named() -> bool:
     return os.environ.get("SGLANG_PLATFORM") == "ess_cpu"
 
 
-def _announce(config: EssConfig | None) -> None:
+def _mark_log_lines(config: EssConfig | None) -> None:
+    """Under --ess-topk-stream, let every log line of this process say that outputs are wrong."""
     if config is not None and config.topk_stream:
-        from sglang_ess.testing.topk_stream.announce import mark_log_lines
+        from ess_patches import topk_stream
 
-        mark_log_lines()
+        pkgutil.resolve_name(topk_stream.MARK_LOG_LINES)()
 
 
 def _config() -> EssConfig | None:

@@ -138,10 +138,10 @@ def interpreted_pool_class() -> type:
 
 
 def _hook_topk(indexer) -> None:
-    """cuda/hooks.py's topk_selected around the CPU platform's top-k of a decode step."""
+    """topk_selected of platforms/cuda.py around the CPU platform's top-k of a decode step."""
     from sglang_ess.platforms import cuda
 
-    forward, decode_slots, calls = indexer.indexer_forward, indexer._decode_slots, []
+    forward, decode_slots, calls = indexer.indexer_forward, indexer.decode_slots, []
 
     def hooked_forward(module, x, q_lora, positions, forward_batch, layer_id, *args, **kwargs):
         calls.append((module, forward_batch, layer_id))
@@ -150,13 +150,13 @@ def _hook_topk(indexer) -> None:
         finally:
             calls.pop()
 
-    def hooked_slots(metadata, query, weights, pages, topk):
+    def hooked_slots(layer_id, metadata, query, weights, topk):
         def get_topk(module, forward_batch, layer_id, query, weights, metadata):
-            return decode_slots(metadata, query, weights, pages, topk)
+            return decode_slots(layer_id, metadata, query, weights, topk)
 
         return cuda.topk_selected(get_topk, *calls[-1], query, weights, metadata)
 
-    indexer.indexer_forward, indexer._decode_slots = hooked_forward, hooked_slots
+    indexer.indexer_forward, indexer.decode_slots = hooked_forward, hooked_slots
 
 
 def _count_calls() -> None:

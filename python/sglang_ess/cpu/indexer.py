@@ -18,7 +18,6 @@ from sglang_ess.cpu.ops.index_scores import (
 from sglang_ess.cpu.ops.rows import quantize_index
 from sglang_ess.cpu.ops.topk_select import topk_select
 from sglang_ess.layout import INDEX_DIM, index_page_bytes
-from sglang_ess.testing.topk_stream.announce import requested
 
 # Floats of intermediate products in prefill: 16 MiB, half of this class of machine's L3.
 PREFILL_PRODUCTS = 4 << 20
@@ -50,8 +49,9 @@ def _project(indexer, x, q_lora, positions):
     return query, key
 
 
-def _prefill_slots(metadata, query, weights, pages, topk) -> torch.Tensor:
+def _prefill_slots(layer_id, metadata, query, weights, topk) -> torch.Tensor:
     """Top-k slots of an extend batch [T, topk]: by request, in blocks of queries."""
+    pages = get_token_to_kv_pool().get_index_k_with_scale_buffer(layer_id)
     out = torch.empty(query.shape[0], topk, dtype=torch.int32)
     start = 0
     for row, prefix, tokens in metadata.spans:
@@ -76,10 +76,14 @@ def _prefill_slots(metadata, query, weights, pages, topk) -> torch.Tensor:
     return out
 
 
-def _decode_slots(metadata, query, weights, pages, topk) -> torch.Tensor:
-    """Top-k slots of a decode batch [B, topk]; no Python loop over requests."""
+def decode_slots(layer_id, metadata, query, weights, topk) -> torch.Tensor:
+    """Top-k slots of a decode batch [B, topk]; no Python loop over requests.
+
+    Public, because a hook may wrap it (ess_patches.topk_stream).
+    """
     scores = query.new_empty(query.shape[0], 0)
     if metadata.max_length > topk:
+        pages = get_token_to_kv_pool().get_index_k_with_scale_buffer(layer_id)
         scores = index_scores_paged(query, weights, pages, metadata.page_table, metadata.lengths)
     return topk_select(scores, metadata.lengths, metadata.req_rows, metadata.req_to_token, topk)
 
@@ -110,12 +114,6 @@ def indexer_forward(
     pool.store_index_k(layer_id, forward_batch.out_cache_loc, key)
     if not return_indices:
         return None
-    is_decode = metadata.page_table is not None
-    select = _decode_slots if is_decode else _prefill_slots
-    slots = select(metadata, query, weights, pages, indexer.index_topk)
-    if is_decode and requested():
-        from sglang_ess.testing.topk_stream.playback import playback
-
-        stream = playback(indexer.index_topk, pool.layer_num, slots.device)
-        stream.replace(slots, metadata.lengths, metadata.page_table, layer_id, as_slots=True)
+    select = _prefill_slots if metadata.page_table is None else decode_slots
+    slots = select(layer_id, metadata, query, weights, indexer.index_topk)
     return maybe_capture_indexer_topk(layer_id, slots)

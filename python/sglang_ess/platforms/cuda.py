@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from sglang_ess.attention.overlap import Mode
 from sglang_ess.config import EssConfig
-from sglang_ess.testing.topk_stream.announce import requested
 
 
 def kv_pool_class(pool_class: type, configurator: Any, *, kind: str, default: type) -> type:
@@ -68,46 +65,13 @@ def topk_selected(
     get_topk: Any, indexer: Any, forward_batch: Any, layer_id: int, q_fp8: Any, weights: Any,
     metadata: Any,
 ) -> Any:  # fmt: skip
-    """AROUND Indexer._get_topk_paged: decode's plan and fetch set off as soon as top-k is known.
-
-    Under --ess-topk-stream, with ESS or without, it is the stream's as soon as it is known.
-    """
+    """AROUND Indexer._get_topk_paged: start decode's plan and fetch as soon as top-k is known."""
     from sglang_ess.attention import backend_cuda
 
-    backend, is_decode = backend_cuda.active, forward_batch.forward_mode.is_decode()
-
     def upstream(q_fp8, weights, metadata):
-        topk = get_topk(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
-        if is_decode and requested():
-            _play(topk, layer_id, metadata)
-        return topk
+        return get_topk(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
 
-    if backend is None or not is_decode:
+    backend = backend_cuda.active
+    if backend is None or not forward_batch.forward_mode.is_decode():
         return upstream(q_fp8, weights, metadata)
     return backend.select(upstream, forward_batch, layer_id, q_fp8, weights, metadata)
-
-
-def _play(topk: torch.Tensor, layer_id: int, metadata: Any) -> None:
-    """Overwrite topk [queries, K] int32: slots of fused top-k, positions of unfused (HiSparse).
-
-    metadata: DSAIndexerMetadata of the queries, a half's too
-    Raises: RuntimeError for offsets into a flattened prefix, which decode has none of.
-    """
-    from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
-    from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
-
-    from sglang_ess.testing.topk_stream.playback import playback
-
-    if metadata.topk_transform_method != TopkTransformMethod.PAGED:
-        raise RuntimeError(
-            "a top-k stream must replace slots or positions: got "
-            f"{metadata.topk_transform_method.name}. Drop --ess-topk-stream."
-        )
-    stream = playback(topk.shape[1], get_token_to_kv_pool().layer_num, topk.device)
-    stream.replace(
-        topk,
-        metadata.get_seqlens_int32(),
-        metadata.get_page_table_64(),
-        layer_id,
-        as_slots=not metadata.force_unfused_topk,
-    )

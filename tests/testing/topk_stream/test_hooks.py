@@ -1,5 +1,6 @@
 """--ess-topk-stream: who refuses it, and what takes a top-k's place on CUDA."""
 
+import inspect
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,13 +10,13 @@ import torch
 from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
 from sglang.srt.model_executor import forward_context
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
 
 from ess_kernels.replay_topk import replay_topk_reference
-from ess_patches import all_hooks, contract
+from ess_patches import all_hooks, contract, topk_stream
 from sglang_ess import plugin
 from sglang_ess.attention import backend_cuda, half_batch
 from sglang_ess.config import ENV_VAR, EssConfig
-from sglang_ess.platforms import cuda as cuda_hooks
 from sglang_ess.testing.topk_stream import playback
 from tests.attention.test_half_batch import metadata as decode_metadata
 from tests.support.launching import DSA, refused
@@ -88,9 +89,32 @@ def test_the_hook_is_in_force_one_tier_where_a_stream_is_played(monkeypatch, ask
     plugin._arm(EssConfig(topk_stream=PROFILE, unsafe=True))
     none, stream_alone, ess = registered
     assert none == [] and [row.body for row in stream_alone] == [
-        "sglang_ess.platforms.cuda:topk_selected"
+        "sglang_ess.testing.topk_stream.hooks:play_on_cuda"
     ]
-    assert len(ess) == sum(row.applies("cuda") for row in all_hooks())
+    assert ess[:1] == stream_alone, "innermost: ESS's hook on the same method wraps it"
+    assert ess[1:] == [row for row in all_hooks() if row.applies("cuda")]
+
+
+def test_the_hooks_fit_what_they_are_on():
+    assert contract.check(topk_stream.HOOKS) == []
+    for row in topk_stream.HOOKS:
+        body = inspect.signature(contract.pkgutil.resolve_name(row.body))
+        assert len(body.parameters) == 1 + len(row.signature.split(",")), row.target
+
+
+def in_force(get_topk):
+    """SGLang's method under the hooks that this process would register on it."""
+    rows, config = [], EssConfig.from_env()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugin, "active_platform", lambda: "cuda")
+        patch.setattr(contract, "check", lambda rows: [])
+        patch.setattr(contract, "register", lambda due, platform: rows.extend(due))
+        plugin._arm(config)
+    for row in rows:
+        if row.target.endswith("._get_topk_paged"):
+            body = contract.pkgutil.resolve_name(row.body)
+            get_topk = _wrap_fn(get_topk, body, HookType(row.kind))
+    return get_topk
 
 
 @pytest.fixture
@@ -124,7 +148,7 @@ def decode(monkeypatch, asked, small):
 
         monkeypatch.setattr(backend_cuda, "active", backend)
         batch = SimpleNamespace(forward_mode=mode)
-        return cuda_hooks.topk_selected(get_topk, None, batch, 1, None, None, whole)
+        return in_force(get_topk)(None, batch, 1, None, None, whole)
 
     run.lengths, run.pages = lengths, pages
     return run
