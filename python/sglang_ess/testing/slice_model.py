@@ -38,13 +38,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sglang_ess.sim.inputs.specs import Model, load
+from sglang_ess.testing.tiny_config import TinyModelConfig, choice, count, field_problems
 from sglang_ess.testing.tiny_model import (
-    TinyModelConfig,
-    choice,
-    claim,
-    count,
-    field_problems,
     model_config,
+    prepare_directory,
     run_command,
     write_small_files,
 )
@@ -170,7 +167,7 @@ def write_slice(out_dir: str | os.PathLike, config: SliceConfig) -> Path:
 
     Returns: out_dir.  Raises: ValueError if it holds anything but an earlier slice.
     """
-    out = claim(out_dir, MARKER, config)
+    out = prepare_directory(out_dir, MARKER, config)
     from sglang_ess.testing.tiny_tokenizer import TOKEN_IDS
 
     write_small_files(out, slice_config(config, TOKEN_IDS))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from sglang_ess.testing.tiny_model import (
+from sglang_ess.testing.tiny_config import (
     INDEX_HEAD_DIM,
     KV_LORA_RANK,
     QK_ROPE_HEAD_DIM,

@@ -1,0 +1,139 @@
+"""The shape of a tiny model: TinyModelConfig, its limits, and the widths that never change.
+
+Everything that costs bytes is small. Everything that a kernel for DeepSeek sparse attention fixes
+has its real size: index_head_dim 128, kv_lora_rank 512 and qk_rope_head_dim 64, which give
+SGLang's 656-byte fp8 row.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+KV_LORA_RANK, QK_ROPE_HEAD_DIM, INDEX_HEAD_DIM = 512, 64, 128
+ROUTED_SCALING_FACTOR = 2.5  # DeepSeek-V3.2 and GLM-5
+# transformers normalises the MLA latents and the indexer key with 1e-6, whatever the config says;
+# SGLang uses rms_norm_eps for the latents. With GLM-5's 1e-5 the two would differ.
+RMS_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class _Arch:
+    architecture: str
+    model_type: str
+    rope: str
+    rope_theta: int
+    groups: int
+    topk_groups: int
+    topk_freq: int
+
+
+ARCHS = {
+    "v32": _Arch("DeepseekV32ForCausalLM", "deepseek_v32", "yarn", 10_000, 2, 1, 1),
+    "glm": _Arch("GlmMoeDsaForCausalLM", "glm_moe_dsa", "plain", 1_000_000, 1, 1, 2),
+}
+
+
+def count(default: int | None, low: int = 1, step: int = 1, help: str = "") -> Any:
+    """Return an integer field that must be at least `low` and a multiple of `step`."""
+    return field(default=default, metadata={"low": low, "step": step, "help": help})
+
+
+def choice(default: str | None, choices: tuple[str, ...], help: str) -> Any:
+    return field(default=default, metadata={"choices": choices, "help": help})
+
+
+def field_problems(config: Any) -> Iterator[str]:
+    """Yield one line for each field, made by `count` or `choice`, that breaks its own rule."""
+    for one in fields(config):
+        value, rule = getattr(config, one.name), one.metadata
+        if value is None:
+            continue  # arch is unknown, which has its own line
+        if "choices" in rule:
+            if value not in rule["choices"]:
+                yield f"{one.name} must be {' or '.join(rule['choices'])}: got {value!r}"
+        elif type(value) is not int or value < rule["low"] or value % rule["step"]:
+            kind = f"a multiple of {rule['step']}" if rule["step"] > 1 else "an integer"
+            yield f"{one.name} must be {kind} >= {rule['low']}: got {value!r}"
+
+
+@dataclass(frozen=True)
+class TinyModelConfig:
+    """Shape of a tiny model. A field left None takes the architecture's value on creation.
+
+    topk_freq (glm) is index_topk_freq: from layer 1 on, only every topk_freq-th layer runs an
+    indexer, and the others reuse its choice.
+    rope: SGLang's own CPU backend serves only "yarn"; this project's CPU platform serves both.
+    dtype: a float32 checkpoint is served as float16 unless SGLang is told --dtype float32.
+    Raises: ValueError, one line, naming every field that is out of range.
+    """
+
+    # SGLang's packed CPU GEMM and KV pages need multiples of 32 and 64. With fewer than two
+    # indexer heads many scores would tie at 0.
+    arch: str = choice("v32", tuple(ARCHS), "v32: DeepSeek-V3.2; glm: GLM-5")
+    layers: int = count(4)
+    dense_layers: int = count(1, low=0, help="leading layers with a dense MLP")
+    heads: int = count(8)
+    hidden: int = count(256, low=64, step=64)
+    intermediate: int = count(512, low=32, step=32)
+    moe_intermediate: int = count(128, low=32, step=32)
+    experts: int = count(8, low=2)
+    experts_per_token: int = count(2)
+    groups: int | None = count(None, help="expert groups")
+    topk_groups: int | None = count(None, help="expert groups a token may use")
+    index_heads: int = count(8, low=2)
+    index_topk: int = count(128, help="KV rows each query attends to")
+    topk_freq: int | None = count(None, help="glm: one indexer every N layers")
+    q_lora_rank: int = count(128, low=32, step=32)
+    # On a GPU SGLang's dense prefill of short prompts uses FA3, which takes DeepSeek's 128 and
+    # 128: "Q/K headdim in (128, 192] and V headdim in (96, 128]".
+    nope_dim: int = count(64, low=32, step=32, help="a head's query and key part without rope")
+    v_dim: int = count(64, low=32, step=32, help="a head's value")
+    context: int = count(16_384, low=256, step=64, help="max_position_embeddings, in tokens")
+    rope: str | None = choice(None, ("yarn", "plain"), "yarn or plain")
+    # DeepSeek-V3.2 has 40; 4 keeps the unscaled part of a 16k context at 4k
+    yarn_factor: int = count(4, low=2, help="context / its unscaled part")
+    dtype: str = choice("bfloat16", ("bfloat16", "float32"), "bfloat16 or float32")
+    seed: int = count(0, low=0)
+
+    def __post_init__(self):
+        for name in ("rope", "groups", "topk_groups", "topk_freq"):
+            if getattr(self, name) is None and self.arch in ARCHS:
+                object.__setattr__(self, name, getattr(ARCHS[self.arch], name))
+        problems = [*field_problems(self)] or [*self._relation_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _relation_problems(self):
+        per_group = self.experts // self.groups
+        reachable = per_group * self.topk_groups
+        if self.experts % self.groups or per_group < 2:
+            yield (
+                f"experts must split into groups of 2 or more: "
+                f"got {self.experts} experts in {self.groups} groups"
+            )
+        elif self.topk_groups > self.groups:
+            yield f"topk_groups must be <= groups {self.groups}: got {self.topk_groups}"
+        elif self.experts_per_token > reachable:
+            yield (
+                f"experts_per_token must be <= {reachable} (topk_groups {self.topk_groups} "
+                f"x {per_group} experts): got {self.experts_per_token}"
+            )
+        if self.index_topk > self.context:
+            yield f"index_topk must be <= context {self.context}: got {self.index_topk}"
+        if self.context % self.yarn_factor:
+            yield f"yarn_factor must divide context {self.context}: got {self.yarn_factor}"
+        if self.dense_layers > self.layers:
+            yield f"dense_layers must be <= layers {self.layers}: got {self.dense_layers}"
+        if self.arch == "v32" and self.topk_freq != 1:
+            yield f"topk_freq must be 1 for arch v32 (it shares no indexer): got {self.topk_freq}"
+
+    @property
+    def indexer_types(self) -> list[str]:
+        """Give "full" or "shared" for each layer, at index_skip_topk_offset 2 (the default)."""
+        return ["shared" if max(i - 1, 0) % self.topk_freq else "full" for i in range(self.layers)]
+
+    @property
+    def attention_mscale(self) -> float:
+        """Factor of yarn on the softmax scale, in both libraries: (0.1 ln factor + 1)^2."""
+        return (0.1 * math.log(self.yarn_factor) + 1) ** 2 if self.rope == "yarn" else 1.0
