@@ -43,7 +43,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import common
-from sglang_ess.sim.engine.block_serving import SYSTEMS, BlockCache, Result, Server, System, load
+from sglang_ess.sim.engine.block_serving import (
+    SYSTEMS,
+    BlockCache,
+    Result,
+    BlockServer,
+    System,
+    load,
+)
 from sglang_ess.sim.engine.blocks import DenseModel, Roofline, Setting
 
 DATA = Path(__file__).with_name("sparseserve.toml")
@@ -248,7 +255,9 @@ class Serving:
         key = system.name, rate
         if key not in self._known:
             requests = load(self.setting, self.model, self._requests, rate, self._seed)
-            self._known[key] = Server(self.setting, self.model, system, requests, self._seed).run()
+            self._known[key] = BlockServer(
+                self.setting, self.model, system, requests, self._seed
+            ).run()
         return self._known[key]
 
     def keeps_limits(self, result: Result) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import reproduce_sparseserve as benchmark
-from sglang_ess.sim.engine.block_serving import SYSTEMS, BlockCache, Request, Server, load
+from sglang_ess.sim.engine.block_serving import SYSTEMS, BlockCache, Request, BlockServer, load
 from sglang_ess.sim.engine.blocks import BlockStreams, Roofline, Setting, overlap_law, working_sets
 
 VLLM, SPARSE, OFFLOAD, FLASH, CONTROL, SEGMENTED = SYSTEMS
@@ -24,7 +24,7 @@ def model(setting):
 
 
 def run(setting, model, system, requests, **kwargs):
-    return Server(setting, model, system, requests, **kwargs).run()
+    return BlockServer(setting, model, system, requests, **kwargs).run()
 
 
 # --- the setting ------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_one_request_loads_what_its_prefill_left_out(setting, model):
     """Chunked, its blocks are in the cache; layer by layer, each comes in once, when selected."""
     seen = []
 
-    class Watched(Server):
+    class Watched(BlockServer):
         def _touch(self, batch, prefills):
             before = self._cache.streams.step
 
@@ -216,7 +216,7 @@ def test_control_keeps_the_batch_within_the_cache(setting, model):
     """With a cache of 500 blocks a head, about five working sets of the window fit."""
     used = {}
 
-    class Small(Server):
+    class Small(BlockServer):
         def __post_init__(self):
             super().__post_init__()
             self._rows = 500

@@ -8,7 +8,7 @@ from sglang_ess.admission.policy import AdmissionLimits
 from sglang_ess.sim.engine.admission_gate import AdmissionGate
 from sglang_ess.sim.engine.decode_rank import DecodeRank, RankLimits
 from sglang_ess.sim.engine.fetches import ConstantFetches, TierFetches
-from sglang_ess.sim.engine.report import Machine, Recorder
+from sglang_ess.sim.engine.report import RankFacts, StepLog
 from sglang_ess.sim.engine.requests import Requests
 from sglang_ess.sim.engine.serving import Flow, Serving, Until
 from sglang_ess.sim.inputs.arrivals import Arrivals, Lengths, Workload, draw
@@ -64,17 +64,17 @@ class System:
 
     def __post_init__(self):
         self.cost, self.requests = Cost(self.link), Requests(self.workload)
-        machine = Machine(
+        rank_facts = RankFacts(
             LAYERS, ROW_BYTES, TOPK, self.queries, self.link, 1, 8, self.slots, self.hot_rows, True
         )
-        self.recorder = Recorder(self.requests, self.ranks, machine)
+        self.log = StepLog(self.requests, self.ranks, rank_facts)
         colocated = self.mode == "colocated"
         flow = Flow(
             0 if self.mode != "pd" else self.prefill_ranks, colocated, self.closed, self.lockstep
         )
         self.serving = Serving(
             self.workload, self.requests, self.cost, [self._rank(i) for i in range(self.ranks)],
-            self.recorder, flow, self.until,
+            self.log, flow, self.until,
         )  # fmt: skip
 
     def _rank(self, number):
@@ -108,7 +108,7 @@ class System:
 
         self.serving.run(progress)
         self.serving.check()
-        return self.recorder.results("ess", self.serving.ranks, {})
+        return self.log.results("ess", self.serving.ranks, {})
 
 
 def load(*rows):

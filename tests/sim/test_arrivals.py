@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sglang_ess.sim.inputs.arrivals import Arrivals, Lengths, TraceError, draw, read_trace
+from sglang_ess.sim.inputs.arrivals import Arrivals, Lengths, WorkloadError, draw, read_trace
 
 MANY = 20_000
 TEN = Lengths("constant", tokens=10)
@@ -159,14 +159,16 @@ def test_a_trace_is_ordered_by_time_and_keeps_who_shares_a_prefix(tmp_path, suff
 def test_a_bad_trace_is_refused_with_file_and_line(tmp_path, text, where):
     path = tmp_path / "trace.jsonl"
     path.write_text(text + "\n")
-    with pytest.raises(TraceError, match=f"^{path}{where}" if where[0] == ":" else where):
+    with pytest.raises(WorkloadError, match=f"^{path}{where}" if where[0] == ":" else where):
         read_trace(path)
 
 
 def test_a_short_csv_row_and_a_missing_file_are_refused(tmp_path):
     path = tmp_path / "trace.csv"
     path.write_text("time,input_tokens,output_tokens\n0,5\n")
-    with pytest.raises(TraceError, match=f"^{path}:2: a row must have a value for each of the 3"):
+    with pytest.raises(
+        WorkloadError, match=f"^{path}:2: a row must have a value for each of the 3"
+    ):
         read_trace(path)
-    with pytest.raises(TraceError, match="trace must be a readable text file"):
+    with pytest.raises(WorkloadError, match="trace must be a readable text file"):
         read_trace(tmp_path / "none.csv")

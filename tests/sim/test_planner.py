@@ -17,7 +17,7 @@ from sglang_ess.sim.model.memory import Memory
 from sglang_ess.sim.model.miss_table import MissTable
 from sglang_ess.sim.model.trace_replay import curve
 from sglang_ess.sim.planning import planner
-from sglang_ess.sim.planning.planner import PlanError, Planner, Question
+from sglang_ess.sim.planning.planner import Planner, Question, QuestionError
 from sglang_ess.tiers.balance.ghost_cache import MissCurve
 from sglang_ess.trace.trace import read_trace
 
@@ -55,8 +55,8 @@ def advise(misses=TABLE, **kwargs):
     return Planner(question(**kwargs), misses).advise()
 
 
-def speed(plan):
-    return plan.tokens_per_second if plan else 0.0
+def speed(advice):
+    return advice.tokens_per_second if advice else 0.0
 
 
 # --- monotone ---------------------------------------------------------------------------
@@ -74,9 +74,9 @@ def speed(plan):
     ids=["itl", "link", "device", "host", "requests"],
 )
 def test_a_wider_limit_never_gives_fewer_tokens(changes):
-    advices = [advise(**change) for change in changes]
+    answers = [advise(**change) for change in changes]
     for name in ("ess", "one_tier", "budgeted"):
-        speeds = [speed(getattr(advice, name)) for advice in advices]
+        speeds = [speed(getattr(answer, name)) for answer in answers]
         assert speeds == sorted(speeds), name
         assert name == "one_tier" or speeds[0] < speeds[-1]  # the limit did bind
 
@@ -101,47 +101,47 @@ def test_batches_that_are_tried_do_not_depend_on_the_limit():
 )
 def test_a_plan_fits_and_adds_up(kwargs):
     asked = question(**kwargs)
-    advice = Planner(asked, TABLE).advise()
-    plan, memory = advice.best, Memory.of(asked.model, asked.gpu, asked.deployment)
-    assert advice.helps and plan is advice.ess
+    answer = Planner(asked, TABLE).advise()
+    advice, memory = answer.best, Memory.of(asked.model, asked.gpu, asked.deployment)
+    assert answer.helps and advice is answer.ess
     charges = memory.charges
-    slots = plan.batch * CONTEXT
-    used = (slots + 64) * charges.slot_bytes + plan.hot_rows * charges.hot_row_bytes
+    slots = advice.batch * CONTEXT
+    used = (slots + 64) * charges.slot_bytes + advice.hot_rows * charges.hot_row_bytes
     used += (CONTEXT + 64) * charges.staging_row_bytes + charges.fixed_bytes
-    assert used == pytest.approx(plan.device_gib * GIB)
+    assert used == pytest.approx(advice.device_gib * GIB)
     assert used <= memory.device_bytes
     assert used > memory.device_bytes - 0.02 * GIB  # nor is memory left over
-    assert slots * 61 * 656 == pytest.approx(plan.host_gib * GIB)
-    assert plan.host_gib <= asked.deployment.host_gib
-    assert plan.itl_ms <= 60 and plan.itl_ms == pytest.approx(plan.step_ms / 1.7)
-    assert sum(plan.parts.values()) == pytest.approx(plan.step_ms)
-    assert plan.tokens_per_second == pytest.approx(plan.batch * 1000 / plan.itl_ms)
-    assert plan.ratio == pytest.approx(plan.hot_rows / slots)
-    share = plan.hot_rows / plan.batch
+    assert slots * 61 * 656 == pytest.approx(advice.host_gib * GIB)
+    assert advice.host_gib <= asked.deployment.host_gib
+    assert advice.itl_ms <= 60 and advice.itl_ms == pytest.approx(advice.step_ms / 1.7)
+    assert sum(advice.parts.values()) == pytest.approx(advice.step_ms)
+    assert advice.tokens_per_second == pytest.approx(advice.batch * 1000 / advice.itl_ms)
+    assert advice.ratio == pytest.approx(advice.hot_rows / slots)
+    share = advice.hot_rows / advice.batch
     misses = TABLE.uniform(share).mean()
-    assert 0 < plan.misses < misses if plan.budgets else plan.misses == pytest.approx(misses)
+    assert 0 < advice.misses < misses if advice.budgets else advice.misses == pytest.approx(misses)
 
 
 def test_no_batch_nearby_is_better():
     asked = Planner(question(), TABLE)
     best = asked.ess()
-    others = {plan.batch: plan for plan in asked.ess_plans() if not plan.budgets}
+    others = {advice.batch: advice for advice in asked.ess_candidates() if not advice.budgets}
     assert set(others) >= {best.batch - 1, best.batch + 1}
-    assert all(speed(plan) <= speed(best) for plan in others.values() if plan.itl_ms <= 60)
+    assert all(speed(advice) <= speed(best) for advice in others.values() if advice.itl_ms <= 60)
 
 
 def test_one_tier_is_the_resident_batch():
-    plan = advise().one_tier
+    advice = advise().one_tier
     row = 61 * (656 + 132)
     memory = Memory.of(*(getattr(question(), name) for name in ("model", "gpu", "deployment")))
-    assert plan.batch == memory.device_bytes // (CONTEXT * row)
-    assert (plan.misses, plan.host_gib, plan.ratio) == (0, 0, 1)
+    assert advice.batch == memory.device_bytes // (CONTEXT * row)
+    assert (advice.misses, advice.host_gib, advice.ratio) == (0, 0, 1)
 
 
 def test_longer_requests_take_more_memory_than_the_average_says():
     short, grown = question(), Question(**{**vars(question()), "longest": 160_000})
-    plans = [Planner(asked, TABLE).ess() for asked in (short, grown)]
-    assert plans[1].host_gib / plans[1].batch > 1.2 * plans[0].host_gib / plans[0].batch
+    found = [Planner(asked, TABLE).ess() for asked in (short, grown)]
+    assert found[1].host_gib / found[1].batch > 1.2 * found[0].host_gib / found[0].batch
 
 
 def test_budgets_are_used_only_when_asked_for_and_miss_less():
@@ -157,78 +157,78 @@ def test_budgets_are_used_only_when_asked_for_and_miss_less():
 
 
 def test_latency_is_reached_before_the_memorys_end():
-    advice = advise(itl_ms=24)
-    assert (advice.helps, advice.limit) == (False, planner.LATENCY)
-    assert advice.best is advice.one_tier
-    assert "ms a token and one more" in advice.reason and "room for 4" in advice.reason
+    answer = advise(itl_ms=24)
+    assert (answer.helps, answer.limit) == (False, planner.LATENCY)
+    assert answer.best is answer.one_tier
+    assert "ms a token and one more" in answer.reason and "room for 4" in answer.reason
 
 
 def test_all_requests_fit_on_the_device():
-    advice = advise(max_requests=4)
-    assert (advice.helps, advice.limit) == (False, planner.REQUESTS)
-    assert "4 requests of 131072 tokens a GPU, room for 4" in advice.reason
+    answer = advise(max_requests=4)
+    assert (answer.helps, answer.limit) == (False, planner.REQUESTS)
+    assert "4 requests of 131072 tokens a GPU, room for 4" in answer.reason
     assert advise(max_requests=8).helps
 
 
 def test_host_memory_is_too_small():
-    advice = advise(host_gib=20)  # 4.9 GiB a request
-    assert (advice.helps, advice.limit) == (False, planner.HOST)
-    assert "got 20 GiB a GPU" in advice.reason
+    answer = advise(host_gib=20)  # 4.9 GiB a request
+    assert (answer.helps, answer.limit) == (False, planner.HOST)
+    assert "got 20 GiB a GPU" in answer.reason
 
 
 def test_the_link_is_too_slow(tmp_path):
     slow = tmp_path / "slow.toml"
     slow.write_text("nominal_gb_s = 0.03\ngather_gb_s = 0.02\nscatter_gb_s = 0.02\n")
-    advice = advise(link=str(slow), itl_ms=36)
-    assert (advice.helps, advice.limit) == (False, planner.LINK)
-    assert "at 0.02 GB/s a batch of" in advice.reason
+    answer = advise(link=str(slow), itl_ms=36)
+    assert (answer.helps, answer.limit) == (False, planner.LINK)
+    assert "at 0.02 GB/s a batch of" in answer.reason
     assert advise(itl_ms=36).helps
 
 
 def test_the_context_is_too_short():
     """Of 2,560 tokens a query selects 2,048: the hot rows cannot be much fewer than all."""
     kwargs = {"context": 2560, "itl_ms": 1000, "kv_gib": 6.0}
-    advice = advise(table(2560), **kwargs)
-    assert (advice.helps, advice.limit) == (False, planner.CONTEXT)
-    assert "2048 of 2560 rows" in advice.reason
+    answer = advise(table(2560), **kwargs)
+    assert (answer.helps, answer.limit) == (False, planner.CONTEXT)
+    assert "2048 of 2560 rows" in answer.reason
 
 
 def test_larger_batches_gain_nothing():
     """Of so many tokens the indexer scans every one: the step grows with the batch."""
-    advice = advise(itl_ms=1e5, kv_gib=20_000.0)
-    assert (advice.helps, advice.limit) == (False, planner.COMPUTE)
-    assert "larger batches gain nothing" in advice.reason
+    answer = advise(itl_ms=1e5, kv_gib=20_000.0)
+    assert (answer.helps, answer.limit) == (False, planner.COMPUTE)
+    assert "larger batches gain nothing" in answer.reason
 
 
 def test_nothing_keeps_the_target():
-    advice = advise(itl_ms=5)
-    assert (advice.best, advice.helps, advice.limit) == (None, False, planner.NONE_FITS)
-    assert "one request alone takes" in advice.reason
+    answer = advise(itl_ms=5)
+    assert (answer.best, answer.helps, answer.limit) == (None, False, planner.NONE_FITS)
+    assert "one request alone takes" in answer.reason
 
 
 def test_nothing_fits(tmp_path):
-    advice = advise(kv_gib=4.0, host_gib=2.0)
-    assert (advice.best, advice.limit) == (None, planner.NONE_FITS)
-    assert "4.0 GiB of device memory for KV and 2.0 GiB of host memory" in advice.reason
+    answer = advise(kv_gib=4.0, host_gib=2.0)
+    assert (answer.best, answer.limit) == (None, planner.NONE_FITS)
+    assert "4.0 GiB of device memory for KV and 2.0 GiB of host memory" in answer.reason
     slow = tmp_path / "slow.toml"
     slow.write_text("nominal_gb_s = 0.03\ngather_gb_s = 0.02\nscatter_gb_s = 0.02\n")
-    advice = advise(kv_gib=4.0, link=str(slow), itl_ms=30)
-    assert (advice.best, advice.limit) == (None, planner.NONE_FITS)
-    assert "what fits is too slow: a batch of 1, with" in advice.reason
+    answer = advise(kv_gib=4.0, link=str(slow), itl_ms=30)
+    assert (answer.best, answer.limit) == (None, planner.NONE_FITS)
+    assert "what fits is too slow: a batch of 1, with" in answer.reason
 
 
 def test_ess_serves_what_one_tier_cannot():
-    advice = advise(kv_gib=4.0)  # a request of 128K tokens takes 5.9 GiB one-tier
-    assert advice.one_tier is None and advice.helps and advice.gain is None
+    answer = advise(kv_gib=4.0)  # a request of 128K tokens takes 5.9 GiB one-tier
+    assert answer.one_tier is None and answer.helps and answer.gain is None
 
 
 @pytest.mark.parametrize("itl_ms", [22, 36, 60])
 @pytest.mark.parametrize("host_gib", [5, 20, 200])
 def test_the_best_plan_is_never_below_one_tier(itl_ms, host_gib):
-    advice = advise(itl_ms=itl_ms, host_gib=host_gib)
-    assert speed(advice.best) >= speed(advice.one_tier)
-    assert advice.helps == (speed(advice.ess) >= 1.02 * speed(advice.one_tier))
-    assert (advice.reason is None) == advice.helps
+    answer = advise(itl_ms=itl_ms, host_gib=host_gib)
+    assert speed(answer.best) >= speed(answer.one_tier)
+    assert answer.helps == (speed(answer.ess) >= 1.02 * speed(answer.one_tier))
+    assert (answer.reason is None) == answer.helps
 
 
 # --- misses -----------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_a_traces_table_is_its_replay():
 
 
 def test_a_table_of_another_question_is_refused():
-    with pytest.raises(PlanError, match="miss table must be of 61 layers and 4096 tokens"):
+    with pytest.raises(QuestionError, match="miss table must be of 61 layers and 4096 tokens"):
         Planner(question(context=4096), TABLE)
 
 
@@ -292,20 +292,20 @@ def quick(monkeypatch):
 def test_the_flags_are_the_servers(quick, more):
     parsed = command._parser().parse_args([*COMMAND, *more])
     asked = command.ask(parsed)
-    advice = Planner(asked, TABLE).advise()
-    arguments = command.flags(asked, advice)
+    answer = Planner(asked, TABLE).advise()
+    arguments = command.flags(asked, answer)
     parser = ArgumentParser()
     EssConfig.add_cli_args(parser)
     config, others = parser.parse_known_args(arguments)
     config = EssConfig.from_cli_args(config)
-    if not advice.helps:
+    if not answer.helps:
         assert arguments == ["--disable-ess"] and not config.enabled
         return
-    plan = advice.best
-    assert others == ["--cuda-graph-max-bs-decode", str(plan.batch)]
+    advice = answer.best
+    assert others == ["--cuda-graph-max-bs-decode", str(advice.batch)]
     hot_row = Memory.of(asked.model, asked.gpu, asked.deployment).charges.hot_row_bytes
-    assert config.hot_gib * GIB // hot_row == plan.hot_rows
-    assert plan.host_gib <= config.host_gib <= asked.deployment.host_gib
+    assert config.hot_gib * GIB // hot_row == advice.hot_rows
+    assert advice.host_gib <= config.host_gib <= asked.deployment.host_gib
     assert config.itl_ms == pytest.approx(60 * 1.7)
     assert config.layer_budgets == "uniform"
 
@@ -320,7 +320,7 @@ def test_json_and_plot(quick, tmp_path, capsys):
     }  # fmt: skip
     assert found["kind"] == "simulated" and found["helps"] is True
     assert found["best"] == found["ess"] and found["best"]["tier"] == "ess"
-    assert set(found["best"]) == set(planner.Plan.__dataclass_fields__)
+    assert set(found["best"]) == set(planner.Advice.__dataclass_fields__)
     assert found["question"]["deployment"]["queries"] == 2
     assert paths[1].read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sglang_ess.sim.cli import replay as command
 from sglang_ess.sim.model.trace_replay import (
     SCALES,
-    TraceError,
+    ReplayError,
     best_budgets,
     curve,
     layer_curves,
@@ -100,7 +100,7 @@ def test_dropped_events_make_it_inexact_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(trace, "QUEUE_BYTES", 0)
     life = Life(tmp_path / "t", np.random.default_rng(5))  # whose sizes are the first dropped
     life.recorder.writer.close()
-    with pytest.raises(TraceError, match="events of every layer: got none of layer 0"):
+    with pytest.raises(ReplayError, match="events of every layer: got none of layer 0"):
         replay(read_trace(tmp_path / "t"))
     monkeypatch.undo()
     life = Life(tmp_path / "t", np.random.default_rng(5))

@@ -71,7 +71,7 @@ def test_prompts_queue_for_the_prefill_ranks():
     # The third prompt begins when the first two end. The second's hand-off waits for the first's,
     # and then for the step that runs.
     assert system.requests.queued_s == pytest.approx([0.0, 0.011, 0.1])
-    assert system.recorder.ttft == pytest.approx([0.121, 0.132, 0.221])
+    assert system.log.ttft == pytest.approx([0.121, 0.132, 0.221])
 
 
 def test_a_prefix_is_computed_once_it_was_computed_for_another():

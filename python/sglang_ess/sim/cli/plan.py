@@ -22,7 +22,7 @@ from sglang_ess.sim.inputs.files import names
 from sglang_ess.sim.inputs.specs import Deployment, Model, SpecError, changed, load
 from sglang_ess.sim.model.locality import Locality
 from sglang_ess.sim.model.miss_table import LAYERS, REQUESTS, MissTable
-from sglang_ess.sim.planning.planner import Advice, Plan, PlanError, Planner, Question
+from sglang_ess.sim.planning.planner import Advice, Answer, Planner, Question, QuestionError
 from sglang_ess.trace.trace import read_trace
 
 REFUSED = 2
@@ -39,16 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         question = ask(options)
         with _bar() as bar:
             planner = Planner(question, misses_of(question, options, bar))
-            advice = planner.advise()
+            answer = planner.advise()
         if options.json:
-            document = as_dict(question, options, advice)
+            document = as_dict(question, options, answer)
             options.json.write_text(json.dumps(document, indent=1) + "\n")
         if options.plot:
             plot(options.plot, planner, question)
     except (ValueError, OSError) as error:
         print(f"sglang-ess: {' '.join(str(error).split())}", file=sys.stderr)
         return REFUSED
-    _print(question, options, advice)
+    _print(question, options, answer)
     return 0
 
 
@@ -83,7 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--layer-budgets", choices=("auto", "uniform"), default="uniform", help=budgets)
     profiles = f"{', '.join(names('localities'))}, a .toml file, or what --ess-trace wrote"
     add("--locality", metavar="PROFILE|TRACE", help=profiles)
-    add("--json", type=Path, metavar="PATH", help="write question, plans and flags here")
+    add(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help="write the question, the answer and the flags here",
+    )
     add("--plot", type=Path, metavar="PATH", help="write a PNG of tokens/s by batch here")
     add("--seed", type=int, default=0, metavar="S", help="of the generated top-k [0]")
     return parser
@@ -106,11 +111,13 @@ def _lengths(options: argparse.Namespace) -> tuple[int, int]:
     """Tokens of a request on average while it decodes, and at its end."""
     given = options.input is not None, options.output is not None
     if (options.context is not None) == any(given) or any(given) != all(given):
-        raise PlanError("lengths must be --context, or --input and --output: give one of the two.")
+        raise QuestionError(
+            "lengths must be --context, or --input and --output: give one of the two."
+        )
     if options.context is not None:
         return options.context, options.context
     if options.input < 1 or options.output < 1:
-        raise PlanError(
+        raise QuestionError(
             f"--input and --output must be 1 or more: got {options.input} and {options.output}."
         )
     return options.input + options.output // 2, options.input + options.output
@@ -120,12 +127,14 @@ def _deployment(options: argparse.Namespace) -> Deployment:
     """A shipped one or a file, with what the options change."""
     gpus = options.gpus
     if gpus is not None and not 1 <= gpus <= 4096:
-        raise PlanError(f"--gpus must be 1 to 4096: got {gpus}.")
+        raise QuestionError(f"--gpus must be 1 to 4096: got {gpus}.")
     for name in ("host_gib", "kv_gib"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             flag = name.replace("_", "-")
-            raise PlanError(f"--{flag} must be more than 0: got {value:g}. Leave it out if unsure.")
+            raise QuestionError(
+                f"--{flag} must be more than 0: got {value:g}. Leave it out if unsure."
+            )
     name = options.deployment or (NODE if (gpus or 8) <= 8 else SEVERAL_NODES)
     found = load("deployment", name)
     values: dict[str, Any] = {}
@@ -149,7 +158,7 @@ def _deployment(options: argparse.Namespace) -> Deployment:
 def _accepted(options: argparse.Namespace) -> float:
     if options.accept is None and options.mtp not in ACCEPTED:
         known = ", ".join(map(str, ACCEPTED))
-        raise PlanError(f"--accept must be given for --mtp {options.mtp}: known for {known}.")
+        raise QuestionError(f"--accept must be given for --mtp {options.mtp}: known for {known}.")
     return options.accept if options.accept is not None else ACCEPTED[options.mtp]
 
 
@@ -212,28 +221,28 @@ def _bar() -> Iterator[Callable[[str, int], Any]]:
 # --- output -----------------------------------------------------------------------------
 
 
-def flags(question: Question, advice: Advice) -> list[str]:
-    """Arguments of sglang_ess.launch_server that serve as the best plan does."""
-    if advice.best is None:
+def flags(question: Question, answer: Answer) -> list[str]:
+    """Arguments of sglang_ess.launch_server that serve as answer.best says."""
+    if answer.best is None:
         return []
-    if not advice.helps:
+    if not answer.helps:
         return ["--disable-ess"]
-    plan, deployment = advice.best, question.deployment
+    advice, deployment = answer.best, question.deployment
     overlap = deployment.overlap if deployment.overlap in ("da", "dba", "off") else "auto"
     # The pool counts a page of padding too.
-    host_gib = min(math.ceil(plan.host_gib) + 1, deployment.host_gib)
+    host_gib = min(math.ceil(advice.host_gib) + 1, deployment.host_gib)
     step_ms = question.itl_seconds * 1000 * deployment.accepted_tokens
     return [
-        "--ess-hot-gib", f"{plan.hot_gib:.2f}",
+        "--ess-hot-gib", f"{advice.hot_gib:.2f}",
         "--ess-host-gib", f"{host_gib:g}",
         "--ess-itl-ms", f"{step_ms:.1f}",
         "--ess-overlap", overlap,
-        "--ess-layer-budgets", "auto" if plan.budgets else "uniform",
-        "--cuda-graph-max-bs-decode", str(plan.batch),
+        "--ess-layer-budgets", "auto" if advice.budgets else "uniform",
+        "--cuda-graph-max-bs-decode", str(advice.batch),
     ]  # fmt: skip
 
 
-def as_dict(question: Question, options: argparse.Namespace, advice: Advice) -> dict[str, Any]:
+def as_dict(question: Question, options: argparse.Namespace, answer: Answer) -> dict[str, Any]:
     """What --json writes."""
     specs = {name: getattr(options, name) for name in ("model", "gpu", "link", "locality")}
     specs |= {"context": question.context, "longest": question.slots_tokens}
@@ -243,17 +252,17 @@ def as_dict(question: Question, options: argparse.Namespace, advice: Advice) -> 
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "seed": options.seed,
         "question": specs | {"deployment": asdict(question.deployment)},
-        **asdict(advice),
-        "flags": flags(question, advice),
+        **asdict(answer),
+        "flags": flags(question, answer),
     }
 
 
-def lines(advice: Advice) -> Iterator[tuple[str, ...]]:
+def lines(answer: Answer) -> Iterator[tuple[str, ...]]:
     """Rows of the table: a name, and a cell for ESS and for one tier."""
-    plans = [plan for plan in (advice.ess, advice.one_tier) if plan]
+    found = [advice for advice in (answer.ess, answer.one_tier) if advice]
 
-    def row(name: str, cell: Callable[[Plan], str]) -> tuple[str, ...]:
-        return (name, *map(cell, plans))
+    def row(name: str, cell: Callable[[Advice], str]) -> tuple[str, ...]:
+        return (name, *map(cell, found))
 
     yield row("requests a GPU", lambda p: str(p.batch))
     yield row("tokens/s a GPU", lambda p: f"{p.tokens_per_second:,.0f}")
@@ -271,42 +280,42 @@ def lines(advice: Advice) -> Iterator[tuple[str, ...]]:
     yield row("host GiB a GPU", lambda p: f"{p.host_gib:.0f}" if p.host_gib else "-")
 
 
-def _print(question: Question, options: argparse.Namespace, advice: Advice) -> None:
+def _print(question: Question, options: argparse.Namespace, answer: Answer) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    plans = [plan for plan in (advice.ess, advice.one_tier) if plan]
+    found = [advice for advice in (answer.ess, answer.one_tier) if advice]
     title = f"{options.model}, {options.gpu}, {options.link}, {question.context:,} tokens"
-    if plans:
+    if found:
         table = Table("", title=title, caption="simulated", box=box.SIMPLE)
-        for plan in plans:
-            table.add_column(TITLES[plan.tier], justify="right")
-        for name, *cells in lines(advice):
+        for advice in found:
+            table.add_column(TITLES[advice.tier], justify="right")
+        for name, *cells in lines(answer):
             table.add_row(name, *cells)
         Console().print(table)
-    print("\n".join(verdict(question, advice)))
+    print("\n".join(verdict(question, answer)))
 
 
-def verdict(question: Question, advice: Advice) -> Iterator[str]:
+def verdict(question: Question, answer: Answer) -> Iterator[str]:
     """Lines below the table: whether ESS helps, how to serve, what to know."""
-    if not advice.helps:
-        yield f"ESS does not help here because {advice.reason}"
-    elif advice.gain is None:
+    if not answer.helps:
+        yield f"ESS does not help here because {answer.reason}"
+    elif answer.gain is None:
         yield "ESS helps: without it no request fits."
     else:
-        yield f"ESS helps: {advice.gain:+.0%} tokens/s at the same device memory."
-    if arguments := flags(question, advice):
+        yield f"ESS helps: {answer.gain:+.0%} tokens/s at the same device memory."
+    if arguments := flags(question, answer):
         yield ""
         yield f"python -m sglang_ess.launch_server ... {' '.join(arguments)}"
-    if advice.helps and question.deployment.overlap not in ("da", "dba", "off"):
+    if answer.helps and question.deployment.overlap not in ("da", "dba", "off"):
         yield "--ess-overlap auto needs --ess-overlap-costs: without that file nothing overlaps."
-    if advice.helps and advice.budgeted:
-        more = advice.budgeted.tokens_per_second / advice.best.tokens_per_second - 1
+    if answer.helps and answer.budgeted:
+        more = answer.budgeted.tokens_per_second / answer.best.tokens_per_second - 1
         if more >= WORTH_A_LINE:
             yield (
                 f"Hot rows shared out by layer would give {more:+.0%} more, with "
-                f"{advice.budgeted.batch} requests. A GPU's server does not have that yet."
+                f"{answer.budgeted.batch} requests. A GPU's server does not have that yet."
             )
 
 
@@ -318,17 +327,17 @@ def plot(path: Path, planner: Planner, question: Question) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
-    for plans in (planner.ess_plans(), planner.one_tier_plans()):
-        best: dict[int, Plan] = {}
-        for plan in plans:
-            if plan.budgets and not question.budgets:
+    for found in (planner.ess_candidates(), planner.one_tier_candidates()):
+        best: dict[int, Advice] = {}
+        for advice in found:
+            if advice.budgets and not question.budgets:
                 continue
-            if plan.batch not in best or plan.step_ms < best[plan.batch].step_ms:
-                best[plan.batch] = plan
+            if advice.batch not in best or advice.step_ms < best[advice.batch].step_ms:
+                best[advice.batch] = advice
         for axes, name in zip(panels, ("tokens_per_second", "itl_ms"), strict=True):
             if best:
                 axes.plot(
-                    list(best), [getattr(plan, name) for plan in best.values()],
+                    list(best), [getattr(advice, name) for advice in best.values()],
                     label=TITLES[next(iter(best.values())).tier],
                 )  # fmt: skip
     panels[0].set_ylabel("tokens/s a GPU (simulated)")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from sglang_ess.sim.model.trace_replay import SCALES, Replay, TraceError, best_budgets, replay
+from sglang_ess.sim.model.trace_replay import SCALES, Replay, ReplayError, best_budgets, replay
 from sglang_ess.tiers.balance.budgets import BudgetError
 from sglang_ess.trace.trace import Trace, read_trace
 
@@ -78,7 +78,7 @@ def _positive(text: str) -> int:
 class Study:
     """Replays of one trace: as recorded, at scales of that, at given rows, with best budgets.
 
-    Raises: TraceError for a trace with no decode in it; ValueError as replay.
+    Raises: ReplayError for a trace with no decode in it; ValueError as replay.
     """
 
     def __init__(self, trace: Trace, rows: Sequence[int] = ()):
@@ -88,7 +88,7 @@ class Study:
                   desc="replay", disable=None, leave=False) as bar:  # fmt: skip
             self.recorded = replay(trace, progress=bar.update)
             if not self.recorded.total("lookups"):
-                raise TraceError(f"a trace must have a decode step: got none in {trace.path}.")
+                raise ReplayError(f"a trace must have a decode step: got none in {trace.path}.")
             self.scaled = {1.0: self.recorded}
             for scale in scales:
                 self.scaled[scale] = replay(trace, scale=scale, progress=bar.update)

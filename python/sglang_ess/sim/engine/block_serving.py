@@ -131,7 +131,7 @@ class Result:
 
 
 @dataclass
-class Server:
+class BlockServer:
     """One system under one load. run() gives the Result."""
 
     setting: Setting

@@ -20,7 +20,7 @@ MAX_AGE = 1 << 16  # steps, of the table of working sets
 
 
 @dataclass(frozen=True)
-class Machine(Checked):
+class BlockMachine(Checked):
     """One GPU, its host and the link. See benchmarks/sparseserve.toml for the sources."""
 
     hbm_bytes: int = spec(POSITIVE)
@@ -54,7 +54,7 @@ class Sparse(Checked):
 
 
 @dataclass(frozen=True)
-class Limits(Checked):
+class GoodputLimits(Checked):
     """What a rate has to keep to count as goodput."""
 
     tbt_decode_steps: float = spec(POSITIVE)
@@ -99,7 +99,7 @@ class Dataset(Checked):
 
 
 @dataclass(frozen=True)
-class Lengths(Checked):
+class WordLengths(Checked):
     """How words become tokens."""
 
     tokens_per_word: float = spec(POSITIVE)
@@ -110,10 +110,10 @@ class Lengths(Checked):
 class Setting:
     """A file like benchmarks/sparseserve.toml."""
 
-    machine: Machine
+    machine: BlockMachine
     sparse: Sparse
-    limits: Limits
-    workload: Lengths
+    limits: GoodputLimits
+    workload: WordLengths
     models: tuple[DenseModel, ...]
     datasets: tuple[Dataset, ...]
 
@@ -156,7 +156,7 @@ class Setting:
 class Roofline:
     """Seconds of the parts of one iteration."""
 
-    machine: Machine
+    machine: BlockMachine
     model: DenseModel
     sparse: Sparse
 

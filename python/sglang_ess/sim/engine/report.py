@@ -1,4 +1,4 @@
-"""What a simulation found: a recorder of its steps, and the frozen figures made of them."""
+"""What a simulation found: a log of its steps, and the frozen figures made of them."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Machine:
+class RankFacts:
     """What turns counts into rates: of one rank, whose GPUs share its rows alike.
 
     layers, row_bytes, topk  of the model; queries: of a request in a step
@@ -130,11 +130,11 @@ class Machine:
     offloads: bool
 
 
-class Recorder:
+class StepLog:
     """Takes note of each round of each rank. begin() forgets what came before."""
 
-    def __init__(self, requests: Requests, num_ranks: int, machine: Machine):
-        self._requests, self._num_ranks, self._machine = requests, num_ranks, machine
+    def __init__(self, requests: Requests, num_ranks: int, rank_facts: RankFacts):
+        self._requests, self._num_ranks, self._rank = requests, num_ranks, rank_facts
         self._end = 0.0
         self.begin(0.0)
 
@@ -164,7 +164,7 @@ class Recorder:
         self._gap_counts.append(done.tokens[later])
         self.tokens += int(done.tokens.sum())
         self.rows += done.rows
-        self.lookups += int(np.minimum(table.context_tokens[batch], self._machine.topk).sum())
+        self.lookups += int(np.minimum(table.context_tokens[batch], self._rank.topk).sum())
 
     def end(self, now: float) -> None:
         self._end = now
@@ -195,16 +195,16 @@ class Recorder:
             columns[0], columns[1].astype(int), columns[2].astype(int), columns[3].astype(int),
             columns[4], columns[5],
         )  # fmt: skip
-        table, machine = self._requests, self._machine
+        table, rank_facts = self._requests, self._rank
         seconds = max(self._end - self._begin, 0.0)
         steps, busy = len(series.batch), float(series.step_seconds.sum())
         rate = self.tokens / seconds if seconds else 0.0
-        per_gpu = rate / (self._num_ranks * machine.gpus_per_rank)
-        num_bytes = self.rows * machine.row_bytes
-        capacity = seconds * self._num_ranks * machine.link_bytes_per_second
+        per_gpu = rate / (self._num_ranks * rank_facts.gpus_per_rank)
+        num_bytes = self.rows * rank_facts.row_bytes
+        capacity = seconds * self._num_ranks * rank_facts.link_bytes_per_second
         request_steps = int(series.batch.sum())
-        lookups = self.lookups * machine.layers * machine.queries
-        row_gib = machine.layers * machine.row_bytes / GIB if machine.offloads else 0.0
+        lookups = self.lookups * rank_facts.layers * rank_facts.queries
+        row_gib = rank_facts.layers * rank_facts.row_bytes / GIB if rank_facts.offloads else 0.0
         finished, refused = (
             int((table.state == state).sum()) for state in (State.FINISHED, State.REFUSED)
         )
@@ -222,11 +222,11 @@ class Recorder:
             output_tokens=self.tokens,
             tokens_per_second=rate,
             tokens_per_second_per_gpu=per_gpu,
-            tokens_per_second_per_node=per_gpu * machine.gpus_per_node,
+            tokens_per_second_per_node=per_gpu * rank_facts.gpus_per_node,
             steps=steps,
             batch_mean=float(series.batch @ series.step_seconds) / busy if busy else 0.0,
             batch_max=int(series.batch.max(initial=0)),
-            misses=self.rows / (request_steps * machine.layers) if request_steps else 0.0,
+            misses=self.rows / (request_steps * rank_facts.layers) if request_steps else 0.0,
             hit_rate=1 - self.rows / lookups if lookups else 1.0,
             fetched_bytes=num_bytes,
             link_utilisation=num_bytes / capacity if capacity else 0.0,
@@ -236,9 +236,9 @@ class Recorder:
             retractions=sum(rank.retractions for rank in ranks),
             preempted=sum(rank.preempted for rank in ranks),
             deferred=dict(deferred),
-            slots=machine.slots,
-            hot_rows=machine.hot_rows,
-            host_gib=machine.slots * row_gib,
+            slots=rank_facts.slots,
+            hot_rows=rank_facts.hot_rows,
+            host_gib=rank_facts.slots * row_gib,
             peak_host_gib=max((rank.slots.peak for rank in ranks), default=0) * row_gib,
             series=series,
         )

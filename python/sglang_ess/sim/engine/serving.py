@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sglang_ess.sim.engine.decode_rank import DecodeRank, Round
-from sglang_ess.sim.engine.report import Recorder
+from sglang_ess.sim.engine.report import StepLog
 from sglang_ess.sim.engine.requests import Requests, State
 from sglang_ess.sim.inputs.arrivals import Workload
 from sglang_ess.sim.model.slots import whole_pages
@@ -62,9 +62,9 @@ class _Group:
 
 
 class Serving:
-    """One deployment under one workload. run() to the end, then recorder has what happened.
+    """One deployment under one workload. run() to the end, then log has what happened.
 
-    cost: of the prefill ranks; ranks: decode ranks, which share `requests` with the recorder
+    cost: of the prefill ranks; ranks: decode ranks, which share `requests` with the log
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Serving:
         requests: Requests,
         cost: Any,
         ranks: Sequence[DecodeRank],
-        recorder: Recorder,
+        log: StepLog,
         flow: Flow | None = None,
         until: Until | None = None,
     ):
-        self.requests, self.ranks, self.recorder = requests, list(ranks), recorder
+        self.requests, self.ranks, self.log = requests, list(ranks), log
         self._cost, self._until = cost, until or Until()
         self._flow = flow = flow or Flow()
         parts = [list(range(len(ranks)))] if flow.lockstep else [[i] for i in range(len(ranks))]
@@ -116,7 +116,7 @@ class Serving:
             handlers[kind](argument)
             if kind == ROUND_DONE:
                 progress(self.done)
-        self.recorder.end(self.now)
+        self.log.end(self.now)
 
     @property
     def total(self) -> int:
@@ -215,7 +215,7 @@ class Serving:
         group.steps += stepped
         if not self._is_settled and group.steps >= self._until.settle_steps:
             self._is_settled = True
-            self.recorder.begin(self.now)
+            self.log.begin(self.now)
         for number in group.ranks:
             self._hand_off(number)
         self._at(self.now, ROUND_BEGINS, group)
@@ -236,7 +236,7 @@ class Serving:
     def _take_in(self, number: int, done: Round, seconds: float) -> None:
         """A round of a rank is over, after so many seconds: tokens go out, requests end."""
         table, rank = self.requests, self.ranks[number]
-        self.recorder.add(number, self.now, done, seconds, len(rank.waiting) + len(rank.inbox))
+        self.log.add(number, self.now, done, seconds, len(rank.waiting) + len(rank.inbox))
         table.last_token[done.requests] = self.now
         first = done.requests[np.isnan(table.first_token[done.requests])]
         table.first_token[first] = self.now

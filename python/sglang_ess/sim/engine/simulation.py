@@ -12,7 +12,7 @@ from sglang_ess.layout import PAGE_SLOTS
 from sglang_ess.sim.engine.admission_gate import AdmissionGate
 from sglang_ess.sim.engine.decode_rank import DecodeRank, RankLimits
 from sglang_ess.sim.engine.fetches import ConstantFetches, Fetches, TierFetches
-from sglang_ess.sim.engine.report import Machine, Recorder, Results
+from sglang_ess.sim.engine.report import RankFacts, Results, StepLog
 from sglang_ess.sim.engine.requests import Requests
 from sglang_ess.sim.engine.serving import Flow, Serving, Until
 from sglang_ess.sim.inputs import arrivals
@@ -29,7 +29,7 @@ GROWTH_SLACK = 4 * PAGE_SLOTS  # tokens by which a request's simulated rows may 
 
 
 def workload_of(scenario: Scenario, seed: int) -> Workload:
-    """What every system of the scenario is given. Raises: arrivals.TraceError."""
+    """What every system of the scenario is given. Raises: arrivals.WorkloadError."""
     return arrivals.draw(scenario.arrivals, scenario.input_tokens, scenario.output_tokens, seed)
 
 
@@ -114,11 +114,11 @@ class Simulation:
         self._link_rate = self._model.row_bytes / float(self._cost.fetch_seconds(1))
         requests = Requests(workload)
         count = scenario.server.decode_ranks or self._deployment.decode_ranks
-        self._recorder = Recorder(requests, count, self._machine())
+        self._log = StepLog(requests, count, self._rank_facts())
         self.serving = Serving(
             workload, requests, self._cost,
             [self._rank(requests, number) for number in range(count)],
-            self._recorder, self._flow(count), self._until(),
+            self._log, self._flow(count), self._until(),
         )  # fmt: skip
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> Results:
@@ -129,7 +129,7 @@ class Simulation:
         for rank in self.serving.ranks:
             for reason, times in (rank.gate.admission.deferred if rank.gate else {}).items():
                 deferred[reason] = deferred.get(reason, 0) + times
-        return self._recorder.results(self.system, self.serving.ranks, deferred)
+        return self._log.results(self.system, self.serving.ranks, deferred)
 
     # --- parts --------------------------------------------------------------------------
 
@@ -147,9 +147,9 @@ class Simulation:
         run = self.scenario.run
         return Until(run.steps, run.seconds, run.settle_steps)
 
-    def _machine(self) -> Machine:
+    def _rank_facts(self) -> RankFacts:
         model, deployment = self._model, self._deployment
-        return Machine(
+        return RankFacts(
             layers=model.layers,
             row_bytes=model.row_bytes,
             topk=model.topk,

@@ -40,7 +40,7 @@ TRACE_COLUMNS = ("time", "input_tokens", "output_tokens")
 PREFIX_COLUMNS = ("prefix", "prefix_tokens")
 
 
-class TraceError(ValueError):
+class WorkloadError(ValueError):
     """A trace file that cannot be read: one line with file and line."""
 
 
@@ -189,7 +189,7 @@ def read_trace(path: Path, requests: int | None = None) -> Workload:
     A row has time (seconds), input_tokens and output_tokens, and may have prefix (a name or
     number that requests with a common prefix share) and prefix_tokens (how long that is).
     JSONL: an object a line; CSV: a header line with these names. By the file's suffix.
-    Raises: TraceError with file and line.
+    Raises: WorkloadError with file and line.
     """
     columns, names = _Columns(), {}
     try:
@@ -197,7 +197,7 @@ def read_trace(path: Path, requests: int | None = None) -> Workload:
         for line, row in rows(path):
             _add(columns, row, names, f"{path}:{line}")
     except (OSError, UnicodeDecodeError) as error:
-        raise TraceError(f"trace must be a readable text file: got {path} ({error}).") from None
+        raise WorkloadError(f"trace must be a readable text file: got {path} ({error}).") from None
     order = np.argsort(np.array(columns.seconds), kind="stable")[:requests]
     seconds = np.array(columns.seconds, float)[order]
     others = (columns.inputs, columns.outputs, columns.prefix, columns.prefix_tokens)
@@ -212,7 +212,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 row = json.loads(text)
             except ValueError:
-                raise TraceError(f"{path}:{line}: a line must be a JSON object.") from None
+                raise WorkloadError(f"{path}:{line}: a line must be a JSON object.") from None
             yield line, row
 
 
@@ -221,7 +221,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         reader = csv.DictReader(file)
         for row in reader:
             if None in row or None in row.values():
-                raise TraceError(
+                raise WorkloadError(
                     f"{path}:{reader.line_num}: a row must have a value for each of the "
                     f"{len(reader.fieldnames)} columns."
                 )
@@ -231,18 +231,18 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _add(columns: _Columns, row: Any, names: dict[Any, int], where: str) -> None:
     known = TRACE_COLUMNS + PREFIX_COLUMNS
     if not isinstance(row, dict):
-        raise TraceError(f"{where}: a line must be a JSON object.")
+        raise WorkloadError(f"{where}: a line must be a JSON object.")
     if unknown := sorted(set(row) - set(known)):
-        raise TraceError(f"{where}: {unknown[0]}: must be one of {', '.join(known)}.")
+        raise WorkloadError(f"{where}: {unknown[0]}: must be one of {', '.join(known)}.")
     seconds, inputs, outputs = (
         _number(row, name, where, least, whole)
         for name, least, whole in zip(TRACE_COLUMNS, (0, 1, 1), (False, True, True), strict=True)
     )
     shared = int(_number(row, "prefix_tokens", where, 0, True)) if "prefix_tokens" in row else 0
     if shared and "prefix" not in row:
-        raise TraceError(f"{where}: prefix: must name what prefix_tokens are shared by.")
+        raise WorkloadError(f"{where}: prefix: must name what prefix_tokens are shared by.")
     if shared >= inputs:
-        raise TraceError(
+        raise WorkloadError(
             f"{where}: prefix_tokens: must be fewer than input_tokens ({inputs}): got {shared}."
         )
     columns.seconds.append(seconds)
@@ -255,7 +255,7 @@ def _add(columns: _Columns, row: Any, names: dict[Any, int], where: str) -> None
 def _number(row: Mapping[str, Any], name: str, where: str, least: int, whole: bool) -> float:
     value = row.get(name)
     if value is None:
-        raise TraceError(f"{where}: {name}: must be given.")
+        raise WorkloadError(f"{where}: {name}: must be given.")
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -263,5 +263,5 @@ def _number(row: Mapping[str, Any], name: str, where: str, least: int, whole: bo
     good = math.isfinite(number) and number >= least and (not whole or number == int(number))
     if not good or isinstance(value, bool):
         kind = "a whole number" if whole else "a number"
-        raise TraceError(f"{where}: {name}: must be {kind} of {least} or more: got {value!r}.")
+        raise WorkloadError(f"{where}: {name}: must be {kind} of {least} or more: got {value!r}.")
     return number

@@ -37,7 +37,7 @@ WHOLE: tuple[str, Callable[[Any], bool]] = ("1 or more", lambda value: value >= 
 
 
 @dataclass(frozen=True)
-class Server(Checked):
+class ServerSettings(Checked):
     """How the decode ranks serve; what is left out is the deployment's.
 
     mode            pd: prefill ranks, hand-off, decode ranks; colocated: decode ranks compute the
@@ -115,7 +115,7 @@ class Scenario(Checked):
     input_tokens: Lengths | None = None
     output_tokens: Lengths | None = None
     systems: tuple[str, ...] = spec(choices=SYSTEMS, default=(ESS, ONE_TIER))
-    server: Server = field(default=Server())
+    server: ServerSettings = field(default=ServerSettings())
     memory: Storage = field(default=Storage())
     run: Run = field(default=Run())
 

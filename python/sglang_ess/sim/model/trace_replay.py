@@ -27,7 +27,7 @@ NO_ROWS = torch.empty(0)  # a HotCache without rows reads none
 Progress = Callable[[int], object]  # called with bytes of the file
 
 
-class TraceError(ValueError):
+class ReplayError(ValueError):
     """A trace that cannot be replayed."""
 
 
@@ -120,7 +120,7 @@ def replay(
     scale: times the recorded ones, whenever they change; neither: the recorded ones, each
         event checked against the server's counters
     A size past the slots is the slots, one below 1 is 1.
-    Raises: TraceError if a layer has no events, or no size before them; ValueError for both
+    Raises: ReplayError if a layer has no events, or no size before them; ValueError for both
     rows and scale, rows of other layers, and as Trace.frames.
     """
     found, is_exact = Replay(), rows is None and scale is None
@@ -143,7 +143,9 @@ def replay(
                 )
     for layer, (cache, counted) in enumerate(zip(tier.caches, server, strict=True)):
         if cache is None:
-            raise TraceError(f"a trace must have events of every layer: got none of layer {layer}.")
+            raise ReplayError(
+                f"a trace must have events of every layer: got none of layer {layer}."
+            )
         here = _named(cache.state[STATE_PLACES])
         union = tier.unions[layer]
         found.layers.append(LayerReplay(cache.num_rows, here, _named(counted), union))
@@ -185,7 +187,7 @@ class _Tier:
             self._resize(layer, min(max(1, self._size(layer, argument)), self._slots))
         cache = self.caches[layer]
         if cache is None:
-            raise TraceError(f"a layer's first event must be RESIZE: got {kind.name} ({layer}).")
+            raise ReplayError(f"a layer's first event must be RESIZE: got {kind.name} ({layer}).")
         if kind == Kind.PLAN:
             topk, start = torch.from_numpy(slots), (0, 0)
             while start is not None:

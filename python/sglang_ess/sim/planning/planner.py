@@ -1,9 +1,9 @@
-"""Does ESS help this deployment, and with which settings: a search over batches by the cost model.
+"""Does ESS help this deployment, and with which settings? A search over batches by the cost model.
 
-More hot rows never miss more, so a batch takes all that its slots leave of the device memory, and
-what is left to choose is the batch and whether layers share rows by budgets. One tier is a plan
-too, so the best plan is never below it. Why ESS does not help is found by asking again with one
-limit lifted: device memory, host memory, the link.
+More hot rows never miss more, so each batch takes all the device memory that its slots leave.
+What remains to choose is the batch, and whether layers share rows by budgets. One tier is among
+the choices, so the best choice is never slower than it. To find why ESS does not help, the
+planner asks again with one limit lifted: device memory, host memory, the link.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ from sglang_ess.sim.model.cost import CostModel
 from sglang_ess.sim.model.memory import Memory
 from sglang_ess.sim.model.miss_table import MissTable
 
-MIN_GAIN = 0.02  # tokens/s over one tier, below which ESS is not worth its settings
-BUDGET_GAIN = 0.02  # of misses: layer_budgets.MIN_GAIN
-LEVELS = 40  # of hot rows, at which budgets are shared out
-HOT_GIB_STEP = 0.01  # of --ess-hot-gib as printed
-FAST_LINK = 1e6  # times the link, to see what it costs
-MAX_REQUESTS = 4096  # a GPU, where nothing else limits them
+MIN_GAIN = 0.02  # in tokens/s over one tier; a smaller gain does not count as help
+BUDGET_GAIN = 0.02  # share of misses saved, below which a server keeps uniform rows
+LEVELS = 40  # sizes of a request's hot rows for which budgets are computed
+HOT_GIB_STEP = 0.01  # --ess-hot-gib is printed with two decimals
+FAST_LINK = 1e6  # factor on the link's rates that makes it free
+MAX_REQUESTS = 4096  # of one GPU, where nothing else limits them
 MS = 1000
 
 
-class PlanError(ValueError):
+class QuestionError(ValueError):
     """One line for the operator: a question that has no answer."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. Specs as sim/specs.py has them.
+    """What the user asks. The specs are those of sim/inputs/specs.py.
 
-    context      tokens of a request in a decode step, on average; longest: at its end, which its
-                 slots are counted for
-    itl_seconds  mean time between two tokens of a request: a step / accepted_tokens
-    max_requests  that one GPU will ever have at once; None: as many as fit
-    budgets      whether layers may share hot rows out by what they miss; a GPU's server does
-                 not yet, the CPU platform's does
-    Raises: PlanError for a value outside its limits.
+    context      tokens of a request in a decode step, on average
+    longest      its tokens at the end, for which its slots are counted; None: as context
+    itl_seconds  target for the mean time between two tokens of a request, which is a step's
+                 time / accepted_tokens
+    max_requests  that one GPU will ever serve at once; None: as many as fit
+    budgets      whether layers may get different hot rows by their misses. The CPU platform's
+                 server does that; a GPU's server does not yet.
+    Raises: QuestionError for a value outside its limits.
     """
 
     model: Model
@@ -67,7 +68,7 @@ class Question:
         )
         for name, value, low, high, unit in limits:
             if value is not None and not low <= value <= high:
-                raise PlanError(f"{name} must be {low:g} to {high:g} {unit}: got {value:g}.")
+                raise QuestionError(f"{name} must be {low:g} to {high:g} {unit}: got {value:g}.")
 
     @property
     def slots_tokens(self) -> int:
@@ -75,14 +76,16 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One way to serve, of one GPU (decode rank), all figures simulated.
+class Advice:
+    """One way to serve on one GPU (decode rank). All figures are simulated.
 
-    tier         "ess" or "one-tier"; budgets: layers share the hot rows out by their misses
-    hot_rows     of a layer, the mean; ratio: of the slots
-    hot_gib, device_gib, host_gib  of hot rows; of all that the KV pool takes; of latent rows
-    step_ms, itl_ms  of a decode step, and that / accepted tokens; parts: of the step, ms
-    misses       rows fetched per request, layer and step, the mean
+    tier         "ess" or "one-tier"
+    budgets      whether hot rows differ by layer, according to misses
+    hot_rows     mean of a layer, all requests together; ratio: hot_rows / slots
+    hot_gib      device memory of the hot rows; device_gib: of the whole KV pool
+    host_gib     host memory of the latent rows
+    step_ms      one decode step; itl_ms: step_ms / accepted tokens; parts: of the step, in ms
+    misses       mean of rows fetched per request, layer and step
     """
 
     tier: str
@@ -102,19 +105,20 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Advice:
-    """The answer. best: the plan to take; ess: the best with ESS, None if none keeps the target;
-    budgeted: the same where layers may share rows by budgets, whether the question has them or not.
+class Answer:
+    """What the planner answers. Each advice is None if none keeps the target.
 
-    helps  whether best is ess, by MIN_GAIN or more; gain: ess over one tier in tokens/s, None
-           if either is missing
-    limit  what keeps it from helping, one of LIMITS; reason: in words with numbers
+    best      the one to follow; ess: the best with ESS; one_tier: the best without
+    budgeted  the best with ESS where hot rows may differ by layer, whatever the question says
+    helps     whether best is ess; it must gain MIN_GAIN or more, or be the only one that fits
+    gain      ess over one_tier in tokens/s, minus 1; None if either is missing
+    limit     what keeps ESS from helping, one of LIMITS; reason: the same with numbers
     """
 
-    best: Plan | None
-    ess: Plan | None
-    one_tier: Plan | None
-    budgeted: Plan | None
+    best: Advice | None
+    ess: Advice | None
+    one_tier: Advice | None
+    budgeted: Advice | None
     helps: bool
     gain: float | None
     limit: str | None
@@ -127,7 +131,7 @@ LIMITS = REQUESTS, LATENCY, COMPUTE, CONTEXT, HOST, LINK, NONE_FITS = (
 
 
 def batches(most: int) -> Iterator[int]:
-    """Batches that are tried, the same whatever the limits: so a wider limit never loses one."""
+    """Yield the batches to try. A wider limit tries the same ones and more, so it never loses."""
     batch = 1
     while batch <= most:
         yield batch
@@ -135,11 +139,15 @@ def batches(most: int) -> Iterator[int]:
 
 
 class Planner:
-    """All plans of one question. misses: of its context and queries."""
+    """Answers one question.
+
+    misses: table for the question's context and queries a step
+    Raises: QuestionError if the table is for another context or number of layers.
+    """
 
     def __init__(self, question: Question, misses: MissTable):
         if misses.context != question.context or len(misses.curves) != question.model.layers:
-            raise PlanError(
+            raise QuestionError(
                 f"miss table must be of {question.model.layers} layers and {question.context} "
                 f"tokens: got {len(misses.curves)} and {misses.context}."
             )
@@ -149,78 +157,83 @@ class Planner:
             question.calibration,
         )  # fmt: skip
         self._memory = Memory.of(question.model, question.gpu, question.deployment)
-        # Of a request: a query's rows at the least, all of its tokens at the most.
+        # A request's hot rows: at least the rows of one query, at most all of its tokens.
         self._min_rows = min(question.context, max(question.model.topk, misses.floor))
         levels = np.geomspace(self._min_rows, question.context, LEVELS)
         self._levels = np.unique(levels.astype(int))
         self._budgeted = misses.budgeted(self._levels.tolist())
 
-    # --- plans --------------------------------------------------------------------------
+    # --- the candidates -----------------------------------------------------------------
 
-    def one_tier(self) -> Plan | None:
-        """The best with every row on the device and no ESS; None if none keeps the target."""
-        return self._best(self.one_tier_plans())
+    def one_tier(self) -> Advice | None:
+        """The best without ESS, all rows on the device; None if none keeps the target."""
+        return self._best(self.one_tier_candidates())
 
-    def ess(self, budgets: bool | None = None) -> Plan | None:
-        """The best with two tiers; None if none keeps the target. budgets: None: the question's."""
+    def ess(self, budgets: bool | None = None) -> Advice | None:
+        """The best with two tiers; None if none keeps the target.
+
+        budgets: overrides the question's; None: as the question says
+        """
         allowed = self.question.budgets if budgets is None else budgets
-        return self._best(plan for plan in self.ess_plans() if allowed or not plan.budgets)
+        return self._best(
+            advice for advice in self.ess_candidates() if allowed or not advice.budgets
+        )
 
-    def one_tier_plans(self) -> Iterator[Plan]:
-        """Of every batch that the device holds, whatever its latency."""
+    def one_tier_candidates(self) -> Iterator[Advice]:
+        """One for each batch that the device holds, whatever its latency."""
         most = self._memory.resident_batch(self.question.slots_tokens)
         return (self._resident(batch) for batch in batches(self._capped(most)))
 
-    def ess_plans(self) -> Iterator[Plan]:
-        """Of every batch whose slots both memories hold: one, or two where budgets differ."""
+    def ess_candidates(self) -> Iterator[Advice]:
+        """One for each batch that both memories hold, and a second where budgets miss less."""
         most = self._memory.max_batch(self.question.slots_tokens)
-        return (plan for batch in batches(self._capped(most)) for plan in self._two_tier(batch))
+        return (advice for batch in batches(self._capped(most)) for advice in self._two_tier(batch))
 
     def _capped(self, most: int) -> int:
         return min(most, self.question.max_requests or most)
 
-    def _best(self, plans: Iterable[Plan]) -> Plan | None:
-        """The most tokens/s within the target; of equals the first, which has fewer requests."""
-        kept = [plan for plan in plans if plan.itl_ms <= self.question.itl_seconds * MS]
-        return max(kept, key=lambda plan: plan.tokens_per_second, default=None)
+    def _best(self, found: Iterable[Advice]) -> Advice | None:
+        """The most tokens/s within the target. The first of equals has the fewest requests."""
+        kept = [advice for advice in found if advice.itl_ms <= self.question.itl_seconds * MS]
+        return max(kept, key=lambda advice: advice.tokens_per_second, default=None)
 
-    def _resident(self, batch: int) -> Plan:
+    def _resident(self, batch: int) -> Advice:
         model, longest = self.question.model, self.question.slots_tokens
         slots = self._memory.slots(batch, longest)
         row = model.layers * (model.row_bytes + model.index_bytes)
-        return self._plan(
+        return self._advice(
             "one-tier", batch, False, int(slots), np.zeros(model.layers), slots * row, 0.0
         )
 
-    def _two_tier(self, batch: int) -> Iterator[Plan]:
-        """Plans of a batch: uniform rows, and by budgets where those miss less."""
+    def _two_tier(self, batch: int) -> Iterator[Advice]:
+        """A batch with uniform rows, and with budgets where those miss less."""
         memory, question = self._memory, self.question
         longest = question.slots_tokens
         step = HOT_GIB_STEP * GIB
         row_bytes = memory.charges.hot_row_bytes
         rows = memory.hot_rows(batch, longest)
-        if rows < batch * longest:  # what --ess-hot-gib says with two digits
+        if rows < batch * longest:  # as --ess-hot-gib gives them, with two decimals
             rows = int(math.floor(rows * row_bytes / step) * step // row_bytes)
         share = min(rows / batch, question.context)
         if share < self._min_rows:
             return
         device, host = memory.device_used(batch, longest, rows), memory.host_used(batch, longest)
         uniform = self._misses.uniform(share)
-        yield self._plan("ess", batch, False, rows, uniform, device, host)
+        yield self._advice("ess", batch, False, rows, uniform, device, host)
         budgeted = np.array([np.interp(share, self._levels, line) for line in self._budgeted.T])
         if budgeted.sum() < (1 - BUDGET_GAIN) * uniform.sum():
-            yield self._plan("ess", batch, True, rows, budgeted, device, host)
+            yield self._advice("ess", batch, True, rows, budgeted, device, host)
 
-    def _plan(
+    def _advice(
         self, tier: str, batch: int, budgets: bool, rows: int, misses: np.ndarray,
         device_bytes: float, host_bytes: float,
-    ) -> Plan:  # fmt: skip
+    ) -> Advice:  # fmt: skip
         question, deployment = self.question, self.question.deployment
         step = self._cost.step(batch, question.context, misses)
         per_gpu = batch * deployment.accepted_tokens / step.seconds / deployment.tensor_parallel
         slots = self._memory.slots(batch, question.slots_tokens)
         hot_bytes = rows * self._memory.charges.hot_row_bytes if tier == "ess" else 0.0
-        return Plan(
+        return Advice(
             tier=tier,
             batch=batch,
             budgets=budgets,
@@ -237,21 +250,21 @@ class Planner:
             parts={name: seconds * MS for name, seconds in step.parts.items()},
         )
 
-    # --- advice -------------------------------------------------------------------------
+    # --- answer -------------------------------------------------------------------------
 
-    def advise(self) -> Advice:
-        """The best plan, and what limits ESS where it does not help."""
+    def advise(self) -> Answer:
+        """Find the best advice, and what limits ESS where it does not help."""
         ess, one_tier, budgeted = self.ess(), self.one_tier(), self.ess(budgets=True)
         gain = None
         if ess and one_tier:
             gain = ess.tokens_per_second / one_tier.tokens_per_second - 1
         if ess and (gain is None or gain >= MIN_GAIN):
-            return Advice(ess, ess, one_tier, budgeted, True, gain, None, None)
+            return Answer(ess, ess, one_tier, budgeted, True, gain, None, None)
         limit, reason = self._why_not(ess, one_tier)
-        return Advice(one_tier or ess, ess, one_tier, budgeted, False, gain, limit, reason)
+        return Answer(one_tier or ess, ess, one_tier, budgeted, False, gain, limit, reason)
 
-    def _why_not(self, ess: Plan | None, one_tier: Plan | None) -> tuple[str, str]:
-        """(limit, reason): the first limit that, lifted, lets ESS help; else what else it is."""
+    def _why_not(self, ess: Advice | None, one_tier: Advice | None) -> tuple[str, str]:
+        """(limit, reason): the first limit without which ESS would help, else another cause."""
         question = self.question
         target = question.itl_seconds * MS
         if not ess and not one_tier:
@@ -259,7 +272,7 @@ class Planner:
         resident = self._memory.resident_batch(question.slots_tokens)
         if one_tier and question.max_requests and question.max_requests <= resident:
             return REQUESTS, (
-                f"all fits on the device: {question.max_requests} requests of "
+                f"everything fits on the device: {question.max_requests} requests of "
                 f"{question.slots_tokens} tokens a GPU, room for {resident}."
             )
         free = self._all_on_device()
@@ -269,7 +282,7 @@ class Planner:
             selected = min(question.model.topk, question.context)
             return CONTEXT, (
                 f"the context is too short: a query selects {selected} of {question.context} "
-                "rows, so that nearly all of them have to be hot."
+                "rows, so nearly all of them must be hot."
             )
         return self._which_link_or_host(ess, one_tier)
 
@@ -277,7 +290,7 @@ class Planner:
         alone = self._resident(1).itl_ms
         if alone > target:
             return f"one request alone takes {alone:.1f} ms a token, target {target:g} ms."
-        fastest = min(self.ess_plans(), key=lambda plan: plan.itl_ms, default=None)
+        fastest = min(self.ess_candidates(), key=lambda advice: advice.itl_ms, default=None)
         if fastest:
             return (
                 f"what fits is too slow: a batch of {fastest.batch}, with {fastest.misses:.0f} "
@@ -293,13 +306,13 @@ class Planner:
         )
 
     def _bound(
-        self, free: Plan | None, one_tier: Plan, resident: int, target: float
+        self, free: Advice | None, one_tier: Advice, resident: int, target: float
     ) -> tuple[str, str]:
-        """Device memory is not the limit: latency is, or compute."""
+        """(limit, reason) where device memory is not the limit: latency, or compute."""
         after = self._resident(one_tier.batch + 1)
         if after.itl_ms > target:
             return LATENCY, (
-                f"the latency target is reached before the memory's end: {one_tier.batch} "
+                f"the latency target is reached before memory is full: {one_tier.batch} "
                 f"requests take {one_tier.itl_ms:.1f} ms a token and one more "
                 f"{after.itl_ms:.1f} ms, target {target:g} ms; the device has room for {resident}."
             )
@@ -309,7 +322,7 @@ class Planner:
             f"device, over {one_tier.batch} requests that fit without ESS."
         )
 
-    def _which_link_or_host(self, ess: Plan | None, one_tier: Plan | None) -> tuple[str, str]:
+    def _which_link_or_host(self, ess: Advice | None, one_tier: Advice | None) -> tuple[str, str]:
         question = self.question
         more_host = replace(question, deployment=replace(question.deployment, host_gib=1e9))
         wide = Planner(more_host, self._misses).ess()
@@ -336,22 +349,22 @@ class Planner:
             f"{self._percent(ess, one_tier)} tokens/s, less than {MIN_GAIN:.0%}."
         )
 
-    def _all_on_device(self) -> Plan | None:
-        """The best one-tier plan with any amount of device memory."""
+    def _all_on_device(self) -> Advice | None:
+        """The best without ESS if the device had any amount of memory."""
         most = self._capped(MAX_REQUESTS)
         return self._best(self._resident(batch) for batch in batches(most))
 
-    def _worst_transfer(self, plan: Plan) -> float:
-        """Milliseconds a step of that batch waits for its rows on the link there is."""
-        share = min(plan.hot_rows / plan.batch, self.question.context)
+    def _worst_transfer(self, advice: Advice) -> float:
+        """Milliseconds that a step of this batch waits for missed rows on the real link."""
+        share = min(advice.hot_rows / advice.batch, self.question.context)
         misses = self._misses.uniform(share)
-        step = self._cost.step(plan.batch, self.question.context, misses)
+        step = self._cost.step(advice.batch, self.question.context, misses)
         return step.parts["transfer"] * MS
 
-    def _gains(self, plan: Plan, base: Plan) -> bool:
-        return plan.tokens_per_second >= (1 + MIN_GAIN) * base.tokens_per_second
+    def _gains(self, advice: Advice, base: Advice) -> bool:
+        return advice.tokens_per_second >= (1 + MIN_GAIN) * base.tokens_per_second
 
-    def _percent(self, plan: Plan, base: Plan | None) -> str:
+    def _percent(self, advice: Advice, base: Advice | None) -> str:
         if base is None:
             return "all"
-        return f"{plan.tokens_per_second / base.tokens_per_second - 1:+.1%}"
+        return f"{advice.tokens_per_second / base.tokens_per_second - 1:+.1%}"
