@@ -46,8 +46,8 @@ from benchmarks import common
 from sglang_ess.sim.engine.block_serving import (
     SYSTEMS,
     BlockCache,
-    Result,
     BlockServer,
+    Result,
     System,
     load,
 )

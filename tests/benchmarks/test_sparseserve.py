@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import reproduce_sparseserve as benchmark
-from sglang_ess.sim.engine.block_serving import SYSTEMS, BlockCache, Request, BlockServer, load
+from sglang_ess.sim.engine.block_serving import SYSTEMS, BlockCache, BlockServer, Request, load
 from sglang_ess.sim.engine.blocks import BlockStreams, Roofline, Setting, overlap_law, working_sets
 
 VLLM, SPARSE, OFFLOAD, FLASH, CONTROL, SEGMENTED = SYSTEMS

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "--json",
         type=Path,
         metavar="PATH",
-        help="write the question, the answer and the flags here",
+        help="write question, answer and flags here",
     )
     add("--plot", type=Path, metavar="PATH", help="write a PNG of tokens/s by batch here")
     add("--seed", type=int, default=0, metavar="S", help="of the generated top-k [0]")
