@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import admission_rounds
-from benchmarks.admission_rounds import PLACES, RUNNING, WAITING, fill_places
+from benchmarks.sim import admission_rounds
+from benchmarks.sim.admission_rounds import PLACES, RUNNING, WAITING, fill_places
 from sglang_ess import scheduler_gate
 from sglang_ess.admission.policy import LOOK_AHEAD, Admission, AdmissionLimits, Candidate, Step
 from sglang_ess.mem_cache.allocator import EssPagedAllocator
@@ -218,8 +218,8 @@ def test_the_benchmark_times_both_ways_and_leaves_the_queue_whole():
     assert {look: len(seconds) for look, seconds in found.items()} == dict.fromkeys(
         admission_rounds.LOOKS, 3
     )
-    with admission_rounds.over_the_whole_queue():
-        queue = [Counted(rid=i) for i in range(500)]
-        joined, scheduler, asked = round_over(list(queue))
+    queue = [Counted(rid=i) for i in range(500)]
+    policy = admission_rounds.SCHEDULE_POLICY[admission_rounds.WHOLE]
+    joined, scheduler, asked = round_over(list(queue), schedule_policy=policy)
     assert joined == queue[:PLACES] and scheduler.waiting_queue == queue[PLACES:]
     assert asked >= 500

@@ -1,10 +1,10 @@
-"""benchmarks/admission.py: what its summary compares, and that its rules differ."""
+"""benchmarks/sim/admission.py: what its summary compares, and that its rules differ."""
 
 import pytest
 
-from benchmarks import admission as benchmark
-from benchmarks.admission import OFF, ON, SETS, Point
-from benchmarks.common import Report
+from benchmarks.harness import Report
+from benchmarks.sim import admission as benchmark
+from benchmarks.sim.admission import OFF, ON, SETS, Point, WorkingSetsAlone
 from sglang_ess.admission.policy import (
     HOT_TIER,
     Admission,
@@ -38,9 +38,9 @@ def test_a_point_is_a_scenario():
     assert (scenario.memory.hot_rows, scenario.arrivals.requests) == (12345, 7)
 
 
-def observed() -> Admission:
+def observed(policy=Admission) -> Admission:
     """Two run on the rows of one working set and a half, where misses are worth it."""
-    admission = Admission(AdmissionLimits(hot_rows=450, topk=100, layers=1, row_bytes=1000), 1e7)
+    admission = policy(AdmissionLimits(hot_rows=450, topk=100, layers=1, row_bytes=1000), 1e7)
     for n in (1, 2):
         for _ in range(12):
             admission.observe(Step(1, n, 0.030, 0, 0, 0))
@@ -49,6 +49,5 @@ def observed() -> Admission:
 
 def test_the_rule_of_working_sets_admits_what_fits():
     queue = [Candidate(10_000, cold=False)] * 4
-    with benchmark.by_working_sets():
-        assert observed().admit(2, queue) == Decision(0, HOT_TIER)
+    assert observed(WorkingSetsAlone).admit(2, queue) == Decision(0, HOT_TIER)
     assert observed().admit(2, queue).count > 0

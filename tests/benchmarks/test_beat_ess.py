@@ -1,10 +1,10 @@
-"""benchmarks/beat_ess.py on curves of a closed form: the steps of the gain, and their basis."""
+"""benchmarks/sim/beat_ess.py on curves of a closed form: the steps of the gain, and their basis."""
 
 import numpy as np
 import pytest
 
-from benchmarks.beat_ess import MIN_ROWS, QUERIES, Setting
-from benchmarks.ess_paper import BASELINES, K
+from benchmarks.sim.beat_ess import MIN_ROWS, QUERIES, Setting
+from benchmarks.sim.published import BASELINES, K
 from sglang_ess.sim.model.locality import Locality
 from sglang_ess.tiers.balance.ghost_cache import MissCurve
 

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from benchmarks import ess_fit, ess_paper, reproduce_ess
-from benchmarks.ess_fit import PAPER, Point, fit_compute, fit_overlap, require_unseen
-from benchmarks.ess_paper import BASELINES, ESS_ROWS, K
-from benchmarks.reproduce_ess import Reproduction, interpolated, points
+from benchmarks.sim import ess_fit, published, reproduce_ess
+from benchmarks.sim.ess_fit import PAPER, Point, fit_compute, fit_overlap, require_unseen
+from benchmarks.sim.published import BASELINES, ESS_ROWS, K
+from benchmarks.sim.reproduce_ess import Reproduction, interpolated, points
 from sglang_ess.sim.inputs.specs import load
 
 
@@ -19,23 +19,23 @@ def made():
 
 def test_the_tables_are_whole():
     assert (len(BASELINES), len(ESS_ROWS)) == (4, 14)
-    assert len(ess_paper.FIGURE5) == ess_paper.LAYERS
-    assert ess_paper.FIGURE5.mean() == pytest.approx(182, abs=1)
+    assert len(published.FIGURE5) == published.LAYERS
+    assert published.FIGURE5.mean() == pytest.approx(182, abs=1)
     gains = {row: row.throughput / BASELINES[0].throughput - 1 for row in ESS_ROWS}
     best = max(gain for row, gain in gains.items() if (row.queries, row.context) == (2, 32 * K))
-    assert best == pytest.approx(ess_paper.GAIN_32K, abs=1e-3)
+    assert best == pytest.approx(published.GAIN_32K, abs=1e-3)
     assert ESS_ROWS[-1].throughput / BASELINES[-1].throughput - 1 == pytest.approx(
-        ess_paper.GAIN_128K, abs=1.2e-3
+        published.GAIN_128K, abs=1.2e-3
     )
 
 
 def test_misses_pass_through_the_figures():
-    for context, curve in ess_paper.FIGURE9.items():
+    for context, curve in published.FIGURE9.items():
         for ratio, misses in curve.items():
-            assert ess_paper.mean_misses(context, ratio) == pytest.approx(misses)
-            assert ess_paper.layer_misses(context, ratio).mean() == pytest.approx(misses)
-    assert ess_paper.mean_misses(32 * K, 1.0) == 0
-    assert 80 < ess_paper.mean_misses(32 * K, 0.35) < 103
+            assert published.mean_misses(context, ratio) == pytest.approx(misses)
+            assert published.layer_misses(context, ratio).mean() == pytest.approx(misses)
+    assert published.mean_misses(32 * K, 1.0) == 0
+    assert 80 < published.mean_misses(32 * K, 0.35) < 103
 
 
 def test_the_fit_uses_baselines_and_figure_1_alone():
@@ -80,8 +80,8 @@ def test_a_fit_does_not_depend_on_where_it_begins(made, monkeypatch):
 
 def test_fitted_rows_and_figure_7_come_back(made):
     assert made.fit_error() < 0.005
-    for mode, figures in ess_paper.FIGURE7.items():
-        for misses, us in zip(ess_paper.FIGURE7_MISSES, figures, strict=True):
+    for mode, figures in published.FIGURE7.items():
+        for misses, us in zip(published.FIGURE7_MISSES, figures, strict=True):
             found = ess_fit.figure7_us(made.calibration, mode, misses)
             assert found == pytest.approx(us, abs=6)
 
@@ -117,7 +117,7 @@ def test_the_command_writes_its_rows(tmp_path, monkeypatch, capsys):
     table = [row for row in content["rows"] if row["name"] == "table2"]
     roles = {row["config"]["ratio"] == 1: row["role"] for row in table}
     assert roles == {True: "fit", False: "predicted"}
-    assert len(table) == len(ess_paper.TABLE2)
+    assert len(table) == len(published.TABLE2)
     assert plot.stat().st_size > 10_000
     assert "paper tok/s" in capsys.readouterr().out
 

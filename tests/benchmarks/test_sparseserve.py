@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import reproduce_sparseserve as benchmark
+from benchmarks.sim import reproduce_sparseserve as benchmark
 from sglang_ess.sim.engine.block_serving import SYSTEMS, BlockCache, BlockServer, Request, load
 from sglang_ess.sim.engine.blocks import BlockStreams, Roofline, Setting, overlap_law, working_sets
 
@@ -260,7 +260,7 @@ def test_direction(paper, neutral, model, right):
 
 
 def test_rows_are_simulated_and_the_summary_is_flat():
-    report = benchmark.common.Report()
+    report = benchmark.harness.Report()
     benchmark.record(report, "batch_2_to_6", 1.8, cache_gib=17.0)
     benchmark.record(report, "save_flash_d2h", 1.0)
     row, other = json.loads(json.dumps(report.rows))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_ess.admission.policy import AdmissionLimits
+from sglang_ess.admission.policy import Admission, AdmissionLimits
 from sglang_ess.sim.engine.admission_gate import AdmissionGate
 from sglang_ess.sim.engine.decode_rank import DecodeRank, RankLimits
 from sglang_ess.sim.engine.fetches import ConstantFetches, TierFetches
@@ -93,7 +93,7 @@ class System:
             limit = AdmissionLimits(self.hot_rows, TOPK, LAYERS, ROW_BYTES, None, self.slots)
             width = TOPK * self.queries
             gate = AdmissionGate(
-                limit, self.link, self.slots + 64 * 256, width, fetches.sample_layers
+                Admission(limit, self.link), self.slots + 64 * 256, width, fetches.sample_layers
             )
         rng = np.random.default_rng([self.seed, number])
         return DecodeRank(limits, self.requests, self.cost, fetches, gate, rng)

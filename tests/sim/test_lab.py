@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import policy_lab
+from benchmarks.sim import policy_lab
 from sglang_ess.sim import policies
 from sglang_ess.sim.model.locality import Layers, Locality
 from sglang_ess.sim.planning import lab

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.ess_paper import FIGURE5
+from benchmarks.sim.published import FIGURE5
 from sglang_ess.sim.inputs.files import SpecError
 from sglang_ess.sim.model.decode_tiers import miss_curves
 from sglang_ess.sim.model.locality import Layers, Locality, TopkStream, similarity

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.ess_paper import DEVICE_BYTES, ESS_ROWS
+from benchmarks.sim.published import DEVICE_BYTES, ESS_ROWS
 from ess_kernels import hot_state
 from ess_kernels.plan import PlanBuffers
 from ess_kernels.rebuild_order import ReorderScratch

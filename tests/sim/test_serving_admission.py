@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from sglang_ess.admission.feed import OBSERVED_STEPS, AdmissionFeed, LastStep, Totals
-from sglang_ess.admission.policy import Admission, AdmissionLimits, Step
+from sglang_ess.admission.policy import Admission, Step
 from sglang_ess.sim.engine.admission_gate import SAMPLES, AdmissionGate
-from tests.sim.serving_system import LAYERS, ROW_BYTES, TOPK, System, load, poisson
+from tests.sim.serving_system import TOPK, System, load, poisson
 
 PACKAGE = Path(__file__).parents[2] / "python" / "sglang_ess"
 
@@ -182,9 +182,7 @@ class Told:
 
 def told_gate():
     """The simulator's gate, over an Admission that writes down what it is told."""
-    gate = AdmissionGate(AdmissionLimits(500, TOPK, LAYERS, ROW_BYTES), 1e9, 500, TOPK, 2)
-    gate.admission = gate._feed._admission = Told()
-    return gate
+    return AdmissionGate(Told(), 500, TOPK, 2)
 
 
 def some_steps(rng, steps=60):

@@ -43,8 +43,8 @@ def cautious() -> None:
     from sglang_ess.admission.policy import Admission
 
     Admission._misses_hurt = lambda *args: True
-    Admission._best_batch = lambda self, running, *_: running
-    Admission._best_to_keep = lambda self, running: 0
+    Admission.best_batch = lambda self, running, *_: running
+    Admission.best_to_keep = lambda self, running: 0
 
 
 def blind() -> None:

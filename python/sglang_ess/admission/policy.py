@@ -259,7 +259,7 @@ class Admission:
             if not fits:
                 if best is None:
                     more = itertools.islice(ahead, count, min(within, LOOK_AHEAD))
-                    best = self._best_batch(batch, rows, more)
+                    best = self.best_batch(batch, rows, more)
                 fits = batch < best
                 misses = self._misses_against(more_rows, batch + 1, first_rows, running)
             reason = self._refusal(batch, fits, more_cold, misses)
@@ -305,7 +305,7 @@ class Admission:
         of_old = float(self._sets.missed(old_rows, hot_rows)) / old_batch
         return max(1.0, of_one / max(of_old, 1e-9))
 
-    def _best_batch(self, running: int, rows: float, waiting: Iterable[Candidate]) -> int:
+    def best_batch(self, running: int, rows: float, waiting: Iterable[Candidate]) -> int:
         """The least batch among the fastest of those that the queue's head makes, for all its
         misses; this one, if they are not faster than one whose working sets fit.
         """
@@ -321,7 +321,7 @@ class Admission:
         # One more shows the slope, where it is not known.
         return best if self._fit.has_varied else min(best, self._fit.last + 1)
 
-    def _best_to_keep(self, running: int) -> int:
+    def best_to_keep(self, running: int) -> int:
         """The largest batch, up to this one, that is among the fastest as rows are evicted now."""
         rows = self._sets.mean * np.arange(1, running + 1)
         hot_rows = self.limits.hot_rows
@@ -396,7 +396,7 @@ class Admission:
             return running
         # What fits by the working sets; if that is all of them, they are under-estimated.
         fitting = int(self.limits.hot_rows / max(1.0, self._demand(self._sets.mean)))
-        fitting = max(fitting, self._best_to_keep(running))
+        fitting = max(fitting, self.best_to_keep(running))
         kept = max(1, min(running - max(1, running // PREEMPT_FRACTION), fitting))
         self._cap, self._cooldown, self._healthy = kept, COOLDOWN_STEPS, 0
         self._patience, self._has_risen = min(MAX_PATIENCE, 2 * self._patience), False
@@ -444,4 +444,4 @@ class Admission:
             return False
         if missed <= THRASH_MISSES * self.limits.topk * self.limits.layers * lookup_steps:
             return False
-        return self._best_to_keep(running) < running
+        return self.best_to_keep(running) < running

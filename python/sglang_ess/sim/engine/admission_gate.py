@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sglang_ess.admission.feed import AdmissionFeed, LastStep
-from sglang_ess.admission.policy import Admission, AdmissionLimits, Candidate
+from sglang_ess.admission.policy import Admission, Candidate
 from sglang_ess.admission.working_set import WorkingSetWindow
 
 SAMPLES = 8  # requests of a step: as in attention/sampling.py
@@ -20,13 +20,12 @@ class AdmissionGate:
 
     def __init__(
         self,
-        limits: AdmissionLimits,
-        link_bytes_per_second: float,
+        admission: Admission,
         num_slots: int,
         topk_width: int,
         sample_layers: int,
     ):
-        self.admission = Admission(limits, link_bytes_per_second)
+        self.admission = admission
         window = WorkingSetWindow(num_slots, SAMPLES, topk_width)
         self._feed = AdmissionFeed(self.admission, window, sample_layers)
 

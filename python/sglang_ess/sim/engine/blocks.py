@@ -21,7 +21,7 @@ MAX_AGE = 1 << 16  # steps, of the table of working sets
 
 @dataclass(frozen=True)
 class BlockMachine(Checked):
-    """One GPU, its host and the link. See benchmarks/sparseserve.toml for the sources."""
+    """One GPU, its host and the link. See benchmarks/sim/sparseserve.toml for the sources."""
 
     hbm_bytes: int = spec(POSITIVE)
     hbm_bytes_per_second: float = spec(POSITIVE)
@@ -108,7 +108,7 @@ class WordLengths(Checked):
 
 @dataclass(frozen=True)
 class Setting:
-    """A file like benchmarks/sparseserve.toml."""
+    """A file like benchmarks/sim/sparseserve.toml."""
 
     machine: BlockMachine
     sparse: Sparse

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from sglang_ess.admission.policy import AdmissionLimits
+from sglang_ess.admission.policy import Admission, AdmissionLimits
 from sglang_ess.layout import PAGE_SLOTS
 from sglang_ess.sim.engine.admission_gate import AdmissionGate
 from sglang_ess.sim.engine.decode_rank import DecodeRank, RankLimits
@@ -91,11 +91,19 @@ class Simulation:
     """One system of a scenario, ready to run.
 
     workload: of workload_of, the same for every system
+    policy: the admission of the system `ess`
     Raises: SpecError, ValueError for specs that do not fit each other.
     """
 
-    def __init__(self, scenario: Scenario, system: str, workload: Workload, seed: int):
-        self.scenario, self.system, self._seed = scenario, system, seed
+    def __init__(
+        self,
+        scenario: Scenario,
+        system: str,
+        workload: Workload,
+        seed: int,
+        policy: type[Admission] = Admission,
+    ):
+        self.scenario, self.system, self._seed, self._policy = scenario, system, seed, policy
         self._workload = workload
         self._model = load("model", scenario.model)
         self._deployment = deployment_of(scenario)
@@ -214,4 +222,5 @@ class Simulation:
         )
         width = model.topk * self._deployment.queries
         slots = self._room.slots + self.scenario.server.max_running * GROWTH_SLACK
-        return AdmissionGate(limits, self._link_rate, slots, width, fetches.sample_layers)
+        admission = self._policy(limits, self._link_rate)
+        return AdmissionGate(admission, slots, width, fetches.sample_layers)

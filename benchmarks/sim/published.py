@@ -1,8 +1,8 @@
-"""What ESS (arXiv 2512.10576, v1) prints and plots, as far as it could be read.
+"""What ESS (arXiv 2512.10576, v1) and HiSparse publish, as far as it could be read.
 
-Tables are exact. Figures were digitised from the page images: about +-5 on miss counts and
-microseconds, +-3 % on figure 1. A miss is a row fetched per request, layer and decode step, all
-of the step's queries together. Nothing here is computed but step times, see `Row.step_seconds`.
+ESS's tables are exact. Its figures were digitised from the page images: about +-5 on miss counts
+and microseconds, +-3 % on figure 1. A miss is a row fetched per request, layer and decode step, by
+all queries of the step together. Only step times are computed here (`Row.step_seconds`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ K = 1024
 
 @dataclass(frozen=True)
 class Row:
-    """A row of Table 2: batch is of one GPU, throughput in tokens/s of a node of 8.
+    """A row of Table 2.
 
-    queries: MTP n; accepted: tokens a request gains in a step; ratio: Sparse Memory Ratio
+    queries: MTP n; accepted: tokens that a request gains per step; batch: requests on one GPU;
+    ratio: Sparse Memory Ratio; throughput: tokens/s of a node of 8 GPUs
     """
 
     queries: int
@@ -96,14 +97,31 @@ FIGURE9 = {
     128 * K: {0.1: 135, 0.2: 98, 0.3: 84, 0.4: 72, 0.5: 58, 0.6: 47, 0.7: 39, 0.8: 25, 0.9: 14},
 }  # fmt: skip
 
-# Table 2's memory, derived from its ESS rows: what their rows and index keys take at most.
+# Figure 5, its highest line, layer 17, by figure 9's ratios; figure 8: the same layer at ratio 0.2,
+# by context. None: not read.
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+LAYER_17 = (None, 607, 350, 220, 150, 112, 80, 52, 25)
+LAYER_17_AT_02 = {64 * K: 555, 96 * K: 630}
+
+# HiSparse (GLM-5.1, top-k 2048, LongBench-V2): missed lookups in %, by policy and rows. It does not
+# state the context.
+HISPARSE = {
+    ("lru", 2048): 30.0,
+    ("lru", 4096): 13.4,
+    ("lru", 8192): 6.7,
+    ("fifo", 4096): 17.2,
+    ("random", 4096): 16.1,
+    ("belady", 4096): 8.2,
+}
+
+# Table 2's memory, derived from its ESS rows: their rows and index keys take at most this much.
 DEVICE_BYTES = 85.7e9
-# Printed in the abstract and Table 2; 64K is a claim of a digest (euno.news), not the paper's.
+# Printed in the abstract and Table 2. 64K is the claim of a digest (euno.news), not of the paper.
 GAIN_32K, GAIN_128K, DIGEST_GAIN_64K = 0.694, 1.227, 0.86
 
 
 def mean_misses(context: int, ratio: float) -> float:
-    """Figure 9 between its points: the logarithm is linear in the ratio, flat outside.
+    """Figure 9 between its points: the logarithm is linear in the ratio, constant outside.
 
     Raises: KeyError for a context that the figure does not have.
     """

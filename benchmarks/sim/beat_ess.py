@@ -1,12 +1,12 @@
 """What a shared hot tier with per-layer budgets gains over ESS at the same memory, simulated.
 
-    python -m benchmarks.beat_ess [--quick] [--json PATH] [--plot PATH]
+    python -m benchmarks.sim.beat_ess [--quick] [--json PATH] [--plot PATH]
 
 Misses: the generated streams of locality deepseek-v3.2 at 32K, MTP 2, with ESS's rows (ratio 0.2
 of the context for each request and layer) in four arrangements, all on the same streams: ESS's
 own, one tier shared by the requests, that with budgets by layer, and Belady's optimum in ESS's
 arrangement. Throughput: ESS's own settings (Table 1; 32K and 128K), cost model and memory
-equation of benchmarks/reproduce_ess.py; every step of the gain at the batch that is best for it,
+equation of reproduce_ess.py; every step of the gain at the batch that is best for it,
 against the same model's baseline without ESS, as the paper's figures are. Nothing is fitted here.
 
 What the steps are:
@@ -27,8 +27,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common import Report, arguments, save_figure, simulated, table
-from benchmarks.ess_paper import BASELINES, ESS_ROWS, K
+from benchmarks.harness import Report, argument_parser, save_figure, simulated, table
+from benchmarks.sim.published import BASELINES, ESS_ROWS, K
 from sglang_ess.layout import GIB
 from sglang_ess.sim.inputs.specs import load
 from sglang_ess.sim.model.cost import CostModel
@@ -251,7 +251,7 @@ def draw(steps: dict) -> Callable:
 
 
 def main() -> None:
-    options = arguments(__doc__.split("\n")[0]).parse_args()
+    options = argument_parser(__doc__.split("\n")[0]).parse_args()
     locality, report = Locality.load(MODEL), Report()
     arrangements(report, locality, options.quick, options.seed)
     steps = gains(report, locality, options.quick, options.seed)

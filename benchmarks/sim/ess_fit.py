@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from benchmarks import ess_paper
-from benchmarks.ess_paper import BASELINES, ESS_ROWS, K, Row
+from benchmarks.sim import published
+from benchmarks.sim.published import BASELINES, ESS_ROWS, K, Row
 from sglang_ess.sim.inputs.specs import Calibration, load
 from sglang_ess.sim.model.cost import MICRO, CostModel
 from sglang_ess.sim.model.overlap_time import MODES
@@ -49,13 +49,13 @@ def table_points() -> list[Point]:
 
 
 def figure1_points() -> list[Point]:
-    queries, accepted, context = ess_paper.FIGURE1_SETTING
+    queries, accepted, context = published.FIGURE1_SETTING
     return [
         Point(
             f"figure 1 batch {batch}", queries, context, batch, 1.0,
-            ess_paper.GPUS_PER_NODE * batch * accepted / rate, sigma,
+            published.GPUS_PER_NODE * batch * accepted / rate, sigma,
         )
-        for batch, (rate, sigma) in ess_paper.FIGURE1.items()
+        for batch, (rate, sigma) in published.FIGURE1.items()
     ]  # fmt: skip
 
 
@@ -115,9 +115,9 @@ def figure7_us(
     calibration: Calibration, mode: str, misses: float, reading: Reading = PAPER
 ) -> float:
     """What figure 7 plots: added us of one layer of one micro-batch."""
-    queries, context = ess_paper.FIGURE7_QUERIES, ess_paper.FIGURE7_CONTEXT
+    queries, context = published.FIGURE7_QUERIES, published.FIGURE7_CONTEXT
     model = reading.model(calibration, queries, context, overlap=mode)
-    half = ess_paper.FIGURE7_BATCH / 2
+    half = published.FIGURE7_BATCH / 2
     return float(model.transfer(half, context, misses)[-1]) / MICRO
 
 
@@ -129,7 +129,7 @@ def fit_overlap(calibration: Calibration, reading: Reading = PAPER) -> Calibrati
         return [
             (figure7_us(found, mode, misses, reading) - us) * MICRO / FIGURE7_SIGMA
             for mode in MODES
-            for misses, us in zip(ess_paper.FIGURE7_MISSES, ess_paper.FIGURE7[mode], strict=True)
+            for misses, us in zip(published.FIGURE7_MISSES, published.FIGURE7[mode], strict=True)
         ]
 
     return replace(calibration, **_least_squares(errors, OVERLAP))

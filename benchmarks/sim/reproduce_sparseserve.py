@@ -2,7 +2,7 @@
 
 A roofline (weights and selected KV over the device memory's bandwidth, matmuls at a share of the
 peak, loads over the link), a stack model of which blocks a head selects, and the production LRU
-and working sets over them. benchmarks/sparseserve.toml has every number with its source.
+and working sets over them. benchmarks/sim/sparseserve.toml has every number with its source.
 
 Known (stated in the paper): the machine, the models, block, budget and chunk, the bounds of the
 four transfer rates, how the overlap rises with the window, the limits of goodput.
@@ -42,7 +42,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import common
+from benchmarks import harness
 from sglang_ess.sim.engine.block_serving import (
     SYSTEMS,
     BlockCache,
@@ -112,10 +112,10 @@ ITEMS = {
 }
 
 
-def record(report: common.Report, name: str, value: float, **config) -> None:
+def record(report: harness.Report, name: str, value: float, **config) -> None:
     """A row beside the paper's number."""
     item = ITEMS[name]
-    row = common.measured(name, config, "effect", item.unit, [value])
+    row = harness.measured(name, config, "effect", item.unit, [value])
     extra = {"kind": "simulated", "paper": item.paper, "basis": item.basis}
     report.add(row | extra | {"right": item.is_right(value)})
     report.summarise(name, value / item.paper)
@@ -310,14 +310,14 @@ def serving_effects(serving: Serving, goodputs: list[float]) -> dict[str, float]
 
 
 def measure_serving(
-    report: common.Report, serving: Serving, steps: int, progress: Callable[[str], None]
+    report: harness.Report, serving: Serving, steps: int, progress: Callable[[str], None]
 ) -> list[float]:
     """Rows of the goodputs. Returns them, requests a second."""
     name, found = serving.model.name, []
     for system in SYSTEMS:
         progress(f"{name}: goodput of {system.name}")
         found.append(serving.goodput(system, found[-1] if found else 0.2, steps))
-        row = common.measured("goodput", {"model": name, "system": system.name}, "rate", "req/s",
+        row = harness.measured("goodput", {"model": name, "system": system.name}, "rate", "req/s",
                               found[-1:])  # fmt: skip
         report.add(row | {"kind": "simulated"})
         if len(found) > 1:
@@ -336,25 +336,25 @@ def _verdict(row: dict) -> str | None:
     return "yes" if row["right"] else "NO"
 
 
-def print_table(report: common.Report) -> None:
+def print_table(report: harness.Report) -> None:
     lines = [
         (row["name"], row["paper"], row["median"], row["median"] / row["paper"], row["unit"],
          row["basis"], _verdict(row))
         for row in report.rows if "paper" in row
     ]  # fmt: skip
     headers = ("", "paper", "model", "model/paper", "", "rests on", "direction")
-    print(common.table(headers, lines), end="\n\n")
+    print(harness.table(headers, lines), end="\n\n")
     rates = [
         (r["config"]["model"], r["config"]["system"], r["median"])
         for r in report.rows
         if r["name"] == "goodput"
     ]
-    print(common.table(("goodput", "", "req/s"), rates), end="\n\n")
+    print(harness.table(("goodput", "", "req/s"), rates), end="\n\n")
     totals = ("directions_right", "directions", "fitted_gib")
-    print(common.table(("", "value"), [(name, report.summary[name]) for name in totals]))
+    print(harness.table(("", "value"), [(name, report.summary[name]) for name in totals]))
 
 
-def draw(report: common.Report, axes) -> None:
+def draw(report: harness.Report, axes) -> None:
     """Left: model over paper of every item. Right: goodput by system."""
     rows = [row for row in report.rows if "paper" in row]
     axes[0].barh([r["name"] for r in rows], [r["median"] / r["paper"] for r in rows])
@@ -371,8 +371,8 @@ def draw(report: common.Report, axes) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.arguments(__doc__.splitlines()[0]).parse_args(argv)
-    report, progress = common.Report(), common.Progress()
+    args = harness.argument_parser(__doc__.splitlines()[0]).parse_args(argv)
+    report, progress = harness.Report(), harness.Progress()
     setting = Setting.load(DATA)
     model = setting.models[0]
     progress("transfers and prefill")
@@ -405,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         report.write(args.json, args.seed, quick=args.quick)
     if args.plot:
-        common.save_figure(args.plot, lambda axes: draw(report, axes))
+        harness.save_figure(args.plot, lambda axes: draw(report, axes))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Fits the localities of the simulator to published misses, with the production HotCache.
 
-    python -m benchmarks.fit_locality [--write] [--json PATH] [--plot PATH]
+    python -m benchmarks.sim.fit_locality [--write] [--json PATH] [--plot PATH]
 
 deepseek-v3.2: three numbers for all layers (uniform misses of a layer as a power of its misses at
 ratio 0.2, two; the growth of reach with context) and each layer's reach, which its own entry of
@@ -17,9 +17,9 @@ import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 from scipy.optimize import brentq, least_squares, minimize
 
-from benchmarks import locality_published as published
-from benchmarks.common import ROOT, Report, arguments, save_figure, simulated, table
-from benchmarks.ess_paper import FIGURE5, FIGURE9
+from benchmarks.harness import ROOT, Report, argument_parser, save_figure, simulated, table
+from benchmarks.sim import published
+from benchmarks.sim.published import FIGURE5, FIGURE9
 from sglang_ess.sim.model.decode_tiers import miss_curves
 from sglang_ess.sim.model.locality import Layers, Locality, TopkStream, similarity
 from sglang_ess.sim.policies import misses as policy_misses
@@ -150,7 +150,7 @@ def as_toml(locality: Locality, source: str) -> str:
         for name in ("uniform", "reach")
     )
     return (
-        f"# Fitted by benchmarks/fit_locality.py, {time.strftime('%Y-%m-%d')}, {source}\n"
+        f"# Fitted by benchmarks/sim/fit_locality.py, {time.strftime('%Y-%m-%d')}, {source}\n"
         f"topk = {locality.topk}\n"
         f"reference_tokens = {locality.reference_tokens}\n"
         f"context_exponent = {locality.context_exponent:g}\n\n[layers]\n"
@@ -229,7 +229,7 @@ def draw(found: dict[int, np.ndarray]):
 
 
 def main() -> None:
-    parser = arguments(__doc__.split("\n")[0])
+    parser = argument_parser(__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="replace the files in data/localities")
     options = parser.parse_args()
     report = Report()

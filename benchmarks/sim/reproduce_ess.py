@@ -1,11 +1,11 @@
 """ESS's Table 2 from its baselines: compute, overlap and misses are fitted, ESS's rows predicted.
 
-Fitted, by least squares, and never on a row with ESS (benchmarks/ess_fit.py refuses one):
+Fitted, by least squares, and never on a row with ESS (ess_fit.py refuses one):
 - compute (layer_us, token_bytes, step_us) on the three distinct baseline rows of Table 2 and the
   four readings of figure 1;
 - overlap (transfer_ratio, preattn_us, da_us, dba_us) on the 15 readings of figure 7;
 - misses on figures 5 and 9: `--misses generated` is the production LRU on generated top-k streams,
-  which benchmarks/fit_locality.py fitted to these figures; `interpolated` the figures themselves.
+  which fit_locality.py fitted to these figures; `interpolated` the figures themselves.
 Everything else is a data sheet, a config file or a published kernel figure: sim/data/*/*.toml.
 
 What the paper leaves open, and what is taken here:
@@ -31,8 +31,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import common, ess_paper
-from benchmarks.ess_fit import (
+from benchmarks import harness
+from benchmarks.sim import published
+from benchmarks.sim.ess_fit import (
     COMPUTE,
     MODEL,
     OVERLAP,
@@ -46,7 +47,7 @@ from benchmarks.ess_fit import (
     require_unseen,
     table_points,
 )
-from benchmarks.ess_paper import BASELINES, ESS_ROWS, K, Row
+from benchmarks.sim.published import BASELINES, ESS_ROWS, K, Row
 from sglang_ess.sim.inputs.specs import Calibration, load
 from sglang_ess.sim.model.decode_tiers import measure
 from sglang_ess.sim.model.locality import Locality
@@ -63,8 +64,8 @@ Misses = Callable[[Row], np.ndarray]
 
 def interpolated(row: Row) -> np.ndarray:
     """[61] of figures 5 and 9, which are at two queries; another has a query's share."""
-    queries = row.queries / ess_paper.FIGURE5_QUERIES
-    return ess_paper.layer_misses(row.context, row.ratio) * queries
+    queries = row.queries / published.FIGURE5_QUERIES
+    return published.layer_misses(row.context, row.ratio) * queries
 
 
 @functools.cache
@@ -78,12 +79,12 @@ def _measured(context: int, rows: int, queries: int, count: int, seed: int) -> n
     found = measure(
         locality, context, 2, rows, queries=queries, layers=layers, shared=False, seed=seed
     )
-    shape = ess_paper.FIGURE5 * found.misses.sum() / ess_paper.FIGURE5[layers].sum()
+    shape = published.FIGURE5 * found.misses.sum() / published.FIGURE5[layers].sum()
     shape[layers] = found.misses
     return shape
 
 
-def generated(row: Row, count: int = ess_paper.LAYERS, seed: int = 0) -> np.ndarray:
+def generated(row: Row, count: int = published.LAYERS, seed: int = 0) -> np.ndarray:
     """[61] of the production LRU on generated streams, from `count` simulated layers."""
     return _measured(row.context, int(row.ratio * row.context), row.queries, count, seed)
 
@@ -106,7 +107,7 @@ class Reproduction:
         return model.step(row.batch, row.context, misses).seconds
 
     def throughput(self, row: Row, **changes: Any) -> float:
-        return ess_paper.GPUS_PER_NODE * row.batch * row.accepted / self.seconds(row, **changes)
+        return published.GPUS_PER_NODE * row.batch * row.accepted / self.seconds(row, **changes)
 
     def error(self, row: Row) -> float:
         return self.throughput(row) / row.throughput - 1
@@ -130,7 +131,7 @@ class Reproduction:
         """What Table 2's memory holds at 64K, with two-batch overlap as is best of `choices`."""
         context = 64 * K
         model = load("model", MODEL)
-        memory = Memory(model, ess_paper.DEVICE_BYTES, charges=Charges.paper(model))
+        memory = Memory(model, published.DEVICE_BYTES, charges=Charges.paper(model))
         base = Row(2, 1.7, context, BASE_BATCH_64K, 1.0, float("nan"))
         rows = [base] + [
             replace(base, batch=memory.max_batch(context, ratio), ratio=ratio)
@@ -211,11 +212,11 @@ def figure7_rows(calibration: Calibration) -> list[dict]:
             "median": figure7_us(calibration, mode, misses), "paper": us,
         }
         for mode in MODES
-        for misses, us in zip(ess_paper.FIGURE7_MISSES, ess_paper.FIGURE7[mode], strict=True)
+        for misses, us in zip(published.FIGURE7_MISSES, published.FIGURE7[mode], strict=True)
     ]  # fmt: skip
 
 
-def summarise(report: common.Report, made: Reproduction) -> None:
+def summarise(report: harness.Report, made: Reproduction) -> None:
     errors = np.abs(made.errors())
     report.summarise("mean_abs_error", errors.mean())
     report.summarise("max_abs_error", errors.max())
@@ -232,7 +233,7 @@ def summarise(report: common.Report, made: Reproduction) -> None:
         report.summarise(name, getattr(made.calibration, name))
 
 
-def add_rows(report: common.Report, made: Reproduction) -> None:
+def add_rows(report: harness.Report, made: Reproduction) -> None:
     report.add(*(table_row(row, made, "fit") for row in BASELINES))
     report.add(*(figure1_row(point, made) for point in figure1_points()))
     report.add(*figure7_rows(made.calibration))
@@ -244,7 +245,7 @@ def add_rows(report: common.Report, made: Reproduction) -> None:
     require_unseen(fitted, predicted)
 
 
-def add_readings(report: common.Report, readings: dict[str, Reproduction]) -> None:
+def add_readings(report: harness.Report, readings: dict[str, Reproduction]) -> None:
     for name, made in readings.items():
         errors = np.abs(made.errors())
         report.add({
@@ -261,7 +262,7 @@ def missed_targets(summary: dict[str, float]) -> list[str]:
     return missed + ["best_batch_mtp4"] * (summary["best_batch_mtp4"] != BEST_BATCH_MTP4)
 
 
-def print_tables(report: common.Report) -> None:
+def print_tables(report: harness.Report) -> None:
     lines = []
     for row in report.rows:
         if row["name"] == "table2":
@@ -273,13 +274,13 @@ def print_tables(report: common.Report) -> None:
             ])  # fmt: skip
     headers = ("", "", "accept", "context", "batch (ratio)", "misses", "paper tok/s", "ours",
                "error", "paper ms", "ours ms")  # fmt: skip
-    print(common.table(headers, lines), end="\n\n")
+    print(harness.table(headers, lines), end="\n\n")
     lines = [[row["name"], *row["config"].values(), row["unit"], row["paper"], row["median"]]
              for row in report.rows if row["name"] == "figure1"]  # fmt: skip
-    print(common.table(("fit", "batch", "", "paper", "ours"), lines), end="\n\n")
+    print(harness.table(("fit", "batch", "", "paper", "ours"), lines), end="\n\n")
     lines = [[*row["config"].values(), row["paper"], row["median"]]
              for row in report.rows if row["name"] == "figure7"]  # fmt: skip
-    print(common.table(("figure 7 (fit)", "misses", "paper us", "ours us"), lines), end="\n\n")
+    print(harness.table(("figure 7 (fit)", "misses", "paper us", "ours us"), lines), end="\n\n")
     lines = [
         [row["config"]["reading"], f"{row['median']:.1%}", f"{row['max_abs_error']:.1%}",
          row["best_batch_mtp4"], *(f"{gain:+.1%}" for gain in row["gains"]),
@@ -288,15 +289,15 @@ def print_tables(report: common.Report) -> None:
     ]  # fmt: skip
     headers = ("other readings", "mean error", "largest", "best at MTP 4", "32K", "64K", "128K",
                "fit error")  # fmt: skip
-    print(common.table(headers, lines), end="\n\n")
-    print(common.table(("", "value"), report.summary.items()))
-    paper = (ess_paper.GAIN_32K, ess_paper.DIGEST_GAIN_64K, ess_paper.GAIN_128K)
+    print(harness.table(headers, lines), end="\n\n")
+    print(harness.table(("", "value"), report.summary.items()))
+    paper = (published.GAIN_32K, published.DIGEST_GAIN_64K, published.GAIN_128K)
     print(
         "gains in percent; ESS: 32K {:+.1%}, 64K {:+.0%} (a digest's), 128K {:+.1%}".format(*paper)
     )
 
 
-def draw(report: common.Report, axes) -> None:
+def draw(report: harness.Report, axes) -> None:
     """Left: throughput by batch, paper's points and our lines. Right: figure 7."""
     rows = [row for row in report.rows if row["name"] == "table2"]
     settings = dict.fromkeys(tuple(row["config"][k] for k in ("queries", "accepted", "context"))
@@ -327,17 +328,17 @@ def draw(report: common.Report, axes) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = common.arguments(__doc__.splitlines()[0])
+    parser = harness.argument_parser(__doc__.splitlines()[0])
     parser.add_argument("--misses", choices=("generated", "interpolated"), default="generated",
                         help="where misses come from [%(default)s]")  # fmt: skip
     args = parser.parse_args(argv)
-    count = QUICK_LAYERS if args.quick else ess_paper.LAYERS
+    count = QUICK_LAYERS if args.quick else published.LAYERS
     sources: dict[str, Misses] = {
         "interpolated": interpolated,
         "generated": functools.partial(generated, count=count, seed=args.seed),
     }
     other = next(name for name in sources if name != args.misses)
-    report, progress = common.Report(), common.Progress()
+    report, progress = harness.Report(), harness.Progress()
     for row in ESS_ROWS:
         progress(f"misses of {row.name}")
         sources["generated"](row)
@@ -351,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         report.write(args.json, args.seed, quick=args.quick, misses=args.misses)
     if args.plot:
-        common.save_figure(args.plot, lambda axes: draw(report, axes))
+        harness.save_figure(args.plot, lambda axes: draw(report, axes))
     missed = missed_targets(report.summary)
     for name in missed:
         print(f"target missed: {name}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Replacement policies, and organisations of the same hot rows, on generated top-k streams.
 
-    python -m benchmarks.policy_lab [--quick] [--json PATH] [--plot PATH]
+    python -m benchmarks.sim.policy_lab [--quick] [--json PATH] [--plot PATH]
 
 1. LRU (the production HotCache), FIFO, CLOCK, LFU, random and Belady's optimum at several sizes,
    on the "glm-5.1" profile, beside what HiSparse published (papers.md 3).
@@ -18,9 +18,9 @@ from time import thread_time as clock
 
 import numpy as np
 
-from benchmarks import common
-from benchmarks.common import simulated
-from benchmarks.locality_published import HISPARSE
+from benchmarks import harness
+from benchmarks.harness import simulated
+from benchmarks.sim.published import HISPARSE
 from sglang_ess.sim import policies
 from sglang_ess.sim.model.locality import Locality
 from sglang_ess.sim.planning import lab
@@ -81,7 +81,7 @@ QUICK = Effort(100, 80, 80, 4, SCENARIOS[:2])
 # --- what is measured -------------------------------------------------------------------
 
 
-def measure_policies(report: common.Report, effort: Effort, seed: int) -> None:
+def measure_policies(report: harness.Report, effort: Effort, seed: int) -> None:
     """Missed lookups of one request's own tier, by policy and size; and lookups a second."""
     locality = Locality.load("glm-5.1")
     context, steps = locality.reference_tokens, 2 * (effort.before + effort.counted + effort.after)
@@ -102,11 +102,11 @@ def measure_policies(report: common.Report, effort: Effort, seed: int) -> None:
                           published=published)
             )  # fmt: skip
             rate = stream.steps.size / seconds
-            report.add(common.measured("speed", config, "lookups", "lookups/s", [rate]))
+            report.add(harness.measured("speed", config, "lookups", "lookups/s", [rate]))
 
 
 def measure_organisations(
-    report: common.Report, scenario: Scenario, effort: Effort, progress, seed: int
+    report: harness.Report, scenario: Scenario, effort: Effort, progress, seed: int
 ) -> list[lab.Stream]:
     """Misses of the layers that stand for all, by organisation. Returns their streams."""
     locality = Locality.load("deepseek-v3.2")
@@ -139,7 +139,7 @@ def measure_organisations(
     return streams
 
 
-def measure_ghosts(report: common.Report, streams: list[lab.Stream], effort: Effort) -> None:
+def measure_ghosts(report: harness.Report, streams: list[lab.Stream], effort: Effort) -> None:
     """Errors of sampled curves against runs of the production LRU at each size."""
     warmup = len(streams[0].steps) - effort.before - effort.counted - effort.after
     sizes = [int(ratio * streams[0].num_slots) for ratio in GHOST_RATIOS]
@@ -160,7 +160,7 @@ def measure_ghosts(report: common.Report, streams: list[lab.Stream], effort: Eff
 # --- output -----------------------------------------------------------------------------
 
 
-def rows_of(report: common.Report, name: str, **config) -> list[dict]:
+def rows_of(report: harness.Report, name: str, **config) -> list[dict]:
     return [
         row
         for row in report.rows
@@ -168,12 +168,12 @@ def rows_of(report: common.Report, name: str, **config) -> list[dict]:
     ]
 
 
-def mean(report: common.Report, name: str, **config) -> float | None:
+def mean(report: harness.Report, name: str, **config) -> float | None:
     found = rows_of(report, name, **config)
     return found[0]["mean"] if found else None
 
 
-def summarise(report: common.Report) -> None:
+def summarise(report: harness.Report) -> None:
     errors = []
     for (policy, rows), published in HISPARSE.items():
         value = mean(report, "policy", policy=policy, rows=rows)
@@ -195,7 +195,7 @@ def summarise(report: common.Report) -> None:
         report.summarise(f"{policy}_lookups_per_s", value)
 
 
-def print_tables(report: common.Report) -> None:
+def print_tables(report: harness.Report) -> None:
     lines = []
     for policy in policies.POLICIES:
         cells = []
@@ -205,7 +205,7 @@ def print_tables(report: common.Report) -> None:
         speed = mean(report, "speed", policy=policy, rows=SPEED_ROWS)
         lines.append([policy, *cells, speed / 1e6])
     print("Missed lookups in %, glm-5.1 (HiSparse's published figure)")
-    print(common.table(("policy", *map(str, SIZES), "M lookups/s"), lines), end="\n\n")
+    print(harness.table(("policy", *map(str, SIZES), "M lookups/s"), lines), end="\n\n")
     print(f"Rows fetched per request, layer and step; {QUERIES} queries, ratio {RATIO}")
     lines = []
     for row in rows_of(report, "organisation"):
@@ -216,18 +216,18 @@ def print_tables(report: common.Report) -> None:
         lines.append([config["scenario"], config["run"], row["mean"], row["mean"] / base,
                       requests, spread])  # fmt: skip
     headers = ("contexts", "hot rows", "misses", "vs ratio", "by request", "rows a layer")
-    print(common.table(headers, lines), end="\n\n")
+    print(harness.table(headers, lines), end="\n\n")
     print("Ghost caches: error of the misses in %, mean of the layers (worst)")
     lines = [
         [f"{rate:g}"]
         + [f"{row['mean']:.1f} ({row['worst']:.1f})" for row in rows_of(report, "ghost", rate=rate)]
         for rate in RATES
     ]
-    print(common.table(("sampled", *map(str, GHOST_RATIOS)), lines), end="\n\n")
-    print(common.table(("", "value"), report.summary.items()))
+    print(harness.table(("sampled", *map(str, GHOST_RATIOS)), lines), end="\n\n")
+    print(harness.table(("", "value"), report.summary.items()))
 
 
-def draw(report: common.Report, axes) -> None:
+def draw(report: harness.Report, axes) -> None:
     """Left: misses of each policy by size. Middle: organisations. Right: ghosts' errors."""
     for policy in policies.POLICIES:
         found = rows_of(report, "policy", policy=policy)
@@ -257,9 +257,9 @@ def draw(report: common.Report, axes) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.arguments(__doc__.splitlines()[0]).parse_args(argv)
+    args = harness.argument_parser(__doc__.splitlines()[0]).parse_args(argv)
     effort = QUICK if args.quick else FULL
-    report, progress, load = common.Report(), common.Progress(), common.OtherLoad()
+    report, progress, load = harness.Report(), harness.Progress(), harness.OtherLoad()
     progress("policies")
     measure_policies(report, effort, args.seed)
     for scenario in effort.scenarios:
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         report.write(args.json, args.seed, quick=args.quick, other_load=load.ratio())
     if args.plot:
-        common.save_figure(args.plot, lambda axes: draw(report, axes), size=(17, 5), panels=3)
+        harness.save_figure(args.plot, lambda axes: draw(report, axes), size=(17, 5), panels=3)
 
 
 if __name__ == "__main__":
