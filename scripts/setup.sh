@@ -81,7 +81,7 @@ install_project() { # pip in the background, a line of its log every 15 s
   say "installing SGLang, torch and what they need ($total packages, 11 GB):" \
     "about 4 minutes; log: $LOG"
   .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off \
-    -c constraints.txt -e '.[test]' </dev/null >"$LOG" 2>&1 &
+    -c constraints.txt -e '.[test,dev]' </dev/null >"$LOG" 2>&1 &
   pid=$!
   trap 'kill "$pid" 2>/dev/null' EXIT
   while kill -0 "$pid" 2>/dev/null; do

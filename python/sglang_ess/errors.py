@@ -22,6 +22,15 @@ class Refusal(ValueError):
     """One line for the operator: what must hold, what was got, what to do."""
 
 
+def program_name(module: str) -> str:
+    """What a command's usage calls it: "sglang-ess plan", or "python -m sglang_ess.plan".
+
+    launch/commands.py puts the former into sys.argv; module: the command's name in sglang_ess
+    """
+    started = sys.argv[0] if sys.argv else ""
+    return started if started.startswith("sglang-ess ") else f"python -m sglang_ess.{module}"
+
+
 def in_one_line(error: BaseException) -> str:
     """Type and text, whitespace joined, cut at MAX_CHARS; a bare assertion gives its source."""
     text = " ".join(str(error).split())

@@ -23,7 +23,7 @@ from sglang_ess.launch import shutdown, startup
 
 logger = logging.getLogger(__name__)
 
-PROG = "python -m sglang_ess.launch_server"
+PROG = errors.program_name("launch_server")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 HTTP_LOG_LEVELS = ("trace", *LOG_LEVELS)  # uvicorn's
 

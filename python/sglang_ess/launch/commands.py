@@ -1,25 +1,28 @@
 """The console script `sglang-ess COMMAND`, and the short module name of each command.
 
-`python -m sglang_ess.doctor` runs sglang_ess/launch/doctor.py: the short names do not change when
-a file moves to another room.
+`python -m sglang_ess.doctor` runs sglang_ess/launch/doctor.py: the short names stay the same when
+a file moves to another folder.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
 import importlib.util
 import runpy
 import sys
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import ModuleType
 
+from sglang_ess.config import REFUSED
+
+# command: (module, what it does)
 COMMANDS = {
-    "serve": "sglang_ess.launch_server",
-    "doctor": "sglang_ess.doctor",
-    "plan": "sglang_ess.plan",
-    "simulate": "sglang_ess.simulate",
-    "replay": "sglang_ess.replay",
+    "serve": ("sglang_ess.launch_server", "run SGLang's HTTP server with ESS"),
+    "doctor": ("sglang_ess.doctor", "report what this host has and what ESS can do on it"),
+    "plan": ("sglang_ess.plan", "advise a hot ratio and a batch size for a model and a GPU"),
+    "simulate": ("sglang_ess.simulate", "simulate a deployment with ESS and with one tier"),
+    "replay": ("sglang_ess.replay", "replay a trace that --ess-trace wrote"),
 }
 SHORT_NAMES = {
     "sglang_ess.doctor": "sglang_ess.launch.doctor",
@@ -30,47 +33,62 @@ SHORT_NAMES = {
     "sglang_ess.tiny_model": "sglang_ess.testing.tiny_model",
     "sglang_ess.topk_stream": "sglang_ess.testing.topk_stream",
 }
-USAGE = (
-    f"usage: sglang-ess {{{','.join(COMMANDS)}}} ...\n"
-    "       sglang-ess COMMAND --help shows a command's options."
+USAGE = "\n".join(
+    [
+        "usage: sglang-ess [-h] [--version] COMMAND ...",
+        "",
+        "commands:",
+        *(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()),
+        "",
+        "sglang-ess COMMAND --help shows the options of one command.",
+    ]
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command as `python -m` runs its module.
+    """Run one command as `python -m` would run its module.
 
-    Raises: SystemExit with the command's exit status; 2 for a command that there is not.
+    Raises: SystemExit with the command's exit status; REFUSED for an unknown or missing command.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else None
     if name in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0)
+    if name == "--version":
+        from sglang_ess import __version__
+
+        print(f"sglang-ess {__version__}")
+        raise SystemExit(0)
     if name not in COMMANDS:
         got = repr(name) if name is not None else "none"
         print(
-            f"sglang-ess: a command must be one of {', '.join(COMMANDS)}: got {got}. "
+            f"sglang-ess: the command must be one of {', '.join(COMMANDS)}: got {got}. "
             "Run sglang-ess --help.",
             file=sys.stderr,
         )
-        raise SystemExit(2)
-    sys.argv = [f"sglang-ess {name}", *arguments[1:]]
-    runpy.run_module(COMMANDS[name], run_name="__main__", alter_sys=True)
+        raise SystemExit(REFUSED)
+    module, _ = COMMANDS[name]
+    sys.argv = [f"sglang-ess {name}", *arguments[1:]]  # errors.program_name() reads it
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def install_short_names() -> None:
-    """Let Python find the modules of SHORT_NAMES under both their names. Idempotent."""
+    """Let Python import and run the modules of SHORT_NAMES under their short names. Idempotent."""
     if not any(isinstance(finder, _ShortNames) for finder in sys.meta_path):
         sys.meta_path.append(_ShortNames())
 
 
 class _ShortNames:
-    """A finder on sys.meta_path: imports and `python -m` of a short name get the file it names."""
+    """A finder for sys.meta_path: it finds a short name at the file of the long one."""
 
-    def find_spec(self, name, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in SHORT_NAMES:
             return None
         spec = importlib.util.find_spec(SHORT_NAMES[name])
+        assert spec is not None and spec.origin is not None, SHORT_NAMES[name]
         return importlib.util.spec_from_file_location(
             name,
             spec.origin,
@@ -79,13 +97,13 @@ class _ShortNames:
         )
 
 
-class _SameModule(importlib.machinery.SourceFileLoader):
-    """Loads a short name as the module that it is short for, not as a copy."""
+class _SameModule(SourceFileLoader):
+    """A loader that returns the module of the long name for a short one, not a second copy."""
 
-    def create_module(self, spec) -> ModuleType:
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = importlib.import_module(SHORT_NAMES[spec.name])
         self._own_spec = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._own_spec  # importlib has just put the short name's there
+        module.__spec__ = self._own_spec  # importlib has replaced it by the short name's

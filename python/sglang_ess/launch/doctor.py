@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from sglang_ess.config import EssConfig
+from sglang_ess.errors import program_name
 from sglang_ess.layout import GIB
 
 REQUIRED = ("sglang", "torch", "numba", "transformers", "psutil")
@@ -137,7 +138,7 @@ def render(report: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report; 1 if it holds problems."""
-    parser = argparse.ArgumentParser(prog="python -m sglang_ess.doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program_name("doctor"), description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     report = examine()

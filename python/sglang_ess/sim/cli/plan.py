@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sglang_ess.errors import program_name
 from sglang_ess.sim.inputs.files import names
 from sglang_ess.sim.inputs.specs import Deployment, Model, SpecError, changed, load
 from sglang_ess.sim.model.locality import Locality
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m sglang_ess.plan", description=__doc__.partition("\n\n")[0]
+        prog=program_name("plan"), description=__doc__.partition("\n\n")[0]
     )
     add = parser.add_argument
     for kind, folder, default in (

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from sglang_ess.errors import program_name
 from sglang_ess.sim.model.trace_replay import SCALES, Replay, ReplayError, best_budgets, replay
 from sglang_ess.tiers.balance.budgets import BudgetError
 from sglang_ess.trace.trace import Trace, read_trace
@@ -53,7 +54,7 @@ def _one_line(error: Exception) -> str:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m sglang_ess.replay", description=__doc__.split("\n\n")[0]
+        prog=program_name("replay"), description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("trace", type=Path, help="a file that --ess-trace wrote")
     parser.add_argument(

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sglang_ess.errors import program_name
 from sglang_ess.sim.engine.report import Percentiles, Results
 from sglang_ess.sim.engine.simulation import Simulation, workload_of
 from sglang_ess.sim.inputs.files import SpecError
@@ -72,7 +73,7 @@ def simulate(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m sglang_ess.simulate",
+        prog=program_name("simulate"),
         description="Simulate a deployment with ESS and with one tier.",
     )
     parser.add_argument("scenario", nargs="?", help="a .toml file, or a name of --list")
