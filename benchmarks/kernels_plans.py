@@ -1,8 +1,8 @@
 """plan, and a whole swap-in, of benchmarks/kernels.py: ours beside SGLang's HiSparse kernel.
 
 HiSparse resolves a request's top-k and copies its misses in one kernel, one block a request, so
-its counterpart is our plan and fetch; with reorder, which here runs after attention's rows are
-in, it is all that one layer and step costs. Both get the same requests, hot rows of the same
+its counterpart is our plan and fetch; with rebuild_order, which here runs after attention's rows
+are in, it is all that one layer and step costs. Both get the same requests, hot rows of the same
 bytes, order of use and misses (kernels_points.Steady), and start each sample from that state.
 """
 
@@ -15,7 +15,7 @@ from benchmarks.kernels_points import PAGE, POISON, Sizes, Steady
 from benchmarks.kernels_timing import Bench, Subject, require
 from ess_kernels.fetch import fetch
 from ess_kernels.plan import plan
-from ess_kernels.rebuild_order import ReorderScratch, reorder
+from ess_kernels.rebuild_order import OrderScratch, rebuild_order
 
 BLOCK_SIZE = 960  # HiSparse's default swap_in_block_size
 
@@ -39,7 +39,7 @@ class Swap:
         self.steady, self.host = steady, host_rows
         shape = steady.num_rows, host_rows.shape[1]
         self.hot = torch.empty(shape, dtype=host_rows.dtype, device=steady.device)
-        self.scratch = ReorderScratch.new(steady.num_rows, steady.device)
+        self.scratch = OrderScratch.new(steady.num_rows, steady.device)
         self.need = min(steady.num_rows, steady.batch * (steady.sizes.topk + 1))
 
     def subject(self, calls, with_reorder: bool) -> Subject:
@@ -51,7 +51,7 @@ class Swap:
             make_plan(state, self.steady.topk[index], b)
             copy(self.host, self.hot, b.miss_slots, b.miss_rows, b.num_misses)
             if with_reorder:
-                reorder(state, self.need, self.scratch)
+                rebuild_order(state, self.need, self.scratch)
 
         ops = [lambda i=i: op(i) for i in range(self.steady.sets)]
         num_bytes = self.steady.num_misses * row_bytes_of(self.host)
@@ -163,7 +163,7 @@ class HiSparse:
 
 
 def measure_plans(bench: Bench, host_rows, sizes: Sizes, points, seed: int) -> None:
-    """plan alone, then swap-ins: ours, ours with reorder, HiSparse's; at points (batch, misses)."""
+    """plan alone; swap-ins: ours, ours with rebuild_order, HiSparse's; at (batch, misses)."""
     row_bytes = row_bytes_of(host_rows)
     for batch, misses in points:
         config = {"batch": batch, "misses": misses}

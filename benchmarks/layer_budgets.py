@@ -62,7 +62,7 @@ def age_snapshot_of(caches: list[HotCache]) -> AgeSnapshot:
 
 
 def _ages_of(cache: HotCache) -> np.ndarray:
-    """[AGES] rows by steps since their last use, the oldest together: reorder's count of them."""
+    """[AGES] rows by steps since their last use, the oldest together, as rebuild_order counts."""
     head, tail = cache.state[lru.HEAD], cache.state[lru.TAIL]
     rows = cache.queue[head:tail]
     live = cache.row_place[rows] == np.arange(head, tail)

@@ -1,4 +1,4 @@
-"""translate: out = table[slots], -1 for pads: a prefill's top-k to rows of its staging buffer.
+"""gather_rows: out = table[slots], -1 for pads: a prefill's top-k to rows of its staging buffer.
 
 Bytes: 4 read, 4 gathered and 4 written a lookup.
 """
@@ -13,7 +13,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _translate_kernel(
+def _gather_rows_kernel(
     slots,  # [n] int32, negative: pad
     table,  # [num_slots] int32
     out,  # [n] int32
@@ -26,7 +26,7 @@ def _translate_kernel(
     tl.store(out + i, row, mask=i < n)
 
 
-def translate(slots: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def gather_rows(slots: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """slots [...] int32 with -1 pads, table [num_slots] int32. Returns rows, shaped as slots.
 
     Raises: ValueError for other dtypes.
@@ -36,10 +36,10 @@ def translate(slots: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     slots = slots.contiguous()
     out = torch.empty_like(slots)
     if n := slots.numel():
-        _translate_kernel[(triton.cdiv(n, BLOCK),)](slots, table, out, n, BLOCK=BLOCK)
+        _gather_rows_kernel[(triton.cdiv(n, BLOCK),)](slots, table, out, n, BLOCK=BLOCK)
     return out
 
 
-def translate_reference(slots: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def gather_rows_reference(slots: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The same in torch."""
     return torch.where(slots >= 0, table[slots.clamp(min=0).long()], -1)

@@ -2,8 +2,9 @@
 
 Order of use without moving anything: a row carries the *tick* (plan number) of its last use.
 Ticks are int32 and would run into FREE_STAMP (after 2^31 plans of a layer: two years of 30 a
-second, a month where a step takes passes). So when a layer has counted EPOCH_TICKS, `reorder` takes
-as many off its tick and off its rows' stamps, down to OLDEST_STAMP, and words[EPOCH] counts that.
+second, a month where a step takes passes). So when a layer has counted EPOCH_TICKS, `rebuild_order`
+takes as many off its tick and off its rows' stamps, down to OLDEST_STAMP, and words[EPOCH]
+counts that.
 `order` lists the rows by that tick, oldest first, as they stood when the list was made. A row
 used since then has a stamp above `words[BUILT]` and is passed over. The rest of the list is
 therefore always in LRU order, and a victim is found by taking the next entry of it.

@@ -17,7 +17,7 @@ Nothing is read by the host. What is returned does not depend on timing: the fir
 slot is charged with its miss, and the victims are the oldest rows; only which of them serves
 which slot may differ. Bytes: per lookup 4 read, 4 gathered from the map, 8 of stamps, 4 written.
 
-`plan` never runs out of rows while NUM_FREE + VALID >= lookups; `reorder` keeps it so.
+`plan` never runs out of rows while NUM_FREE + VALID >= lookups; `rebuild_order` keeps it so.
 """
 
 from __future__ import annotations

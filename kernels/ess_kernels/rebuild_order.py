@@ -1,4 +1,4 @@
-"""reorder: list the owned rows by last use, oldest first, when the list runs short.
+"""rebuild_order: list the owned rows by last use, oldest first, when the list runs short.
 
     if NUM_FREE + VALID < need:  order = owned rows by age, VALID = LENGTH = their number
     if TICK > EPOCH_TICKS:       the same, and TICK and the rows' stamps less EPOCH_TICKS
@@ -9,7 +9,7 @@ once while the list is long enough, which the device decides. Bytes when it is n
 4 + 4 read and 4 written twice (stamps, ranks), 4 scattered; 8 more read in an arena, whose layers
 look up which rows are theirs.
 
-With `need` = the most lookups and installs that come before the next reorder, no plan can run
+With `need` = the most lookups and installs that come before the next call, no plan can run
 out of rows: each lookup takes at most one row, by hitting one of the list or by popping it.
 """
 
@@ -47,12 +47,12 @@ OWNED_LAYER_BYTES = 4 * MAX_AGE
 
 
 @dataclass(frozen=True)
-class ReorderScratch:
-    """Shared by the layers, which reorder one after another.
+class OrderScratch:
+    """Shared by the layers, which rebuild their lists one after another.
 
     rank    [rows] int32  a row's rank among the rows of its age and program; of the largest layer
     counts  [MAX_PROGRAMS, ages] int32  rows of a program and age; then where they go
-    active  [1] int32  0 where this reorder does not run; else 1 and the ticks it takes off
+    active  [1] int32  0 where this call does nothing; else 1 and the ticks it takes off
     """
 
     rank: torch.Tensor
@@ -60,7 +60,7 @@ class ReorderScratch:
     active: torch.Tensor
 
     @classmethod
-    def new(cls, num_rows: int, device, max_age: int = MAX_AGE) -> ReorderScratch:
+    def new(cls, num_rows: int, device, max_age: int = MAX_AGE) -> OrderScratch:
         if max_age < 1 or max_age & (max_age - 1):
             raise ValueError(f"max_age must be a power of two: got {max_age}.")
 
@@ -229,8 +229,8 @@ def _list_kernel(
         tl.store(order + entry, row, mask=listed)
 
 
-def reorder(
-    state: HotState, need: int, scratch: ReorderScratch, owned: Owned | None = None
+def rebuild_order(
+    state: HotState, need: int, scratch: OrderScratch, owned: Owned | None = None
 ) -> None:
     """Make sure that the next `need` rows asked for can be had.
 

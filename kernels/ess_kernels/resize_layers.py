@@ -1,4 +1,4 @@
-"""move: rows of an arena change their layer, so that each layer has as many as it is to have.
+"""resize_layers: rows of an arena change their layer, until each layer has its new number.
 
     a layer that gives rows up: its free ones, then the least recently used, which are evicted
     a layer that takes rows: they are free
@@ -25,7 +25,7 @@ import triton.language as tl
 
 from ess_kernels import hot_state
 from ess_kernels.hot_state import HotState
-from ess_kernels.rebuild_order import Owned, ReorderScratch, reorder
+from ess_kernels.rebuild_order import OrderScratch, Owned, rebuild_order
 
 BLOCK = 1024
 ALL_ROWS = 2**31 - 1  # a need that no list meets: it is made anew
@@ -157,8 +157,8 @@ def _words_kernel(
     tl.store(words + ROWS, tl.load(table + layer * COLUMNS + COUNT))
 
 
-def move_table(before: Sequence[int], after: Sequence[int]) -> torch.Tensor:
-    """What move needs to know, [layers, COLUMNS] int32 on the host.
+def resize_table(before: Sequence[int], after: Sequence[int]) -> torch.Tensor:
+    """What resize_layers needs to know, [layers, COLUMNS] int32 on the host.
 
     before, after: rows of each layer
     Raises: ValueError unless both have as many layers and as many rows, at least one a layer.
@@ -175,26 +175,26 @@ def move_table(before: Sequence[int], after: Sequence[int]) -> torch.Tensor:
     return torch.stack([first, new, given, taken], 1).int()
 
 
-def move(
-    state: HotState, owned: Owned, scratch: ReorderScratch, table: torch.Tensor, most: int
+def resize_layers(
+    state: HotState, owned: Owned, scratch: OrderScratch, table: torch.Tensor, max_rows: int
 ) -> None:
-    """Give each layer of an arena the rows that move_table's table says. Between steps.
+    """Give each layer of an arena the rows that resize_table's table says. Between steps.
 
-    state, owned: of all layers; table: on their device; most: rows of the largest layer from now
-    on, no more than scratch was made for
+    state, owned: of all layers; table: on their device; max_rows: rows of the largest layer from
+    now on, no more than scratch was made for
     Effect: asynchronous on the current stream, like plan; every layer's tick goes up by one.
     Raises: ValueError for a layer that is larger than the scratch.
     """
-    if most > len(scratch.rank):
+    if max_rows > len(scratch.rank):
         raise ValueError(
             f"a layer must have at most {len(scratch.rank)} rows, what the scratch is made for: "
-            f"got {most}."
+            f"got {max_rows}."
         )
     s, layers = state, len(state.words)
     _tick_kernel[(layers,)](s.words)
     for index in range(layers):
-        reorder(s.layer(index), ALL_ROWS, scratch, owned.layer(index))
-    grid = (triton.cdiv(most, BLOCK), layers)
+        rebuild_order(s.layer(index), ALL_ROWS, scratch, owned.layer(index))
+    grid = (triton.cdiv(max_rows, BLOCK), layers)
     of_layer = s.layer(0)
     row_slot, row_stamp, free, order = (
         of_layer.row_slot, of_layer.row_stamp, of_layer.free, of_layer.order

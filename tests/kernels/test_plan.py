@@ -1,4 +1,4 @@
-"""plan, install, invalidate and reorder against the sequential reference and the definition."""
+"""plan, install, invalidate and rebuild_order against the sequential reference."""
 
 import dataclasses
 import importlib
@@ -12,14 +12,14 @@ from ess_kernels.hot_state import HotState
 from ess_kernels.install import install
 from ess_kernels.invalidate import invalidate, invalidate_reference
 from ess_kernels.plan import PlanBuffers, plan, plan_reference
-from ess_kernels.rebuild_order import ReorderScratch, reorder
+from ess_kernels.rebuild_order import OrderScratch, rebuild_order
 from tests.support.hot_state import check_state, victims
 from tests.support.triton_compile import compile_for_hopper
 
 # By name: the functions of these names hide the modules.
-plan_module, reorder_module, invalidate_module, move_module = (
+plan_module, order_module, invalidate_module, resize_module = (
     importlib.import_module(f"ess_kernels.{name}")
-    for name in ("plan", "reorder", "invalidate", "move")
+    for name in ("plan", "rebuild_order", "invalidate", "resize_layers")
 )
 AGES = 64
 
@@ -50,7 +50,7 @@ class Pair:
         self.device = device
         self.state = HotState.new(1, slots, rows, device).layer(0)
         self.model = HotState.new(1, slots, rows, "cpu").layer(0)
-        self.scratch = ReorderScratch.new(rows, device, max_age)
+        self.scratch = OrderScratch.new(rows, device, max_age)
 
     def plan(self, topk, advance=True):
         before = self.state.cpu()
@@ -105,8 +105,8 @@ class Pair:
         charged = torch.tensor([list(first.values()).count(q) for q in range(len(topk))])
         assert torch.equal(buffers.query_misses.cpu().long(), charged)
 
-    def reorder(self, need):
-        reorder(self.state, need, self.scratch)
+    def rebuild_order(self, need):
+        rebuild_order(self.state, need, self.scratch)
         check_state(self.state)
         assert words(self.state)[hot_state.NUM_FREE] + words(self.state)[hot_state.VALID] >= need
 
@@ -128,7 +128,7 @@ def test_plans_one_after_another(device, queries, width, slots, rows, universe, 
     for step in range(steps):
         tier.state.words[hot_state.SPLIT] = step % 3 != 1
         tier.plan(draw(generator, queries, width, universe))
-        tier.reorder(queries * width)
+        tier.rebuild_order(queries * width)
     counters = dict(zip(hot_state.COUNTERS, tier.state.counters.tolist(), strict=True))
     assert counters["lookups"] > 0 and counters["misses"] > 0 and counters["short"] == 0
 
@@ -140,7 +140,7 @@ def test_the_list_serves_many_plans_without_a_reorder(device):
     for _ in range(12):
         tier.plan(draw(generator, 1, 10, 150, pads=0))
         if sum(words(tier.state)[hot_state.NUM_FREE : hot_state.VALID + 1]) < 10:
-            tier.reorder(10)
+            tier.rebuild_order(10)
     assert words(tier.state)[hot_state.BUILT] < words(tier.state)[hot_state.TICK] - 1
 
 
@@ -157,7 +157,7 @@ def test_halves_of_a_tick_do_not_evict_each_others_rows(device):
     """DBA: the second half of a batch is planned while the first half's rows are awaited."""
     tier = Pair(device, 100, 16)
     tier.plan(torch.arange(16, dtype=torch.int32).view(2, 8))
-    tier.reorder(16)
+    tier.rebuild_order(16)
     first = torch.arange(20, 28, dtype=torch.int32).view(1, 8)
     tier.plan(first, advance=False)
     tier.plan(torch.arange(30, 38, dtype=torch.int32).view(1, 8), advance=True)
@@ -174,7 +174,7 @@ def test_a_row_that_is_being_written_is_read_late(device, queries, split):
     state.words[hot_state.SPLIT] = split
     topk = torch.arange(queries * 6, dtype=torch.int32, device=device).view(queries, 6)
     plan(state, topk, PlanBuffers.new(queries, 6, device))
-    reorder(state, 40, ReorderScratch.new(40, device, AGES))
+    rebuild_order(state, 40, OrderScratch.new(40, device, AGES))
     written = topk[:, 2].long()
     written[-1] = 99  # new, and not among this query's lookups
     install(state, written, PlanBuffers.new(1, queries, device))
@@ -191,7 +191,7 @@ def test_a_row_that_is_being_written_is_read_late(device, queries, split):
 
 
 def test_running_short_is_counted_not_hidden(device):
-    """Two plans without the reorder that their caller owes: -1 rows and the counter say so."""
+    """Two plans without a rebuild_order between them: -1 rows and the counter say so."""
     state = HotState.new(1, 100, 8, device).layer(0)
     for first in (0, 10):
         buffers = PlanBuffers.new(1, 8, device)
@@ -203,7 +203,7 @@ def test_running_short_is_counted_not_hidden(device):
 
 def test_install_prefers_free_rows_and_spares_young_ones(device):
     state = HotState.new(1, 200, 12, device).layer(0)
-    scratch = ReorderScratch.new(12, device, AGES)
+    scratch = OrderScratch.new(12, device, AGES)
     buffers = poisoned(3, 4, device)
     generator = torch.Generator().manual_seed(5)
     for step in range(14):
@@ -227,20 +227,20 @@ def test_install_prefers_free_rows_and_spares_young_ones(device):
             set(targets[(targets >= 0) & ~hot].tolist())
         )
         check_state(state)
-        reorder(state, 8, scratch)
+        rebuild_order(state, 8, scratch)
         check_state(state)
     assert state.counters[hot_state.INSTALLS] > 0 and state.counters[hot_state.SKIPPED] > 0
 
 
 def test_decode_writes_are_safe_from_the_plan_of_their_step(device):
     state = HotState.new(1, 50, 8, device).layer(0)
-    scratch = ReorderScratch.new(8, device, AGES)
+    scratch = OrderScratch.new(8, device, AGES)
     buffers = PlanBuffers.new(1, 6, device)
 
     def step(topk, written):
         targets = install(state, torch.tensor(written, device=device), buffers).clone()
         plan(state, torch.tensor([topk], dtype=torch.int32, device=device), buffers)
-        reorder(state, 8, scratch)
+        rebuild_order(state, 8, scratch)
         return targets
 
     step([1, 2, 3, 4, 5, 6], [10, 11])
@@ -257,7 +257,7 @@ def test_invalidate_matches_the_reference(device, dtype):
         topk = draw(torch.Generator().manual_seed(layer), 2, 15, 60)
         plan(states.layer(layer), topk.to(device), buffers)
         if layer:
-            reorder(states.layer(layer), 40, ReorderScratch.new(40, device, AGES))
+            rebuild_order(states.layer(layer), 40, OrderScratch.new(40, device, AGES))
     slots = torch.randint(-5, 120, (300,), generator=torch.Generator().manual_seed(9)).to(dtype)
     slots[:8] = slots[20:28]
     before = states.cpu()
@@ -287,10 +287,10 @@ def test_reorder_is_a_sort_by_age_and_runs_only_when_short(device):
     owned = (stamps != hot_state.FREE_STAMP).nonzero().flatten()
     state.row_slot[owned.to(device)] = owned.int().to(device)
     state.slot_row[owned.to(device)] = owned.int().to(device)
-    scratch = ReorderScratch.new(rows, device, AGES)
-    reorder(state, len(free), scratch)
+    scratch = OrderScratch.new(rows, device, AGES)
+    rebuild_order(state, len(free), scratch)
     assert words(state)[hot_state.LENGTH] == 0, "long enough: nothing to do"
-    reorder(state, len(free) + 1, scratch)
+    rebuild_order(state, len(free) + 1, scratch)
     got = state.order[: words(state)[hot_state.LENGTH]].cpu().long()
     assert torch.equal(got.sort().values, owned)
     clamped = stamps[got].clamp(min=1000 - AGES)  # rows as old as that count as equally old
@@ -344,26 +344,26 @@ WIDE = NARROW | {"WRITES": True}
         ),
         (plan_module._single_kernel, WIDE | {"ADVANCE": True}, 8),
         pytest.param(
-            reorder_module._rank_kernel,
+            order_module._rank_kernel,
             {"AGES": 1024, "BLOCK": 1024, "IN_ARENA": True},
             4,
             marks=pytest.mark.slow,
         ),
         (
-            reorder_module._offset_kernel,
+            order_module._offset_kernel,
             {"AGES": 1024, "PROGRAMS": 64, "STEP": 64, "IN_ARENA": True},
             4,
         ),
         pytest.param(
-            reorder_module._list_kernel,
+            order_module._list_kernel,
             {"AGES": 1024, "BLOCK": 1024, "IN_ARENA": True},
             4,
             marks=pytest.mark.slow,
         ),
-        (move_module._own_kernel, {"BLOCK": 1024}, 4),
-        pytest.param(move_module._list_kernel, {"BLOCK": 1024}, 4, marks=pytest.mark.slow),
-        pytest.param(move_module._words_kernel, {}, 4, marks=pytest.mark.slow),
-        pytest.param(move_module._tick_kernel, {}, 4, marks=pytest.mark.slow),
+        (resize_module._own_kernel, {"BLOCK": 1024}, 4),
+        pytest.param(resize_module._list_kernel, {"BLOCK": 1024}, 4, marks=pytest.mark.slow),
+        pytest.param(resize_module._words_kernel, {}, 4, marks=pytest.mark.slow),
+        pytest.param(resize_module._tick_kernel, {}, 4, marks=pytest.mark.slow),
         pytest.param(
             invalidate_module._invalidate_kernel, {"BLOCK": 256}, 4, marks=pytest.mark.slow
         ),

@@ -1,4 +1,4 @@
-"""move: rows of an arena change their layer; who gives which, and what every state says then."""
+"""resize_layers: which rows of an arena change their layer, and what every state says then."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from ess_kernels import hot_state
 from ess_kernels.hot_state import HotState
 from ess_kernels.invalidate import invalidate
 from ess_kernels.plan import PlanBuffers, plan
-from ess_kernels.rebuild_order import Owned, ReorderScratch, reorder
-from ess_kernels.resize_layers import move, move_table
+from ess_kernels.rebuild_order import OrderScratch, Owned, rebuild_order
+from ess_kernels.resize_layers import resize_layers, resize_table
 from tests.support.hot_state import check_state
 
 AGES = 64
@@ -23,7 +23,7 @@ class Arena:
         self.device, self.sizes, self.slots = device, [even] * layers, slots
         self.state = HotState.new(layers, slots, even, device, shared=True)
         self.owned = Owned.new(layers, even, device, AGES)
-        self.scratch = ReorderScratch.new(layers * even, device, AGES)
+        self.scratch = OrderScratch.new(layers * even, device, AGES)
         self.generator = torch.Generator().manual_seed(seed)
         self.buffers = PlanBuffers.new(QUERIES, WIDTH, device)
 
@@ -35,12 +35,12 @@ class Arena:
         topk = self.draw(universe).to(self.device)
         plan(state, topk, self.buffers)
         assert torch.equal(state.row_slot[self.buffers.rows.long()], topk)
-        reorder(state, LOOKUPS, self.scratch, self.owned.layer(layer))
+        rebuild_order(state, LOOKUPS, self.scratch, self.owned.layer(layer))
         self.check()
 
-    def move(self, sizes):
-        table = move_table(self.sizes, sizes).to(self.device)
-        move(self.state, self.owned, self.scratch, table, max(sizes))
+    def resize(self, sizes):
+        table = resize_table(self.sizes, sizes).to(self.device)
+        resize_layers(self.state, self.owned, self.scratch, table, max(sizes))
         self.sizes = list(sizes)
         self.check()
 
@@ -95,7 +95,7 @@ def test_rows_move_between_plans(device, seed):
             invalidate(arena.state, slots)
             arena.check()
         before, sizes = [arena.hot(layer) for layer in range(layers)], arena.sizes
-        arena.move(arena.random_sizes(LOOKUPS))
+        arena.resize(arena.random_sizes(LOOKUPS))
         check_moved(arena, before, sizes)
     for layer in range(layers):
         arena.step(layer, 120)
@@ -106,9 +106,9 @@ def test_a_layer_may_give_all_but_one_row_and_get_them_back(device):
     arena = Arena(device, 2, 20, slots=60)
     arena.step(0, 60)
     arena.step(1, 60)
-    arena.move([39, 1])
+    arena.resize([39, 1])
     assert len(arena.hot(0)) > 1 and len(arena.hot(1)) == 1
-    arena.move([1, 39])
+    arena.resize([1, 39])
     assert len(arena.hot(0)) == 1 and len(arena.hot(1)) == 1
     arena.step(1, 60)
 
@@ -118,9 +118,9 @@ def test_more_rows_than_a_program_takes(device):
     arena = Arena(device, 2, 1500, slots=2000)
     free = arena.state.words[:, hot_state.NUM_FREE]
     arena.step(0, 2000)
-    arena.move([2300, 700])
+    arena.resize([2300, 700])
     assert free.tolist() == [2300 - len(arena.hot(0)), 700]
-    arena.move([200, 2800])
+    arena.resize([200, 2800])
     assert free.tolist() == [200 - len(arena.hot(0)), 2800]
 
 
@@ -131,12 +131,12 @@ def test_ages_of_a_layers_rows(device):
     for first in (0, 6, 0, 12):
         topk = torch.arange(first, first + 6, dtype=torch.int32, device=device).view(1, 6)
         plan(state, topk, PlanBuffers.new(1, 6, device))
-        reorder(state, 30, arena.scratch, owned)
+        rebuild_order(state, 30, arena.scratch, owned)
     assert owned.ages[:5].tolist() == [6, 6, 6, 0, 0] and owned.ages[5:].sum() == 0
     assert (arena.owned.ages[0] == -1).all()
     for _ in range(AGES):  # all older ones together
         plan(state, topk, PlanBuffers.new(1, 6, device))
-    reorder(state, 31, arena.scratch, owned)
+    rebuild_order(state, 31, arena.scratch, owned)
     assert owned.ages[0] == 6 and owned.ages[-1] == 12
 
 
@@ -145,9 +145,9 @@ def test_a_plan_that_never_ended_loses_no_row(device):
     arena = Arena(device, 2, 20, slots=60)
     topk = torch.arange(12, dtype=torch.int32, device=device).view(2, 6)
     plan(arena.state.layer(0), topk, arena.buffers, advance=False)
-    arena.move([30, 10])
+    arena.resize([30, 10])
     assert len(arena.hot(0)) == 12
-    arena.move([5, 35])
+    arena.resize([5, 35])
     assert len(arena.hot(0)) == 5
 
 
@@ -157,14 +157,14 @@ def test_a_plan_that_never_ended_loses_no_row(device):
 )
 def test_rows_must_be_there_to_move(before, after):
     with pytest.raises(ValueError, match="rows must be shared out among as many layers"):
-        move_table(before, after)
+        resize_table(before, after)
 
 
 def test_a_layer_may_not_outgrow_the_scratch(device):
     arena = Arena(device, 2, 20, slots=60)
-    arena.scratch = ReorderScratch.new(25, device, AGES)
+    arena.scratch = OrderScratch.new(25, device, AGES)
     with pytest.raises(ValueError, match="at most 25 rows, what the scratch is made for: got 30"):
-        arena.move([30, 10])
+        arena.resize([30, 10])
 
 
 def test_a_kept_map_entry_is_noticed(device):
@@ -173,6 +173,6 @@ def test_a_kept_map_entry_is_noticed(device):
     arena.step(0, 60)
     kept = arena.state.slot_row.clone()
     with pytest.raises(AssertionError):
-        arena.move([1, 39])
+        arena.resize([1, 39])
         arena.state.slot_row.copy_(kept)
         arena.check()

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.sim.published import DEVICE_BYTES, ESS_ROWS
 from ess_kernels import hot_state
 from ess_kernels.plan import PlanBuffers
-from ess_kernels.rebuild_order import ReorderScratch
+from ess_kernels.rebuild_order import OrderScratch
 from sglang_ess import layout
 from sglang_ess.layout import GIB
 from sglang_ess.mem_cache import capacity
@@ -74,8 +74,8 @@ def test_ours_charges_what_the_gpu_pool_allocates():
 
 def test_the_constants_are_the_kernels():
     assert memory.ROW_STATE_BYTES == hot_state.HOT_ROW_STATE_BYTES
-    assert memory.ORDER_BYTES == ReorderScratch.bytes_for(0)
-    assert memory.ROW_ORDER_BYTES == ReorderScratch.bytes_for(1) - memory.ORDER_BYTES
+    assert memory.ORDER_BYTES == OrderScratch.bytes_for(0)
+    assert memory.ROW_ORDER_BYTES == OrderScratch.bytes_for(1) - memory.ORDER_BYTES
     plans = layout.PLAN_QUERIES_CUDA * 2048 * memory.PLAN_BYTES_PER_LOOKUP
     assert PlanBuffers.bytes_for(memory.PLAN_QUERIES, 2048) == pytest.approx(plans, rel=1e-3)
 

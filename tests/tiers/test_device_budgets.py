@@ -98,14 +98,14 @@ def test_a_row_that_moved_never_hits_its_former_slot(monkeypatch):
     served.decode(2, topk + 40)
     served.decode(0, topk)
 
-    original = device_hot_cache.move
+    original = device_hot_cache.resize_layers
 
     def keeps_the_map(state, *args):
         kept = state.slot_row.clone()
         original(state, *args)
         state.slot_row.copy_(kept)
 
-    monkeypatch.setattr(device_hot_cache, "move", keeps_the_map)
+    monkeypatch.setattr(device_hot_cache, "resize_layers", keeps_the_map)
     monkeypatch.setattr(served, "check_states", lambda: None)
     served.tier.move([48, 21, 21])
     served.decode(0, topk + 30)
@@ -166,7 +166,7 @@ def test_a_graph_captured_before_rows_move_is_replayed_after():
     def step():
         planned = cache.plan(topk)
         cache.fetch(planned)
-        cache.reorder()
+        cache.rebuild_order()
         return planned
 
     step()

@@ -58,7 +58,7 @@ class Served:
             planned = cache.plan(lookups, part.queries.start)
             cache.fetch(planned)
             self.check_rows(layer, topk[part.queries, part.columns], planned.rows.cpu())
-            cache.reorder()
+            cache.rebuild_order()
             self.check_states()
         return planned
 

@@ -82,7 +82,7 @@ def run_pass(staging, host, batch, topk, write=None):
 
 def check_group(staging, rows, layer, index, topk):
     buffer = staging.rows(layer, index)
-    local = staging.translate(index, topk)
+    local = staging.places_of(index, topk)
     assert torch.equal(local < 0, topk < 0) and local.dtype == torch.int32
     assert torch.equal(gather(buffer, local), gather(rows, topk))
     if (topk >= 0).any():  # a row is where its slot is, and in no second place
@@ -263,10 +263,10 @@ def test_the_same_slot_in_several_groups_and_passes():
     assert len(groups) == 2
     for i in (0, 1, 0):
         check_group(staging, host[0], 0, i, topk)
-        places.append(staging.translate(i, topk)[0, 0].item())
+        places.append(staging.places_of(i, topk)[0, 0].item())
     assert places == [10, 0, 10]
     staging.begin([(1, 0, 3)], table)
-    assert staging.translate(0, topk).tolist() == [[0, -1, 0]]
+    assert staging.places_of(0, topk).tolist() == [[0, -1, 0]]
 
 
 def test_translate_keeps_order_and_pads():
@@ -277,8 +277,8 @@ def test_translate_keeps_order_and_pads():
     slots = batch.slots(0)
     topk = torch.tensor([[-1, slots[3], slots[7], slots[0], -1], [-1] * 5]).int()
     expected = [[-1, row[slots[3]], row[slots[7]], row[slots[0]], -1], [-1] * 5]
-    assert staging.translate(0, topk).tolist() == expected
-    assert staging.translate(0, topk[:0]).shape == (0, 5)
+    assert staging.places_of(0, topk).tolist() == expected
+    assert staging.places_of(0, topk[:0]).shape == (0, 5)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

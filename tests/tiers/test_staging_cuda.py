@@ -89,7 +89,7 @@ def read_layer(staging, host, batch, layer, topk, fmt) -> int:
     expected[batch.new] = new_rows
     for index, group in enumerate(staging.groups):
         staged = staging.rows(layer, index, new_rows)
-        places = staging.translate(index, topk[group.queries])
+        places = staging.places_of(index, topk[group.queries])
         real = topk[group.queries] >= 0
         assert torch.equal(places >= 0, real)
         got = staged[places[real].long()].view(torch.uint8)

@@ -57,7 +57,7 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         pool, outs = self.token_to_kv_pool, []
         for i, group in enumerate(pool.staging.groups):
             rows = pool.staging.rows(layer.layer_id - pool.start_layer, i)
-            places = pool.staging.translate(i, topk[group.queries])
+            places = pool.staging.places_of(i, topk[group.queries])
             part = attend_rows(layer, q[group.queries], q_rope[group.queries], rows, places)
             outs.append(part[0])
         for first, end in self._warm_spans:

@@ -138,7 +138,7 @@ class TwoTierDecode:
                 ready = self.transfer.event()
                 cache.fetch(whole)
             fetched = self.transfer.event()
-            cache.reorder()
+            cache.rebuild_order()
             self.transfer.record_stream(topk)
         return Planned(cache, topk, whole, ready, fetched)
 
@@ -196,7 +196,7 @@ class TwoTierDecode:
             planned = cache.plan(lookups)  # the fork waited for who read the buffers last
             cache.fetch(planned)
             fetched = self.transfer.event()
-            cache.reorder()
+            cache.rebuild_order()
             self.transfer.record_stream(lookups)
         wait(fetched)
         return self._attend(q, cache, planned.rows)

@@ -57,4 +57,4 @@ def _warm_up_tiers(rows: torch.Tensor, topk: torch.Tensor) -> None:
     prefill = staging.Staging([rows], 1)
     prefill.begin([(0, 0, 1)], topk)
     prefill.rows(0, 0)
-    prefill.translate(0, topk)
+    prefill.places_of(0, topk)

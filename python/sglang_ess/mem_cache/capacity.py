@@ -15,7 +15,7 @@ from typing import Any
 
 from ess_kernels.hot_state import HOT_ROW_STATE_BYTES, LAYER_STATE_BYTES
 from ess_kernels.plan import PlanBuffers as DevicePlanBuffers
-from ess_kernels.rebuild_order import OWNED_LAYER_BYTES, OWNED_ROW_BYTES, ReorderScratch
+from ess_kernels.rebuild_order import OWNED_LAYER_BYTES, OWNED_ROW_BYTES, OrderScratch
 from sglang_ess.config import EssConfig
 from sglang_ess.errors import Refusal
 from sglang_ess.layout import (
@@ -78,13 +78,13 @@ class GpuTierBytes(TierBytes):
     def shared(self, topk: int, row_bytes: int) -> int:
         plans = DevicePlanBuffers.bytes_for(PLAN_QUERIES_CUDA, topk)
         reserved = DevicePlanBuffers.bytes_for(1, PLAN_QUERIES_CUDA)
-        scratch = DeviceTier.HALVES * 4 + ReorderScratch.bytes_for(0)
+        scratch = DeviceTier.HALVES * 4 + OrderScratch.bytes_for(0)
         return plans + reserved + scratch + probe_bytes(row_bytes)
 
 
 CPU_TIER = TierBytes(HOT_ROW_OVERHEAD_BYTES, 0, STATE_BYTES, 1)
 GPU_TIER = GpuTierBytes(
-    HOT_ROW_STATE_BYTES, ReorderScratch.bytes_for(1) - ReorderScratch.bytes_for(0),
+    HOT_ROW_STATE_BYTES, OrderScratch.bytes_for(1) - OrderScratch.bytes_for(0),
     LAYER_STATE_BYTES, PAGE_SLOTS,
 )  # fmt: skip
 GPU_TIER_THAT_MOVES = GpuTierBytes(

@@ -109,7 +109,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         """
         queries = self.staging.groups[self._group].queries
         places = torch.zeros_like(slots)
-        places[queries] = self.staging.translate(self._group, slots[queries])
+        places[queries] = self.staging.places_of(self._group, slots[queries])
         return places
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:

@@ -21,8 +21,8 @@ from ess_kernels.hot_state import HotState
 from ess_kernels.install import install
 from ess_kernels.invalidate import invalidate
 from ess_kernels.plan import MAX_WIDTH, WARM, PlanBuffers, plan
-from ess_kernels.rebuild_order import Owned, ReorderScratch, reorder
-from ess_kernels.resize_layers import move, move_table
+from ess_kernels.rebuild_order import OrderScratch, Owned, rebuild_order
+from ess_kernels.resize_layers import resize_layers, resize_table
 from ess_kernels.scatter import scatter_rows
 from sglang_ess.layout import PAGE_SLOTS
 from sglang_ess.tiers.balance.row_ages import AgeSnapshot
@@ -81,7 +81,7 @@ class DeviceTier:
         self.num_rows, self.num_slots, self.topk = num_rows, len(first), topk
         self.max_queries = max_queries
         self.sizes = (num_rows,) * layers
-        # What may be asked for before the next reorder: a plan and one written row a query.
+        # Asked for before the next rebuild_order, at most: a plan and one written row a query.
         self.need = min(num_rows, max_queries * (topk + 1))
         self.state = HotState.new(layers, self.num_slots, num_rows, device, shared=moves)
         self.owned = Owned.new(layers, num_rows, device) if moves else None
@@ -95,7 +95,7 @@ class DeviceTier:
         # Of the step's writes, whose rows are filled after the plan has used the ones above.
         self.reserved = PlanBuffers.new(1, max_queries, device)
         self._num_misses = torch.zeros(self.HALVES, dtype=torch.int32, device=device)
-        self.scratch = ReorderScratch.new(num_rows * (MAX_LAYER_SHARE if moves else 1), device)
+        self.scratch = OrderScratch.new(num_rows * (MAX_LAYER_SHARE if moves else 1), device)
         self.caches = [DeviceHotCache(self, i, rows) for i, rows in enumerate(host_rows)]
         self._pinned = torch.device(device).type == "cuda"
         self._split = np.ones(len(host_rows), bool)  # what the layers' words[SPLIT] say
@@ -165,11 +165,11 @@ class DeviceTier:
         its own. Between steps, on the stream of the tiers.
         Raises: ValueError as ess_kernels.resize_layers.
         """
-        table = move_table(self.sizes, sizes)
+        table = resize_table(self.sizes, sizes)
         if self._pinned:
             table = table.pin_memory()
         table = table.to(self.state.words.device, non_blocking=True)
-        move(self.state, self.owned, self.scratch, table, max(sizes))
+        resize_layers(self.state, self.owned, self.scratch, table, max(sizes))
         self.sizes = tuple(sizes)
 
     def age_snapshot(self) -> AgeSnapshot | None:
@@ -261,7 +261,7 @@ class DeviceHotCache:
     """One layer of a DeviceTier; see HotCache for what the verbs promise.
 
     The caller keeps the order of a step on one stream, or by events: reserve or invalidate,
-    then for each pass plan, fetch, [attention], reorder.
+    then for each pass plan, fetch, [attention], rebuild_order.
     """
 
     def __init__(self, tier: DeviceTier, index: int, host_rows):
@@ -302,9 +302,9 @@ class DeviceHotCache:
         """Copy the plan's missed rows from the host tier."""
         fetch(self.host_rows, self.rows, planned.miss_slots, planned.miss_rows, planned.num_misses)
 
-    def reorder(self) -> None:
+    def rebuild_order(self) -> None:
         """After each plan that advanced: the installs and the plan to come will find rows."""
-        reorder(self.state, self._tier.need, self._tier.scratch, self._owned)
+        rebuild_order(self.state, self._tier.need, self._tier.scratch, self._owned)
 
     def has_room_for_writes(self, num_queries: int, width: int) -> bool:
         """Whether a step may reserve a row a query and still be sure of its first plan.
@@ -333,7 +333,7 @@ class DeviceHotCache:
                 self.state, slots[part], self._tier.buffers, min_age, True, first_slot
             )
             scatter_rows(rows[part], targets, self.rows)
-            self.reorder()
+            self.rebuild_order()
 
     def invalidate(self, slots: torch.Tensor) -> None:
         invalidate(self.state, slots)
@@ -345,7 +345,7 @@ class DeviceHotCache:
             buffers = self._tier.buffers_for(*lookups.shape)
             plan(self.state, lookups, buffers, advance=True, kind=WARM.value)
             self.fetch(buffers)
-            self.reorder()
+            self.rebuild_order()
 
     # --- figures and checks: these wait for the device ------------------------------------
 

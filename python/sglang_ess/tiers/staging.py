@@ -127,7 +127,7 @@ class Staging:
             self._prefetch(item + 1)
         return buffer
 
-    def translate(self, index: int, topk: torch.Tensor) -> torch.Tensor:
+    def places_of(self, index: int, topk: torch.Tensor) -> torch.Tensor:
         """Slots [T, K] int32 of groups[index], -1 pads, to rows of its buffer, same order."""
         self._put(self.groups[index])
         out = torch.empty_like(topk)

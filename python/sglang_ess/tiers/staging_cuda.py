@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ess_kernels.fetch import fetch
-from ess_kernels.gather_rows import translate
+from ess_kernels.gather_rows import gather_rows
 from sglang_ess.tiers.hot_cache_cuda import whole_pages
 from sglang_ess.tiers.staging import split_requests
 from sglang_ess.tiers.transfer_stream import TransferStream, wait
@@ -117,7 +117,7 @@ class DeviceStaging:
             self._prefetch(item + 1)
         return buffer
 
-    def translate(self, index: int, topk: torch.Tensor) -> torch.Tensor:
+    def places_of(self, index: int, topk: torch.Tensor) -> torch.Tensor:
         """Slots [T, K] int32 of groups[index], -1 pads, to rows of its buffer, same order."""
         group = self.groups[index]
         if self._placed is not group:
@@ -125,7 +125,7 @@ class DeviceStaging:
             self._place[group.prefix.long()] = group.places[:first]
             self._place[group.new] = group.places[first:]
             self._placed = group
-        return translate(topk, self._place)
+        return gather_rows(topk, self._place)
 
     def _prefetch(self, item: int) -> None:
         layer, index = divmod(item, len(self.groups))
