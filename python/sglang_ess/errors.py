@@ -17,18 +17,20 @@ PACKAGE = "/sglang/"
 CAUGHT = (ImportError, OSError, LookupError, ValueError)
 STATEMENT_LINES = 20
 
+# "sglang-ess COMMAND" in a process of the console script (launch/commands.py), else None.
+console_command: str | None = None
+
 
 class Refusal(ValueError):
     """One line for the operator: what must hold, what was got, what to do."""
 
 
 def program_name(module: str) -> str:
-    """What a command's usage calls it: "sglang-ess plan", or "python -m sglang_ess.plan".
+    """What the usage text calls a command: "sglang-ess plan" or "python -m sglang_ess.plan".
 
-    launch/commands.py puts the former into sys.argv; module: the command's name in sglang_ess
+    module: name of the command's module, without the package
     """
-    started = sys.argv[0] if sys.argv else ""
-    return started if started.startswith("sglang-ess ") else f"python -m sglang_ess.{module}"
+    return console_command or f"python -m sglang_ess.{module}"
 
 
 def in_one_line(error: BaseException) -> str:

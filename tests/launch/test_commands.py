@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import sglang_ess
+from sglang_ess import errors
 from sglang_ess.config import EssConfig
 from sglang_ess.launch import commands
 
@@ -28,6 +29,7 @@ def sglang_ess_command(capsys, *arguments):
 @pytest.fixture(autouse=True)
 def own_argv(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.setattr(errors, "console_command", None)
 
 
 def test_the_console_script_is_declared():

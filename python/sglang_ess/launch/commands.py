@@ -7,6 +7,7 @@ a file moves to another folder.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import runpy
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import ModuleType
 
+from sglang_ess import errors
 from sglang_ess.config import REFUSED
 
 # command: (module, what it does)
@@ -56,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE)
         raise SystemExit(0)
     if name == "--version":
-        from sglang_ess import __version__
-
-        print(f"sglang-ess {__version__}")
+        print(f"sglang-ess {importlib.metadata.version('sglang-ess')}")
         raise SystemExit(0)
     if name not in COMMANDS:
         got = repr(name) if name is not None else "none"
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         raise SystemExit(REFUSED)
     module, _ = COMMANDS[name]
-    sys.argv = [f"sglang-ess {name}", *arguments[1:]]  # errors.program_name() reads it
+    errors.console_command = f"sglang-ess {name}"
+    sys.argv = [errors.console_command, *arguments[1:]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
