@@ -1,0 +1,31 @@
+"""The programs of examples/ do what their first lines say."""
+
+import importlib
+
+from tests.docs.pages import REPO
+from tests.support import forked
+
+
+def test_each_example_is_tested():
+    names = {file.stem for file in (REPO / "examples").glob("*.py")}
+    assert names == {"openai_client", "frontend_language", "offline_engine"}
+
+
+def test_openai_client(server, capsys):
+    importlib.import_module("examples.openai_client").main(server.url)
+    assert " prompt tokens, 32 written" in capsys.readouterr().out
+
+
+def test_frontend_language(server, capsys):
+    module = importlib.import_module("examples.frontend_language")
+    module.main(server.url, str(REPO / "LICENSE"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("? ")[0] + "?" for line in lines] == [*module.QUESTIONS]
+
+
+def test_offline_engine(tiny_v32, tmp_path):
+    log = tmp_path / "log"
+    status = forked.run("examples.offline_engine", str(tiny_v32), log=log)
+    assert status == 0, log.read_text()[-2000:]
+    assert "And the dog?" in log.read_text()
+    assert "(0 tokens" in log.read_text() and "were cached)" in log.read_text()
