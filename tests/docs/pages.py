@@ -49,7 +49,7 @@ def name(page: Path) -> str:
 
 def blocks(page: Path, language: str = "") -> list[Block]:
     """The fenced blocks of a page, of one language or of all."""
-    pattern = r"(?:^<!-- needs: (.*) -->\n)?^```(\w*)\n(.*?)^```"
+    pattern = r"(?:^<!-- needs: ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```"
     return [
         Block(kind, text, frozenset(filter(None, (needs or "").split(", "))))
         for needs, kind, text in re.findall(pattern, page.read_text(), re.M | re.S)

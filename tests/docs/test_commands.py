@@ -62,6 +62,15 @@ def test_a_command_runs(ran, words):
         assert "contract (" in out and out.endswith("no problems\n")
     elif words[:2] == ("sglang-ess", "plan"):
         assert "simulated" in out and "--ess-hot-gib" in out
+    elif words[:2] == ("sglang-ess", "simulate"):
+        listed = {line.split()[0] for line in out.splitlines() if line.split()}
+        assert {w[2] for w in COMMAND_LINES if w[:2] == words[:2]} - {"--list"} <= listed
+
+
+def test_replay_reads_a_trace(ran):
+    (words,) = [words for words in COMMAND_LINES if words[:2] == ("sglang-ess", "replay")]
+    assert len(words) == 3
+    assert "lookups" in ran((*words[:2], str(REPO / "tests" / "sim" / "golden.ess")))
 
 
 @pytest.mark.parametrize("words", SERVERS, ids=" ".join)

@@ -18,6 +18,13 @@ ROOMS = "tiers|mem_cache|attention|admission|disagg|cpu|platforms|launch|intake|
 every_page = pytest.mark.parametrize("page", PAGES, ids=pages.name)
 
 
+def is_module(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of its package
+        return False
+
+
 @every_page
 def test_links_and_anchors_resolve(page):
     broken = []
@@ -54,8 +61,9 @@ def test_modules_and_scripts_exist(page):
         re.findall(r"\bpython -m ((?:sglang_ess|ess_\w+|benchmarks|tools|tests)[\w.]*)", text)
     )
     scripts = set(re.findall(r"\b(?:scripts|tools)/\w+\.(?:sh|py)", text))
-    missing = [name for name in modules if importlib.util.find_spec(name.rstrip(".")) is None]
-    assert missing + [name for name in scripts if not (REPO / name).is_file()] == []
+    missing = [name for name in modules if not is_module(name.rstrip("."))]
+    missing += [name for name in scripts if not (REPO / name).is_file()]
+    assert missing == []
 
 
 @every_page
@@ -81,10 +89,17 @@ def test_all_flags_are_in_the_table():
 def test_all_hooks_are_in_the_table():
     text = pages.section(REPO / "docs" / "integration.md", "Hooks")
     rows = re.findall(r"^\| `(\S+)` \| (\w+) \| ", text, re.M)
-    registered = {hook.target: hook.kind for hook in all_hooks() if hook.is_registered}
-    used = {hook.target: hook.kind for hook in all_hooks() if not hook.is_registered}
-    wanted = [*sorted(registered.items()), *sorted(used.items())]
-    assert rows == [(target.removeprefix("sglang.srt."), kind) for target, kind in wanted]
+    hooks = [hook for hook in all_hooks() if hook.is_registered]
+    touched = [hook for hook in all_hooks() if not hook.is_registered]
+    wanted = []
+    for group in (hooks, touched):
+        kinds = {}
+        for hook in group:
+            kinds.setdefault(hook.target, hook.kind)
+        wanted += [(t.removeprefix("sglang.srt."), kind) for t, kind in sorted(kinds.items())]
+    assert rows == wanted
+    for name, kind in rows[: len({hook.target for hook in hooks})]:
+        assert {hook.kind for hook in hooks if hook.target.endswith(name)} == {kind}
 
 
 def test_all_series_are_in_the_table():
@@ -122,3 +137,24 @@ def test_every_result_is_shown():
 def test_blocks_say_what_they_need(page):
     for block in pages.blocks(page):
         assert block.needs <= pages.NEEDS
+
+
+def test_the_functions_of_a_walk_exist():
+    """`file.py::function` of docs/structure.md: of a function or method in that file."""
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (REPO / "docs" / "structure.md").read_text())
+    sources = REPO / "python" / "sglang_ess"
+    assert len(named) > 20
+    assert [
+        f"{file}::{name}"
+        for file, name in named
+        if not re.search(rf"^ *def {name}\(", (sources / file).read_text(), re.M)
+    ] == []
+
+
+def test_every_room_is_named():
+    from tools.structure import ORDER
+
+    text = pages.section(REPO / "docs" / "structure.md", "Rooms, top to bottom")
+    rooms = {room.split(".")[0] for room in ORDER} - {"sglang_ess"}
+    named = {re.sub(r"/|\.py$", "", cell) for cell in pages.first_cells(text)}
+    assert rooms <= named
