@@ -20,8 +20,14 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 REGION = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.S)
 UPSTREAM = "sglang.srt."
-WHERE = {"cpu": "CPU platform", "cuda": "GPU", "always": "ESS"}
-MOST_COLUMNS = 9  # of a table of results; what has no room stands in the file
+WHERE = {
+    "cpu": "CPU platform",
+    "cuda": "GPU",
+    "both": "CPU platform and GPU",
+    "always": "ESS",
+}
+# Sizes of a table of results. Larger ones are left to the file.
+MAX_LINES, MAX_COLUMNS = 16, 9
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -111,37 +117,57 @@ def touch_points() -> str:
 
 
 def results(name: str) -> str:
-    """The conditions, the summary and the rows of results/NAME.json."""
+    """The conditions, summary and rows of results/NAME.json, which benchmarks.harness wrote."""
     file = REPO / "results" / f"{name}.json"
     report = json.loads(file.read_text())
-    parts = [f"File: [results/{file.name}](../results/{file.name}). {_conditions(report)}\n"]
-    if summary := _flat(report.get("summary") or {}):
-        parts.append(table(("Figure", "Value"), ((f"`{k}`", _cell(v)) for k, v in summary)))
-    return "\n" + "\n".join(parts) + "\n"
+    parts = [f"{_conditions(report)} File: [results/{file.name}](../results/{file.name}).\n"]
+    if summary := report.get("summary"):
+        rows = ((f"`{key}`", _number(value)) for key, value in summary.items())
+        parts.append(table(("Summary", "Value"), rows))
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        by_name.setdefault(row["name"], []).append(row)
+    parts += [_rows_table(title, rows) for title, rows in by_name.items()]
+    return "\n".join(filter(None, parts))
 
 
 def _conditions(report: dict[str, Any]) -> str:
-    parts = [f"{key}: {_cell(value)}" for key, value in _flat(report.get("machine") or {})]
-    parts += [f"{key} {_cell(value)}" for key, value in _flat(report.get("versions") or {})]
-    return "; ".join(parts) + "." if parts else ""
+    machine, versions = report["machine"], report["versions"]
+    kinds = " and ".join(sorted({row["kind"] for row in report["rows"]}))
+    facts = [
+        f"`{report['command']}`",
+        str(report.get("date", "")),
+        f"commit {str(versions.get('commit', 'unknown'))[:7]}",
+        f"{machine.get('cores', '?')} cores of {machine.get('cpu', 'an unknown CPU')}",
+        f"rows: {kinds}",
+    ]
+    return "; ".join(filter(None, facts)) + "."
 
 
-def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found += _flat(value, f"{before}{key}.")
-        else:
-            found.append((f"{before}{key}", value))
-    return found
+def _rows_table(title: str, rows: list[dict[str, Any]]) -> str:
+    """Medians of one benchmark point a line, a column for each metric; "" if it is too large."""
+    keys = [
+        key
+        for key in dict.fromkeys(key for row in rows for key in row["config"])
+        if len({json.dumps(row["config"].get(key)) for row in rows}) > 1
+    ]
+    metrics = {row["metric"]: f"{row['metric']}, {row['unit']}" for row in rows}
+    lines: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        at = {key: row["config"].get(key) for key in keys}
+        line = lines.setdefault(json.dumps(at), at)
+        line[f"metric {row['metric']}"] = row["median"]
+    if len(lines) > MAX_LINES or len(keys) + len(metrics) > MAX_COLUMNS or len(lines) < 2:
+        return ""
+    cells = [*keys, *(f"metric {metric}" for metric in metrics)]
+    body = ([_number(line.get(cell)) for cell in cells] for line in lines.values())
+    return f"{title}\n\n" + table([*keys, *metrics.values()], body)
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(map(_cell, value))
-    return str(value)
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 TABLES: dict[str, Callable[[], str]] = {

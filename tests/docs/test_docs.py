@@ -158,3 +158,20 @@ def test_every_room_is_named():
     rooms = {room.split(".")[0] for room in ORDER} - {"sglang_ess"}
     named = {re.sub(r"/|\.py$", "", cell) for cell in pages.first_cells(text)}
     assert rooms <= named
+
+
+def test_a_result_file_becomes_a_table(tmp_path, monkeypatch):
+    from benchmarks import harness
+
+    report = harness.Report()
+    for system, tokens in (("one-tier", 114.0), ("ess", 271.25)):
+        config = {"system": system, "prompt": 4096}
+        report.add(harness.measured("buys", config, "decode", "tokens/s", [tokens]))
+        report.add(harness.measured("buys", config, "together", "requests", [4]))
+    report.summarise("decode_ratio", 271.25 / 114)
+    report.write(tmp_path / "results" / "two_tier.json", seed=0)
+    monkeypatch.setattr(generate_docs, "REPO", tmp_path)
+    text = generate_docs.results("two_tier")
+    assert "| `decode_ratio` | 2.379 |" in text and "rows: measured" in text
+    assert "| system | decode, tokens/s | together, requests |" in text
+    assert "| ess | 271.2 | 4 |" in text and "prompt" not in text
