@@ -113,6 +113,8 @@ def test_below_the_line_nothing_imports_sglang():
 def test_below_the_line_few_libraries(name):
     found = structure.imported(structure.modules()[name].read_text())
     roots = {target.split(".")[0] for target in found} - set(structure.stdlib())
+    if structure.room(name) == "ess_patches":  # asks a running SGLang for its version
+        roots -= {"sglang"}
     assert roots - LIBRARIES - set(SOURCES) == set()
     if name.split(".")[-1] in ("config", "layout"):
         assert roots == set()
