@@ -1,29 +1,32 @@
 """The hot tier's policy and copies on one core: lookups of plan per second, GB/s of fetch.
 
-Each point replays synthetic decode steps of DeepSeek-V3.2's shape: per request 2048 slots of
-a context of 64 Ki tokens, of which 0.6 were in the step before (papers.md 1.6) and the rest
-come from the request's core of often-used slots, or, at the rate that gives the wanted miss
-share, from its whole context. NUM_LAYERS hot tiers take turns, as layers do, so a tier's
-tables are not in the core's cache from its last plan; `turn` 1 asks one tier again and again.
+    python -m benchmarks.hot_cache [--quick] [--json PATH] [--plot PATH]
 
-The roof does the scattered accesses that no LRU of this kind goes without, over tables of
-the same size and in the same blocks: two dependent reads a lookup (the slot's row, then the
-row's place) and a write where the second read was. plan adds branches, a sequential queue
-entry a lookup, its share of the queue's compaction, and for a miss about four more scattered
-accesses (the victim's place and slot, the map entries of the old and the new slot). Where
-all hit, plan comes near it and at ratio 1 above: its rows lie as they came in, not at random.
-`sustained` is all lookups over all seconds, compactions included: the median leaves them out.
-Seconds are of this thread on a core, not of the wall: what others run counts only as far as
-they take cache and memory.
+Each point replays synthetic decode steps of DeepSeek-V3.2's shape. A request selects 2048 slots of
+a context of 64 Ki tokens. 0.6 of them were selected in the step before (ESS, figure 2); the rest
+come from the request's core of often-used slots or, at the rate that gives the wanted share of
+misses, from its whole context. NUM_LAYERS hot tiers take turns, as layers do, so a tier's tables
+are not in the core's cache from its last plan; `turn` 1 asks one tier again and again.
 
-`recording` is what --ess-trace adds to a decode step's plans in their own thread; finding
-positions and writing is another thread's. `replay` reads that trace and does it all again.
+The roof does the scattered accesses that no LRU of this kind can avoid, over tables of the same
+size and in the same blocks: two dependent reads a lookup (the slot's row, then the row's place) and
+a write where the second read was. plan adds branches, a sequential queue entry a lookup, its share
+of the queue's compaction, and about four more scattered accesses for a miss (the victim's place and
+slot, the map entries of the old and the new slot). Where all lookups hit, plan comes near the roof,
+and at ratio 1 above it: there its rows lie in the order in which they came in, not at random.
+`sustained` is all lookups over all seconds, compactions included; the median leaves them out.
+Seconds are CPU time of this thread, so other processes count only as far as they take cache and
+memory bandwidth.
+
+`recording` is the time that --ess-trace adds to the plans of a decode step in their own thread;
+another thread finds positions and writes. `replay` reads that trace and repeats the lookups.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import thread_time as clock
@@ -32,14 +35,25 @@ import numba
 import numpy as np
 import torch
 
-from benchmarks import common
+from benchmarks.harness import (
+    OtherLoad,
+    Panel,
+    Progress,
+    Report,
+    argument_parser,
+    find,
+    finish,
+    measured,
+    print_table,
+    ratios,
+)
 from sglang_ess.sim.model.trace_replay import replay
 from sglang_ess.tiers import HotCache, PlanBuffers, lru
 from sglang_ess.trace.trace import read_trace
 from sglang_ess.trace.trace_recorder import TraceRecorder
 
 TOPK, CONTEXT, PAGE = 2048, 64 << 10, 64
-SIMILARITY = 0.6  # papers.md 1.6: mean over layers, at any context
+SIMILARITY = 0.6  # ESS, figure 2: mean over layers, at any context
 CORE = 4096  # a request's often-used slots; less than any hot tier here has for it
 NUM_LAYERS = 8  # 55 MB of tables at the headline point
 ROW_BYTES = 656
@@ -74,7 +88,7 @@ class Trace:
         return np.take_along_axis(self.slots, self._last, axis=1)
 
     def ordered_step(self) -> np.ndarray:
-        """step(), each request's slots in the order of its context, as the CPU's indexer has."""
+        """step() with each request's slots in context order, as the CPU indexer gives them."""
         self.step()
         return np.take_along_axis(self.slots, np.sort(self._last, axis=1), axis=1)
 
@@ -91,15 +105,15 @@ class Trace:
         return self._random.permutation(np.concatenate([kept, rest, core])[:TOPK])
 
     def filling(self) -> np.ndarray:
-        """All slots, [CONTEXT, batch] int32: the cores last, to fill a hot tier before a run."""
+        """All slots, [CONTEXT, batch] int32, to fill a hot tier before a run: the cores last."""
         order = self._order[:, ::-1]
         return np.ascontiguousarray(np.take_along_axis(self.slots, order, axis=1).T)
 
 
 def cold_ratio(ratio: float, miss: float) -> float:
-    """How many of a request's entries to draw from its whole context, to miss `miss` of all.
+    """The share of a request's entries to draw from its whole context, so that `miss` of all miss.
 
-    What is drawn there hits if it is in the core or still hot from an earlier draw.
+    A draw hits if it is in the core or still hot from an earlier draw.
     """
     return miss / max(1 - ratio, miss, 1e-9)
 
@@ -150,7 +164,7 @@ class Point:
         self.out = np.empty(batch * TOPK, np.int32)
 
     def run(self, num_steps: int) -> Rounds:
-        """Steps of all layers in turn, each beside the roof and one tier asked again."""
+        """Steps of all layers in turn, then the roof's; at the end one tier asked again."""
         rounds = Rounds()
         for step in range(WARM_STEPS + num_steps):
             if step == WARM_STEPS:
@@ -182,7 +196,7 @@ def timed_plan(tier: HotCache, topk: np.ndarray) -> tuple[float, int, int]:
 
 
 def dict_lookups(order: OrderedDict, num_rows: int, topk: np.ndarray) -> float:
-    """Seconds of the same lookups in the LRU that Python has."""
+    """Seconds of the same lookups in an OrderedDict, the LRU of Python's library."""
     slots = topk.reshape(-1).tolist()
     start = clock()
     for slot in slots:
@@ -195,8 +209,8 @@ def dict_lookups(order: OrderedDict, num_rows: int, topk: np.ndarray) -> float:
     return clock() - start
 
 
-def measure_fetch(report: common.Report, num_steps: int, seed: int) -> None:
-    """fetch of real rows beside a memcpy of as many bytes and torch's indexed copy."""
+def measure_fetch(report: Report, num_steps: int, seed: int) -> None:
+    """fetch of real rows, beside a memcpy of the same bytes and torch's indexed copy."""
     trace = Trace(HEADLINE["batch"], cold_ratio(HEADLINE["ratio"], HEADLINE["miss"]), seed)
     slots = HEADLINE["batch"] * CONTEXT
     host = torch.randint(256, (slots, 1, ROW_BYTES), dtype=torch.uint8)
@@ -208,7 +222,7 @@ def measure_fetch(report: common.Report, num_steps: int, seed: int) -> None:
         sources, targets = (torch.from_numpy(a.astype(np.int64)) for a in
                             (plan.miss_slots, plan.miss_rows))  # fmt: skip
         count = len(sources)
-        first = step * count % (slots - count)  # another part each time: not from the cache
+        first = step * count % (slots - count)  # another part each time: uncached
         place = first % (tier.num_rows - count)
         spare = tier.rows[place : place + count].clone()
         calls = {
@@ -227,10 +241,10 @@ def measure_fetch(report: common.Report, num_steps: int, seed: int) -> None:
     tier.check_integrity()
     for kind, rates in kinds.items():
         config = HEADLINE | {"kind": kind, "row_bytes": ROW_BYTES, "threads": 1}
-        report.add(common.measured("fetch", config, "rate", "GB/s", rates))
+        report.add(measured("fetch", config, "rate", "GB/s", rates))
 
 
-def measure_recording(report: common.Report, num_steps: int, seed: int) -> None:
+def measure_recording(report: Report, num_steps: int, seed: int) -> None:
     """A decode step's plans in all layers with and without a recorder; then the trace's replay."""
     batch = HEADLINE["batch"]
     trace = Trace(batch, cold_ratio(HEADLINE["ratio"], HEADLINE["miss"]), seed)
@@ -266,15 +280,15 @@ def measure_recording(report: common.Report, num_steps: int, seed: int) -> None:
     ]
     facts = {"dropped": writer.dropped, "exact": not found.differences, "threads": 1}
     report.add(
-        common.measured("recording", HEADLINE, "time", "us/query", per_query, **facts),
-        common.measured("recording", HEADLINE, "size", "B/index",
+        measured("recording", HEADLINE, "time", "us/query", per_query, **facts),
+        measured("recording", HEADLINE, "size", "B/index",
                         [writer.written_bytes / (writer.records * TOPK)]),
-        common.measured("replay", HEADLINE, "lookups", "lookups/s", [rate], **facts),
+        measured("replay", HEADLINE, "lookups", "lookups/s", [rate], **facts),
     )  # fmt: skip
 
 
-def measure_point(report: common.Report, point: dict, num_steps: int, seed: int) -> None:
-    """Rows of plan and roof, layers in turn, and of plan asked of one layer only."""
+def measure_point(report: Report, point: dict, num_steps: int, seed: int) -> None:
+    """Add rows for plan and roof with the layers in turn, and for plan on one layer only."""
     stage = Point(**point, seed=seed)
     found = stage.run(num_steps)
     lookups = point["batch"] * TOPK
@@ -282,7 +296,7 @@ def measure_point(report: common.Report, point: dict, num_steps: int, seed: int)
              "miss_ratio": float(np.mean(found.misses)) / lookups,
              "passes": float(np.mean(found.passes))}  # fmt: skip
     report.add(
-        common.measured("sustained", point, "lookups", "lookups/s",
+        measured("sustained", point, "lookups", "lookups/s",
                         [len(found.plan) * lookups / sum(found.plan)])
     )  # fmt: skip
     for name, turn, seconds in (
@@ -292,23 +306,23 @@ def measure_point(report: common.Report, point: dict, num_steps: int, seed: int)
     ):
         rates = [lookups / value for value in seconds]
         config = point | {"turn": turn}
-        report.add(common.measured(name, config, "lookups", "lookups/s", rates, **facts))
-    share = common.ratios(found.roof, found.plan)
-    report.add(common.measured("share_of_roof", point, "share", "ratio", share))
+        report.add(measured(name, config, "lookups", "lookups/s", rates, **facts))
+    share = ratios(found.roof, found.plan)
+    report.add(measured("share_of_roof", point, "share", "ratio", share))
     if point == HEADLINE:
         order = OrderedDict.fromkeys(stage.tiers[0].row_slot.tolist(), True)
         rates = []
         for _ in range(5):
             topk = stage.trace.step()[:DICT_QUERIES]
             rates.append(topk.size / dict_lookups(order, len(order), topk))
-        report.add(common.measured("ordered_dict", point, "lookups", "lookups/s", rates))
+        report.add(measured("ordered_dict", point, "lookups", "lookups/s", rates))
 
 
 # --- output -----------------------------------------------------------------------------
 
 
-def summarise(report: common.Report) -> None:
-    """The figures of the two headline points; what was not measured is left out."""
+def summarise(report: Report) -> None:
+    """The figures of the two headline points."""
     turn = {"turn": NUM_LAYERS}
     figures = {
         "lookups_per_s": ("plan", "lookups", HEADLINE | turn),
@@ -329,70 +343,54 @@ def summarise(report: common.Report) -> None:
     }
     for key, (name, metric, config) in figures.items():
         report.summarise(key, report.median(name, metric, **config))
-    row = common.find(report.rows, "plan", "lookups", **HEADLINE | turn)
+    row = find(report.rows, "plan", "lookups", **HEADLINE | turn)
     report.summarise("miss_ratio", row and row["miss_ratio"])
 
 
-def print_tables(report: common.Report) -> None:
-    headers = ("batch", "hot ratio", "missed", "passes", "M lookups/s", "p10", "p90", "sustained",
-               "one layer", "roof", "share")  # fmt: skip
-    lines = []
-    for row in report.rows:
-        if row["name"] != "plan" or row["config"]["turn"] != NUM_LAYERS:
-            continue
-        point = {key: row["config"][key] for key in HEADLINE}
-        found = [row[key] for key in ("median", "p10", "p90")]
-        found.append(report.median("sustained", "lookups", **point))
-        found.append(report.median("plan", "lookups", **point, turn=1))
-        found.append(report.median("roof", "lookups", **point))
-        speeds = [value / 1e6 for value in found]
-        share = report.median("share_of_roof", "share", **point)
-        lines.append([point["batch"], point["ratio"], row["miss_ratio"], row["passes"], *speeds,
-                      share])  # fmt: skip
-    print(common.table(headers, lines), end="\n\n")
-    print(common.table(("", "value"), report.summary.items()))
+def print_tables(report: Report) -> None:
+    def millions(name: str, **more) -> Callable[[dict], float]:
+        def value(row: dict) -> float:
+            point = {key: row["config"][key] for key in HEADLINE}
+            return report.median(name, "lookups", **point, **more) / 1e6
+
+        return value
+
+    columns = {
+        "batch": "batch", "hot ratio": "ratio", "missed": "miss_ratio", "passes": "passes",
+        "M lookups/s": lambda row: row["median"] / 1e6, "p10": lambda row: row["p10"] / 1e6,
+        "p90": lambda row: row["p90"] / 1e6, "sustained": millions("sustained"),
+        "one layer": millions("plan", turn=1), "roof": millions("roof"),
+    }  # fmt: skip
+    print_table(report.select("plan", turn=NUM_LAYERS), columns)
 
 
-def draw(report: common.Report, axes) -> None:
+def panels(report: Report) -> list[Panel]:
     """Left: lookups per second by point, beside the roof. Right: GB/s of the copies."""
-    rows = [r for r in report.rows if r["name"] == "plan" and r["config"]["turn"] == NUM_LAYERS]
-    points = [{key: row["config"][key] for key in HEADLINE} for row in rows]
-    names = [
-        f"{point['batch']} x {point['ratio']}\n{row['miss_ratio']:.1%}"
-        for point, row in zip(points, rows, strict=True)
-    ]
-    roofs = [report.median("roof", "lookups", **point) for point in points]
-    places = np.arange(len(rows))
-    axes[0].bar(places - 0.2, [r["median"] / 1e6 for r in rows], 0.4, label="plan")
-    axes[0].bar(places + 0.2, [value / 1e6 for value in roofs], 0.4, label="roof")
-    axes[0].axhline(30, color="gray", linestyle=":", label="target")
-    axes[0].set_xticks(places, names, fontsize=7, rotation=60)
-    axes[0].set_xlabel("batch x hot ratio, missed")
-    axes[0].set_ylabel("M lookups/s on one core")
-    axes[0].legend(loc="lower right")
-    copies = [r for r in report.rows if r["name"] == "fetch"]
-    axes[1].bar([r["config"]["kind"] for r in copies], [r["median"] for r in copies])
-    axes[1].set_ylabel(f"GB/s, rows of {ROW_BYTES} B, one core")
+    speeds = [row for name in ("plan", "roof") for row in report.select(name, turn=NUM_LAYERS)]
+    return [
+        Panel(speeds, lambda row: "{batch} x {ratio}\n{miss:.0%}".format(**row["config"]),
+              lambda row: row["median"] / 1e6, "name", kind="bar", levels={"target": 30},
+              axes={"xlabel": "batch x hot ratio, missed", "ylabel": "M lookups/s on one core"}),
+        Panel(report.select("fetch"), "kind", kind="bar",
+              axes={"ylabel": f"GB/s, rows of {ROW_BYTES} B, one core"}),
+    ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.arguments(__doc__.splitlines()[0]).parse_args(argv)
+    args = argument_parser(__doc__).parse_args(argv)
     torch.set_num_threads(1)  # torch's copies are compared per core
-    report, progress = common.Report(), common.Progress()
-    load = common.OtherLoad()
+    report, progress, load = Report(), Progress(), OtherLoad()
+    steps = 6 if args.quick else 20
     for point in [HEADLINE, HITS] if args.quick else POINTS:
         progress(f"plan: {point}")
-        measure_point(report, point, 6 if args.quick else 20, args.seed)
+        measure_point(report, point, steps, args.seed)
     progress("fetch")
-    measure_fetch(report, 6 if args.quick else 20, args.seed)
+    measure_fetch(report, steps, args.seed)
     progress("recording and replay")
-    measure_recording(report, 6 if args.quick else 20, args.seed)
+    measure_recording(report, steps, args.seed)
     summarise(report)
     print_tables(report)
-    if args.json:
-        report.write(args.json, args.seed, quick=args.quick, other_load=load.ratio())
-    if args.plot:
-        common.save_figure(args.plot, lambda axes: draw(report, axes))
+    finish(report, args, *panels(report), other_load=load.ratio())
 
 
 if __name__ == "__main__":

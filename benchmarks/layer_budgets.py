@@ -1,12 +1,15 @@
 """What it buys to move hot rows between layers, and what watching for it costs.
 
+    python -m benchmarks.layer_budgets [--quick] [--json PATH] [--plot PATH]
+
 Three sets of production HotCaches decode the same generated streams (DeepSeek-V3.2's localities,
-fitted on ESS's figures): one keeps as many rows in each layer, in the second a Rebalancer moves
-them, as a CPU server's does, from the sampled ghost caches that its plans feed, in the third an
-AgeRebalancer does, as a GPU server's, by how old the rows are. `before` is the time until they
-have moved, once, `after` as many steps from then on; all are timed in both.
-Beside each plan one ghost more is timed alone: ghosts run for a part of a round of steps, and
-`ghost_share` is of all plans of a round. Misses are generated ones: rows of kind "simulated".
+fitted to ESS's figures). In `uniform` every layer keeps the same number of rows. In `auto` a
+Rebalancer moves rows, as on a CPU server, by sampled ghost caches that its plans feed. In `ages` an
+AgeRebalancer moves them, as on a GPU server, by how old the rows are. `before` is the time until
+rows have moved, once; `after` the same number of steps from then on.
+One more ghost is timed alone after each plan. Ghosts run for a part of a round of steps;
+`ghost_share` is their time by that of all plans of a round. Misses come from generated streams, so
+their rows are of kind "simulated".
 """
 
 from __future__ import annotations
@@ -17,7 +20,17 @@ from time import thread_time as clock
 import numpy as np
 import torch
 
-from benchmarks import common
+from benchmarks.harness import (
+    Panel,
+    Progress,
+    Report,
+    argument_parser,
+    finish,
+    measured,
+    pivot,
+    print_table,
+    simulated,
+)
 from sglang_ess.sim.model.locality import Locality, TopkStream
 from sglang_ess.tiers import HotCache, PlanBuffers, lru
 from sglang_ess.tiers.balance import budgets as layer_budgets
@@ -37,14 +50,14 @@ QUICK_POINT = {"context": 32768, "requests": 4, "ratio": 0.2}
 LAYERS, QUICK_LAYERS = 16, 8  # spread over the model's 61 by how often they miss
 AFTER_STEPS = 64
 SIDES = ("uniform", "auto", "ages")
-FILL_STEPS = 16  # after a fill by recency, which the generator's own order is not quite
-LOOK_STEPS = 8  # between two looks at the ages, as cuda/attention_backend.py mirrors them
-AGES = 1024  # told apart by ess_kernels.rebuild_order
+FILL_STEPS = 16  # after a fill by recency, which is not quite the order of the generator
+LOOK_STEPS = 8  # between two snapshots of the ages, as attention/backend_cuda.py takes them
+AGES = 1024  # ages that ess_kernels.rebuild_order tells apart
 
 
 @dataclass
 class Phase:
-    """Misses of each layer [steps][layers], and seconds of each plan."""
+    """misses: [steps][layers]; seconds: of each plan"""
 
     misses: list[np.ndarray] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -55,14 +68,14 @@ class Phase:
 
 
 def age_snapshot_of(caches: list[HotCache]) -> AgeSnapshot:
-    """As DeviceTier.age_snapshot()."""
+    """The ages of the rows of these layers, as a CUDA tier counts them."""
     evictions = np.array([cache.counters["evictions"] for cache in caches])
     steps = np.array([cache.steps for cache in caches])
     return AgeSnapshot(np.stack([_ages_of(cache) for cache in caches]), evictions, steps)
 
 
 def _ages_of(cache: HotCache) -> np.ndarray:
-    """[AGES] rows by steps since their last use, the oldest together, as rebuild_order counts."""
+    """[AGES] rows by steps since their last use; the last entry counts all older ones."""
     head, tail = cache.state[lru.HEAD], cache.state[lru.TAIL]
     rows = cache.queue[head:tail]
     live = cache.row_place[rows] == np.arange(head, tail)
@@ -71,7 +84,7 @@ def _ages_of(cache: HotCache) -> np.ndarray:
 
 
 class ByAge:
-    """An AgeRebalancer over the caches of an arena, as a CUDA pool has one over a DeviceTier."""
+    """An AgeRebalancer over the HotCaches of an arena, as a CUDA pool runs one over its tier."""
 
     def __init__(self, arena: HotArena, demand: int, least: int, schedule: AgeSchedule):
         rows, slots = arena.caches[0].num_rows, arena.caches[0].num_slots
@@ -87,7 +100,7 @@ class ByAge:
 
 
 class Side:
-    """The layers' hot tiers in one arena, filled with what was selected last."""
+    """The hot tiers of all layers in one arena, filled with the rows selected last."""
 
     def __init__(self, layers: int, rows: int, num_slots: int, buffers: PlanBuffers):
         self.arena = HotArena(layers * rows)
@@ -109,7 +122,7 @@ class Side:
         self.phase.misses[-1][layer] = misses
 
     def begin(self) -> Phase:
-        """A new phase; returns the one that ends."""
+        """Start a new phase; returns the one that ends."""
         ended, self.phase = self.phase, Phase()
         return ended
 
@@ -143,7 +156,7 @@ class Stage:
         self.ghost_seconds: list[float] = []
 
     def run(self, steps: int) -> None:
-        """Each step all sides, in turn first; every layer is planned before the next."""
+        """Decode steps of all sides, which take turns to be first."""
         for step in range(steps):
             for side in self.sides.values():
                 if side.rebalancer is not None:
@@ -163,7 +176,7 @@ class Stage:
                 self.ghost_seconds.append(clock() - began)
 
 
-def measure(report: common.Report, point: dict, num_layers: int, seed: int) -> None:
+def measure(report: Report, point: dict, num_layers: int, seed: int) -> None:
     stage = Stage(**point, num_layers=num_layers, seed=seed)
     schedule = Schedule(rest=1 << 30)  # one round
     stage.run(FILL_STEPS)
@@ -193,33 +206,20 @@ def measure(report: common.Report, point: dict, num_layers: int, seed: int) -> N
     config = point | {"layers": num_layers}
     for when, phases in (("before", before), ("after", after)):
         for name, phase in phases.items():
+            at = config | {"side": name, "when": when}
             found = (phase.per_step / point["requests"]).tolist()
-            row = common.measured(
-                "misses",
-                config | {"side": name, "when": when},
-                "misses",
-                "rows/request/layer/step",
-                found,
-                rows=rows_of[name],
-            )
-            report.add(row | {"kind": "simulated"})
-            seconds = phase.seconds
-            report.add(common.measured("plan", config | {"side": name, "when": when}, "time",
-                                       "s", seconds))  # fmt: skip
-    plan_seconds = float(np.sum(before["uniform"].seconds))
-    ghosts = float(np.sum(stage.ghost_seconds[: len(before["uniform"].seconds)]))
-    default = Schedule()
-    round_steps = watched + default.rest
-    report.add(common.measured("ghost", config, "share_while_on", "ratio", [ghosts / plan_seconds]))
-    report.add(common.measured("ghost", config, "share", "ratio",
-                               [ghosts / plan_seconds * watched / round_steps]))  # fmt: skip
-    # While the ghosts counted: the rows were still the same in each layer.
+            report.add(
+                simulated("misses", at, "misses", "rows/request/layer/step", found,
+                          rows=rows_of[name]),
+                measured("plan", at, "time", "s", phase.seconds),
+            )  # fmt: skip
+    plan_seconds = before["uniform"].seconds
+    share = sum(stage.ghost_seconds[: len(plan_seconds)]) / sum(plan_seconds)
+    share_of_round = share * watched / (watched + Schedule().rest)
+    # While the ghosts counted, every layer still had the same rows.
     counted = np.mean(before["auto"].misses[-schedule.counted :], axis=0)
     estimated = [curve.at(stage.rows) for curve in curves]
     errors = np.abs(np.divide(estimated, counted) - 1)
-    report.add(common.measured("curve_error", config, "error", "ratio", errors.tolist())
-               | {"kind": "simulated"})  # fmt: skip
-    total_error = sum(estimated) / counted.sum() - 1
     expected = layer_budgets.expected_misses(curves, rows) / layer_budgets.expected_misses(
         curves, [stage.rows] * num_layers
     )
@@ -227,106 +227,75 @@ def measure(report: common.Report, point: dict, num_layers: int, seed: int) -> N
         after[name].per_step.sum() / after["uniform"].per_step.sum() for name in ("auto", "ages")
     )
     plans = np.median(after["auto"].seconds) / np.median(after["uniform"].seconds)
+    report.add(
+        measured("ghost", config, "share_while_on", "ratio", [share]),
+        measured("ghost", config, "share", "ratio", [share_of_round]),
+        simulated("curve_error", config, "error", "ratio", errors.tolist()),
+    )
     for metric, value in (("miss_ratio", got), ("age_miss_ratio", aged),
                           ("expected_miss_ratio", expected),
-                          ("total_curve_error", total_error)):  # fmt: skip
-        row = common.measured("budgets", config, metric, "ratio", [value], rows=rows,
-                              model_layers=list(stage.layers))  # fmt: skip
-        report.add(row | {"kind": "simulated"})
-    report.add(common.measured("budgets", config, "plan_time", "ratio", [plans]))
+                          ("total_curve_error", sum(estimated) / counted.sum() - 1)):  # fmt: skip
+        report.add(simulated("budgets", config, metric, "ratio", [value], rows=rows,
+                             model_layers=list(stage.layers)))  # fmt: skip
+    report.add(measured("budgets", config, "plan_time", "ratio", [plans]))
 
 
 # --- output -----------------------------------------------------------------------------
 
-
-def _value(report: common.Report, name: str, metric: str, config: dict) -> float | None:
-    for row in report.rows:
-        if (row["name"], row["metric"]) == (name, metric) and config.items() <= row[
-            "config"
-        ].items():
-            return row["median"]
-    return None
-
-
-def summarise(report: common.Report, point: dict) -> None:
-    for key, (name, metric) in {
-        "miss_ratio": ("budgets", "miss_ratio"),
-        "age_miss_ratio": ("budgets", "age_miss_ratio"),
-        "expected_miss_ratio": ("budgets", "expected_miss_ratio"),
-        "plan_time_ratio": ("budgets", "plan_time"),
-        "ghost_share": ("ghost", "share"),
-        "ghost_share_while_on": ("ghost", "share_while_on"),
-        "curve_error": ("curve_error", "error"),
-        "total_curve_error": ("budgets", "total_curve_error"),
-    }.items():
-        report.summarise(key, _value(report, name, metric, point))
+FIGURES = {
+    "miss_ratio": ("budgets", "miss_ratio"),
+    "age_miss_ratio": ("budgets", "age_miss_ratio"),
+    "expected_miss_ratio": ("budgets", "expected_miss_ratio"),
+    "plan_time_ratio": ("budgets", "plan_time"),
+    "ghost_share": ("ghost", "share"),
+    "ghost_share_while_on": ("ghost", "share_while_on"),
+    "curve_error": ("curve_error", "error"),
+    "total_curve_error": ("budgets", "total_curve_error"),
+}
 
 
-def _means(report: common.Report, point: dict) -> list[float | None]:
-    """Misses a request, layer and step after the move, of each of SIDES."""
-    return [
-        row["mean"]
-        for side in SIDES
-        for row in report.rows
-        if row["name"] == "misses"
-        and (point | {"side": side, "when": "after"}).items() <= row["config"].items()
-    ]
-
-
-def print_tables(report: common.Report, points: list[dict]) -> None:
-    headers = ("context", "requests", "ratio", "misses uniform", "auto", "ages", "auto/uniform",
-               "ages/uniform", "expected", "plan time", "ghosts of a plan", "while on",
-               "curve error")  # fmt: skip
-    lines = []
-    for point in points:
-        figures = [_value(report, *key, point) for key in (
-            ("budgets", "miss_ratio"), ("budgets", "age_miss_ratio"),
-            ("budgets", "expected_miss_ratio"), ("budgets", "plan_time"),
-            ("ghost", "share"), ("ghost", "share_while_on"), ("curve_error", "error"),
-        )]  # fmt: skip
-        lines.append([*point.values(), *_means(report, point), *figures])
-    print(common.table(headers, lines), end="\n\n")
-    print(common.table(("", "value"), report.summary.items()))
-
-
-def draw(report: common.Report, axes, point: dict) -> None:
-    """Left: rows of each layer. Right: its misses with as many rows as the others, and so."""
-    sides = {
-        row["config"]["side"]: row
-        for row in report.rows
-        if row["name"] == "misses" and row["config"]["when"] == "after"
-        and point.items() <= row["config"].items()
+def print_tables(report: Report) -> None:
+    index = ("context", "requests", "ratio")
+    columns = {key: key for key in (*index, *SIDES)}
+    misses = pivot(report.select("misses", when="after"), index, "side", "mean")
+    print_table(misses, columns, "Rows fetched per request, layer and step after the move")
+    ratios = [row for name in ("budgets", "ghost", "curve_error") for row in report.select(name)]
+    columns = {key: key for key in index} | {
+        "auto/uniform": "miss_ratio", "ages/uniform": "age_miss_ratio",
+        "expected": "expected_miss_ratio", "plan time": "plan_time", "ghosts of a plan": "share",
+        "while on": "share_while_on", "curve error": "error",
     }  # fmt: skip
-    for place, name in zip((-0.27, 0, 0.27), SIDES, strict=True):
-        layers = np.arange(len(sides[name]["rows"]))
-        axes[0].bar(layers + place, sides[name]["rows"], 0.27, label=name)
-    axes[0].set_xlabel("layer, by number")
-    axes[0].set_ylabel("hot rows")
-    axes[0].legend()
-    ratios = [
-        row["median"] for row in report.rows
-        if (row["name"], row["metric"]) == ("budgets", "miss_ratio")
+    print_table(pivot(ratios, index), columns)
+
+
+def panels(report: Report, point: dict) -> list[Panel]:
+    """Left: rows of each layer after the move. Right: misses, auto over uniform, by point."""
+    rows = [
+        {"layer": layer, "rows": count, "side": row["config"]["side"]}
+        for row in report.select("misses", when="after", **point)
+        for layer, count in enumerate(row["rows"])
+    ]
+    return [
+        Panel(rows, "layer", "rows", "side", kind="bar",
+              axes={"xlabel": "layer_index", "ylabel": "hot rows"}),
+        Panel(report.select("budgets", "miss_ratio"),
+              lambda row: "{context} x {requests}, {ratio}".format(**row["config"]), kind="bar",
+              levels={"no change": 1}, axes={"ylabel": "misses, auto / uniform"}),
     ]  # fmt: skip
-    axes[1].bar(np.arange(len(ratios)), ratios)
-    axes[1].axhline(1, color="gray", linestyle=":")
-    axes[1].set_xlabel("point")
-    axes[1].set_ylabel("misses, auto / uniform")
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.arguments(__doc__.splitlines()[0]).parse_args(argv)
-    report, progress = common.Report(), common.Progress()
+    args = argument_parser(__doc__).parse_args(argv)
+    report, progress = Report(), Progress()
     points = [QUICK_POINT] if args.quick else POINTS
     for point in points:
         progress(f"layer budgets: {point}")
         measure(report, point, QUICK_LAYERS if args.quick else LAYERS, args.seed)
     headline = next((p for p in points if p["ratio"] == 0.2), points[0])
-    summarise(report, headline)
-    print_tables(report, points)
-    if args.json:
-        report.write(args.json, args.seed, quick=args.quick)
-    if args.plot:
-        common.save_figure(args.plot, lambda axes: draw(report, axes, headline))
+    for key, (name, metric) in FIGURES.items():
+        report.summarise(key, report.figure(name, metric, **headline))
+    print_tables(report)
+    finish(report, args, *panels(report, headline))
 
 
 if __name__ == "__main__":

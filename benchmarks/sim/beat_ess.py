@@ -4,18 +4,18 @@
 
 Misses: the generated streams of locality deepseek-v3.2 at 32K, MTP 2, with ESS's rows (ratio 0.2
 of the context for each request and layer) in four arrangements, all on the same streams: ESS's
-own, one tier shared by the requests, that with budgets by layer, and Belady's optimum in ESS's
-arrangement. Throughput: ESS's own settings (Table 1; 32K and 128K), cost model and memory
-equation of reproduce_ess.py; every step of the gain at the batch that is best for it,
-against the same model's baseline without ESS, as the paper's figures are. Nothing is fitted here.
+own, one tier shared by the requests, a shared tier with budgets by layer, and Belady's optimum in
+ESS's arrangement. Throughput: ESS's own settings (Table 1; 32K and 128K), cost model and memory
+equation of reproduce_ess.py. Every step of the gain runs at the batch that is best for it and is
+compared with the same model's baseline without ESS, as in the paper. Nothing is fitted here.
 
-What the steps are:
-  ESS                 its rows of each request, DA or DBA, its largest batch
+The steps:
+  ESS                 rows of its own for each request, DA or DBA, its largest batch
   batch               the same at its best batch
-  shared, budgets     one tier, rows by layer for the fewest misses (tiers/layer_budgets.py)
+  shared, budgets     one tier, rows by layer for the fewest misses (tiers/balance/budgets.py)
   other half          a fetch may also run behind the other half-batch (overlap = "halves")
-  exposed budgets     rows by layer for the shortest step: misses that something hides are free
-A gain ends in _charged where our maps and row states, which ESS does not count, are paid for.
+  exposed budgets     rows by layer for the shortest step: hidden misses cost nothing
+A figure whose name ends in _charged also pays for our maps and row states, which ESS leaves out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.harness import Report, argument_parser, save_figure, simulated, table
+from benchmarks.harness import (
+    Panel,
+    Report,
+    argument_parser,
+    finish,
+    print_table,
+    simulated,
+)
 from benchmarks.sim.published import BASELINES, ESS_ROWS, K
 from sglang_ess.layout import GIB
 from sglang_ess.sim.inputs.specs import load
@@ -44,9 +51,9 @@ RATIO, CONTEXT = 0.2, 32 * K
 SETTINGS = {32 * K: "ess-paper-32k", 128 * K: "ess-paper-128k"}
 ROWS = (2048, 2300, 2600, 3000, 3500, 4100, 4800, 5600, 6554, 7600, 8800, 10000, 11500, 13000,
         15000, 18000, 22000, 28000, 32768)  # fmt: skip
-SETTLE = 20  # steps before those that count
+WARMUP_STEPS = 20  # steps before those that count
 HOST_GIB = 1024
-PORTION = 64  # rows that budgets move
+PORTION = 64  # rows that budgets move at once
 # A tier that holds no step's union takes passes. The union of two queries is 1.3 top-k's.
 MIN_ROWS = 1.4
 PUBLISHED = {32 * K: 69.4, 128 * K: 122.7}
@@ -56,16 +63,15 @@ PUBLISHED = {32 * K: 69.4, 128 * K: 122.7}
 
 
 def arrangements(report: Report, locality: Locality, quick: bool, seed: int) -> None:
-    """Misses of ESS's rows arranged otherwise, and Belady's in ESS's arrangement."""
+    """Misses of ESS's rows in other arrangements, and of Belady's optimum in ESS's arrangement."""
     requests, steps, tail = (2, 30, 40) if quick else (4, 60, 80)
     layers = locality.spread(12) if quick else range(locality.num_layers)
     made = [
-        lab.generate(
-            locality, layer, [CONTEXT] * requests, SETTLE + steps + tail, queries=QUERIES, seed=seed
-        )
+        lab.generate(locality, layer, [CONTEXT] * requests, WARMUP_STEPS + steps + tail,
+                     queries=QUERIES, seed=seed)
         for layer in tqdm(layers, desc="streams", file=sys.stderr, disable=None)
-    ]
-    streams, warmup = [stream for stream, _ in made], made[0][1] + SETTLE
+    ]  # fmt: skip
+    streams, warmup = [stream for stream, _ in made], made[0][1] + WARMUP_STEPS
     rows = int(RATIO * CONTEXT) * requests
     budgets = lab.budgets(streams, rows, warmup=warmup, steps=steps)
     cases = {
@@ -75,21 +81,18 @@ def arrangements(report: Report, locality: Locality, quick: bool, seed: int) -> 
         "Belady, ratio of each request": ("ratio", "belady", rows),
         "Belady, shared, budgets by layer": ("shared", "belady", budgets.rows),
     }
-    found = {}
     for name, (organisation, policy, count) in cases.items():
         outcome = lab.run(streams, organisation, policy, count, warmup=warmup, tail=tail)
-        found[name] = outcome.mean
-        report.add(
-            simulated(
-                "misses", {"case": name, "layers": len(streams)}, "misses", "rows", [outcome.mean]
-            )
-        )
-    ess, _, ours, belady, own_belady = found.values()
+        config = {"case": name, "layers": len(streams)}
+        report.add(simulated("misses", config, "misses", "rows", [outcome.mean]))
+    found = report.select("misses")
+    ess, _, ours, belady, own_belady = (row["median"] for row in found)
     report.summarise("miss_ratio", ours / ess)
     report.summarise("vs_belady", ours / belady)
     report.summarise("vs_belady_with_our_budgets", ours / own_belady)
-    lines = [[name, f"{value:.0f}", f"{value / ess:.2f}"] for name, value in found.items()]
-    print(table(["ratio 0.2 at 32K", "misses", "of ESS's"], lines))
+    columns = {"": "case", "misses": "median:.0f",
+               "of ESS's": lambda row: f"{row['median'] / ess:.2f}"}  # fmt: skip
+    print_table(found, columns, "Ratio 0.2 at 32K")
 
 
 # --- throughput -------------------------------------------------------------------------
@@ -97,7 +100,7 @@ def arrangements(report: Report, locality: Locality, quick: bool, seed: int) -> 
 
 @dataclass(frozen=True)
 class Point:
-    """One step of the gain at one batch. misses [layers]; rows: per request and layer."""
+    """One step of the gain at one batch. misses: [layers]; rows: per request and layer"""
 
     batch: int
     rows: int
@@ -134,13 +137,13 @@ class Setting:
         return int(self.memory.hot_rows(batch, self.context) // batch)
 
     def batches(self) -> list[int]:
-        """Those whose tier holds more than a step's union, in steps of about 2 %."""
+        """Batches whose tier holds more than the union of a step, in steps of about 2 %."""
         most = self.memory.max_batch(self.context)
         found = range(most // 3, most, max(1, most // 80))
         return [b for b in found if self.rows(b) >= MIN_ROWS * self.model.topk]
 
     def at(self, batch: int, overlap: str, curves: list[MissCurve] | None) -> Point:
-        """curves: that budgets are made by; None: as many rows for every layer."""
+        """One batch. curves: the budgets minimise their sum; None: the same rows in each layer"""
         rows, layers = self.rows(batch), self.model.layers
         budgets = uniform(layers, rows * layers)
         if curves is not None:
@@ -152,7 +155,7 @@ class Setting:
         return Point(batch, rows, misses, cost.node_tokens_per_second(batch, seconds), budgets)
 
     def exposed_curves(self, batch: int) -> list[MissCurve]:
-        """The curves with what a layer's misses cost a step, in us, in place of the misses."""
+        """The curves with the us that a layer's misses add to a step in place of the misses."""
         cost = self.cost("halves")
         tried = np.linspace(0.0, self.model.topk * QUERIES, 120)
         seconds = np.array([cost.step(batch, self.context, m).seconds for m in tried])
@@ -191,41 +194,36 @@ def curves_of(locality: Locality, context: int, quick: bool) -> list[MissCurve]:
     ]
 
 
-def gains(report: Report, locality: Locality, quick: bool, seed: int) -> dict[int, dict]:
-    steps = {}
+def gains(report: Report, locality: Locality, quick: bool, seed: int) -> None:
     for context in SETTINGS:
-        curves, lines = curves_of(locality, context, quick), []
+        curves = curves_of(locality, context, quick)
         for charges in ("paper", "ours"):
             setting = Setting(locality, context, charges, curves)
-            found = steps[context, charges] = setting.steps()
-            last = 0.0
-            for name, point in found.items():
-                gain = 100 * (point.tokens_per_s / setting.baseline - 1)
+            gain = last = 0.0
+            for name, point in setting.steps().items():
+                last, gain = gain, 100 * (point.tokens_per_s / setting.baseline - 1)
                 config = {"context": context, "memory": charges, "step": name,
                           "batch": point.batch, "rows": point.rows}  # fmt: skip
-                report.add(
-                    simulated("tokens_per_s", config, "tokens_per_s", "1/s", [point.tokens_per_s])
-                )
-                host = setting.memory.host_used(point.batch, context) / (1 << 30)
                 host = setting.memory.host_used(point.batch, context) / GIB
-                lines.append(
-                    [charges, name, point.batch, point.rows, f"{point.misses.mean():.0f}",
-                     f"{host:.0f}", f"{point.tokens_per_s:.0f}", f"{gain:+.1f}%",
-                     f"{gain - last:+.1f}"]
-                )  # fmt: skip
-                last = gain
+                report.add(simulated(
+                    "tokens_per_s", config, "tokens_per_s", "1/s", [point.tokens_per_s],
+                    misses=float(point.misses.mean()), host_gib=host, gain_percent=gain,
+                    more_than_before=gain - last,
+                ))  # fmt: skip
             ending = "" if charges == "paper" else "_charged"
-            report.summarise(f"gain_{context // K}k{ending}", last)
-        headers = [f"{context // K}K: memory", "step", "batch", "rows", "misses", "host GiB",
-                   "tokens/s", "gain", "points"]  # fmt: skip
-        print(f"\nESS publishes {PUBLISHED[context]:+.1f} %")
-        print(table(headers, lines))
-        check(report, locality, context, steps[context, "ours"]["exposed budgets"], quick, seed)
-    return steps
+            report.summarise(f"gain_{context // K}k{ending}", gain)
+        columns = {
+            "memory": "memory", "step": "step", "batch": "batch", "rows": "rows",
+            "misses": "misses:.0f", "host GiB": "host_gib:.0f", "tokens/s": "median:.0f",
+            "gain, %": "gain_percent:+.1f", "points": "more_than_before:+.1f",
+        }  # fmt: skip
+        title = f"{context // K}K; ESS publishes {PUBLISHED[context]:+.1f} %"
+        print_table(report.select("tokens_per_s", context=context), columns, title)
+        check(report, locality, context, point, quick, seed)
 
 
 def check(report: Report, locality: Locality, context: int, point: Point, quick, seed) -> None:
-    """The last point's misses in one shared tier, row by row, not from curves."""
+    """Simulate the last point in one shared tier, row by row: how far off are the curves?"""
     layers = locality.spread(4 if quick else 16)
     found = measure(
         locality, context, 4 if quick else 12, [point.budgets[layer] for layer in layers],
@@ -236,30 +234,17 @@ def check(report: Report, locality: Locality, context: int, point: Point, quick,
     print(f"in one shared tier, row by row, {len(layers)} layers: {error:+.1%} misses")
 
 
-def draw(steps: dict) -> Callable:
-    def on(axes) -> None:
-        for axis, context in zip(axes, SETTINGS, strict=True):
-            names = list(steps[context, "paper"])
-            for i, charges in enumerate(("paper", "ours")):
-                values = [point.tokens_per_s for point in steps[context, charges].values()]
-                axis.bar(np.arange(len(names)) + 0.4 * i, values, 0.4, label=f"memory as {charges}")
-            axis.set_xticks(np.arange(len(names)) + 0.2, names, rotation=20)
-            axis.set(title=f"{context // K}K, tokens/s of a node, simulated")
-            axis.legend()
-
-    return on
-
-
 def main() -> None:
-    options = argument_parser(__doc__.split("\n")[0]).parse_args()
+    args = argument_parser(__doc__).parse_args()
     locality, report = Locality.load(MODEL), Report()
-    arrangements(report, locality, options.quick, options.seed)
-    steps = gains(report, locality, options.quick, options.seed)
-    print(table(["", "value"], [[k, f"{v:.3g}"] for k, v in report.summary.items()]))
-    if options.json:
-        report.write(options.json, options.seed, quick=options.quick)
-    if options.plot:
-        save_figure(options.plot, draw(steps), size=(13, 5))
+    arrangements(report, locality, args.quick, args.seed)
+    gains(report, locality, args.quick, args.seed)
+    panels = [
+        Panel(report.select("tokens_per_s", context=context), "step", series="memory", kind="bar",
+              axes={"title": f"{context // K}K, tokens/s of a node, simulated"})
+        for context in SETTINGS
+    ]  # fmt: skip
+    finish(report, args, *panels)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,34 @@
-"""Fits the localities of the simulator to published misses, with the production HotCache.
+"""Fit the localities of the simulator to published misses, with the production HotCache.
 
-    python -m benchmarks.sim.fit_locality [--write] [--json PATH] [--plot PATH]
+    python -m benchmarks.sim.fit_locality [--write] [--quick] [--json PATH] [--plot PATH]
 
-deepseek-v3.2: three numbers for all layers (uniform misses of a layer as a power of its misses at
-ratio 0.2, two; the growth of reach with context) and each layer's reach, which its own entry of
-ESS figure 5 decides. churn 0.3 was chosen of 0.3, 0.34 and 0.38: the least error. glm-5.1: churn,
-uniform and reach, on HiSparse's six miss rates. --write puts them into data/localities/.
+deepseek-v3.2: three numbers for all layers (two make the uniform misses of a layer a power of its
+misses at ratio 0.2; one is the growth of reach with the context) and a reach for each layer, which
+its own entry of ESS figure 5 decides. Of churn 0.3, 0.34 and 0.38, 0.3 had the least error.
+glm-5.1: churn, uniform and reach, fitted to six miss rates of HiSparse.
+--write replaces the files in python/sglang_ess/sim/data/localities/.
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 from scipy.optimize import brentq, least_squares, minimize
 
-from benchmarks.harness import ROOT, Report, argument_parser, save_figure, simulated, table
-from benchmarks.sim import published
-from benchmarks.sim.published import FIGURE5, FIGURE9
+from benchmarks.harness import (
+    ROOT,
+    Panel,
+    Report,
+    argument_parser,
+    finish,
+    print_table,
+    simulated,
+)
+from benchmarks.sim.published import FIGURE5, FIGURE9, HISPARSE, LAYER_17, LAYER_17_AT_02, RATIOS
 from sglang_ess.sim.model.decode_tiers import miss_curves
 from sglang_ess.sim.model.locality import Layers, Locality, TopkStream, similarity
 from sglang_ess.sim.policies import misses as policy_misses
@@ -28,9 +37,9 @@ TOPK, CHURN, QUERIES, CONTEXT = 2048, 0.3, 2, 32768
 REACHES = np.array([150, 500, 1500, 3000, 4500, 6000, 8000, 11000, 15000, 20000, 27000, 36000])
 UNIFORMS = np.array([0.01, 0.03, 0.06, 0.1, 0.16, 0.24, 0.34])
 MEAN_MISSES = 190.0  # of a layer at ratio 0.2: where the uniform share is anchored
-LAYER_17_WEIGHT = 0.7  # one layer's line beside means of 61
-LOCAL_SHARE = 0.9  # of a layer's misses at most is uniform: the low layers have some locality too
-HISPARSE_CONTEXT = 65536  # not stated: it only decides how soon the uniform part falls
+LAYER_17_WEIGHT = 0.7  # the line of one layer, beside means of 61
+LOCAL_SHARE = 0.9  # the most of a layer's misses that is uniform: low layers have locality too
+HISPARSE_CONTEXT = 65536  # not stated; it only decides how soon the uniform part falls
 FOLDER = ROOT / "python" / "sglang_ess" / "sim" / "data" / "localities"
 
 
@@ -39,7 +48,7 @@ def surface(context: int, requests: int, steps: int) -> RegularGridInterpolator:
     grid = [(r, u) for r in REACHES for u in UNIFORMS]
     layers = Layers(CHURN, tuple(float(u) for _, u in grid), tuple(float(r) for r, _ in grid))
     flat = Locality(TOPK, context, 0.0, layers)
-    rows = [int(context * ratio) for ratio in published.RATIOS]
+    rows = [int(context * ratio) for ratio in RATIOS]
     curves = miss_curves(flat, context, rows, queries=QUERIES, requests=requests, steps=steps)
     values = curves.reshape(len(REACHES), len(UNIFORMS), len(rows))
     return RegularGridInterpolator(
@@ -51,7 +60,7 @@ def layers_of(surfaces, scale: float, exponent: float) -> tuple[np.ndarray, np.n
     """Each layer's (ln reach, uniform): its misses at ratio 0.2 are those of figure 5."""
     misses = FIGURE5
     entering = TOPK * CHURN * QUERIES
-    at_02 = published.RATIOS.index(0.2)
+    at_02 = RATIOS.index(0.2)
     uniform = scale * (misses / MEAN_MISSES) ** exponent
     uniform = np.minimum(uniform, LOCAL_SHARE * misses / (1 - 0.2)) / entering
     lows, highs = np.log(REACHES[0]), np.log(REACHES[-1])
@@ -82,13 +91,13 @@ def predicted(surfaces, parameters) -> tuple[dict[int, np.ndarray], np.ndarray, 
 def errors(found: dict[int, np.ndarray]) -> np.ndarray:
     """ln(ours / published) of figure 9's points and of layer 17's line."""
     pairs = [
-        (ours, theirs, 1.0)
+        (ours, FIGURE9[context].get(ratio), 1.0)
         for context in FIGURE9
-        for ours, theirs in zip(found[context].mean(0), published.mean_line(context), strict=True)
+        for ratio, ours in zip(RATIOS, found[context].mean(0), strict=True)
     ]
     pairs += [
         (ours, theirs, LAYER_17_WEIGHT)
-        for ours, theirs in zip(found[CONTEXT][17], published.LAYER_17, strict=True)
+        for ours, theirs in zip(found[CONTEXT][17], LAYER_17, strict=True)
     ]
     return np.array([w * np.log(ours / theirs) for ours, theirs, w in pairs if theirs is not None])
 
@@ -108,18 +117,23 @@ def fit_deepseek(quick: bool) -> Locality:
     return Locality(TOPK, CONTEXT, round(float(fit.x[2]), 3), layers)
 
 
+def one_request(locality: Locality, layer: int, context: int) -> tuple[TopkStream, Any, Any, Any]:
+    """(stream, which, length, slots) of a request with slots 0 to context."""
+    stream = TopkStream(locality, layer, 1, context)
+    stream.begin(0, context)
+    slots = np.arange(context, dtype=np.int32)[None]
+    return stream, np.array([0]), np.array([context]), slots
+
+
 def hisparse(locality: Locality, steps: int) -> dict[tuple[str, int], float]:
-    """Missed lookups in % of each of HiSparse's policies and sizes, the first half not counted."""
-    stream = TopkStream(locality, 0, 1, HISPARSE_CONTEXT)
-    stream.begin(0, HISPARSE_CONTEXT)
-    which, length = np.array([0]), np.array([HISPARSE_CONTEXT])
-    slots = np.arange(HISPARSE_CONTEXT, dtype=np.int32)[None]
+    """Missed lookups in % by policy and rows of HISPARSE. The first half is not counted."""
+    stream, which, length, slots = one_request(locality, 0, HISPARSE_CONTEXT)
     topk = np.stack([stream.next(which, length, slots, 1) for _ in range(steps)])
     return {
         (policy, rows): 100
         * policy_misses(policy, topk, rows, HISPARSE_CONTEXT)[steps // 2 :].mean()
         / TOPK
-        for policy, rows in published.HISPARSE
+        for policy, rows in HISPARSE
     }
 
 
@@ -133,7 +147,7 @@ def fit_glm(quick: bool) -> Locality:
         if not (0 < p[0] <= 1 and 0 <= p[1] <= 1):
             return 10.0
         found = hisparse(one_layer(*p), 120 if quick else 240)
-        return sum(np.log(found[key] / value) ** 2 for key, value in published.HISPARSE.items())
+        return sum(np.log(found[key] / value) ** 2 for key, value in HISPARSE.items())
 
     start = (0.4, 0.2, np.log(4800))
     fit = minimize(loss, start, method="Nelder-Mead", options={"maxfev": 20 if quick else 80})
@@ -158,107 +172,83 @@ def as_toml(locality: Locality, source: str) -> str:
     )
 
 
-def check_deepseek(report: Report, locality: Locality, quick: bool) -> dict[int, np.ndarray]:
-    """The fitted file, measured afresh, against every published figure."""
+def check_deepseek(report: Report, locality: Locality, quick: bool) -> None:
+    """Measure the fitted locality again and add a row beside every published figure."""
     steps, requests = (20, 1) if quick else (60, 2)
-    found, lines = {}, []
+    found = {}
     for context in FIGURE9:
-        rows = [int(context * ratio) for ratio in published.RATIOS]
+        rows = [int(context * ratio) for ratio in RATIOS]
         found[context] = miss_curves(
             locality, context, rows, queries=QUERIES, requests=requests, steps=steps, seed=1
         )
-        line = published.mean_line(context)
-        for ratio, ours, theirs in zip(published.RATIOS, found[context].mean(0), line, strict=True):
-            add(report, "figure 9", {"context": context, "ratio": ratio}, ours, theirs)
-            if theirs is not None:
-                lines.append([f"{context // 1024}K", ratio, theirs, f"{ours:.0f}"])
-    at_02 = published.RATIOS.index(0.2)
+        for ratio, ours in zip(RATIOS, found[context].mean(0), strict=True):
+            config = {"context": context, "ratio": ratio}
+            add(report, "figure 9", config, ours, FIGURE9[context].get(ratio))
+    at_02 = RATIOS.index(0.2)
     for layer, theirs in enumerate(FIGURE5):
         add(report, "figure 5", {"layer": layer}, found[CONTEXT][layer, at_02], theirs)
-    for ratio, ours, theirs in zip(
-        published.RATIOS, found[CONTEXT][17], published.LAYER_17, strict=True
-    ):
+    for ratio, ours, theirs in zip(RATIOS, found[CONTEXT][17], LAYER_17, strict=True):
         add(report, "figure 5, layer 17", {"ratio": ratio}, ours, theirs)
-    for context, theirs in published.LAYER_17_AT_02.items():
-        add(
-            report,
-            "figure 8, layer 17, not fitted",
-            {"context": context},
-            found[context][17, at_02],
-            theirs,
-        )
-    print(table(["context", "ratio", "ESS figure 9", "ours"], lines))
-    return found
+    for context, theirs in LAYER_17_AT_02.items():
+        name = "figure 8, layer 17, not fitted"
+        add(report, name, {"context": context}, found[context][17, at_02], theirs)
 
 
 def add(report: Report, name: str, config: dict, ours: float, theirs: float | None) -> None:
     if theirs is not None:
-        error = {"published": theirs, "error": float(ours / theirs - 1)}
+        error = {"published": float(theirs), "error": float(ours / theirs - 1)}
         report.add(simulated(name, config, "misses", "rows", [ours], **error))
 
 
 def mean_similarity(locality: Locality) -> float:
-    """Of steps QUERIES apart, over eight layers; nothing here was fitted to it."""
+    """Of steps QUERIES apart, over eight layers. Nothing here was fitted to it."""
     shares = []
     for layer in locality.spread(8):
-        stream = TopkStream(locality, layer, 1, CONTEXT)
-        stream.begin(0, CONTEXT)
-        which, length = np.array([0]), np.array([CONTEXT])
-        slots = np.arange(CONTEXT, dtype=np.int32)[None]
+        stream, which, length, slots = one_request(locality, layer, CONTEXT)
         topk = [stream.next(which, length, slots, QUERIES)[-1] for _ in range(20)]
         shares.append(similarity(topk))
     return float(np.mean(shares))
 
 
-def draw(found: dict[int, np.ndarray]):
-    def on(axes) -> None:
-        for i, (context, misses) in enumerate(found.items()):
-            name, colour = f"{context // 1024}K", f"C{i}"
-            axes[0].plot(published.RATIOS, misses.mean(0), color=colour, label=name)
-            axes[0].plot(*zip(*FIGURE9[context].items(), strict=True), "o", color=colour)
-        axes[0].set(
-            yscale="log", xlabel="hot rows / context", ylabel="misses", title="ESS figure 9"
-        )
-        axes[0].legend()
-        axes[1].plot(FIGURE5, "o", label="ESS figure 5")
-        axes[1].plot(found[CONTEXT][:, 1], "-", label="generated, production LRU")
-        axes[1].set(xlabel="layer", ylabel="misses at ratio 0.2")
-        axes[1].legend()
-
-    return on
+def panels(report: Report) -> list[Panel]:
+    axes = {"title": "figure 9: lines ours, circles ESS's", "yscale": "log",
+            "xlabel": "hot rows / context", "ylabel": "misses"}  # fmt: skip
+    return [
+        Panel(report.select("figure 9"), "ratio", series="context", points="published", axes=axes),
+        Panel(report.select("figure 5"), "layer", points="published",
+              axes={"title": "figure 5", "xlabel": "layer", "ylabel": "misses at ratio 0.2"}),
+    ]  # fmt: skip
 
 
 def main() -> None:
-    parser = argument_parser(__doc__.split("\n")[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--write", action="store_true", help="replace the files in data/localities")
-    options = parser.parse_args()
+    args = parser.parse_args()
     report = Report()
-    deepseek, glm = fit_deepseek(options.quick), fit_glm(options.quick)
-    if options.write:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        write("deepseek-v3.2", as_toml(deepseek, "on ESS figures 5 and 9 (papers.md 1.6)."))
-        write("glm-5.1", as_toml(glm, "on HiSparse's miss rates (papers.md 3); one layer for all."))
-    found = check_deepseek(report, deepseek, options.quick)
+    deepseek, glm = fit_deepseek(args.quick), fit_glm(args.quick)
+    if args.write:
+        write("deepseek-v3.2", as_toml(deepseek, "to figures 5 and 9 of ESS."))
+        write("glm-5.1", as_toml(glm, "to the miss rates of HiSparse; one layer for all."))
+    check_deepseek(report, deepseek, args.quick)
     rates = hisparse(glm, 240)
-    lines = [[p, n, v, f"{rates[p, n]:.1f}"] for (p, n), v in published.HISPARSE.items()]
-    print(table(["policy", "rows", "HiSparse %", "ours %"], lines))
-    for (policy, rows), value in published.HISPARSE.items():
+    for (policy, rows), value in HISPARSE.items():
         add(report, "HiSparse", {"policy": policy, "rows": rows}, rates[policy, rows], value)
+    for name, keys in (("figure 9", ("context", "ratio")), ("HiSparse", ("policy", "rows"))):
+        columns = {key: key for key in keys}
+        columns |= {"published": "published", "ours": "median:.1f", "error": "error:+.1%"}
+        print_table(report.select(name), columns, name)
     for name in ("figure 9", "figure 5", "HiSparse"):
-        off = [abs(row["error"]) for row in report.rows if row["name"] == name]
+        off = [abs(row["error"]) for row in report.select(name)]
         key = name.replace(" ", "_").lower()
         report.summarise(f"{key}_mean_abs_error", np.mean(off))
         report.summarise(f"{key}_max_abs_error", np.max(off))
     report.summarise("similarity", mean_similarity(deepseek))
-    print(*(f"{key}: {value:.3f}" for key, value in report.summary.items()), sep="\n")
-    if options.json:
-        report.write(options.json, options.seed, quick=options.quick)
-    if options.plot:
-        save_figure(options.plot, draw(found))
+    finish(report, args, *panels(report))
 
 
 def write(name: str, text: str) -> None:
     path: Path = FOLDER / f"{name}.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     print(f"wrote {path.relative_to(ROOT)}")
 

@@ -2,13 +2,15 @@
 
     python -m benchmarks.sim.policy_lab [--quick] [--json PATH] [--plot PATH]
 
-1. LRU (the production HotCache), FIFO, CLOCK, LFU, random and Belady's optimum at several sizes,
-   on the "glm-5.1" profile, beside what HiSparse published (papers.md 3).
-2. As many hot rows as each request's own, the same for all (HiSparse) or in proportion to its
-   context (ESS); as one shared tier; as one with per-layer budgets. On "deepseek-v3.2" with two
-   queries a step. Budgets come from the steps before those that count.
+1. LRU (the production HotCache), the other policies of sglang_ess.sim.policies and Belady's optimum
+   at several sizes on the "glm-5.1" profile, beside the figures that HiSparse publishes.
+2. The same number of hot rows in three organisations: rows of its own for each request, either the
+   same number (HiSparse) or in proportion to its context (ESS); one shared tier; one shared tier
+   with per-layer budgets. On "deepseek-v3.2" with two queries a step. Budgets come from the steps
+   before those that count.
 3. LRU curves of sampled ghost caches beside exact ones.
-Belady knows the stream to its end only: steps at the end are simulated and not counted, for all.
+Belady knows the stream only to its end, so for every policy the last steps are simulated and not
+counted.
 """
 
 from __future__ import annotations
@@ -18,8 +20,17 @@ from time import thread_time as clock
 
 import numpy as np
 
-from benchmarks import harness
-from benchmarks.harness import simulated
+from benchmarks.harness import (
+    OtherLoad,
+    Panel,
+    Progress,
+    Report,
+    argument_parser,
+    finish,
+    measured,
+    print_table,
+    simulated,
+)
 from benchmarks.sim.published import HISPARSE
 from sglang_ess.sim import policies
 from sglang_ess.sim.model.locality import Locality
@@ -35,8 +46,11 @@ SPEED_ROWS = 4096
 
 @dataclass(frozen=True)
 class Scenario:
-    """contexts: of the requests; prefix: tokens they share; budgets: also of own rows, in
-    proportion (a request that is much shorter than others cannot spare what a budget takes).
+    """Requests that decode together.
+
+    contexts: tokens of each request; prefix: tokens they share
+    own_budgets: also run budgets with rows of each request's own (a request that is much shorter
+        than the others cannot spare the rows that a budget takes)
     """
 
     name: str
@@ -65,7 +79,7 @@ RUNS = (
 
 @dataclass(frozen=True)
 class Effort:
-    """Steps: before those that count, those, and after them; layers of 61."""
+    """Steps before, in and after the counted part; layers of the 61."""
 
     before: int
     counted: int
@@ -81,8 +95,8 @@ QUICK = Effort(100, 80, 80, 4, SCENARIOS[:2])
 # --- what is measured -------------------------------------------------------------------
 
 
-def measure_policies(report: harness.Report, effort: Effort, seed: int) -> None:
-    """Missed lookups of one request's own tier, by policy and size; and lookups a second."""
+def measure_policies(report: Report, effort: Effort, seed: int) -> None:
+    """Missed lookups of a tier of one request, by policy and size; and lookups per second."""
     locality = Locality.load("glm-5.1")
     context, steps = locality.reference_tokens, 2 * (effort.before + effort.counted + effort.after)
     stream, warmup = lab.generate(locality, 0, [context], steps, seed=seed)
@@ -102,13 +116,13 @@ def measure_policies(report: harness.Report, effort: Effort, seed: int) -> None:
                           published=published)
             )  # fmt: skip
             rate = stream.steps.size / seconds
-            report.add(harness.measured("speed", config, "lookups", "lookups/s", [rate]))
+            report.add(measured("speed", config, "lookups", "lookups/s", [rate]))
 
 
 def measure_organisations(
-    report: harness.Report, scenario: Scenario, effort: Effort, progress, seed: int
+    report: Report, scenario: Scenario, effort: Effort, progress, seed: int
 ) -> list[lab.Stream]:
-    """Misses of the layers that stand for all, by organisation. Returns their streams."""
+    """Misses by organisation, of a few layers that stand for all. Returns their streams."""
     locality = Locality.load("deepseek-v3.2")
     steps = effort.before + effort.counted + effort.after
     streams = []
@@ -139,7 +153,7 @@ def measure_organisations(
     return streams
 
 
-def measure_ghosts(report: harness.Report, streams: list[lab.Stream], effort: Effort) -> None:
+def measure_ghosts(report: Report, streams: list[lab.Stream], effort: Effort) -> None:
     """Errors of sampled curves against runs of the production LRU at each size."""
     warmup = len(streams[0].steps) - effort.before - effort.counted - effort.after
     sizes = [int(ratio * streams[0].num_slots) for ratio in GHOST_RATIOS]
@@ -160,106 +174,64 @@ def measure_ghosts(report: harness.Report, streams: list[lab.Stream], effort: Ef
 # --- output -----------------------------------------------------------------------------
 
 
-def rows_of(report: harness.Report, name: str, **config) -> list[dict]:
-    return [
-        row
-        for row in report.rows
-        if row["name"] == name and config.items() <= row["config"].items()
-    ]
-
-
-def mean(report: harness.Report, name: str, **config) -> float | None:
-    found = rows_of(report, name, **config)
-    return found[0]["mean"] if found else None
-
-
-def summarise(report: harness.Report) -> None:
+def summarise(report: Report) -> None:
     errors = []
     for (policy, rows), published in HISPARSE.items():
-        value = mean(report, "policy", policy=policy, rows=rows)
+        value = report.figure("policy", key="mean", policy=policy, rows=rows)
         report.summarise(f"{policy}_{rows}_missed_percent", value)
         errors.append(abs(value / published - 1))
     report.summarise("published_mean_abs_error", np.mean(errors))
     for scenario in SCENARIOS:
-        base = mean(report, "organisation", scenario=scenario.name, run="ratio")
+        found = {row["config"]["run"]: row["mean"]
+                 for row in report.select("organisation", scenario=scenario.name)}  # fmt: skip
+        if not found:
+            continue
         for key, run in (("fixed", "fixed"), ("shared", "shared"), ("budgets", "shared + budgets")):
-            value = mean(report, "organisation", scenario=scenario.name, run=run)
-            report.summarise(f"{key}_vs_ratio_{scenario.name}", value and value / base)
-        best = mean(report, "organisation", scenario=scenario.name, run="shared + budgets, Belady")
-        report.summarise(f"budgets_vs_belady_{scenario.name}", best and value / best)
+            report.summarise(f"{key}_vs_ratio_{scenario.name}", found[run] / found["ratio"])
+        best = found["shared + budgets, Belady"]
+        report.summarise(f"budgets_vs_belady_{scenario.name}", found["shared + budgets"] / best)
     for rate in RATES:
-        found = [row["mean"] for row in rows_of(report, "ghost", rate=rate)]
+        found = [row["mean"] for row in report.select("ghost", rate=rate)]
         report.summarise(f"ghost_error_percent_at_{rate:g}", np.mean(found))
     for policy in policies.POLICIES:
-        value = mean(report, "speed", policy=policy, rows=SPEED_ROWS)
+        value = report.figure("speed", policy=policy, rows=SPEED_ROWS)
         report.summarise(f"{policy}_lookups_per_s", value)
 
 
-def print_tables(report: harness.Report) -> None:
-    lines = []
-    for policy in policies.POLICIES:
-        cells = []
-        for row in rows_of(report, "policy", policy=policy):
-            published = f" ({row['published']:g})" if row["published"] else ""
-            cells.append(f"{row['mean']:.1f}{published}")
-        speed = mean(report, "speed", policy=policy, rows=SPEED_ROWS)
-        lines.append([policy, *cells, speed / 1e6])
-    print("Missed lookups in %, glm-5.1 (HiSparse's published figure)")
-    print(harness.table(("policy", *map(str, SIZES), "M lookups/s"), lines), end="\n\n")
-    print(f"Rows fetched per request, layer and step; {QUERIES} queries, ratio {RATIO}")
-    lines = []
-    for row in rows_of(report, "organisation"):
-        config = row["config"]
-        base = mean(report, "organisation", scenario=config["scenario"], run="ratio")
-        requests = "/".join(f"{value:.0f}" for value in row["by_request"])
-        spread = "-".join(str(count) for count in sorted(set(row["layer_rows"])))
-        lines.append([config["scenario"], config["run"], row["mean"], row["mean"] / base,
-                      requests, spread])  # fmt: skip
-    headers = ("contexts", "hot rows", "misses", "vs ratio", "by request", "rows a layer")
-    print(harness.table(headers, lines), end="\n\n")
-    print("Ghost caches: error of the misses in %, mean of the layers (worst)")
-    lines = [
-        [f"{rate:g}"]
-        + [f"{row['mean']:.1f} ({row['worst']:.1f})" for row in rows_of(report, "ghost", rate=rate)]
-        for rate in RATES
-    ]
-    print(harness.table(("sampled", *map(str, GHOST_RATIOS)), lines), end="\n\n")
-    print(harness.table(("", "value"), report.summary.items()))
+def print_tables(report: Report) -> None:
+    columns = {"policy": "policy", "rows": "rows", "missed, %": "mean",
+               "HiSparse publishes": "published"}  # fmt: skip
+    print_table(report.select("policy"), columns, "Missed lookups, glm-5.1")
+    columns = {
+        "contexts": "scenario", "hot rows": "run", "misses": "mean",
+        "vs ratio": lambda row: row["mean"] / report.figure(
+            "organisation", key="mean", scenario=row["config"]["scenario"], run="ratio"),
+        "by request": lambda row: "/".join(f"{value:.0f}" for value in row["by_request"]),
+        "rows a layer": lambda row: "-".join(map(str, sorted(set(row["layer_rows"])))),
+    }  # fmt: skip
+    title = f"Rows fetched per request, layer and step; {QUERIES} queries, ratio {RATIO}"
+    print_table(report.select("organisation"), columns, title)
+    columns = {"sampled": "rate", "hot rows of all slots": "ratio", "error, %": "mean",
+               "worst layer": "worst"}  # fmt: skip
+    print_table(report.select("ghost"), columns, "Ghost caches: error of the misses")
 
 
-def draw(report: harness.Report, axes) -> None:
-    """Left: misses of each policy by size. Middle: organisations. Right: ghosts' errors."""
-    for policy in policies.POLICIES:
-        found = rows_of(report, "policy", policy=policy)
-        line = axes[0].plot(SIZES, [row["mean"] for row in found], marker=".", label=policy)
-        points = [(size, value) for (name, size), value in HISPARSE.items() if name == policy]
-        if points:
-            axes[0].plot(*zip(*points, strict=True), "x", color=line[0].get_color())
-    axes[0].set_xscale("log", base=2)
-    axes[0].set_xlabel("hot rows of a request (x: HiSparse, published)")
-    axes[0].set_ylabel("missed lookups, %")
-    axes[0].legend()
-    names = [run[0] for run in RUNS]
-    shown = [s for s in SCENARIOS if rows_of(report, "organisation", scenario=s.name)]
-    for i, scenario in enumerate(shown):
-        values = [mean(report, "organisation", scenario=scenario.name, run=n) or 0 for n in names]
-        axes[1].barh(np.arange(len(names)) + 0.25 * i, values, 0.25, label=scenario.name)
-    axes[1].set_yticks(np.arange(len(names)) + 0.25, names, fontsize=8)
-    axes[1].invert_yaxis()
-    axes[1].set_xlabel("rows fetched per request, layer and step")
-    axes[1].legend()
-    for rate in RATES:
-        found = rows_of(report, "ghost", rate=rate)
-        axes[2].plot(GHOST_RATIOS, [row["mean"] for row in found], marker=".", label=f"{rate:g}")
-    axes[2].set_xlabel("hot rows of all slots")
-    axes[2].set_ylabel("error of a ghost's misses, %")
-    axes[2].legend(title="sampled")
+def panels(report: Report) -> list[Panel]:
+    return [
+        Panel(report.select("policy"), "rows", "mean", "policy", points="published",
+              axes={"xlabel": "hot rows of a request (circles: HiSparse, published)",
+                    "ylabel": "missed lookups, %", "xscale": "log"}),
+        Panel(report.select("organisation"), "run", "mean", "scenario", kind="bar",
+              axes={"ylabel": "rows fetched per request, layer and step"}),
+        Panel(report.select("ghost"), "ratio", "mean", "rate",
+              axes={"xlabel": "hot rows of all slots", "ylabel": "error of a ghost's misses, %"}),
+    ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = harness.argument_parser(__doc__.splitlines()[0]).parse_args(argv)
+    args = argument_parser(__doc__).parse_args(argv)
     effort = QUICK if args.quick else FULL
-    report, progress, load = harness.Report(), harness.Progress(), harness.OtherLoad()
+    report, progress, load = Report(), Progress(), OtherLoad()
     progress("policies")
     measure_policies(report, effort, args.seed)
     for scenario in effort.scenarios:
@@ -269,10 +241,7 @@ def main(argv: list[str] | None = None) -> None:
             measure_ghosts(report, streams[:: max(1, len(streams) // 4)], effort)
     summarise(report)
     print_tables(report)
-    if args.json:
-        report.write(args.json, args.seed, quick=args.quick, other_load=load.ratio())
-    if args.plot:
-        harness.save_figure(args.plot, lambda axes: draw(report, axes), size=(17, 5), panels=3)
+    finish(report, args, *panels(report), other_load=load.ratio())
 
 
 if __name__ == "__main__":

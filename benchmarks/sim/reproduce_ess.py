@@ -8,16 +8,16 @@ Fitted, by least squares, and never on a row with ESS (ess_fit.py refuses one):
   which fit_locality.py fitted to these figures; `interpolated` the figures themselves.
 Everything else is a data sheet, a config file or a published kernel figure: sim/data/*/*.toml.
 
-What the paper leaves open, and what is taken here:
+What the paper leaves open, and the reading taken here:
 - the GPU: H200, as the rows of Table 2 hold about 80 GiB of latent rows and keys;
 - misses at MTP 4: twice those at MTP 2 (interpolated), those of four queries (generated);
 - two-batch overlap at 128K: off, as batch 13 takes 48 ms there and batch 12 at 32K about 60;
 - everything at 64K: a digest's claim is all there is; batches by Table 2's memory, baseline 26,
   two-batch overlap where it is faster.
-A second table has the other readings, each fitted anew: `fit error` is its largest on a baseline
-row. Two terms of the model came after a first look at the predictions, when these were off by
-2.0 % in the mean and 4.2 % at most: whole tiles, kept because the fitted rows fit better (chi
-square 5.1 to 3.5), and the bytes of DA's merge, by what a merge moves.
+Another table has the other readings, each fitted on its own: `fit error` is its largest on a
+baseline row. Two terms of the model were added after a first look at the predictions, which were
+off by 2.0 % in the mean and 4.2 % at most: whole tiles, kept because the fitted rows fit better
+(chi square 5.1 to 3.5), and the bytes that DA's merge moves.
 Exit status: 0; 1 where a target is missed.
 """
 
@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.harness import simulated
 from benchmarks.sim import published
 from benchmarks.sim.ess_fit import (
     COMPUTE,
@@ -183,34 +184,35 @@ def other_readings(misses: Misses, other: Misses, other_name: str) -> dict[str, 
     }
 
 
+def row_of(
+    name: str, role: str, config: dict, metric: str, unit: str, value: float, **more
+) -> dict:
+    return simulated(name, config, metric, unit, [value], role=role, **more)
+
+
 def table_row(row: Row, made: Reproduction, role: str) -> dict:
     config = {"queries": row.queries, "accepted": row.accepted, "context": row.context,
               "batch": row.batch, "ratio": row.ratio}  # fmt: skip
     mean = float(made.misses(row).mean()) if row.ratio < 1 else 0.0
-    return {
-        "name": "table2", "kind": "simulated", "role": role, "config": config,
-        "metric": "throughput", "unit": "tokens/s", "median": made.throughput(row),
-        "paper": row.throughput, "error": made.error(row), "step_ms": made.seconds(row) * 1e3,
-        "paper_step_ms": row.step_seconds * 1e3, "misses": mean,
-    }  # fmt: skip
+    return row_of(
+        "table2", role, config, "throughput", "tokens/s", made.throughput(row),
+        paper=row.throughput, error=made.error(row), step_ms=made.seconds(row) * 1e3,
+        paper_step_ms=row.step_seconds * 1e3, misses=mean,
+    )  # fmt: skip
 
 
 def figure1_row(point: Point, made: Reproduction) -> dict:
     row = Row(point.queries, 1.7, point.context, point.batch, 1.0, float("nan"))
-    return {
-        "name": "figure1", "kind": "simulated", "role": "fit", "config": {"batch": point.batch},
-        "metric": "step", "unit": "ms", "median": made.seconds(row) * 1e3,
-        "paper": point.seconds * 1e3, "error": made.seconds(row) / point.seconds - 1,
-    }  # fmt: skip
+    return row_of(
+        "figure1", "fit", {"batch": point.batch}, "step", "ms", made.seconds(row) * 1e3,
+        paper=point.seconds * 1e3, error=made.seconds(row) / point.seconds - 1,
+    )  # fmt: skip
 
 
 def figure7_rows(calibration: Calibration) -> list[dict]:
     return [
-        {
-            "name": "figure7", "kind": "simulated", "role": "fit", "metric": "added", "unit": "us",
-            "config": {"mode": mode, "misses": misses},
-            "median": figure7_us(calibration, mode, misses), "paper": us,
-        }
+        row_of("figure7", "fit", {"mode": mode, "misses": misses}, "added", "us",
+               figure7_us(calibration, mode, misses), paper=us)
         for mode in MODES
         for misses, us in zip(published.FIGURE7_MISSES, published.FIGURE7[mode], strict=True)
     ]  # fmt: skip
@@ -248,13 +250,12 @@ def add_rows(report: harness.Report, made: Reproduction) -> None:
 def add_readings(report: harness.Report, readings: dict[str, Reproduction]) -> None:
     for name, made in readings.items():
         errors = np.abs(made.errors())
-        report.add({
-            "name": "sensitivity", "kind": "simulated", "config": {"reading": name},
-            "metric": "mean_abs_error", "unit": "ratio", "median": float(errors.mean()),
-            "max_abs_error": float(errors.max()), "best_batch_mtp4": made.best_batch(4, 2.8),
-            "gains": [made.gain(32 * K), made.gain_64k(), made.gain(128 * K)],
-            "fit_error": made.fit_error(),
-        })  # fmt: skip
+        report.add(
+            row_of("sensitivity", "predicted", {"reading": name}, "mean_abs_error", "ratio",
+                   errors.mean(), max_abs_error=float(errors.max()), fit_error=made.fit_error(),
+                   best_batch_mtp4=made.best_batch(4, 2.8),
+                   gains=[made.gain(32 * K), made.gain_64k(), made.gain(128 * K)])
+        )  # fmt: skip
 
 
 def missed_targets(summary: dict[str, float]) -> list[str]:
@@ -263,72 +264,42 @@ def missed_targets(summary: dict[str, float]) -> list[str]:
 
 
 def print_tables(report: harness.Report) -> None:
-    lines = []
-    for row in report.rows:
-        if row["name"] == "table2":
-            at = row["config"]
-            lines.append([
-                row["role"], f"MTP {at['queries']}", at["accepted"], f"{at['context'] // K}K",
-                f"{at['batch']} ({at['ratio']:g})", row["misses"], row["paper"], row["median"],
-                f"{row['error']:+.1%}", row["paper_step_ms"], row["step_ms"],
-            ])  # fmt: skip
-    headers = ("", "", "accept", "context", "batch (ratio)", "misses", "paper tok/s", "ours",
-               "error", "paper ms", "ours ms")  # fmt: skip
-    print(harness.table(headers, lines), end="\n\n")
-    lines = [[row["name"], *row["config"].values(), row["unit"], row["paper"], row["median"]]
-             for row in report.rows if row["name"] == "figure1"]  # fmt: skip
-    print(harness.table(("fit", "batch", "", "paper", "ours"), lines), end="\n\n")
-    lines = [[*row["config"].values(), row["paper"], row["median"]]
-             for row in report.rows if row["name"] == "figure7"]  # fmt: skip
-    print(harness.table(("figure 7 (fit)", "misses", "paper us", "ours us"), lines), end="\n\n")
-    lines = [
-        [row["config"]["reading"], f"{row['median']:.1%}", f"{row['max_abs_error']:.1%}",
-         row["best_batch_mtp4"], *(f"{gain:+.1%}" for gain in row["gains"]),
-         f"{row['fit_error']:.1%}"]
-        for row in report.rows if row["name"] == "sensitivity"
-    ]  # fmt: skip
-    headers = ("other readings", "mean error", "largest", "best at MTP 4", "32K", "64K", "128K",
-               "fit error")  # fmt: skip
-    print(harness.table(headers, lines), end="\n\n")
-    print(harness.table(("", "value"), report.summary.items()))
+    columns = {
+        "": "role", "MTP": "queries", "accept": "accepted", "context": "context", "batch": "batch",
+        "ratio": "ratio", "misses": "misses", "paper tok/s": "paper", "ours": "median",
+        "error": "error:+.1%", "paper ms": "paper_step_ms", "ours ms": "step_ms",
+    }  # fmt: skip
+    harness.print_table(report.select("table2"), columns, "Table 2")
+    columns = {"batch": "batch", "paper ms": "paper", "ours": "median"}
+    harness.print_table(report.select("figure1"), columns, "Figure 1, fitted")
+    columns = {"overlap": "mode", "misses": "misses", "paper us": "paper", "ours": "median"}
+    harness.print_table(report.select("figure7"), columns, "Figure 7, fitted")
+    columns = {
+        "": "reading", "mean error": "median:.1%", "largest": "max_abs_error:.1%",
+        "best at MTP 4": "best_batch_mtp4", "fit error": "fit_error:.1%",
+        "gains 32K, 64K, 128K": lambda row: ", ".join(f"{gain:+.1%}" for gain in row["gains"]),
+    }  # fmt: skip
+    harness.print_table(report.select("sensitivity"), columns, "Other readings")
     paper = (published.GAIN_32K, published.DIGEST_GAIN_64K, published.GAIN_128K)
-    print(
-        "gains in percent; ESS: 32K {:+.1%}, 64K {:+.0%} (a digest's), 128K {:+.1%}".format(*paper)
-    )
+    print("\ngains; ESS: 32K {:+.1%}, 64K {:+.0%} (a digest's), 128K {:+.1%}".format(*paper))
 
 
-def draw(report: harness.Report, axes) -> None:
-    """Left: throughput by batch, paper's points and our lines. Right: figure 7."""
-    rows = [row for row in report.rows if row["name"] == "table2"]
-    settings = dict.fromkeys(tuple(row["config"][k] for k in ("queries", "accepted", "context"))
-                             for row in rows)  # fmt: skip
-    for i, setting in enumerate(settings):
-        mine = [
-            r
-            for r in rows
-            if tuple(r["config"][k] for k in ("queries", "accepted", "context")) == setting
-        ]
-        batches = [r["config"]["batch"] for r in mine]
-        label = f"MTP {setting[0]}, accept {setting[1]}, {setting[2] // K}K"
-        axes[0].plot(batches, [r["median"] for r in mine], color=f"C{i}", label=label)
-        axes[0].plot(batches, [r["paper"] for r in mine], "o", color=f"C{i}")
-    axes[0].set_title("Table 2: lines ours, points the paper's")
-    axes[0].set_xlabel("batch of a GPU")
-    axes[0].set_ylabel("tokens/s of a node")
-    axes[0].legend(fontsize=7)
-    for i, mode in enumerate(MODES):
-        mine = [r for r in report.rows if r["name"] == "figure7" and r["config"]["mode"] == mode]
-        misses = [r["config"]["misses"] for r in mine]
-        axes[1].plot(misses, [r["median"] for r in mine], color=f"C{i}", label=mode)
-        axes[1].plot(misses, [r["paper"] for r in mine], "o", color=f"C{i}")
-    axes[1].set_title("Figure 7 (fitted)")
-    axes[1].set_xlabel("misses a request")
-    axes[1].set_ylabel("added us of a layer and micro-batch")
-    axes[1].legend(fontsize=7)
+def panels(report: harness.Report) -> list[harness.Panel]:
+    """Left: throughput by batch. Right: figure 7. Lines are ours, circles the paper's."""
+    table2 = {"title": "Table 2: lines ours, circles the paper's", "xlabel": "batch of a GPU",
+              "ylabel": "tokens/s of a node"}  # fmt: skip
+    figure7 = {"title": "Figure 7 (fitted)", "xlabel": "misses a request",
+               "ylabel": "added us of a layer and micro-batch"}  # fmt: skip
+    return [
+        harness.Panel(report.select("table2"), "batch", series=("queries", "accepted", "context"),
+                      points="paper", axes=table2),
+        harness.Panel(report.select("figure7"), "misses", series="mode", points="paper",
+                      axes=figure7),
+    ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.argument_parser(__doc__.splitlines()[0])
+    parser = harness.argument_parser(__doc__)
     parser.add_argument("--misses", choices=("generated", "interpolated"), default="generated",
                         help="where misses come from [%(default)s]")  # fmt: skip
     args = parser.parse_args(argv)
@@ -349,10 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     progress("other readings of what the paper leaves open")
     add_readings(report, other_readings(made.misses, sources[other], other))
     print_tables(report)
-    if args.json:
-        report.write(args.json, args.seed, quick=args.quick, misses=args.misses)
-    if args.plot:
-        harness.save_figure(args.plot, lambda axes: draw(report, axes))
+    harness.finish(report, args, *panels(report), misses=args.misses)
     missed = missed_targets(report.summary)
     for name in missed:
         print(f"target missed: {name}", file=sys.stderr)

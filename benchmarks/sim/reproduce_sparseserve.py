@@ -36,13 +36,22 @@ Where the model is far off, and why:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import harness
+from benchmarks.harness import (
+    Panel,
+    Progress,
+    Report,
+    argument_parser,
+    finish,
+    print_table,
+    simulated,
+)
+from sglang_ess.layout import GIB
 from sglang_ess.sim.engine.block_serving import (
     SYSTEMS,
     BlockCache,
@@ -112,12 +121,11 @@ ITEMS = {
 }
 
 
-def record(report: harness.Report, name: str, value: float, **config) -> None:
+def record(report: Report, name: str, value: float, **config) -> None:
     """A row beside the paper's number."""
     item = ITEMS[name]
-    row = harness.measured(name, config, "effect", item.unit, [value])
-    extra = {"kind": "simulated", "paper": item.paper, "basis": item.basis}
-    report.add(row | extra | {"right": item.is_right(value)})
+    facts = {"paper": item.paper, "basis": item.basis, "right": item.is_right(value)}
+    report.add(simulated(name, config, "effect", item.unit, [value], **facts))
     report.summarise(name, value / item.paper)
 
 
@@ -310,16 +318,15 @@ def serving_effects(serving: Serving, goodputs: list[float]) -> dict[str, float]
 
 
 def measure_serving(
-    report: harness.Report, serving: Serving, steps: int, progress: Callable[[str], None]
+    report: Report, serving: Serving, steps: int, progress: Callable[[str], None]
 ) -> list[float]:
     """Rows of the goodputs. Returns them, requests a second."""
     name, found = serving.model.name, []
     for system in SYSTEMS:
         progress(f"{name}: goodput of {system.name}")
         found.append(serving.goodput(system, found[-1] if found else 0.2, steps))
-        row = harness.measured("goodput", {"model": name, "system": system.name}, "rate", "req/s",
-                              found[-1:])  # fmt: skip
-        report.add(row | {"kind": "simulated"})
+        config = {"model": name, "system": system.name}
+        report.add(simulated("goodput", config, "rate", "req/s", found[-1:]))
         if len(found) > 1:
             record(report, f"goodput_{name}{system.name}", found[-1] / found[-2], model=name)
     record(report, f"goodput_{name}_total", found[-1] / found[0], model=name)
@@ -329,50 +336,37 @@ def measure_serving(
 # --- output -----------------------------------------------------------------------------
 
 
-def _verdict(row: dict) -> str | None:
-    """Of the direction; None for what is no prediction."""
+def _verdict(row: Mapping) -> str | None:
+    """Whether the direction is right; None for a row that is no prediction."""
     if row["basis"] in (FITTED, CONSTRUCTION):
         return None
     return "yes" if row["right"] else "NO"
 
 
-def print_table(report: harness.Report) -> None:
-    lines = [
-        (row["name"], row["paper"], row["median"], row["median"] / row["paper"], row["unit"],
-         row["basis"], _verdict(row))
-        for row in report.rows if "paper" in row
-    ]  # fmt: skip
-    headers = ("", "paper", "model", "model/paper", "", "rests on", "direction")
-    print(harness.table(headers, lines), end="\n\n")
-    rates = [
-        (r["config"]["model"], r["config"]["system"], r["median"])
-        for r in report.rows
-        if r["name"] == "goodput"
-    ]
-    print(harness.table(("goodput", "", "req/s"), rates), end="\n\n")
-    totals = ("directions_right", "directions", "fitted_gib")
-    print(harness.table(("", "value"), [(name, report.summary[name]) for name in totals]))
+def print_tables(report: Report, effects: Sequence[dict]) -> None:
+    columns = {
+        "": "name", "paper": "paper", "model": "median",
+        "model/paper": lambda row: row["median"] / row["paper"], "unit": "unit",
+        "rests on": "basis", "direction": _verdict,
+    }  # fmt: skip
+    print_table(effects, columns)
+    columns = {"goodput": "model", "": "system", "req/s": "median"}
+    print_table(report.select("goodput"), columns)
 
 
-def draw(report: harness.Report, axes) -> None:
+def panels(report: Report, effects: Sequence[dict]) -> list[Panel]:
     """Left: model over paper of every item. Right: goodput by system."""
-    rows = [row for row in report.rows if "paper" in row]
-    axes[0].barh([r["name"] for r in rows], [r["median"] / r["paper"] for r in rows])
-    axes[0].axvline(1, color="gray", linestyle=":")
-    axes[0].set_xlabel("model / paper")
-    axes[0].tick_params(axis="y", labelsize=6)
-    for name in GOODPUTS:
-        found = [r for r in report.rows if r["name"] == "goodput" and r["config"]["model"] == name]
-        if found:
-            axes[1].plot([r["config"]["system"] for r in found], [r["median"] for r in found],
-                         marker="o", label=name)  # fmt: skip
-    axes[1].set_ylabel("goodput, req/s (simulated)")
-    axes[1].legend()
+    return [
+        Panel(effects, "name", lambda row: row["median"] / row["paper"], kind="bar",
+              levels={"paper": 1}, axes={"ylabel": "model / paper"}),
+        Panel(report.select("goodput"), "system", series="model",
+              axes={"ylabel": "goodput, req/s (simulated)"}),
+    ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = harness.argument_parser(__doc__.splitlines()[0]).parse_args(argv)
-    report, progress = harness.Report(), harness.Progress()
+    args = argument_parser(__doc__).parse_args(argv)
+    report, progress = Report(), Progress()
     setting = Setting.load(DATA)
     model = setting.models[0]
     progress("transfers and prefill")
@@ -386,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
     num_bytes = batches.fit_bytes(setting.cache_bytes(model), FIG1_LOADS)
     rate = setting.machine.memcpy_bytes_per_second
     for name, value in figure_1(batches, num_bytes, rate).items():
-        record(report, name, value, cache_gib=num_bytes / 2**30)
+        record(report, name, value, cache_gib=num_bytes / GIB)
     found = batches.run(8, batches.rows(setting.cache_bytes(model)), True)
     share = 1 - found[1] / batches.step_seconds(found, rate)
     record(report, "memcpy_loading_share", share, batch=8)
@@ -397,15 +391,13 @@ def main(argv: list[str] | None = None) -> None:
             progress(f"{model.name}: control and segmented prefill")
             for name, value in serving_effects(serving, goodputs).items():
                 record(report, name, value, model=model.name)
-    known = [r for r in report.rows if r.get("basis") not in (None, FITTED, CONSTRUCTION)]
-    report.summarise("fitted_gib", num_bytes / 2**30)
+    effects = [row for row in report.rows if "paper" in row]
+    known = [row for row in effects if row["basis"] not in (FITTED, CONSTRUCTION)]
+    report.summarise("fitted_gib", num_bytes / GIB)
     report.summarise("directions_right", sum(row["right"] for row in known))
     report.summarise("directions", len(known))
-    print_table(report)
-    if args.json:
-        report.write(args.json, args.seed, quick=args.quick)
-    if args.plot:
-        harness.save_figure(args.plot, lambda axes: draw(report, axes))
+    print_tables(report, effects)
+    finish(report, args, *panels(report, effects))
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def test_direction(paper, neutral, model, right):
 
 
 def test_rows_are_simulated_and_the_summary_is_flat():
-    report = benchmark.harness.Report()
+    report = Report()
     benchmark.record(report, "batch_2_to_6", 1.8, cache_gib=17.0)
     benchmark.record(report, "save_flash_d2h", 1.0)
     row, other = json.loads(json.dumps(report.rows))
