@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.harness import Report
 from benchmarks.sim import reproduce_sparseserve as benchmark
 from sglang_ess.sim.engine.block_serving import SYSTEMS, BlockCache, BlockServer, Request, load
 from sglang_ess.sim.engine.blocks import BlockStreams, Roofline, Setting, overlap_law, working_sets
