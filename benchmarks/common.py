@@ -14,4 +14,4 @@ from benchmarks.harness import (  # noqa: F401
     table,
 )
 from benchmarks.harness import argument_parser as arguments  # noqa: F401
-from benchmarks.processes import Worker, WorkerError  # noqa: F401
+from benchmarks.worker import Worker, WorkerError  # noqa: F401

@@ -4,7 +4,7 @@
 
 For each architecture and setup, |logprob difference| per token, twice. "forced": transformers makes
 the engine's decisions, so this is what the arithmetic differs by; also in units of what rounding
-explains. "free": transformers makes its own decisions, so this is what a user sees. Then the overlap
+explains. "free": transformers makes its own decisions, which is what a user sees. Then the overlap
 of the two selections, and all of it again after a deliberate corruption.
 """
 

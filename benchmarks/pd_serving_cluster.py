@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.processes import HttpProcess, free_port
+from tools.processes import HttpProcess, free_port
 
 START_SECONDS = 600
 WAIT_SECONDS = 1800  # the router's own limit

@@ -36,13 +36,13 @@ from scipy.optimize import nnls
 from benchmarks import common
 from benchmarks.common import Report, measured, simulated, table
 from benchmarks.predict_gpu_files import BUDGETS, FREE, OVERLAPS, RESIDENT, Host, Point, Served
-from benchmarks.validate_step_time import draw, halves
 from sglang_ess.sim.inputs.specs import Calibration, Model, load, names
 from sglang_ess.sim.model.cost import CostModel
 from sglang_ess.sim.model.decode_tiers import measure
 from sglang_ess.sim.model.miss_table import MissTable
 from sglang_ess.testing.topk_stream.spec import MAX_LAYERS, Profile
 from sglang_ess.testing.topk_stream.table import scaled
+from tools.validate_step_time import draw, halves
 
 NAME = "predict_gpu"
 QUICK_REQUESTS, QUICK_STEPS = 8, 20

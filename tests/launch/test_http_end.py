@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from tests.benchmarks.test_processes import poll
 from tests.support.server import free_port
+from tests.tools.test_processes import poll
 
 APP = """
 import asyncio, atexit, sys, time

@@ -16,9 +16,9 @@ import pytest
 
 from sglang_ess.config import REFUSED
 from sglang_ess.launch import shutdown
-from tests.benchmarks.test_processes import poll
 from tests.support import leftovers
 from tests.support.stand_in import BOUND, SCHEDULER
+from tests.tools.test_processes import poll
 
 REPO = Path(__file__).resolve().parents[2]
 TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL

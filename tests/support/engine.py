@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.processes import end_with_parent
 from sglang_ess.config import EssConfig
 from tests.support import forked
 from tests.support.gather import rids
+from tools.processes import end_with_parent
 
 _context = forked.context
 

@@ -12,16 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.processes import end_with_parent
 from sglang_ess.cpu import set_thread_defaults
 from tests.support.pd import Node
+from tools.processes import end_with_parent
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tests.support.preload"])
 
 
 class Forked:
-    """What benchmarks.processes needs of a subprocess.Popen, in a session of its own.
+    """What tools.processes needs of a subprocess.Popen, in a session of its own.
 
     command: [interpreter, "-m", module, *arguments]; log: continued with stdout and stderr
     env: all of its variables

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from benchmarks.processes import HttpProcess
+from tools.processes import HttpProcess
 
 ANSWER_SECONDS = 90  # a request that a busy two-core machine serves takes a few
 GROUP = 8  # bodies between two greedy requests

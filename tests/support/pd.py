@@ -8,7 +8,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.processes import HttpProcess
+from tools.processes import HttpProcess
 
 # A log line of a check of SGLang's own that failed, or of a scheduler that died.
 BROKEN = ("leak detected", "Leak Detected", "double free", "use-after-free", "Scheduler hit an exc")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.processes import HttpProcess, free_port
+from tools.processes import HttpProcess, free_port
 
 __all__ = ["Server", "free_port"]
 

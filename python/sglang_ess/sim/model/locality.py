@@ -9,7 +9,7 @@ back by how long ago they left: exponentially, with mean `reach` departures. So
 
 which is the form of the published miss curves: a steep fall to about 10K rows, then a straight
 line to none at all rows (papers.md 1.6). The figures in data/localities/ are fitted by
-benchmarks/sim/fit_locality.py so that the production HotCache misses as published. Nothing but its
+tools/fit_locality.py so that the production HotCache misses as published. Nothing but its
 recency tells one position from another, so no policy that does not see the future beats LRU here.
 """
 

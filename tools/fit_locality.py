@@ -1,6 +1,6 @@
 """Fit the localities of the simulator to published misses, with the production HotCache.
 
-    python -m benchmarks.sim.fit_locality [--write] [--quick] [--json PATH] [--plot PATH]
+    python -m tools.fit_locality [--write] [--quick] [--json PATH] [--plot PATH]
 
 deepseek-v3.2: three numbers for all layers (two make the uniform misses of a layer a power of its
 misses at ratio 0.2; one is the growth of reach with the context) and a reach for each layer, which
@@ -164,7 +164,7 @@ def as_toml(locality: Locality, source: str) -> str:
         for name in ("uniform", "reach")
     )
     return (
-        f"# Fitted by benchmarks/sim/fit_locality.py, {time.strftime('%Y-%m-%d')}, {source}\n"
+        f"# Fitted by tools/fit_locality.py, {time.strftime('%Y-%m-%d')}, {source}\n"
         f"topk = {locality.topk}\n"
         f"reference_tokens = {locality.reference_tokens}\n"
         f"context_exponent = {locality.context_exponent:g}\n\n[layers]\n"

@@ -1,14 +1,14 @@
-"""benchmarks/validate_step_time: planted coefficients come back, and only half is ever fitted."""
+"""tools/validate_step_time: planted coefficients come back, and only half is ever fitted."""
 
 import numpy as np
 import pytest
 
-from benchmarks import validate_step_time
 from benchmarks.common import Report, save_figure
 from benchmarks.two_tier_engine import DROPPED_PASSES, SETTLED_PASSES
 from benchmarks.two_tier_report import Window
-from benchmarks.validate_step_time import PAGE, TERMS, Point, errors, fit, halves, judge, terms
 from tests.benchmarks.test_two_tier_benchmark import decode_passes
+from tools import validate_step_time
+from tools.validate_step_time import PAGE, TERMS, Point, errors, fit, halves, judge, terms
 
 PLANTED = np.array([8e-3, 4e-4, 6e-8, 9e-7])  # seconds of TERMS
 PLANS = [validate_step_time.QUICK, validate_step_time.FULL]

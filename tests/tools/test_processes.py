@@ -10,19 +10,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.processes import HttpProcess
+from tools.processes import HttpProcess
 
 REPO = Path(__file__).resolve().parents[2]
 FAMILY, SLEEPS = "tests.support.family", 2
 SERVER = f"""
-from benchmarks.processes import HttpProcess
+from tools.processes import HttpProcess
 server = HttpProcess({FAMILY!r}, log=LOG)
 server.process.wait()
 """
 # The thread that starts it ends: what dies with a thread would die here.
 THREAD = f"""
 import threading, time
-from benchmarks.processes import HttpProcess
+from tools.processes import HttpProcess
 starter = threading.Thread(target=lambda: HttpProcess({FAMILY!r}, log=LOG))
 starter.start()
 starter.join()

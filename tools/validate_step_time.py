@@ -1,6 +1,6 @@
 """Does the step-time model hold? Fitted on half of the measured points, it predicts the others.
 
-    python -m benchmarks.validate_step_time [--quick] [--json FILE] [--plot FILE]
+    python -m tools.validate_step_time [--quick] [--json FILE] [--plot FILE]
 
 Measured: decode steps of part (b) of benchmarks/two_tier.py, its engine, model shape and
 arguments, at more points: batch x context x hot ratio, with the rows fetched a step. The engines
