@@ -69,6 +69,8 @@ REFUSED = [
     ("/generate", sampled(temperature=1.0, top_k=2**31), "top_k must be"),
     ("/generate", sampled(temperature=1.0, repetition_penalty=1e-300), "repetition_penalty must"),
     ("/generate", sampled(temperature=1.0, logit_bias={"5": 1e300}), "logit_bias must be"),
+    ("/generate", sampled(stop_regex=["x", "(a+)+b"]), "stop_regex must be"),
+    ("/v1/completions", {"model": "m", "prompt": "a", "stop_regex": "(a|aa)*b"}, "stop_regex must"),
     ("/generate", sampled(n=0), "n must be 1 to"),
     ("/generate", sampled(n=10**9), "n must be 1 to"),
     ("/v1/completions", {"model": "m", "prompt": "a", "max_tokens": 2, "n": 10**9}, "n must be"),

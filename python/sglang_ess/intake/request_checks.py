@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sglang_ess.intake import Refused
+from sglang_ess.intake import Refused, stop_regex
 
 MAX_SAMPLES = 1024  # continuations of one prompt (n), each a request of its own
 # Top logprobs of a prompt become Python objects of some 150 bytes: 600 MB at most.
@@ -117,6 +117,7 @@ def request_problems(req: Any, vocab: int, hidden: int) -> Iterator[str]:
             yield f"{name} must be at least {SMALLEST_DIVISOR}: got {got}. Raise it."
     if wrong := [i for i in params.stop_token_ids or () if not 0 <= i < vocab]:
         yield f"stop_token_ids must be 0 to {vocab - 1}: got {wrong[0]}. Drop it."
+    yield from filter(None, map(stop_regex.problem, params.stop_regex_strs or ()))
     for key, bias in (params.logit_bias or {}).items():
         if not (isinstance(bias, (int, float)) and abs(bias) <= LARGEST_BIAS):
             yield f"logit_bias must be a finite number: got {_shown(bias)} for {key}. Correct it."

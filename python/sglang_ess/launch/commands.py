@@ -21,10 +21,13 @@ from sglang_ess.config import REFUSED
 # command: (module, what it does)
 COMMANDS = {
     "serve": ("sglang_ess.launch_server", "run SGLang's HTTP server with ESS"),
-    "doctor": ("sglang_ess.doctor", "report what this host has and what ESS can do on it"),
-    "plan": ("sglang_ess.plan", "advise a hot ratio and a batch size for a model and a GPU"),
-    "simulate": ("sglang_ess.simulate", "simulate a deployment with ESS and with one tier"),
-    "replay": ("sglang_ess.replay", "replay a trace that --ess-trace wrote"),
+    "doctor": ("sglang_ess.launch.doctor", "report what this host has and what ESS can do on it"),
+    "plan": (
+        "sglang_ess.sim.cli.plan",
+        "advise a hot ratio and a batch size for a model and a GPU",
+    ),
+    "simulate": ("sglang_ess.sim.cli.simulate", "simulate a deployment with ESS and with one tier"),
+    "replay": ("sglang_ess.sim.cli.replay", "replay a trace that --ess-trace wrote"),
 }
 SHORT_NAMES = {
     "sglang_ess.doctor": "sglang_ess.launch.doctor",

@@ -1,0 +1,155 @@
+"""Refuses a stop_regex whose search could take the scheduler for ever.
+
+SGLang searches the end of a request's output at every decode step, in the scheduler, with
+Python's `re`. That module backtracks: `(a+)+b` tries 2^n ways to divide n letters "a", and every
+request of the server waits meanwhile. A time limit would not do, because the ranks of a server
+must decide alike. So this bounds the number of steps from the pattern's text alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from re import _compiler, _parser  # type: ignore[attr-defined]
+from typing import Any, NamedTuple
+
+LENGTH = 1000  # characters of output for which steps are bounded
+# Two nested loops over the output pass (`.*x` from each start), three do not.
+MAX_STEPS = 5e7
+SAMPLES = "".join(map(chr, range(128))) + "é中€\u2003\u0663"  # one of each kind beyond ASCII
+
+_SINGLE = {_parser.LITERAL, _parser.NOT_LITERAL, _parser.IN, _parser.ANY}
+_LOOPS = {_parser.MAX_REPEAT, _parser.MIN_REPEAT, _parser.POSSESSIVE_REPEAT}
+_LOOKS = {_parser.ASSERT, _parser.ASSERT_NOT}
+
+
+class _Bound(NamedTuple):
+    """ways: in how many ways a part can match from one position; steps: to try all of them."""
+
+    ways: float
+    steps: float
+
+
+@functools.lru_cache(maxsize=256)
+def problem(pattern: str) -> str | None:
+    """Why a stop_regex is refused, in one line; None if its search is short."""
+    try:
+        steps = LENGTH * _Search(pattern).steps()
+    except (re.error, RecursionError) as error:
+        return f"stop_regex must be a regular expression: got {pattern!r} ({error}). Correct it."
+    if steps <= MAX_STEPS:
+        return None
+    return (
+        f"stop_regex must be a pattern that is found in few steps: got {pattern!r}, which can take "
+        f"more than {MAX_STEPS:.0g} on {LENGTH} characters. Repeat no repeat, and let what follows "
+        "one begin with a character that it cannot match."
+    )
+
+
+def _power(base: float, exponent: int) -> float:
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf
+
+
+class _Search:
+    """Bounds for one pattern. Sets of characters are bit masks over an alphabet of samples."""
+
+    def __init__(self, pattern: str):
+        self._parsed = _parser.parse(pattern)
+        self._alphabet = sorted({*SAMPLES, *pattern, *pattern.swapcase()})
+        self._all = (1 << len(self._alphabet)) - 1
+        self._masks: dict[str, int] = {}
+
+    def steps(self) -> float:
+        return self._sequence(list(self._parsed), None).steps
+
+    def _sequence(self, nodes: list[Any], follow: int | None) -> _Bound:
+        """follow: characters that may come next; None if the search has succeeded there."""
+        ways, steps = 1.0, 1.0
+        for i in reversed(range(len(nodes))):
+            first, can_be_empty = self._first(nodes[i + 1 :])
+            after: int | None = first
+            if can_be_empty:
+                after = None if follow is None else first | follow
+            part = self._node(nodes[i], after)
+            ways, steps = part.ways * ways, part.steps + part.ways * steps
+        return _Bound(ways, steps)
+
+    def _node(self, node: Any, follow: int | None) -> _Bound:
+        kind, value = node
+        if kind in _LOOPS:
+            return self._loop(kind, *value, follow)
+        if kind is _parser.SUBPATTERN:
+            return self._sequence(list(value[3]), follow)
+        if kind is _parser.BRANCH:
+            return self._branch([list(branch) for branch in value[1]], follow)
+        if kind is _parser.GROUPREF_EXISTS:
+            return self._branch([list(branch or ()) for branch in value[1:]], follow)
+        if kind in _LOOKS:
+            return _Bound(1, self._sequence(list(value[1]), None).steps)
+        if kind is _parser.ATOMIC_GROUP:
+            return _Bound(1, self._sequence(list(value), None).steps)
+        if kind is _parser.GROUPREF:
+            width = self._parsed.state.groupwidths[value]
+            return _Bound(1, min(width[1], LENGTH) if width else LENGTH)
+        return _Bound(1, 1)
+
+    def _loop(self, kind: Any, least: int, most: Any, body: Any, follow: int | None) -> _Bound:
+        nodes = list(body)
+        first, can_be_empty = self._first(nodes)
+        most = min(int(most), LENGTH)
+        one = self._sequence(nodes, first | (follow or 0))
+        if one.ways > 1 or can_be_empty:
+            ways = _power(max(one.ways, 2.0), most)
+        elif follow is None or not first & follow:  # the next character decides: on or out
+            ways = 1.0
+        else:
+            ways = max(1.0, most - min(least, most) + 1.0)
+        steps = max(ways, most) * one.steps
+        return _Bound(1.0 if kind is _parser.POSSESSIVE_REPEAT else ways, steps)
+
+    def _branch(self, branches: list[list[Any]], follow: int | None) -> _Bound:
+        bounds = [self._sequence(branch, follow) for branch in branches]
+        steps, seen, alone = sum(bound.steps for bound in bounds), 0, True
+        for branch in branches:
+            first, can_be_empty = self._first(branch)
+            if can_be_empty:
+                first |= self._all if follow is None else follow
+            alone, seen = alone and not seen & first, seen | first
+        every = [bound.ways for bound in bounds]
+        return _Bound(max(every) if alone else sum(every), steps)
+
+    def _first(self, nodes: list[Any]) -> tuple[int, bool]:
+        """(characters that a match can begin with, whether it can be empty)."""
+        mask = 0
+        for kind, value in nodes:
+            if kind in _SINGLE:
+                return mask | self._mask(kind, value), False
+            if kind in _LOOPS:
+                first, can_be_empty = self._first(list(value[2]))
+                can_be_empty |= value[0] == 0
+            elif kind is _parser.SUBPATTERN:
+                first, can_be_empty = self._first(list(value[3]))
+            elif kind is _parser.ATOMIC_GROUP:
+                first, can_be_empty = self._first(list(value))
+            elif kind is _parser.BRANCH:
+                parts = [self._first(list(branch)) for branch in value[1]]
+                first = functools.reduce(int.__or__, (part for part, _ in parts), 0)
+                can_be_empty = any(empty for _, empty in parts)
+            else:  # an assertion, a back reference: it may fail before any character
+                return self._all, False
+            mask |= first
+            if not can_be_empty:
+                return mask, False
+        return mask, True
+
+    def _mask(self, kind: Any, value: Any) -> int:
+        key = repr((kind, value))
+        if key not in self._masks:
+            one = _parser.SubPattern(self._parsed.state, [(kind, value)])
+            match = _compiler.compile(one, self._parsed.state.flags).fullmatch
+            self._masks[key] = sum(1 << i for i, c in enumerate(self._alphabet) if match(c))
+        return self._masks[key]
