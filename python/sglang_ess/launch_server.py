@@ -98,7 +98,7 @@ def _may_be_sparse(server_args: Any) -> bool:
     """Whether the model has DeepSeek sparse attention, or only SGLang can tell."""
     from sglang.srt.configs.model_config import is_deepseek_dsa
 
-    from sglang_ess.launch.preflight import read_model_config
+    from sglang_ess.launch.model_source import read_model_config
 
     model = read_model_config(server_args)
     return model is None or is_deepseek_dsa(model)

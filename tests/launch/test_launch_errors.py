@@ -13,7 +13,7 @@ import pytest
 
 from sglang_ess import errors, launch_server, plugin
 from sglang_ess.config import EssConfig
-from sglang_ess.launch import preflight
+from sglang_ess.launch import ports
 from tests.support import dry
 from tests.support.engine import in_fork, run_launcher
 from tests.support.launching import refused
@@ -118,7 +118,7 @@ def test_a_port_in_use(launch, host):
         result = launch("--host", host, "--port", str(taken))
         refused(result, f"--port must be free on {host}: got {taken}", "Try --port ")
         free = int(result[1][0].rsplit("--port ", 1)[1].rstrip("."))
-        assert free != taken and preflight.port_reasons(host, free) == []
+        assert free != taken and ports.port_reasons(host, free) == []
 
 
 def test_a_port_just_closed_can_be_taken_again(launch, port):
@@ -140,7 +140,7 @@ def test_an_address_of_another_machine(launch, monkeypatch):
     def bind(host, port):
         raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
 
-    monkeypatch.setattr(preflight, "_bind", bind)
+    monkeypatch.setattr(ports, "_bind", bind)
     refused(launch("--host", "192.0.2.1"), "192.0.2.1:", "Cannot assign")
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sglang_ess.launch import option_ranges as ranges
-from sglang_ess.launch import preflight
+from sglang_ess.launch import option_rules
 from tests.support.launching import DSA, refused
 
 
@@ -61,7 +61,7 @@ def test_the_cpu_platforms_limits(launch, flag, value, limit):
     given = [flag] if value is None else [flag, value]
     got = "on" if value is None else value
     refused(launch(*given), f"{flag} must be {limit} on the CPU platform: got {got}.")
-    rules = {rule[1] for rule in preflight.ESS_RULES + preflight.CUDA_RULES}
+    rules = {rule[1] for rule in option_rules.ESS_RULES + option_rules.CUDA_RULES}
     lines = launch(*given, accelerator="cuda")[1]
     assert (" with ESS: got " in "".join(lines)) if flag in rules else lines == []
     assert launch(*given, "--disable-ess", accelerator="cuda")[1] == []
@@ -141,20 +141,20 @@ RULE_CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "flag", "allowed"), preflight.ESS_RULES)
+@pytest.mark.parametrize(("name", "flag", "allowed"), option_rules.ESS_RULES)
 def test_what_two_tiers_do_not_serve(launch, name, flag, allowed):
     """One line each, also where the CPU platform has a rule of its own for it."""
     given = RULE_CASES[name]
     assert given[0] == flag
     refused(launch(*given), f"{flag} must be ")
-    ours = name not in {rule[0] for rule in preflight.CPU_RULES} | {"enable_hisparse"}
+    ours = name not in {rule[0] for rule in option_rules.CPU_RULES} | {"enable_hisparse"}
     if ours:
         refused(launch(*given), " with ESS: got ", "Drop it or add --disable-ess")
     assert (launch(*given, "--disable-ess")[0] != 2) == ours
     refused(launch(*given, accelerator="cuda"), f"{flag} must be ")
 
 
-@pytest.mark.parametrize(("name", "flag", "allowed"), preflight.CUDA_RULES)
+@pytest.mark.parametrize(("name", "flag", "allowed"), option_rules.CUDA_RULES)
 def test_what_two_tiers_do_not_serve_on_a_gpu(launch, name, flag, allowed):
     given = RULE_CASES[name]
     assert given[0] == flag

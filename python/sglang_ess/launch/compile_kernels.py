@@ -1,4 +1,4 @@
-"""Makes numba's machine code ready before the first request."""
+"""Compiles the CPU platform's numba kernels, or loads them, before the first request."""
 
 import torch
 
@@ -25,10 +25,10 @@ KERNELS = (
 
 
 def warm_up() -> bool:
-    """Call each kernel once, on one token: compile it, or load it from numba's cache.
+    """Call each kernel once, on one token, so that numba compiles it or loads it from its cache.
 
-    Rows and pages come as bytes whose format is a run-time value, so one call serves every
-    format. Returns whether anything was compiled (else all was cached).
+    Rows and pages are bytes, and their format is a run-time value. So one call covers every format.
+    Returns whether numba compiled anything; False if its cache had every kernel.
     """
     one = torch.ones(1, dtype=torch.int32)
     slots = torch.zeros(1, 1, dtype=torch.int32)
@@ -47,7 +47,7 @@ def warm_up() -> bool:
 
 
 def _warm_up_tiers(rows: torch.Tensor, topk: torch.Tensor) -> None:
-    """rows [1, row bytes]: a host tier of one slot; topk [1, 1] int32: that slot."""
+    """rows: [1, row_bytes] uint8, a host tier of one slot; topk: [1, 1] int32, that slot."""
     cache, slots = HotCache(rows, 1), topk[0].long()
     cache.fetch(cache.plan(topk))
     cache.warm(topk)

@@ -1,6 +1,6 @@
 """`python -m sglang_ess.doctor [--json]`: what this host has and what ESS can do on it.
 
-Exit status 1 when something required is off (SGLang's version, the contract, a package).
+The exit status is 1 if a requirement is not met: SGLang's version, the contract, a package.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from sglang_ess.layout import GIB
 
 REQUIRED = ("sglang", "torch", "numba", "transformers", "psutil")
 OPTIONAL = ("triton", "flashinfer-python")
-# What the CPU platform's kernels gain from, as LLVM (numba's code generator) names it.
+# Features that speed up the CPU platform's kernels, as LLVM (numba's code generator) names them.
 CPU_FEATURES = ("avx2", "avx512f", "avx512bw", "avx512bf16", "amx-bf16")
 
 
 def examine() -> dict[str, Any]:
-    """Everything the report prints; "problems" holds one line per required thing that is off.
+    """Everything the report prints; "problems" has one line for each requirement not met.
 
-    Effect: imports SGLang as a server would, so SGLANG_ESS_CONFIG is set when it was not.
+    Effect: imports SGLang as a server does. For that it sets SGLANG_ESS_CONFIG, if it is unset.
     Raises: SystemExit if SGLANG_ESS_CONFIG is malformed.
     """
     versions = {name: _version(name) for name in REQUIRED + OPTIONAL}
@@ -47,7 +47,7 @@ def examine() -> dict[str, Any]:
 
 
 def device() -> dict[str, Any]:
-    """Which platform SGLang will run on, and whether host memory can be pinned."""
+    """The platform that SGLang will choose, and whether it can pin host memory."""
     import torch
 
     from sglang_ess import plugin
@@ -68,7 +68,7 @@ def device() -> dict[str, Any]:
 
 
 def host() -> dict[str, Any]:
-    """Cores and memory this process may use; the cgroup limit is None when there is none."""
+    """Cores and memory that this process may use. A cgroup limit of None means there is none."""
     import llvmlite.binding as llvm
     import psutil
 
@@ -86,18 +86,18 @@ def host() -> dict[str, Any]:
 
 
 def contract_rows(active: str) -> tuple[list[dict[str, str]], list[str]]:
-    """(a row per hook with its state, the problems among rows in force on this platform)."""
+    """(a row for each hook with its state, problems of the hooks that this platform uses)."""
     from ess_patches import all_hooks, contract
 
     hooks = all_hooks()
-    problems = [str(mismatch) for mismatch in contract.check(())]  # the version alone
+    problems = [str(mismatch) for mismatch in contract.check(())]  # SGLang's version
     rows, broken = [], False
     for hook in hooks:
         mismatch = contract.check_hook(hook)
         if mismatch and hook.applies(active):
             if mismatch.state != contract.BROKEN or not broken:
                 problems.append(str(mismatch))
-            broken |= mismatch.state == contract.BROKEN  # which the other rows repeat
+            broken |= mismatch.state == contract.BROKEN  # the other rows would repeat it
         rows.append(
             {
                 "state": mismatch.state if mismatch else "ok",
@@ -115,12 +115,12 @@ def summary(active: str) -> str:
     if active == "cpu":
         return "CPU platform: DSA models run in full, for function and tests, not for speed."
     if active == "cuda":
-        return "CUDA: two tiers; docs/gpu.md says what of it has run on a device."
+        return "CUDA: two tiers; docs/gpu.md lists what has run on a device."
     return f"Nothing: ESS must have the CPU platform or CUDA: got {active}."
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as text, one fact a line."""
+    """The report as text, one fact per line."""
     lines = []
     for section in ("versions", "device", "host"):
         lines.append(section)
@@ -137,8 +137,12 @@ def render(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report; 1 if it holds problems."""
-    parser = argparse.ArgumentParser(prog=program_name("doctor"), description=__doc__)
+    """Print the report. Returns 1 if it lists problems, else 0."""
+    parser = argparse.ArgumentParser(
+        prog=program_name("doctor"),
+        description="Report what this host has and what ESS can do on it. The exit status is 1 if "
+        "a requirement is not met: SGLang's version, the contract, a package.",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     report = examine()

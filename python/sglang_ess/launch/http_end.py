@@ -1,6 +1,6 @@
-"""How SGLang's HTTP servers end: no new clients, a grace period, then an error for the rest.
+"""How SGLang's HTTP servers end: no new clients, a grace period, then errors for what still runs.
 
-SGLang gives uvicorn no bound, and has no option for one.
+SGLang lets uvicorn wait for running requests without a limit, and has no option for one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UNAVAILABLE = 503
 
 
 class BoundedConfig(uvicorn.Config):
-    """uvicorn's configuration of one server. It is pickled for every tokenizer worker."""
+    """uvicorn's configuration of one server, with our grace period; pickled for each worker."""
 
     grace_seconds = 0.0
 
@@ -34,9 +34,10 @@ class BoundedConfig(uvicorn.Config):
 
 
 def bound(grace_seconds: float) -> None:
-    """From now on SGLang's HTTP servers give requests so long. In the launcher's process.
+    """Limit how long SGLang's HTTP servers wait for running requests when they end.
 
-    Effect: replaces names of uvicorn's.
+    Call it in the process that starts those servers.
+    Effect: replaces uvicorn's Config and the way its workers are stopped.
     """
     BoundedConfig.grace_seconds = grace_seconds
     uvicorn.Config = uvicorn.run.__globals__["Config"] = BoundedConfig
@@ -44,9 +45,9 @@ def bound(grace_seconds: float) -> None:
 
 
 def answering(app, grace_seconds: float):
-    """The ASGI application, but a request that uvicorn cancels is answered with status 503.
+    """Wrap an ASGI application: a request that uvicorn cancels is answered with status 503.
 
-    An answer that has begun is cut off.
+    If its response has begun, the response is cut off.
     """
     message = (
         f"The server is ending: the request was not finished {grace_seconds:g} s after the signal "
@@ -80,26 +81,27 @@ def answering(app, grace_seconds: float):
 
 
 def leave_soon() -> None:
-    """Let a tokenizer worker, which has answered everything, skip what its modules do at exit.
+    """Let a tokenizer worker that has answered everything skip the exit handlers of its modules.
 
-    That takes seconds, for which all others wait. A process without a parent is no worker.
+    They take seconds, and all other processes wait for them. Only a worker has a parent process
+    in the sense of multiprocessing.
     """
     if multiprocessing.parent_process() is not None:
         multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=sys.maxsize)
 
 
 def stop_accepting(workers: Multiprocess) -> None:
-    """In the stead of Multiprocess.terminate_all: the workers stop listening, requests go on.
+    """Replaces uvicorn's Multiprocess.terminate_all: workers stop listening, requests continue.
 
-    It sends them SIGTERM, at which a worker of SGLang's that has nothing to do ends the scheduler
-    under the others; and its own socket goes on listening, which lets new clients hang.
+    terminate_all sends SIGTERM. An idle worker of SGLang's then ends the scheduler that the other
+    workers still need. The parent's socket also stays open, so that new clients would hang.
     """
-    for listener in vars(workers).get("sockets", ()):  # a property where workers have their own
+    for listener in vars(workers).get("sockets", ()):  # a property if workers have their own
         listener.close()
     for worker in workers.processes:
         if catches(worker.pid, signal.SIGINT):
             os.kill(worker.pid, signal.SIGINT)
-        else:  # it still imports, or it is gone
+        else:  # it is still importing, or it has ended
             worker.kill()
 
 

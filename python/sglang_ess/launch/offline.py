@@ -14,25 +14,25 @@ from sglang_ess.cpu import set_thread_defaults
 if TYPE_CHECKING:
     from sglang.srt.entrypoints.engine import Engine
 
-UNGUARDED = 3  # exit status of a child of SGLang's that runs the script which started it
+UNGUARDED = 3  # exit status of a spawned child in which the user's script calls engine() again
 
 
 class EngineRefused(errors.Refusal):
-    """There will be no engine; the message holds each reason on a line of its own."""
+    """The engine cannot start. The message has one line for each reason."""
 
 
 def engine(model_path: str, ess: EssConfig | None = None, **server_args: Any) -> Engine:
-    """An sglang.Engine with ESS; a context manager, which shuts it down.
+    """Start an sglang.Engine with ESS. As a context manager it shuts down at the end.
 
     ess: ESS's options, EssConfig() if None; server_args: sglang.Engine's own arguments
-    Call it before anything imports SGLang: the import settles the platform. SGLang's processes
-    run the calling script once more, so in a script the call belongs under
+    Call it before anything imports SGLang, because that import chooses the platform. SGLang's
+    processes run the calling script again, so a script must call it under
     `if __name__ == "__main__":`.
     Effect: sets SGLANG_ESS_CONFIG for this process and its children.
-    Raises: EngineRefused for what the launcher would refuse too.
+    Raises: EngineRefused for everything that the launcher refuses.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(UNGUARDED)  # the parent says why
+        os._exit(UNGUARDED)  # _reason() explains it in the parent
     config = ess or EssConfig()
     given = {"model_path": str(model_path), "log_level": "error", **server_args}
     try:
@@ -44,7 +44,7 @@ def engine(model_path: str, ess: EssConfig | None = None, **server_args: Any) ->
 
 
 def _started(server_args: Any) -> Engine:
-    """The engine. SGLang leaves processes behind where one of them fails; here none stays."""
+    """Start the engine. If that fails, end the processes that SGLang would leave behind."""
     from sglang.srt.entrypoints.engine import Engine
 
     before = set(multiprocessing.active_children())
@@ -58,7 +58,7 @@ def _started(server_args: Any) -> Engine:
 
 
 def _checked(config: EssConfig, given: dict[str, Any]) -> Any:
-    """The ServerArgs that were given, all of whose checks have passed."""
+    """The ServerArgs for these arguments, after all checks. Raises: EngineRefused."""
     os.environ.update(config.to_env())
     from sglang_ess import plugin
     from sglang_ess.launch import preflight
@@ -81,7 +81,7 @@ def _checked(config: EssConfig, given: dict[str, Any]) -> Any:
 
 
 def _platform_reasons(plugin: Any) -> list[str]:
-    """Whether an earlier `import sglang` has settled on another platform, or without our hooks."""
+    """Why it is too late: an earlier `import sglang` chose another platform or loaded no hooks."""
     module = sys.modules.get("sglang.srt.platforms")
     platform = getattr(module, "_current_platform", None)
     plugins = sys.modules.get("sglang.srt.plugins")
@@ -100,12 +100,12 @@ def _platform_reasons(plugin: Any) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    """One line; the scheduler's exit status says what its own process has met."""
+    """One line for an exception; a scheduler process reports its reason by its exit status."""
     if f"(exit code: {UNGUARDED})" in str(error):
         return (
             'sglang_ess.engine must be called under `if __name__ == "__main__":` in a script: '
             "got a call at its top level, which SGLang's processes ran again. Move it there."
         )
     if f"(exit code: {REFUSED})" in str(error):
-        return "the scheduler refused: its line, `sglang-ess: ...`, stands on stderr above."
+        return "the scheduler refused: it printed its reason, `sglang-ess: ...`, on stderr above."
     return errors.refusal(error)

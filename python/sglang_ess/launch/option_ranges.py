@@ -1,6 +1,6 @@
-"""Values that SGLang takes and that end its server, at once or at the first request.
+"""Values of options that SGLang accepts although they end its server, now or at a request.
 
-SGLang checks many of its options itself; here are those it does not.
+SGLang checks many of its options itself. These are the ones it does not check.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-# Above this a list with one entry for each size up to it, as SGLang makes, fills the memory.
+# SGLang makes a list with an entry for each size up to this one; a longer list fills the memory.
 MAX_GRAPH_SIZE = 1 << 20
 MAX_PROCESSES = 256
 
@@ -20,7 +20,7 @@ _PORT = ("1 to 65535", lambda value: 1 <= value <= 65535)
 _SIZE = (f"at most {MAX_GRAPH_SIZE}", lambda value: value <= MAX_GRAPH_SIZE)
 _PROCESSES = (f"1 to {MAX_PROCESSES}", lambda value: 1 <= value <= MAX_PROCESSES)
 
-# (ServerArgs field, flag, what a value that is not None must be, check)
+# (ServerArgs field, flag, rule in words, check); None is always allowed.
 RANGES: tuple[tuple[str, str, str, Callable[[Any], bool]], ...] = (
     ("max_running_requests", "--max-running-requests", *_COUNT),
     ("max_queued_requests", "--max-queued-requests", *_COUNT),
@@ -38,7 +38,7 @@ RANGES: tuple[tuple[str, str, str, Callable[[Any], bool]], ...] = (
         "--disaggregation-decode-polling-interval",
         *_COUNT,
     ),
-    # NumPy's limits; each process seeds it.
+    # Each process seeds NumPy, which has these limits.
     ("random_seed", "--random-seed", "0 to 4294967295", lambda value: 0 <= value < 1 << 32),
     ("tokenizer_worker_num", "--tokenizer-worker-num", *_PROCESSES),
     ("detokenizer_worker_num", "--detokenizer-worker-num", *_PROCESSES),
@@ -46,7 +46,7 @@ RANGES: tuple[tuple[str, str, str, Callable[[Any], bool]], ...] = (
     ("cuda_graph_max_bs_prefill", "--cuda-graph-max-bs-prefill", *_SIZE),
     ("torch_compile_max_bs", "--torch-compile-max-bs", *_SIZE),
 )
-# Options whose text is JSON, which a scheduler reads. (field, flag)
+# Options whose text a scheduler parses as JSON. (ServerArgs field, flag)
 JSON = (
     ("kv_events_config", "--kv-events-config"),
     ("model_loader_extra_config", "--model-loader-extra-config"),
@@ -54,7 +54,7 @@ JSON = (
 
 
 def range_reasons(server_args: Any) -> list[str]:
-    """Every value outside RANGES, every NaN and every text that is not the JSON it should be."""
+    """One line for each value outside RANGES, each NaN and each text that is not a JSON object."""
     reasons = [
         f"{flag} must be {words}: got {value}. Change it or leave it out."
         for name, flag, words, holds in RANGES
