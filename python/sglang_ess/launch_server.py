@@ -1,7 +1,7 @@
-"""`python -m sglang_ess.launch_server`: SGLang's server with ESS; takes every SGLang flag.
+"""`python -m sglang_ess.launch_server`: SGLang's server with ESS. It takes every SGLang flag.
 
-SGLang spawns its processes, and a spawned child imports this module again, as __mp_main__:
-nothing heavy at import, and one effect there, that it ends with its parent.
+SGLang spawns its processes, and each spawned child imports this module again as __mp_main__. So
+the module imports nothing heavy, and in a child its only effect is that it ends with its parent.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ HTTP_LOG_LEVELS = ("trace", *LOG_LEVELS)  # uvicorn's
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the server until it ends: 0, or 2 with one line on stderr per refused option.
+    """Run the server until it ends. Returns the exit status.
 
-    Effect: sets SGLANG_ESS_CONFIG for this process and its children, over an older value.
-    Raises: SystemExit from a broken contract; whatever SGLang raises once it serves.
+    Returns 2, with one line on stderr for each reason, if the options are refused; otherwise see
+    shutdown.supervised().
+    Effect: sets SGLANG_ESS_CONFIG for this process and its children.
+    Raises: SystemExit for a broken contract; whatever SGLang raises while it serves.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         config, rest = split_args(argv)
     except ValueError as error:
         return _refuse([str(error)])
-    # `import sglang` already picks the platform, so the children's variable comes before it.
+    # `import sglang` chooses the platform by this variable.
     os.environ.update(config.to_env())
     set_thread_defaults()
 
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def _start(config: EssConfig, rest: list[str]) -> int:
     try:
         return _serve(config, rest)
-    except Exception as error:  # of an import, or of a check of SGLang's
+    except Exception as error:  # from an import or from one of SGLang's checks
         if startup.answers():
             raise
         return _explain(error)
@@ -95,7 +97,7 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
 
 
 def _may_be_sparse(server_args: Any) -> bool:
-    """Whether the model has DeepSeek sparse attention, or only SGLang can tell."""
+    """Whether the model has DeepSeek sparse attention; also True if only SGLang can tell."""
     from sglang.srt.configs.model_config import is_deepseek_dsa
 
     from sglang_ess.launch.model_source import read_model_config
@@ -105,16 +107,16 @@ def _may_be_sparse(server_args: Any) -> bool:
 
 
 def _release_schedulers() -> None:
-    """Let SGLang's schedulers give back what they hold, as its own end at SIGTERM does."""
+    """Let SGLang's schedulers release their resources, as SGLang does at SIGTERM."""
     from sglang.srt.entrypoints.http_server import get_global_state
 
-    if (state := get_global_state()) is None:  # another server than the HTTP one
+    if (state := get_global_state()) is None:  # SGLang runs another server than its HTTP one
         return
     import zmq
     from sglang.srt.managers.io_struct import ShutdownReq, sock_send
     from sglang.srt.utils.cudacore_pyspy_dump_utils import collect_scheduler_processes
 
-    # The socket belongs to an event loop that has ended.
+    # The event loop of this socket has ended, so send without it.
     sock_send(zmq.Socket.shadow(state.tokenizer_manager.send_to_scheduler), ShutdownReq())
     until = time.monotonic() + shutdown.RELEASE_SECONDS
     while collect_scheduler_processes() and time.monotonic() < until:
@@ -122,9 +124,9 @@ def _release_schedulers() -> None:
 
 
 def _explain(error: Exception) -> int:
-    """Say in one line why there is no server: the exit status."""
+    """Print in one line why the server did not start. Returns the exit status."""
     logger.debug("SGLang did not start", exc_info=error)
-    if f"(exit code: {REFUSED})" in str(error):  # of a scheduler, which has said why
+    if f"(exit code: {REFUSED})" in str(error):  # a scheduler has printed why
         return REFUSED
     advice = "" if errors.is_check(error) else " Add --log-level debug for the traceback."
     status = _refuse([errors.refusal(error) + advice])
@@ -132,14 +134,14 @@ def _explain(error: Exception) -> int:
 
 
 def split_args(argv: list[str]) -> tuple[EssConfig, list[str]]:
-    """(ESS's options, SGLang's arguments). ESS's flags may stand in --config's file too.
+    """(ESS's options, SGLang's arguments). The file of --config may contain ESS's flags too.
 
     Raises: ValueError (one line) for a bad value, a misspelt ESS flag or a bad file.
     """
     argv = [part for arg in argv for part in _config_parts(arg)]
     parser = _OneLineParser(prog=PROG, add_help=False, allow_abbrev=False)
     EssConfig.add_cli_args(parser)
-    # The last one wins: the command line before the file.
+    # The last occurrence of a flag wins, so the command line overrides the file.
     args, rest = parser.parse_known_args(_file_flags(argv) + argv)
     for arg in rest:
         _refuse_misspelt(arg.partition("=")[0])
@@ -147,7 +149,7 @@ def split_args(argv: list[str]) -> tuple[EssConfig, list[str]]:
 
 
 def _prepare(rest: list[str]) -> Any:
-    """SGLang's ServerArgs. It refuses ESS's keys in a --config file, so it reads a copy.
+    """SGLang's ServerArgs. SGLang reads a copy of the --config file without ESS's keys.
 
     Raises: ValueError (one line) for what SGLang's parser refuses.
     """
@@ -165,14 +167,14 @@ def _prepare(rest: list[str]) -> Any:
 
 
 def _parsed(rest: list[str]) -> Any:
-    """prepare_server_args, whose own parser would print its whole usage before what is wrong."""
+    """prepare_server_args(), but an error is one line; SGLang's parser prints its whole usage."""
     from sglang.srt.server_args import ServerArgs, prepare_server_args
     from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
     parser = _OneLineParser(prog=PROG)
     ServerArgs.add_cli_args(parser)
     merged = ConfigArgumentMerger(parser).merge_config_with_args(rest)
-    logging.disable()  # of deprecated flags prepare_server_args warns once more
+    logging.disable()  # prepare_server_args() repeats the warnings about deprecated flags
     try:
         args = parser.parse_args(merged)
     finally:
@@ -229,9 +231,9 @@ def _yaml_mapping(path: Path) -> dict[Any, Any]:
 
 
 def _refuse_misspelt(flag: str) -> None:
-    """Raises: ValueError if this is no SGLang flag but nearly one of ours."""
+    """Raises: ValueError if this is not a flag of SGLang's but almost one of ours."""
     ours = EssConfig.flags()
-    cutoff = 0.0 if flag.startswith("--ess") else 0.9  # none of SGLang's is so near: tested
+    cutoff = 0.0 if flag.startswith("--ess") else 0.9  # no flag of SGLang's is that close: tested
     if near := difflib.get_close_matches(flag, ours, n=1, cutoff=cutoff):
         raise ValueError(
             f"ESS's flags must be among {', '.join(ours)}: got {flag}. Did you mean {near[0]}?"

@@ -1,8 +1,8 @@
-"""SGLang's two entry points into ESS; both run in every SGLang process, so imports are lazy.
+"""SGLang's two entry points into ESS. Both run in every SGLang process, so imports are lazy.
 
-SGLang logs an Exception from a plugin and goes on without it, but lets SystemExit through
-(sglang/srt/plugins/__init__.py, `except Exception`). When ESS was asked for and cannot be
-had, the process must stop: every failure here is a SystemExit.
+SGLang logs an Exception of a plugin and continues without it, but does not catch SystemExit
+(sglang/srt/plugins/__init__.py, `except Exception`). If ESS is requested and cannot work, the
+process must stop. So every failure here raises SystemExit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 CPU_PLATFORM = "sglang_ess.platforms.cpu.CpuDsaPlatform"
 PLUGIN_NAMES = ("sglang_ess", "ess_cpu")  # our entry points in pyproject.toml
-# SGLang's variable for the app of its tokenizer workers, which load no plugins by themselves.
+# SGLang's variable for the HTTP app of its tokenizer workers, which load no plugins themselves.
 APP_VAR, APP = "SGLANG_HTTP_SERVER_APP_PATH", "sglang_ess.intake.http_app:app"
 NO_PLATFORM = (
     "SGLang must have an accelerator or a platform: got neither. Start with "
@@ -27,7 +27,7 @@ NO_PLATFORM = (
     f"{ENV_VAR}='{{}}' (two tiers) or SGLANG_PLATFORM=ess_cpu (one) before Python starts."
 )
 
-# SGLang's clients that resolve a server's arguments in their own process, without plugins.
+# SGLang's clients that resolve server arguments in their own process, without plugins.
 CLIENTS = tuple(
     f"sglang.{name}"
     for name in (
@@ -38,7 +38,7 @@ CLIENTS = tuple(
     )
 )
 
-registered = False  # whether register() has armed this process; the launcher checks it
+registered = False  # whether register() has registered the hooks; the launcher checks it
 
 
 def register() -> None:
@@ -48,7 +48,7 @@ def register() -> None:
     """
     global registered
     config = _config()
-    if config is None and _named():  # by itself it stands for one tier on the CPU platform
+    if config is None and _named():  # SGLANG_PLATFORM=ess_cpu alone means one tier
         config = EssConfig(enabled=False)
     if config is None:
         logger.info("sglang-ess: inert, %s is not set", ENV_VAR)
@@ -56,7 +56,7 @@ def register() -> None:
         return
     _mark_log_lines(config)
     try:
-        targets = _arm(config)
+        targets = _register_hooks(config)
     except Exception as error:
         logger.debug("sglang-ess: registering the hooks failed", exc_info=True)
         reason = errors.with_place(errors.root(error))
@@ -69,9 +69,9 @@ def register() -> None:
 
 
 def _advise() -> None:
-    """Say what to do where a launch of SGLang's own will find no platform.
+    """Print what to do if SGLang, started without us, finds no platform.
 
-    SGLang runs the plugins when it launches something, not when it is imported.
+    SGLang loads plugins when it launches something, not when it is imported.
     """
     from sglang.srt.platforms import current_platform
     from sglang.srt.platforms.interface import SRTPlatform
@@ -81,7 +81,7 @@ def _advise() -> None:
 
 
 def _advise_clients() -> None:
-    """The same for `python -m` of a client that would end with SGLang's "No accelerator"."""
+    """Print the same for `python -m CLIENT`, which would end with SGLang's "No accelerator"."""
     rest = " ".join(sys.orig_argv).partition(" -m ")[2]
     name = rest.split(" ")[0]
     if name in CLIENTS and not os.environ.get("SGLANG_USE_CPU_ENGINE") and accelerator() is None:
@@ -93,7 +93,7 @@ def _advise_clients() -> None:
         )
 
 
-def _arm(config: EssConfig) -> list[str]:
+def _register_hooks(config: EssConfig) -> list[str]:
     from ess_patches import all_hooks, contract, topk_stream
 
     platform = active_platform()
@@ -106,7 +106,7 @@ def _arm(config: EssConfig) -> list[str]:
     if mismatches := contract.check(hooks):
         for mismatch in mismatches:
             print(f"sglang-ess: {mismatch}", file=sys.stderr)
-        if mismatches[-1].state == contract.BROKEN:  # which says nothing of the contract
+        if mismatches[-1].state == contract.BROKEN:  # an import failed: nothing was compared
             raise SystemExit(1)
         names = ", ".join(mismatch.target for mismatch in mismatches)
         raise SystemExit(f"sglang-ess: the contract with SGLang is broken at {names}. Stopping.")
@@ -116,25 +116,25 @@ def _arm(config: EssConfig) -> list[str]:
 def activate_cpu_platform() -> str | None:
     """Entry point of group sglang.srt.platforms: the CPU platform's class path, or None.
 
-    It is taken when the launcher set ENV_VAR and asked for it (`cpu`, or `auto` with no
-    accelerator), or when SGLANG_PLATFORM=ess_cpu names it. `import sglang` calls this, so
-    ENV_VAR has to be set before that import.
+    The platform is chosen if ENV_VAR asks for it (`cpu`, or `auto` on a host without an
+    accelerator), or if SGLANG_PLATFORM=ess_cpu names it. `import sglang` calls this function, so
+    ENV_VAR must be set before that import.
     Raises: SystemExit if ENV_VAR is malformed.
     """
     config = _config()
     _mark_log_lines(config)
     if _named():
-        taken = config is None or config.platform != "native"
+        chosen = config is None or config.platform != "native"
     elif config is None:
-        taken = False
+        chosen = False
         _advise_clients()
     else:
-        taken = config.platform == "cpu" or (config.platform == "auto" and accelerator() is None)
-    return CPU_PLATFORM if taken else None
+        chosen = config.platform == "cpu" or (config.platform == "auto" and accelerator() is None)
+    return CPU_PLATFORM if chosen else None
 
 
 def accelerator() -> str | None:
-    """Name of the first torch device type that is there ("cuda" stands for HIP too)."""
+    """The first torch device type that is available ("cuda" includes HIP); None if none is."""
     import torch
 
     for name in ("cuda", "xpu", "npu", "musa"):
@@ -145,7 +145,7 @@ def accelerator() -> str | None:
 
 
 def active_platform() -> str:
-    """The name for Hook.when: "cpu" on the CPU platform, else accelerator() or "none"."""
+    """The platform's name in Hook.when: "cpu" on the CPU platform, else accelerator() or "none"."""
     return "cpu" if activate_cpu_platform() else accelerator() or "none"
 
 

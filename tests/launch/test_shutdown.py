@@ -184,7 +184,7 @@ def test_a_scheduler_that_has_died_before_it_was_seen_is_noticed():
     supervisor = shutdown._Supervisor.__new__(shutdown._Supervisor)
     supervisor.vital, supervisor.segments, supervisor.poll = {}, set(), select.poll()
     try:
-        supervisor._look()
+        supervisor._scan()
         (seen,) = [number for number, vital in supervisor.vital.items() if vital[0] == pid]
         assert supervisor.vital[seen] == (pid, SCHEDULER)
         assert seen in [number for number, _ in supervisor.poll.poll(0)]

@@ -1,9 +1,9 @@
-"""How a server ends: in a bounded time, whatever state its processes are in, and leaving nothing.
+"""Ends a server in a bounded time, whatever its processes are doing, and leaves nothing behind.
 
-The launcher's process stays small: it forks, SGLang runs in the child, and this one takes the
-signals. So no handler, import or lock of SGLang's can hold up a signal, and the launcher outlives
-whatever it has to end. It is also the parent of every process that loses its own (a child
-subreaper), so that it finds all of them.
+The launcher forks: SGLang runs in the child, and the parent stays small and handles the signals.
+So no handler, import or lock of SGLang's can delay a signal, and the launcher outlives every
+process that it has to end. It is also a child subreaper: it becomes the parent of every process
+whose own parent has ended, so that it finds all of them.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from sglang_ess.config import REFUSED
 from sglang_ess.launch.startup import progress
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-END_SECONDS = 4.0  # after the grace period, for error answers and for what the processes hold
-RELEASE_SECONDS = 3.0  # of these for the schedulers, which may be in the middle of a step
+END_SECONDS = 4.0  # after the grace period, for error responses and for releasing resources
+RELEASE_SECONDS = 3.0  # the schedulers' part of it; one may be in the middle of a step
 FAULT_SECONDS = 5.0  # for SGLang to end by itself once one of its processes has died
-SAME_SECONDS = 0.5  # `timeout` and some shells send one signal twice: to a process and its group
-PARENT_SECONDS = 0.5  # between a child's looks at whether its parent lives
-TICK_SECONDS = 2.0  # between looks at which processes there are
-# SGLang's names of processes without which it does not serve. Another tokenizer worker is
-# started for one that dies.
+SAME_SECONDS = 0.5  # `timeout` and some shells signal a process and then its group: one signal
+PARENT_SECONDS = 0.5  # between a child's checks that its parent lives
+TICK_SECONDS = 2.0  # between scans of the processes
+# SGLang's names of the processes that it cannot serve without. A tokenizer worker is not among
+# them: SGLang starts another one if it dies.
 VITAL = ("sglang::scheduler", "sglang::detokenizer", "sglang::data_parallel_controller")
-COMM = 15  # characters of its name that the kernel keeps for a process, also once it has ended
+COMM = 15  # characters of a process's name that the kernel keeps, even after its end
 _SHORT_NAMES = tuple(name[:COMM] for name in VITAL)
-TEMPLATE = "SGLANG_ESS_TEMPLATE"  # variable: how names of this server's temporary files begin
-# How SGLang and its libraries begin the names of segments in /dev/shm that are one server's.
+TEMPLATE = "SGLANG_ESS_TEMPLATE"  # variable: prefix of the names of this server's temporary files
+# Prefixes of the segments in /dev/shm that SGLang and its libraries make for one server.
 SEGMENTS = tuple(f"/dev/shm/{name}" for name in ("sglang_loads_", "sgl_shm_", "nccl-", "cuda.shm."))
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
-_pipe: int | None = None  # in SGLang's process: its end of the pipe to the launcher
+_pipe: int | None = None  # in SGLang's process: the write end of the pipe to the launcher
 
 
 def supervised(serve: Callable[[], int], grace_seconds: float) -> int:
-    """Run serve() in a child of this process; returns its exit status once all has ended.
+    """Run serve() in a child of this process. Returns once every process has ended.
 
-    At a first SIGTERM, SIGINT or SIGHUP the server takes no more requests; those that run have
+    At the first SIGTERM, SIGINT or SIGHUP the server stops taking requests; running requests have
     grace_seconds to finish and then get an error. A second signal, or a first one before
     serving() was called, ends all processes at once.
-    Returns 0 for a server that was asked to end and did, 128 + the second signal's number, or
-    what serve() returned; 1 if a process died or had to be killed, with one line on stderr.
+    Returns the exit status: 0 if the server ended as asked; 128 + the number of a second signal;
+    what serve() returned; 1, with one line on stderr, if a process died or had to be killed.
     """
     launcher, (pipe, pipe_of_child) = os.getpid(), os.pipe()
     template = f"ess-{os.urandom(4).hex()}-"
@@ -59,7 +59,7 @@ def supervised(serve: Callable[[], int], grace_seconds: float) -> int:
     signals = set(ENDING)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
         signals.remove(signal.SIGHUP)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # none is lost between here and run()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # so that run() misses none
     main = os.fork()
     if main == 0:
         _become_server(launcher, pipe_of_child, template)
@@ -70,34 +70,35 @@ def supervised(serve: Callable[[], int], grace_seconds: float) -> int:
 
 
 def serving() -> None:
-    """Tell the launcher that requests are served: from now on a signal gives them their grace."""
-    _tell()
+    """Tell the launcher that the server takes requests: a signal now starts a grace period."""
+    _notify()
 
 
 def served() -> None:
-    """Tell the launcher that every request has its answer: nothing is lost by killing now."""
-    _tell()
+    """Tell the launcher that all requests are answered: it may kill without losing any."""
+    _notify()
 
 
 def follow_parent() -> None:
-    """End this process when its parent has ended, be it killed; for a child that SGLang spawns.
+    """End this process, a child that SGLang spawned, when its parent ends or is killed.
 
-    SGLang asks the kernel for that too, but 10 to 20 s later, after its imports. A thread and not
-    PR_SET_PDEATHSIG, which takes the end of the thread that spawned us for the parent's.
-    Effect: temporary files are named after this server, so that the launcher can remove them.
+    SGLang also arranges this, but 10 to 20 s later, after its imports. This uses a thread, because
+    PR_SET_PDEATHSIG already fires when the parent's thread that spawned this process ends.
+    Effect: temporary files get this server's prefix, so that the launcher can remove them.
     """
     tempfile.template = os.environ.get(TEMPLATE, tempfile.template)
     threading.Thread(target=_die_after, args=(os.getppid(),), daemon=True).start()
 
 
 class _Supervisor:
-    """The launcher after its fork. main: SGLang's process; pipe: what it tells."""
+    """The launcher after the fork. main: pid of SGLang's process; pipe: read end of its pipe."""
 
     def __init__(self, main: int, pipe: int, template: str, grace_seconds: float):
         self.main, self.template, self.grace_seconds = main, template, grace_seconds
         self.main_status: int | None = None
-        self.told, self.repeats_until = 0, 0.0  # told: calls of serving(), then of served()
-        self.vital: dict[int, tuple[int, str]] = {}  # pidfd: (pid, SGLang's name for it)
+        self.stage = 0  # 1 after serving(), 2 after served()
+        self.repeats_until = 0.0  # until then a signal may be the first one again
+        self.vital: dict[int, tuple[int, str]] = {}  # pidfd: (pid, SGLang's name of it)
         self.segments = {f"/dev/shm/multi_tokenizer_args_{main}"}
         self.signals, self.signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.poll = select.poll()
@@ -117,7 +118,7 @@ class _Supervisor:
 
     def _serve_until_asked(self) -> int:
         while True:
-            self._look()
+            self._scan()
             numbers, lost = self._wait(TICK_SECONDS)
             if numbers:
                 return self._asked(signal.Signals(numbers[0]).name)
@@ -128,25 +129,25 @@ class _Supervisor:
                 return self.main_status if known else self._failed("the main one")
 
     def _asked(self, name: str) -> int:
-        if self.told == 0:
+        if self.stage == 0:
             progress(f"{name} before the server was ready: ended")
             return 0
         progress(
             f"{name}: no more requests are taken; those that run have {self.grace_seconds:g} s to "
             "finish (--ess-grace-seconds), then they get an error; a second signal ends at once"
         )
-        _signal(self.main, signal.SIGINT)  # SIGTERM starts SGLang's own end, which has no bound
+        _signal(self.main, signal.SIGINT)  # at SIGTERM SGLang would wait without a limit
         self.repeats_until = time.monotonic() + SAME_SECONDS
         status = self._main_ends_within(self.grace_seconds + END_SECONDS)
-        if status is None and self.told < 2:
+        if status is None and self.stage < 2:
             progress(f"warning: a process hung: all are killed, {END_SECONDS:g} s after the grace")
             return 1
         return status or 0
 
     def _lost(self, pid: int, name: str) -> int:
-        """A vital process has ended: SGLang may end by itself, and say why, or not notice."""
+        """A vital process has ended. SGLang may end by itself and say why, or not notice."""
         status = self._main_ends_within(FAULT_SECONDS)
-        if status == REFUSED or (status or 0) > 128:  # it has said why; or a signal came
+        if status == REFUSED or (status or 0) > 128:  # it said why, or a signal came
             return status
         return self._failed(f"{name} (process {pid})")
 
@@ -160,7 +161,7 @@ class _Supervisor:
         return 1
 
     def _main_ends_within(self, seconds: float) -> int | None:
-        """Exit status of SGLang's process, or 128 + a signal that came; None: it still runs."""
+        """Exit status of SGLang's process, or 128 + a signal that came; None if it still runs."""
         until = time.monotonic() + seconds
         while self.main_status is None:
             if (left := until - time.monotonic()) <= 0:
@@ -171,23 +172,23 @@ class _Supervisor:
         return max(0, self.main_status)
 
     def _wait(self, seconds: float) -> tuple[list[int], list[tuple[int, str]]]:
-        """(signals that came, vital processes that ended), after so many seconds at most."""
+        """(signals that came, vital processes that ended), after `seconds` at the latest."""
         numbers, lost = [], []
         for descriptor, _ in self.poll.poll(seconds * 1000):
             if descriptor == self.signals:
                 numbers = [one for one in os.read(self.signals, 64) if one != signal.SIGCHLD]
                 continue
-            if descriptor == self.pipe and (told := os.read(self.pipe, 8)):
-                self.told += len(told)
+            if descriptor == self.pipe and (messages := os.read(self.pipe, 8)):
+                self.stage += len(messages)
                 continue
-            self.poll.unregister(descriptor)  # its other end is gone
+            self.poll.unregister(descriptor)  # the process at its other end has ended
             if descriptor in self.vital:
                 lost.append(self.vital[descriptor])
         self._reap()
         return numbers, lost
 
     def _reap(self) -> None:
-        """Take the exit status of every child that has ended, adopted ones too."""
+        """Collect the exit status of every child that has ended, adopted ones included."""
         try:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] == self.main:
@@ -195,37 +196,39 @@ class _Supervisor:
         except ChildProcessError:
             pass
 
-    def _look(self) -> None:
-        """Note the vital processes and the shared memory of all."""
+    def _scan(self) -> None:
+        """Find the vital processes, and the shared memory of all processes."""
         known = {pid for pid, _ in self.vital.values()}
         for pid in _descendants(os.getpid()):
             self.segments |= _shared_memory(pid)
-            # One that has ended before this look has a short name alone, until it is waited for.
+            # A process that has ended has only its short name, until _reap() collects it.
             name = _command(pid) or _read(pid, "comm")
             if pid in known or not name.startswith(_SHORT_NAMES):
                 continue
             try:
                 descriptor = os.pidfd_open(pid)
-            except OSError:  # it is gone; or the kernel is older than 5.3
+            except OSError:  # it has ended, or the kernel is older than 5.3
                 continue
             full = next(vital for vital in VITAL if vital.startswith(name[:COMM]))
             self.vital[descriptor] = (pid, full)
             self.poll.register(descriptor, select.POLLIN)
 
     def _end_all(self) -> None:
-        """Kill what is left and remove the files and the shared memory that it had."""
-        self._look()
+        """Kill the remaining processes; remove the server's temporary files and shared memory."""
+        self._scan()
         since = time.monotonic()
         while left := _descendants(os.getpid()):
             waited = time.monotonic() - since
             for pid in left:
-                # A resource tracker ends by itself, after it has removed what its processes left.
+                # A resource tracker first removes what its processes left, then ends by itself.
                 if waited > END_SECONDS or "resource_tracker" not in _command(pid):
                     _signal(pid, signal.SIGKILL)
             if waited > 2 * END_SECONDS:
                 progress(f"warning: processes {left} cannot be killed")
                 break
-            time.sleep(0.05)  # their memory takes the kernel a while; each look reads all of /proc
+            time.sleep(
+                0.05
+            )  # the kernel needs a while to free their memory; a scan reads all of /proc
             self._reap()
         files = Path(tempfile.gettempdir()).glob(f"{self.template}*")
         for path in [*files, *map(Path, self.segments)]:
@@ -233,25 +236,25 @@ class _Supervisor:
 
 
 def _become_server(launcher: int, pipe: int, template: str) -> None:
-    """In the fork: nobody's signals but the launcher's arrive here, and its end is the end."""
+    """Set up the forked child: only the launcher signals it, and it ends with the launcher."""
     global _pipe
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:
         os._exit(1)
-    os.setsid()  # a Ctrl-C is for the launcher alone
-    for one in ENDING:  # all that SGLang starts inherit this; its HTTP servers set their handlers
+    os.setsid()  # only the launcher receives a Ctrl-C
+    for one in ENDING:  # inherited by SGLang's processes; HTTP servers set handlers
         signal.signal(one, signal.SIG_IGN)
     _pipe = pipe
     os.environ[TEMPLATE] = tempfile.template = template
 
 
-def _tell() -> None:
+def _notify() -> None:
     if _pipe is not None:
         os.write(_pipe, b"1")
 
 
 def _leave(serve: Callable[[], int]) -> None:
-    """End this process with serve()'s status, at once: at a clean exit zmq waits, for ever."""
+    """End this process with serve()'s status, without exit handlers: zmq's would wait for ever."""
     try:
         status = serve()
     except SystemExit as error:
@@ -284,11 +287,11 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _descendants(leader: int) -> list[int]:
-    """The children of a process, theirs, and so on."""
+    """Pids of a process's children, their children, and so on."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
-            # The name, in parentheses, may hold anything; state and parent follow it.
+            # The name stands in parentheses and may hold any character; state and parent follow.
             fields = _read(entry, "stat").rpartition(")")[2].split()
             if fields:
                 children.setdefault(int(fields[1]), []).append(int(entry))
@@ -303,7 +306,7 @@ def _command(pid: int) -> str:
 
 
 def _read(pid: int | str, name: str) -> str:
-    """A file of a process's in /proc; empty if the process has ended."""
+    """Text of a process's file in /proc; empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     except OSError:
@@ -311,14 +314,14 @@ def _read(pid: int | str, name: str) -> str:
 
 
 def _shared_memory(pid: int) -> set[str]:
-    """The segments in /dev/shm that a process has open and that end with its server."""
+    """Segments in /dev/shm that a process has open and that belong to its server alone."""
     found = set()
     try:
         for descriptor in os.scandir(f"/proc/{pid}/fd"):
             target = os.readlink(descriptor.path)
             if target.startswith(SEGMENTS):
                 found.add(target)
-    except OSError:  # it ended, or closed one meanwhile
+    except OSError:  # the process ended, or closed a file meanwhile
         pass
     return found
 
@@ -326,5 +329,5 @@ def _shared_memory(pid: int) -> set[str]:
 def _remove(path: Path) -> None:
     try:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except OSError:  # gone
+    except OSError:  # already removed
         pass

@@ -1,7 +1,7 @@
-"""What the operator sees of a start: progress lines on stderr and one block when it serves.
+"""What the operator sees of a start: progress lines on stderr, and a summary when it serves.
 
-The scheduler process knows the KV pool, the launcher's process knows when HTTP answers. The
-facts travel with SGLang's own handshake, so that /server_info shows them as well ("ess").
+The scheduler process has the KV pool; the launcher's process sees when HTTP answers. SGLang's own
+handshake carries the facts from one to the other, so that /server_info also shows them ("ess").
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from sglang_ess.testing.topk_stream import announce
 PREFIX = "[sglang-ess]"  # "sglang-ess: " is for refusals, which end the process
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 POLL_SECONDS = 0.1
-READY_SECONDS = 5.0  # for an answer that says that the server is ready
+READY_SECONDS = 5.0  # time limit of a request that asks whether the server is ready
 
 
 def progress(text: str) -> None:
-    """One line on stderr, at once."""
+    """Print one line on stderr, without buffering."""
     print(f"{_prefix()} {text}", file=sys.stderr, flush=True)
 
 
@@ -37,9 +37,9 @@ def _prefix() -> str:
 
 
 def before_processes(enabled: bool, on_cpu: bool, sparse: bool) -> None:
-    """The launcher's last words and work before SGLang starts its processes.
+    """Print warnings and prepare kernels, just before SGLang starts its processes.
 
-    sparse: whether the model may have sparse attention; a dense one runs none of our kernels
+    sparse: whether the model may have sparse attention; other models use none of our kernels
     """
     if announce.requested():
         progress(
@@ -60,10 +60,10 @@ def before_processes(enabled: bool, on_cpu: bool, sparse: bool) -> None:
 
 
 def _prepare_kernels() -> None:
-    """Have the CPU platform's kernels in numba's cache before a process needs them.
+    """Put the CPU platform's kernels into numba's cache before a process needs them.
 
-    In the launcher, because a kernel with declared types compiles as soon as the scheduler
-    imports it, before anyone could say why it takes so long.
+    The launcher does this, because a kernel with declared types compiles when the scheduler
+    imports it, and the scheduler could not say why its start takes so long.
     """
     progress("preparing the CPU kernels (a machine's first start compiles them: 10 to 20 s)")
     since = time.monotonic()
@@ -74,9 +74,9 @@ def _prepare_kernels() -> None:
 
 
 def scheduler_ready(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
-    """Body of the AFTER hook on Scheduler.get_init_info: info with the facts under "ess".
+    """Body of the AFTER hook on Scheduler.get_init_info: adds our facts under "ess".
 
-    Effect: a model with sparse attention finds its kernels loaded at its first request.
+    Effect: loads the kernels of a sparse-attention model, so that its first request finds them.
     """
     facts = serving_facts(scheduler)
     if "latent_format" in facts and str(scheduler.device) == "cpu":
@@ -89,10 +89,10 @@ def scheduler_ready(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
 
 
 def serving_facts(scheduler: Any) -> dict[str, Any]:
-    """What this scheduler serves and what a token costs; JSON values only.
+    """What this scheduler serves and what a token costs, as JSON values.
 
-    Bytes come from the pool's buffers, not from the configuration. The keys of _row_facts
-    are there only if the pool is one of sparse attention.
+    Sizes are measured on the pool's buffers, not taken from the configuration. The keys of
+    _row_facts() exist only for a pool of a sparse-attention model.
     """
     import torch
 
@@ -115,31 +115,32 @@ def serving_facts(scheduler: Any) -> dict[str, Any]:
 
 
 def _request_limits(scheduler: Any) -> dict[str, int]:
-    """What one request alone can have: by the context or by the slots, whichever is less.
+    """Most tokens of a single request: limited by the context or by the slots.
 
-    Asked of SGLang's own functions, because each keeps some tokens for itself.
+    SGLang's own functions decide, because each reserves some tokens.
     """
-    page, most = scheduler.page_size, scheduler.max_req_len - 1
+    page, max_tokens = scheduler.page_size, scheduler.max_req_len - 1
 
     def output(prompt: int) -> int:
         room = scheduler.token_to_kv_pool_allocator.max_new_tokens_for_memory(
             prompt,
-            most - prompt,
+            max_tokens - prompt,
             token_capacity=scheduler.max_total_num_tokens,
             sliding_window_size=scheduler.sliding_window_size,
             chunk_size=scheduler.chunked_prefill_size,
         )
         return room or 0
 
-    prompts = range(1, scheduler.max_req_input_len)  # the end is the first length it refuses
+    prompts = range(1, scheduler.max_req_input_len)  # its end is the first that SGLang refuses
     longest = bisect.bisect_left(prompts, True, key=lambda prompt: output(prompt) < 1)
-    # A prompt of whole pages wastes none of its last one.
-    return {"max_prompt_tokens": longest, "max_request_tokens": min(most, page + output(page))}
+    # A prompt of whole pages leaves no slot of its last page unused.
+    max_tokens = min(max_tokens, page + output(page))
+    return {"max_prompt_tokens": longest, "max_request_tokens": max_tokens}
 
 
 def _row_facts(pool: Any) -> dict[str, Any]:
     latents, pages = pool.kv_buffer, pool.index_k_with_scale_buffer
-    keys = [page for page in pages if len(page)]  # a layer that shares a top-k has none
+    keys = [page for page in pages if len(page)]  # a layer that reuses another's top-k has none
     row_bytes, key_bytes = latents[0][0].nbytes, keys[0][0].nbytes // pool.page_size
     exact_keys = key_bytes == 4 * pool.index_head_dim
     return {
@@ -155,7 +156,7 @@ def _row_facts(pool: Any) -> dict[str, Any]:
 
 
 def _tier_facts(pool: Any) -> dict[str, Any]:
-    """Bytes by place. One-tier everything is on the device."""
+    """Bytes on the device and on the host. With one tier all are on the device."""
     if not hasattr(pool, "hot_caches"):
         return {"tiers": 1, "device_bytes": int(pool.get_kv_size_bytes()), "host_bytes": 0}
     rows = [cache.num_rows for cache in pool.hot_caches]
@@ -212,7 +213,7 @@ _LIMIT_ROWS = (
 
 
 def block(server_args: Any, facts: dict[str, Any], seconds: float) -> str:
-    """The summary block. facts: serving_facts(), or {} where no hook could give them."""
+    """The summary. facts: serving_facts(), or {} if no scheduler of this process sent them."""
     values = {
         **facts,
         "model_path": server_args.model_path,
@@ -234,11 +235,11 @@ def block(server_args: Any, facts: dict[str, Any], seconds: float) -> str:
 def announced(
     server_args: Any, since: float, serving: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Print the block once the server started inside this context is ready.
+    """Print the summary when the server that is started inside this context is ready.
 
-    since: time.monotonic() of the start; serving: called just before
-    Nothing is printed if the start fails or where SGLang runs another server than its HTTP one
-    (gRPC, encoder only).
+    since: time.monotonic() of the start; serving: called just before the summary
+    Prints nothing if the start fails, or if SGLang runs another server than its HTTP one (gRPC,
+    encoder only).
     """
     ended = threading.Event()
     args = (server_args, since, serving, ended)
@@ -252,16 +253,16 @@ def announced(
 
 
 def _http_state() -> Any | None:
-    """SGLang's state of this process's HTTP server; None before it has one.
+    """SGLang's state of this process's HTTP server; None before there is one.
 
-    Looked up, not imported: SGLang decides in the main thread whether it needs the module.
+    This does not import the module: SGLang decides in the main thread whether it needs it.
     """
     get_state = getattr(sys.modules.get(HTTP_SERVER), "get_global_state", None)
     return get_state() if get_state else None
 
 
 def answers() -> bool:
-    """Whether this process's HTTP server is ready: SGLang's start is over."""
+    """Whether this process's HTTP server is ready, that is, SGLang's start is over."""
     state = _http_state()
     return state is not None and getattr(state.tokenizer_manager, "is_ready", lambda: True)()
 
@@ -282,26 +283,26 @@ def _announce(
 
 
 def _is_ready(server_args: Any, manager: Any) -> bool:
-    """Whether every HTTP process answers, after its own warm-up, as a client sees it.
+    """Whether a client would get an answer from every HTTP process, after its own warm-up.
 
-    manager: SGLang's tokenizer manager, or its router if there are several HTTP processes. They
-    share the port, so a client cannot choose one: some connections for each, open at once, meet
-    them all, but by a rare chance.
+    manager: SGLang's tokenizer manager, or its router if there are several HTTP processes. These
+    share the port, so a client cannot choose one. Several open connections for each process
+    almost always reach all of them.
     """
     workers = server_args.tokenizer_worker_num
     if workers == 1:
         return manager.is_ready() and _answers(server_args, 1)
     if len(manager.all_worker_ipcs) < workers or not _answers(server_args, 1):
-        time.sleep(1)  # each try is a line in SGLang's log
+        time.sleep(1)  # SGLang logs each attempt
         return False
     return _answers(server_args, 4 * workers)
 
 
 def _answers(server_args: Any, connections: int) -> bool:
-    """Whether /ready answers 200 on as many new connections at once."""
+    """Whether /ready answers 200 on this many new connections, all open at the same time."""
     url = urlsplit(server_args.url())
     kind = http.client.HTTPConnection
-    if url.scheme == "https":  # its own certificate is not this process's to check
+    if url.scheme == "https":  # the server's certificate need not be valid for this host name
         context = ssl._create_unverified_context()
         kind = functools.partial(http.client.HTTPSConnection, context=context)
     key = server_args.api_key

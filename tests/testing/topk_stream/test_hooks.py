@@ -84,9 +84,9 @@ def test_the_hook_is_in_force_one_tier_where_a_stream_is_played(monkeypatch, ask
     monkeypatch.setattr(plugin, "active_platform", lambda: "cuda")
     monkeypatch.setattr(contract, "check", lambda rows: [])
     monkeypatch.setattr(contract, "register", lambda rows, platform: registered.append(rows))
-    plugin._arm(EssConfig(enabled=False))
-    plugin._arm(EssConfig(enabled=False, topk_stream=PROFILE, unsafe=True))
-    plugin._arm(EssConfig(topk_stream=PROFILE, unsafe=True))
+    plugin._register_hooks(EssConfig(enabled=False))
+    plugin._register_hooks(EssConfig(enabled=False, topk_stream=PROFILE, unsafe=True))
+    plugin._register_hooks(EssConfig(topk_stream=PROFILE, unsafe=True))
     none, stream_alone, ess = registered
     assert none == [] and [row.body for row in stream_alone] == [
         "sglang_ess.testing.topk_stream.hooks:play_on_cuda"
@@ -109,7 +109,7 @@ def in_force(get_topk):
         patch.setattr(plugin, "active_platform", lambda: "cuda")
         patch.setattr(contract, "check", lambda rows: [])
         patch.setattr(contract, "register", lambda due, platform: rows.extend(due))
-        plugin._arm(config)
+        plugin._register_hooks(config)
     for row in rows:
         if row.target.endswith("._get_topk_paged"):
             body = contract.pkgutil.resolve_name(row.body)

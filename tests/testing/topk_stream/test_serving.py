@@ -75,7 +75,7 @@ def test_both_entry_points_mark_the_process(marked, monkeypatch, asked):
     asked()
     for entry in (plugin.activate_cpu_platform, plugin.register):
         logging.setLogRecordFactory(logging.LogRecord)
-        monkeypatch.setattr(plugin, "_arm", lambda config: [])
+        monkeypatch.setattr(plugin, "_register_hooks", lambda config: [])
         monkeypatch.setattr(plugin, "registered", False)
         entry()
         record = logging.getLogger("x").makeRecord("x", 20, "f", 1, "text", (), None)
