@@ -1,7 +1,7 @@
-"""ESS's own options: one frozen record, its command-line flags, its environment variable.
+"""ESS's options: one frozen record, with its command-line flags and its environment variable.
 
-A new option is one field of `EssConfig`: the flag, the help text and the checks all come
-from that field's metadata.
+To add an option, add a field to `EssConfig`. The flag, the help text and the checks come from the
+field's metadata.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 ENV_VAR = "SGLANG_ESS_CONFIG"
-REFUSED = 2  # exit status of a process that will not serve with these options, as argparse's
+REFUSED = 2  # exit status of a process that refuses its options; argparse has the same
 
 
 def _option(
@@ -25,10 +25,11 @@ def _option(
     kind: type | None = None,
     limit: tuple[str, Callable[[Any], bool]] | None = None,
 ) -> Any:
-    """A field with its flag. A bool field's flag switches it away from its default.
+    """A dataclass field with its flag. The flag of a bool field inverts the default.
 
-    kind: of the value, where the default (None: decided at start) does not tell
-    limit: (in words, check) of a value that is not None
+    default: None for a value that is chosen at the start of the server
+    kind: type of the value, if the default does not show it
+    limit: (rule in words, check) for a value that is not None
     """
     metadata = {"flag": flag, "help": help, "choices": choices, "limit": limit}
     return field(default=default, metadata=metadata | {"kind": kind or type(default)})
@@ -39,23 +40,22 @@ _POSITIVE = ("more than 0", lambda value: 0 < value < float("inf"))
 
 @dataclass(frozen=True)
 class EssConfig:
-    """What the operator asked of ESS; every process of one server reads the same record.
+    """What the operator asked of ESS. Every process of a server reads the same record.
 
-    Raises: ValueError, in one line that holds every reason, for a value of a wrong type
-    or outside its choices.
+    Raises: ValueError, one line with every reason, for values of a wrong type or out of range.
     """
 
     enabled: bool = _option(
         True,
         "--disable-ess",
         "Serve one-tier: SGLang without ESS, with any model. On a host with no accelerator "
-        "the CPU platform stays.",
+        "SGLang still runs on ESS's CPU platform.",
     )
     platform: str = _option(
         "auto",
         "--ess-platform",
-        "auto: ESS's CPU platform when there is no accelerator; cpu: that platform even if "
-        "there is one; native: never.",
+        "auto: ESS's CPU platform if the host has no accelerator; cpu: that platform in any "
+        "case; native: never.",
         choices=("auto", "cpu", "native"),
     )
     index_dtype: str = _option(
@@ -75,111 +75,112 @@ class EssConfig:
     hot_gib: float | None = _option(
         None,
         "--ess-hot-gib",
-        "GiB of device memory for the hot rows of all layers, instead of a ratio.",
+        "GiB of device memory for the hot rows of all layers together, instead of a ratio.",
         kind=float,
         limit=_POSITIVE,
     )
     host_gib: float | None = _option(
         None,
         "--ess-host-gib",
-        "GiB of host memory for the host tier, at most.",
+        "GiB of host memory that the host tier may use.",
         kind=float,
         limit=_POSITIVE,
     )
     device_gib: float | None = _option(
         None,
         "--ess-device-gib",
-        "GiB that count as device memory for the KV pool, with ESS or one-tier; on the CPU "
-        "platform only.",
+        "GiB of memory that count as device memory for the KV pool, with ESS or one-tier; only "
+        "on the CPU platform.",
         kind=float,
         limit=_POSITIVE,
     )
     link_gib: float | None = _option(
         None,
         "--ess-link-gib",
-        "GiB/s that count as the link between host and device: fetches are slowed down to it; on "
-        "the CPU platform only.",
+        "GiB/s of the simulated link between host and device: fetches are slowed down to it; only "
+        "on the CPU platform.",
         kind=float,
         limit=_POSITIVE,
     )
     admission: str = _option(
         "on",
         "--ess-admission",
-        "Whether requests wait until the hot tier holds their working set too, and the link "
-        "their misses (--ess-itl-ms); off: slots alone decide.",
+        "on: a request waits until its working set fits the hot tier and its misses fit the link "
+        "(--ess-itl-ms); off: only free slots decide.",
         choices=("on", "off"),
     )
     itl_ms: float | None = _option(
         None,
         "--ess-itl-ms",
-        "Inter-token latency in ms that a request may not push a decode step beyond when it is "
-        "admitted; left out: no limit.",
+        "Inter-token latency in ms: a request is admitted only if the predicted decode step stays "
+        "below it; left out: no limit.",
         kind=float,
         limit=_POSITIVE,
     )
     warmup: str = _option(
         "on",
         "--ess-warmup",
-        "Whether the rows selected by a prompt's last 32 positions enter the hot tier before "
-        "its first decode step.",
+        "Whether the rows that a prompt's last 32 positions selected enter the hot tier before "
+        "the first decode step.",
         choices=("on", "off"),
     )
     pd_warmup: str = _option(
         "on",
         "--ess-pd-warmup",
-        "The same across prefill-decode disaggregation: a prefill server sends those positions "
-        "along, a decode server warms its hot tier with them.",
+        "The same with prefill-decode disaggregation: a prefill server sends those positions, "
+        "and the decode server warms its hot tier with them.",
         choices=("on", "off"),
     )
     overlap: str = _option(
         "auto",
         "--ess-overlap",
-        "How a GPU's decode hides the fetch of missed rows. da: attend to the hits meanwhile; "
-        "dba: that, with the batch planned in halves; off: not at all; auto: the cheapest by "
-        "live misses and --ess-overlap-costs, or off without that file.",
+        "How decode on a GPU hides the fetch of missed rows. da: it attends to the hits meanwhile; "
+        "dba: also, it plans the batch in halves; off: it waits; auto: the cheapest of these by "
+        "current misses and --ess-overlap-costs, or off without that file.",
         choices=("auto", "off", "da", "dba"),
     )
     overlap_costs: str = _option(
         "",
         "--ess-overlap-costs",
-        "JSON of benchmarks/kernels.py run on this card, for --ess-overlap auto; empty: none.",
+        "JSON file with overlap costs measured on this GPU, for --ess-overlap auto; empty: none.",
     )
     layer_budgets: str | None = _option(
         None,
         "--ess-layer-budgets",
-        "auto: hot rows move to the layers where they save the most misses, as sampled ghost "
-        "caches see it, or on a GPU the ages of the rows; uniform: as many in each. Left out: "
-        "auto on the CPU platform, uniform on a GPU, where auto was never measured.",
+        "auto: hot rows move to the layers where they save the most misses, estimated by sampled "
+        "ghost caches or, on a GPU, by the ages of the rows; uniform: every layer has the same "
+        "number. Left out: auto on the CPU platform; uniform on a GPU, where auto has not been "
+        "measured.",
         choices=("auto", "uniform"),
         kind=str,
     )
     grace_seconds: float = _option(
         25.0,
         "--ess-grace-seconds",
-        "Seconds that running requests have to finish after SIGTERM or SIGINT, before they get an "
-        "error and all processes end, at most 4 s later: within the 30 s after which Kubernetes "
-        "kills. A second signal ends them at once.",
+        "Seconds that running requests have to finish after SIGTERM or SIGINT. Then they get an "
+        "error, and all processes end at most 4 s later, before Kubernetes kills them (30 s). A "
+        "second signal ends them at once.",
         limit=("0 or more, and finite", lambda value: 0 <= value < float("inf")),
     )
     trace: str = _option(
         "",
         "--ess-trace",
-        "File to which the top-k streams of decode are written for replay; empty: none.",
+        "File for the top-k lists of decode, for `sglang-ess replay`; empty: none.",
     )
     canary_rate: float = _option(
         0.0,
         "--ess-canary-rate",
-        "Share of plans after which some hot rows are compared with their host rows; a "
+        "Share of plans after which a few hot rows are compared with their host rows; a "
         "difference stops the server.",
         limit=("0 to 1", lambda value: 0 <= value <= 1),
     )
     topk_stream: str = _option(
         "",
         "--ess-topk-stream",
-        "For measurements on dummy weights, wrong outputs: decode's top-k are replaced by this "
-        "locality profile's (deepseek-v3.2, or deepseek-v3.2@32768 for that context alone) or by "
-        "those of a file of python -m sglang_ess.topk_stream. One- and two-tier; needs "
-        "--ess-unsafe; empty: none.",
+        "For measurements with dummy weights: outputs are wrong. Replaces decode's top-k lists by "
+        "those of a locality profile (deepseek-v3.2, or deepseek-v3.2@32768 for that context "
+        "only) or of a file that python -m sglang_ess.topk_stream wrote. Works with one tier and "
+        "two; needs --ess-unsafe; empty: none.",
     )
     unsafe: bool = _option(
         False,
@@ -201,7 +202,7 @@ class EssConfig:
                 f"{self.topk_stream!r} without. Its outputs are wrong: it makes dummy weights miss "
                 "as a real model does, for measurements. Add --ess-unsafe, or drop it to serve."
             )
-        if self.unsafe and not self.topk_stream:  # left in a script, it would allow the next one
+        if self.unsafe and not self.topk_stream:  # a script must not keep it for later commands
             raise ValueError(
                 "--ess-unsafe must come with what it allows, --ess-topk-stream: got it alone. "
                 "Drop it."
@@ -262,12 +263,12 @@ class EssConfig:
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> EssConfig:
-        """Raises: ValueError (one line, every reason) for a value outside its choices."""
+        """The record of parsed flags. Raises: ValueError, one line with every reason."""
         return cls(**{f.name: getattr(args, _dest(f)) for f in fields(cls)})
 
 
-def _dest(f: Field) -> str:
-    # A prefix, because SGLang's parser has fields of its own named like ours (`platform`).
+def _dest(f: Field[Any]) -> str:
+    # A prefix, because SGLang's parser has fields with the names of ours (`platform`).
     return f"ess_{f.name}"
 
 
@@ -284,8 +285,8 @@ def _reasons(cls: type[EssConfig], values: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def _broken_rule(f: Field, value: Any) -> str | None:
-    """What the value must be and is not."""
+def _broken_rule(f: Field[Any], value: Any) -> str | None:
+    """The rule, in words, that the value breaks; None if it breaks none."""
     kind, choices, limit = (f.metadata[key] for key in ("kind", "choices", "limit"))
     if choices and value not in choices:
         return f"one of {', '.join(choices)}"

@@ -1,4 +1,4 @@
-"""Exceptions of other people's code, told to the operator in one line."""
+"""Turns exceptions of SGLang and other libraries into one line for the operator."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from sglang_ess.config import REFUSED
 
-MAX_CHARS = 600  # of a message; a longer one is a dump, which the traceback shows
+MAX_CHARS = 600  # of a message; a longer one is a dump, and the traceback shows it
 PACKAGE = "/sglang/"
-# What a check may catch before it says in its own words what is wrong.
+# Exceptions that a check may catch before it raises its own.
 CAUGHT = (ImportError, OSError, LookupError, ValueError)
 STATEMENT_LINES = 20
 
@@ -22,7 +22,7 @@ console_command: str | None = None
 
 
 class Refusal(ValueError):
-    """One line for the operator: what must hold, what was got, what to do."""
+    """One line for the operator: the rule, the value, the remedy."""
 
 
 def program_name(module: str) -> str:
@@ -34,7 +34,7 @@ def program_name(module: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Type and text, whitespace joined, cut at MAX_CHARS; a bare assertion gives its source."""
+    """Type and text on one line, cut at MAX_CHARS; for a bare assertion, its source line."""
     text = " ".join(str(error).split())
     if not text and isinstance(error, AssertionError):
         text = _statement(error)
@@ -44,21 +44,21 @@ def in_one_line(error: BaseException) -> str:
 
 
 def root(error: BaseException) -> BaseException:
-    """The first of the exceptions that led to this one by `raise ... from`."""
+    """The original exception of a chain of `raise ... from`."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def with_place(error: BaseException) -> str:
-    """in_one_line() and FILE:LINE of where it was raised; importlib's own frames do not count."""
+    """in_one_line() and the FILE:LINE that raised it, importlib's own frames left out."""
     frames = [frame for frame in _frames(error) if not frame.filename.startswith("<")]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return in_one_line(error) + place
 
 
 def refusal(error: BaseException) -> str:
-    """What the operator reads of an exception before there is a server."""
+    """The operator's line for an exception that prevents the start of the server."""
     if isinstance(error, Refusal):
         return str(error)
     if is_check(error):
@@ -67,11 +67,11 @@ def refusal(error: BaseException) -> str:
 
 
 def is_check(error: BaseException) -> bool:
-    """Whether ESS or SGLang raised it on purpose, with words for the operator.
+    """Whether ESS or SGLang raised the exception on purpose, with a message for the operator.
 
-    That is a Refusal, or a `raise` or an `assert` with a message, and no error that nobody meant
-    led to it: what Python or a library raises by itself (TypeError, torch's RuntimeError) is a
-    bug until somebody has looked at it.
+    True for a Refusal, and for a `raise` or `assert` with a message in SGLang's code, unless an
+    unintended error led to it. What Python or a library raises by itself (TypeError, torch's
+    RuntimeError) counts as a bug.
     """
     if isinstance(error, Refusal):
         return True
@@ -80,10 +80,10 @@ def is_check(error: BaseException) -> bool:
 
 
 def make_scheduler(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Body of the AROUND hook on Scheduler.__init__: checks end the process with one line.
+    """Body of the AROUND hook on Scheduler.__init__: a failed check ends the process in one line.
 
-    Raises: SystemExit(REFUSED), which the launcher knows, for a check; an Exception would reach
-    the operator as the traceback of a scheduler process. Anything else passes.
+    Raises: SystemExit(REFUSED), which the launcher recognises, for a failed check. As an
+    Exception it would reach the operator as a scheduler's traceback. Other exceptions pass.
     """
     try:
         original(scheduler, *args, **kwargs)
@@ -95,9 +95,10 @@ def make_scheduler(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> 
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 def _is_meant(error: BaseException) -> bool:
@@ -113,9 +114,9 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def _statement(error: BaseException) -> str:
-    """First line of the statement that raised it.
+    """First line of the statement that raised the exception.
 
-    Python reports the line of the call or the condition, which may be below it.
+    Python reports the line of the call or of the condition, which may be further down.
     """
     frames = _frames(error)
     if not frames:

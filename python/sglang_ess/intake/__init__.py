@@ -1,7 +1,8 @@
-"""What a server refuses before it costs a process: bodies that ask for what cannot be.
+"""Checks of requests, so that no request can end the server or stop the others.
 
-requests: prompts and their parameters; control: requests to the server itself; guard: what
-the scheduler still cannot take in ends that request, not the server.
+request_checks: prompts and their parameters; stop_regex: the cost of a pattern; control: requests
+to the server itself; guard: an exception in the scheduler ends the request that caused it, not
+the server; streams: errors before the first byte of a response.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from fastapi import HTTPException
 
 
 class Refused(ValueError, HTTPException):
-    """One line for the client, answered with status 400 by every route, a ValueError offline."""
+    """A refused request: one line, sent with status 400 by every route, a ValueError offline."""
 
     def __init__(self, line: str):
         HTTPException.__init__(self, status_code=400, detail=line)

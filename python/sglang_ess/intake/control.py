@@ -1,4 +1,4 @@
-"""Requests to the server itself: those that it cannot serve, and failures on their way back."""
+"""Requests to the server itself: refuses those it cannot serve, and reports those that failed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MAX_SLEEP_SECONDS = 60.0
 
 _MEMORY = "needs --enable-memory-saver, which this server does not take"
 _GROUP = "needs a process group of GPUs, and this server runs on the CPU platform"
-# SGLang's request type -> why no server with ESS, and none on the CPU platform, serves it.
+# SGLang's request type: why neither ESS nor the CPU platform serves it.
 UNSERVED = {
     "ReleaseMemoryOccupationReqInput": _MEMORY,
     "ResumeMemoryOccupationReqInput": _MEMORY,
 }
-# The same on the CPU platform alone.
+# SGLang's request type: why the CPU platform does not serve it.
 UNSERVED_ON_CPU = UNSERVED | {
     "InitWeightsUpdateGroupReqInput": _GROUP,
     "DestroyWeightsUpdateGroupReqInput": _GROUP,
@@ -32,9 +32,9 @@ UNSERVED_ON_CPU = UNSERVED | {
 
 
 async def ask(original: Callable, communicator: Any, obj: Any) -> list[Any]:
-    """Body of the AROUND hook on FanOutCommunicator.__call__: a request and its answers.
+    """Body of the AROUND hook on FanOutCommunicator.__call__, which sends obj to the scheduler.
 
-    Raises: Refused, also for a failure that guard.py reports from the scheduler.
+    Raises: Refused, also for a failure in the scheduler that guard.py marked.
     """
     if line := problem(obj, on_cpu=active_platform() == "cpu"):
         raise Refused(line)

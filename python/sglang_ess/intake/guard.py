@@ -1,7 +1,7 @@
-"""The scheduler's last line of defence: a request that it cannot take in is answered so.
+"""The scheduler's last line of defence: a request that it cannot take in gets an error.
 
-Only what happens between a request's arrival and its place in a queue is covered. An error
-in a forward pass is everybody's, and still ends the server.
+This covers a request from its arrival to its place in a queue. An error in a forward pass concerns
+all requests of the batch, and still ends the server.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 
 logger = logging.getLogger(__name__)
 
-# Marks an answer as a failure, in the field rid that answers to control requests leave empty.
+# Marks a failure, in the field rid, which answers to control requests otherwise leave empty.
 FAILED = "sglang-ess failed: "
 
 
@@ -24,10 +24,11 @@ def guard_dispatcher(result: Any, scheduler: Any) -> None:
 
 
 def guarded(dispatch: Callable[[Any], Any], scheduler: Any) -> Callable[[Any], Any]:
-    """dispatch, but an exception answers the request that raised it.
+    """Wrap SGLang's dispatcher: an exception becomes an error answer to the request.
 
-    A control request may stop between two messages that ranks exchange; with several ranks its
-    exception therefore still ends the server. Prompts are taken in without any, alike on each.
+    With several ranks an exception in a control request still ends the server, because the ranks
+    may be in the middle of exchanging messages. Ranks take in a prompt without messages, and all
+    raise alike.
     """
     from sglang.srt.runtime_context import get_parallel
 
@@ -55,9 +56,9 @@ def guarded(dispatch: Callable[[Any], Any], scheduler: Any) -> Callable[[Any], A
 
 
 def _taken(scheduler: Any, prompts: list[Any]) -> str | None:
-    """A request id of prompts that another tokenizer worker's request has.
+    """An id among the prompts that a request of another tokenizer worker has; None if none.
 
-    The detokenizer keeps what it knows of a request by its id alone. One worker sees to that
+    The detokenizer identifies requests by their ids alone. A single tokenizer worker checks this
     itself.
     """
     from sglang.srt.runtime_context import get_serving
@@ -72,7 +73,7 @@ def _taken(scheduler: Any, prompts: list[Any]) -> str | None:
 
 
 def _refuse(scheduler: Any, prompts: list[Any], line: str) -> None:
-    """Answer each prompt with the error."""
+    """Answer each prompt with an error of status 400."""
     from sglang.srt.managers.io_struct import AbortReq
 
     for req in prompts:
@@ -81,7 +82,7 @@ def _refuse(scheduler: Any, prompts: list[Any], line: str) -> None:
 
 
 def _prompts(recv_req: Any) -> list[Any]:
-    """The tokenized requests in a message; none in a control request."""
+    """The tokenized requests in a message; empty for a control request."""
     from sglang.srt.managers import io_struct as io
 
     if isinstance(recv_req, (io.TokenizedGenerateReqInput, io.TokenizedEmbeddingReqInput)):
@@ -91,9 +92,9 @@ def _prompts(recv_req: Any) -> list[Any]:
 
 
 def control_failure(request: str, line: str) -> Any:
-    """SGLang's answer to a control request of this type name, marked as failed; None: it has none.
+    """SGLang's answer to a control request, marked as failed; None if SGLang has no answer type.
 
-    Fields get the emptiest value of their type.
+    request: name of the request's type; line: the error. Other fields are empty or zero.
     """
     from sglang.srt.managers import io_struct
 

@@ -1,7 +1,7 @@
-"""SGLang's HTTP app for its tokenizer workers, which load no plugins of their own.
+"""SGLang's HTTP app for its tokenizer workers, which do not load plugins themselves.
 
-With --tokenizer-worker-num above 1, uvicorn imports the app that SGLANG_HTTP_SERVER_APP_PATH
-names in each worker. plugin.py names this one, so that the hooks are in force there too.
+With --tokenizer-worker-num above 1, each worker imports the app that SGLANG_HTTP_SERVER_APP_PATH
+names. plugin.py sets the variable to this module, so that our hooks work there too.
 """
 
 from sglang.srt.entrypoints.http_server import app

@@ -1,7 +1,7 @@
-"""An error before a response's first byte is answered as an error, in streams too.
+"""Turns an error before a response's first byte into an error response, in streams too.
 
-A stream's status goes out before its first chunk is made. SGLang's Ollama routes let what is
-raised there break the connection, so that the client gets neither an answer nor a reason.
+A stream sends its status before it makes its first chunk. If that raises, SGLang's Ollama routes
+break the connection, and the client gets neither a status nor a reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class FirstByteErrors:
-    """ASGI middleware: holds the start of a response until there is a body to go with it."""
+    """ASGI middleware: delays the start of a response until its body begins."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -25,21 +25,21 @@ class FirstByteErrors:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        held: list[Any] = []
+        delayed: list[Any] = []
         began = False
 
-        async def hold(message: Any) -> None:
+        async def delay_start(message: Any) -> None:
             nonlocal began
             if message["type"] == "http.response.start":
-                held.append(message)
+                delayed.append(message)
                 return
             began = True
-            while held:
-                await send(held.pop(0))
+            while delayed:
+                await send(delayed.pop(0))
             await send(message)
 
         try:
-            await self.app(scope, receive, hold)
+            await self.app(scope, receive, delay_start)
         except (ValueError, HTTPException) as error:
             if began:
                 raise
@@ -58,5 +58,5 @@ def before_server(*args: Any, **kwargs: Any) -> None:
 
 
 def add_to(app: Any) -> None:
-    """Effect: adds the middleware to a FastAPI app, which must not have started."""
+    """Add the middleware to a FastAPI app, which must not have started."""
     app.add_middleware(FirstByteErrors)

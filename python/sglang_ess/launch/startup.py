@@ -134,8 +134,8 @@ def _request_limits(scheduler: Any) -> dict[str, int]:
     prompts = range(1, scheduler.max_req_input_len)  # its end is the first that SGLang refuses
     longest = bisect.bisect_left(prompts, True, key=lambda prompt: output(prompt) < 1)
     # A prompt of whole pages leaves no slot of its last page unused.
-    max_tokens = min(max_tokens, page + output(page))
-    return {"max_prompt_tokens": longest, "max_request_tokens": max_tokens}
+    longest_request = min(max_tokens, page + output(page))
+    return {"max_prompt_tokens": longest, "max_request_tokens": longest_request}
 
 
 def _row_facts(pool: Any) -> dict[str, Any]:
