@@ -154,7 +154,9 @@ def _prepare(rest: list[str]) -> Any:
     Raises: ValueError (one line) for what SGLang's parser refuses.
     """
     place = rest.index("--config") + 1 if "--config" in rest else None
-    options = _yaml_mapping(Path(rest[place])) if place else {}
+    if place is None:
+        return _parsed(rest)
+    options = _yaml_mapping(Path(rest[place]))
     theirs = {key: options[key] for key in options if _flag(key) not in EssConfig.flags()}
     if theirs == options:
         return _parsed(rest)

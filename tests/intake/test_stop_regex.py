@@ -34,6 +34,7 @@ QUICK = (
     *(r"\s*\d+\.", r"Answer:.*\n", r"(?s)<think>.*</think>", r"(ab|cd)*x", r"(foo|bar)+x"),
     *(r"\d{3}-\d{4}", r"[.!?]\s", r".{0,200}foo", r"\bstop\b", "(?i)the end", "^END$", "(a|ab)*c"),
     *(r"\n\s*Q\d+:", r"[^\n]*\n\n", '"[^"]*"', r"(yes|no)\b", r"\{[^}]*\}", "a{2,5}b", "é+x"),
+    *(r"(\d+)?\.x", "(abc+)?d", "(ab?c)?(d+e)?f", "(a?b){2,9}c"),
     *(r"(?:\d{1,3}\.){3}\d{1,3}", "Observation:?", r"(?P<q>['\"]).*?(?P=q)", "(?i)(a|A)*b"),
 )
 

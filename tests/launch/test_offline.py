@@ -56,7 +56,7 @@ def test_an_import_of_sglang_on_another_platform_is_refused(tiny_v32, monkeypatc
     import sglang.srt.platforms
 
     monkeypatch.setenv(ENV_VAR, "{}")
-    sglang.srt.platforms.current_platform.device_name  # noqa: B018  settles it
+    sglang.srt.platforms.current_platform.device_name  # noqa: B018  makes the choice
     with pytest.raises(EngineRefused, match=r"must come before SGLang's import.*Platform already"):
         sglang_ess.engine(tiny_v32, ess=EssConfig(platform="cpu"))
 
@@ -68,7 +68,7 @@ def test_the_import_is_light():
 
 
 @pytest.mark.parametrize("found", [True, False])
-def test_a_plain_launch_without_a_platform_is_told_what_to_do(monkeypatch, capsys, found):
+def test_a_plain_launch_without_a_platform_prints_what_to_do(monkeypatch, capsys, found):
     import sglang.srt.platforms
     from sglang.srt.platforms.cpu import CpuSRTPlatform
     from sglang.srt.platforms.interface import SRTPlatform
@@ -85,7 +85,7 @@ def test_a_plain_launch_without_a_platform_is_told_what_to_do(monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
-    ("command", "platform", "told"),
+    ("command", "platform", "num_lines"),
     [
         ("python -m sglang.bench_one_batch_server --base-url x", "", True),
         ("python -X dev -m sglang.benchmark.offline_throughput", "", True),
@@ -94,14 +94,16 @@ def test_a_plain_launch_without_a_platform_is_told_what_to_do(monkeypatch, capsy
         ("python script.py", "", False),
     ],
 )
-def test_a_client_is_told_which_variable_is_missing(monkeypatch, capsys, command, platform, told):
+def test_a_client_prints_which_variable_is_missing(
+    monkeypatch, capsys, command, platform, num_lines
+):
     monkeypatch.delenv(ENV_VAR, raising=False)
     monkeypatch.setenv("SGLANG_PLATFORM", platform)
     monkeypatch.setattr(plugin, "accelerator", lambda: None)
     monkeypatch.setattr(sys, "orig_argv", command.split())
     plugin.activate_cpu_platform()
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == told and all("SGLANG_PLATFORM=ess_cpu" in line for line in lines)
+    assert len(lines) == num_lines and all("SGLANG_PLATFORM=ess_cpu" in line for line in lines)
 
 
 SCRIPTS = {

@@ -81,7 +81,7 @@ class _Search:
     def _node(self, node: Any, follow: int | None) -> _Bound:
         kind, value = node
         if kind in _LOOPS:
-            return self._loop(kind, *value, follow)
+            return self._loop(kind, value, follow)
         if kind is _parser.SUBPATTERN:
             return self._sequence(list(value[3]), follow)
         if kind is _parser.BRANCH:
@@ -97,17 +97,19 @@ class _Search:
             return _Bound(1, min(width[1], LENGTH) if width else LENGTH)
         return _Bound(1, 1)
 
-    def _loop(self, kind: Any, least: int, most: Any, body: Any, follow: int | None) -> _Bound:
-        nodes = list(body)
+    def _loop(self, kind: Any, value: Any, follow: int | None) -> _Bound:
+        least, most, nodes = value[0], min(int(value[1]), LENGTH), list(value[2])
         first, can_be_empty = self._first(nodes)
-        most = min(int(most), LENGTH)
-        one = self._sequence(nodes, first | (follow or 0))
-        if one.ways > 1 or can_be_empty:
+        overlaps = follow is not None and bool(first & follow)
+        one = self._sequence(nodes, follow if most <= 1 else first | (follow or 0))
+        if most <= 1:
+            ways = one.ways + (overlaps and least == 0)
+        elif one.ways > 1 or can_be_empty:
             ways = _power(max(one.ways, 2.0), most)
-        elif follow is None or not first & follow:  # the next character decides: on or out
-            ways = 1.0
-        else:
+        elif overlaps:
             ways = max(1.0, most - min(least, most) + 1.0)
+        else:  # the next character decides whether the loop goes on
+            ways = 1.0
         steps = max(ways, most) * one.steps
         return _Bound(1.0 if kind is _parser.POSSESSIVE_REPEAT else ways, steps)
 

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
@@ -23,6 +24,7 @@ class BoundedConfig(uvicorn.Config):
     """uvicorn's configuration of one server, with our grace period; pickled for each worker."""
 
     grace_seconds = 0.0
+    loaded_app: Any
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -147,7 +147,9 @@ class _Supervisor:
     def _lost(self, pid: int, name: str) -> int:
         """A vital process has ended. SGLang may end by itself and say why, or not notice."""
         status = self._main_ends_within(FAULT_SECONDS)
-        if status == REFUSED or (status or 0) > 128:  # it said why, or a signal came
+        if status is not None and (
+            status == REFUSED or status > 128
+        ):  # it said why, or a signal came
             return status
         return self._failed(f"{name} (process {pid})")
 

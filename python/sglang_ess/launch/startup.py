@@ -221,7 +221,7 @@ def block(server_args: Any, facts: dict[str, Any], seconds: float) -> str:
         "device_mib": facts.get("device_bytes", 0) / MIB,
         "host_mib": facts.get("host_bytes", 0) / MIB,
     }
-    rows = _MODEL_ROWS if facts else (("model", "{model_path}"),)
+    rows: tuple[tuple[str, str], ...] = _MODEL_ROWS if facts else (("model", "{model_path}"),)
     if "latent_format" in facts:
         rows += _ROW_ROWS + _TIER_ROWS[facts["tiers"]]
     rows += (_LIMIT_ROWS if facts else ()) + (("URL", "{url}"),)
@@ -301,7 +301,7 @@ def _is_ready(server_args: Any, manager: Any) -> bool:
 def _answers(server_args: Any, connections: int) -> bool:
     """Whether /ready answers 200 on this many new connections, all open at the same time."""
     url = urlsplit(server_args.url())
-    kind = http.client.HTTPConnection
+    kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
     if url.scheme == "https":  # the server's certificate need not be valid for this host name
         context = ssl._create_unverified_context()
         kind = functools.partial(http.client.HTTPSConnection, context=context)
