@@ -1,11 +1,11 @@
-"""The same questions on long documents, served one-tier and with ESS: scripts/demo.sh.
+"""Serves the same questions on long documents one-tier and with ESS: scripts/demo.sh.
 
-Two servers, one after the other, with the same device memory for the KV pool and the same
-flags. Each is asked every question by itself, so that both compute the same batches and the
-answers can be compared token by token; then all questions at once, so that memory binds.
+It starts two servers, one after the other, with the same flags and the same device memory for the
+KV pool. It asks each server one question at a time: then both compute the same batches, and their
+answers can be compared token by token. Then it asks all questions at once, so that memory is short.
 
-The documents come from this machine: CPython's documentation topics. The model's weights are
-random, so what it writes is noise and its hit rates are its own; the path it takes is real.
+The documents are CPython's documentation topics. The model's weights are random, so its answers are
+noise and its hit rates differ from a real model's, but every part of the server does its real work.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from tests.support.server import Server
 
 OUT = Path("out/demo")
 PICTURE = OUT / "hit_rate.png"
-DOCUMENTS, DOCUMENT_TOKENS = 8, 3000  # of this tokenizer a token is a byte
+DOCUMENTS, DOCUMENT_TOKENS = 8, 3000  # a token of this tokenizer is a byte
 QUESTIONS = ("\n\nWhat is this about?", "\n\nWho needs it, and why?", "\n\nGive an example.")
 OUTPUT_TOKENS = 32
 CONTEXT = 3328
-# About three of the documents one-tier: 4 layers x (656 B latent row + 132 B index key).
+# One-tier it holds about three documents: 4 layers x (656 B latent row + 132 B index key).
 DEVICE_GIB = 0.031
 FLAGS = (
     *("--ess-device-gib", str(DEVICE_GIB), "--context-length", str(CONTEXT)),
@@ -49,7 +49,7 @@ METRIC = re.compile(r'sglang:ess_(lookups|misses)_total\{.*?layer="(\d+)".*?\} (
 
 @dataclass(frozen=True)
 class Answer:
-    """prompt_tokens of which cached_tokens were in the radix cache; token_ids: generated."""
+    """One answer. cached_tokens: prompt tokens found in the radix cache; token_ids: generated."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -58,11 +58,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Served:
-    """What one server did.
+    """Results of one server.
 
-    facts: of /server_info; alone, together: the answers, each list in the prompts' order
-    running: requests decoding together, at most; seconds: of the questions asked at once
-    lookups, misses: by layer, of all decode steps; empty one-tier
+    facts: "ess" of /server_info
+    alone, together: answers to one question at a time and to all at once, in the prompts' order
+    running: most requests that decoded together; seconds: duration of the questions asked at once
+    lookups, misses: of all decode steps, by layer; empty one-tier
     """
 
     facts: dict
@@ -79,7 +80,7 @@ class Served:
 
     @property
     def cached_share(self) -> float:
-        """Of the prompts asked at once."""
+        """Share of prompt tokens found in the radix cache, for the questions asked at once."""
         cached, prompts = (
             sum(getattr(answer, name) for answer in self.together)
             for name in ("cached_tokens", "prompt_tokens")
@@ -92,7 +93,7 @@ class Served:
 
 
 def prompts() -> list[str]:
-    """QUESTIONS on each of DOCUMENTS texts, a document's one after another."""
+    """Each of DOCUMENTS texts with each of QUESTIONS, in the order of the documents."""
     text = "\n".join(topics[name] for name in sorted(topics)).encode("ascii", "replace").decode()
     starts = range(20000, 20000 + DOCUMENTS * DOCUMENT_TOKENS, DOCUMENT_TOKENS)
     documents = [text[at : at + DOCUMENT_TOKENS] for at in starts]
@@ -100,7 +101,7 @@ def prompts() -> list[str]:
 
 
 def ask(url: str, text: str) -> Answer:
-    """One greedy request to SGLang's /generate."""
+    """Send one greedy request to SGLang's /generate."""
     sampling = {"temperature": 0, "max_new_tokens": OUTPUT_TOKENS, "ignore_eos": True}
     body = json.dumps({"text": text, "sampling_params": sampling}).encode()
     request = urllib.request.Request(f"{url}/generate", body, {"Content-Type": "application/json"})
@@ -112,25 +113,25 @@ def ask(url: str, text: str) -> Answer:
 
 @contextmanager
 def max_running(server: Server) -> Iterator[list[int]]:
-    """Ask the server how many requests it runs until the end: [the most so far]."""
-    most, ended = [0], threading.Event()
+    """Poll how many requests the server runs. Yields [the maximum so far]."""
+    maximum, ended = [0], threading.Event()
 
     def poll():
         while not ended.wait(POLL_SECONDS):
             loads = server.get("/v1/loads?include=core")["loads"]
-            most[0] = max(most[0], sum(load["num_running_reqs"] for load in loads))
+            maximum[0] = max(maximum[0], sum(load["num_running_reqs"] for load in loads))
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
-        yield most
+        yield maximum
     finally:
         ended.set()
         thread.join()
 
 
 def counters(server: Server) -> dict[str, dict[int, int]]:
-    """{"lookups", "misses": {layer: since the server's start}} of /metrics; empty one-tier."""
+    """{"lookups" and "misses": {layer: count since the start}} of /metrics; empty one-tier."""
     with server.open("/metrics") as response:
         found = METRIC.findall(response.read().decode())
     result: dict[str, Counter] = {"lookups": Counter(), "misses": Counter()}
@@ -140,7 +141,7 @@ def counters(server: Server) -> dict[str, dict[int, int]]:
 
 
 def last_counters(server: Server) -> dict[str, dict[int, int]]:
-    """counters() once they stand still: SGLang publishes its last when it falls idle."""
+    """counters() when they no longer change: SGLang publishes the last ones when it is idle."""
     before, found = None, counters(server)
     until = time.monotonic() + 10
     while found != before and time.monotonic() < until:
@@ -150,13 +151,13 @@ def last_counters(server: Server) -> dict[str, dict[int, int]]:
 
 
 class Relay:
-    """Prints what sglang_ess says in the server's log as it comes."""
+    """Prints the lines of sglang_ess from the server's log as they appear."""
 
     def __init__(self, log: Path):
         self.lines, self.in_block = log.open(errors="replace"), False
 
     def __call__(self) -> bool:
-        """Whether the summary block has been printed to its end."""
+        """Print new lines. Returns whether the summary is complete."""
         while line := self.lines.readline():
             self.in_block = line.startswith("    ") if self.in_block else " ready after " in line
             if self.in_block or line.startswith("[sglang-ess]"):
@@ -167,7 +168,7 @@ class Relay:
 
 
 def question_all(server: Server, log: Path, texts: list[str]) -> Served:
-    """Ask every text by itself, then all of them at once, once the server is ready."""
+    """Wait until the server is ready, ask one text at a time, then all of them at once."""
     server.wait_for(Relay(log), 600, "ready")
     facts = server.get("/server_info")["ess"]
     since = time.perf_counter()
@@ -186,7 +187,7 @@ def question_all(server: Server, log: Path, texts: list[str]) -> Served:
 
 
 def serve(name: str, model: Path, flags: list[str], texts: list[str]) -> Served:
-    """One server from its start to its stop. Raises: SystemExit, one line and the log's end."""
+    """Start a server, ask it, stop it. Raises: SystemExit with one line and the end of the log."""
     log = OUT / f"server-{name.lower()}.log"
     print(f"\n{name}: starting the server ({' '.join(SYSTEMS[name])}); its log: {log}", flush=True)
     with Server(model, *FLAGS, *SYSTEMS[name], *flags, log=log) as server:
@@ -201,11 +202,11 @@ def serve(name: str, model: Path, flags: list[str], texts: list[str]) -> Served:
     return served
 
 
-# --- what came of it --------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------
 
 
 def table(results: dict[str, Served]) -> str:
-    """A column for each server."""
+    """The comparison as text, with a column for each server."""
 
     def mib(served: Served, tier: str) -> str:
         return f"{served.facts[f'{tier}_bytes'] / 2**20:.1f} MiB"
@@ -232,7 +233,7 @@ def _hit_rate(served: Served) -> str:
 
 
 def different(first: list[Answer], second: list[Answer]) -> list[int]:
-    """Numbers, from 1, of the requests whose tokens differ."""
+    """Numbers of the requests whose tokens differ, counted from 1."""
     pairs = enumerate(zip(first, second, strict=True), 1)
     return [number for number, (a, b) in pairs if a.token_ids != b.token_ids]
 
@@ -245,7 +246,7 @@ def bars(hit_rates: dict[int, float]) -> str:
 
 
 def draw(hit_rates: dict[int, float], hot_ratio: float) -> bool:
-    """Write PICTURE. Returns whether matplotlib is installed (extra "test")."""
+    """Write PICTURE. Returns False if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -265,7 +266,7 @@ def draw(hit_rates: dict[int, float], hot_ratio: float) -> bool:
 
 
 def report(results: dict[str, Served]) -> int:
-    """Print the comparison; the demo's exit status: 0 if the outputs are identical."""
+    """Print the comparison. Returns the exit status: 0 if the outputs are identical, else 1."""
     one_tier, ess = results.values()
     print(f"\n{table(results)}\n\nhit rate by layer (random weights: their own locality):")
     print(bars(ess.hit_rates))
@@ -281,7 +282,7 @@ def report(results: dict[str, Served]) -> int:
         print(f"outputs identical: no: requests {', '.join(map(str, wrong))} differ")
         return 1
     print("outputs identical: yes")
-    # Not a test of ESS: batches differ, and bf16 rounds by batch size, one-tier too.
+    # This does not test ESS: bf16 rounding depends on the batch size, one-tier too.
     same = len(ess.together) - len(different(one_tier.together, ess.together))
     print(
         f"(asked at once, where batches and so bf16 rounding differ: {same} of {len(ess.together)})"
@@ -293,7 +294,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/demo.sh", description=__doc__)
     parser.add_argument("--arch", choices=("v32", "glm"), default="v32")
     args, flags = parser.parse_known_args()
-    # So that a plain kill of the demo takes the server along.
+    # A plain kill of the demo must end the server too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     model = write_tiny_model(OUT / f"tiny-{args.arch}", TinyModelConfig(arch=args.arch))
     texts = prompts()

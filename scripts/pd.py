@@ -1,7 +1,7 @@
-"""Prefill, decode with ESS and a router on this machine, and one chat completion: scripts/pd.sh.
+"""Starts prefill, decode (with ESS) and a router, and sends one chat completion: scripts/pd.sh.
 
-Stays up until Ctrl-C, unless --once; whatever was started ends with it. The default model's
-weights are random, so what it writes is noise; the path it takes is real.
+It runs until Ctrl-C, or with --once until the answer, and ends all processes that it started. The
+default model's weights are random, so its answers are noise, but every part does its real work.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from tests.support.pd import Node, PdCluster
 
 OUT = Path("out/pd")
-# SGLang's default number of slots is most of the machine's memory, and here two nodes share it.
+# SGLang's default takes most of the machine's memory, which two nodes share here.
 SLOTS = 40_000
 DECODE_FLAGS = ("--ess-hot-ratio", "0.2", "--disaggregation-decode-enable-radix-cache")
 QUESTION = "Why do prefill and decode run on nodes of their own?"
@@ -23,7 +23,7 @@ START_SECONDS = 600
 
 
 class Progress:
-    """A node's own progress lines, behind its name, as they come; then whether it is ready."""
+    """Prints a node's progress lines with its name. Calling it returns whether the node is ready."""
 
     def __init__(self, node: Node):
         self.node, self.lines = node, node.log.open(errors="replace")
@@ -40,14 +40,14 @@ def say(line: str) -> None:
 
 
 def wait_ready(cluster: PdCluster) -> None:
-    """Raises: RuntimeError with the log's tail of what ended or took too long."""
+    """Wait until all are ready. Raises: RuntimeError with the log's end of one that is not."""
     for node in cluster.nodes:
         node.wait_for(Progress(node), START_SECONDS, "ready")
     cluster.wait_ready(START_SECONDS)
 
 
 def chat(cluster: PdCluster, model: str) -> dict:
-    """The request and its answer, printed. Raises: RuntimeError for any status but 200."""
+    """Send a request and print it with its answer. Raises: RuntimeError unless status is 200."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": QUESTION}],
@@ -76,7 +76,7 @@ def how_to_ask(cluster: PdCluster, model: str) -> str:
 
 
 def serve(model: str, flags: list[str], once: bool) -> None:
-    """Raises: RuntimeError if a node does not start, ends by itself or does not answer."""
+    """Run the cluster. Raises: RuntimeError if a node does not start, ends or does not answer."""
     with PdCluster(
         model,
         OUT,
@@ -97,11 +97,13 @@ def serve(model: str, flags: list[str], once: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/pd.sh", description=__doc__)
-    parser.add_argument("--once", action="store_true", help="end after the one answer")
+    parser.add_argument("--once", action="store_true", help="end after one answer")
     parser.add_argument("--model-path", help="checkpoint; default: a tiny one, written to out/pd")
-    parser.add_argument("--arch", choices=("v32", "glm"), default="v32", help="of the tiny one")
+    parser.add_argument(
+        "--arch", choices=("v32", "glm"), default="v32", help="architecture of the tiny one"
+    )
     args, flags = parser.parse_known_args()
-    # So that a plain kill takes the three processes along.
+    # A plain kill must end the three processes too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     OUT.mkdir(parents=True, exist_ok=True)
     for name in ("prefill", "decode", "router"):

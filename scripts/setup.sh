@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv at the project root, or does nothing where it is up to date; demo.sh and
-# test.sh call it. PYTHON=... names the interpreter (3.11 or newer; tested with 3.11).
+# Makes .venv at the project root, or does nothing if it is up to date. The other scripts call it.
+# PYTHON=... names the interpreter (3.11 or newer; tested with 3.11).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -43,14 +43,14 @@ make_venv() {
       "Install python3.11 and python3.11-venv, or set PYTHON to an interpreter."
     exit 1
   fi
-  if ! "$python" -c 'import ensurepip' 2>/dev/null; then # Debian ships it apart
+  if ! "$python" -c 'import ensurepip' 2>/dev/null; then # a package of its own on Debian
     version=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
     install_packages "$version-venv"
   fi
   "$python" -m venv --clear .venv
 }
 
-install_openmp() { # without it numba falls back to a thread pool that we did not test
+install_openmp() { # without it numba uses another thread pool, which is not tested
   PATH=$PATH:/usr/sbin:/sbin ldconfig -p | grep 'libgomp\.so\.1 ' >/dev/null && return
   if can_install; then
     install_packages libgomp1
@@ -59,7 +59,7 @@ install_openmp() { # without it numba falls back to a thread pool that we did no
   fi
 }
 
-install_transport() { # what Mooncake moves KV with between prefill and decode servers
+install_transport() { # libraries that Mooncake needs to move KV between servers
   local missing
   missing=$(for library in ibverbs:libibverbs1 rdmacm:librdmacm1 numa:libnuma1 curl:libcurl4 \
     uring:liburing2; do
@@ -68,14 +68,14 @@ install_transport() { # what Mooncake moves KV with between prefill and decode s
   done)
   [ -n "$missing" ] || return 0
   if can_install; then
-    # shellcheck disable=SC2086  # one word a package
+    # shellcheck disable=SC2086  # one word per package
     install_packages $missing
   else
     say "for prefill-decode disaggregation these should be installed:" $missing
   fi
 }
 
-install_project() { # pip in the background, a line of its log every 15 s
+install_project() { # runs pip in the background and prints a line of its log every 15 s
   local total pid
   total=$(grep -c == constraints.txt)
   say "installing SGLang, torch and what they need ($total packages, 11 GB):" \
@@ -98,7 +98,7 @@ install_project() { # pip in the background, a line of its log every 15 s
   trap - EXIT
 }
 
-fingerprint() { # of the path too: a virtual environment cannot be moved
+fingerprint() { # includes the path, because a virtual environment cannot be moved
   { pwd; cat pyproject.toml constraints.txt; } | sha256sum
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests, after setting up .venv if need be: scripts/test.sh [--all] [pytest arguments]
-# --all adds the slow ones. Tests marked gpu run with neither: they need a CUDA device.
-# The quick ones run in two processes, or as many as -n of pytest-xdist says (-n 0: in this one).
+# Sets up .venv if necessary and runs the tests: scripts/test.sh [--all] [pytest arguments]
+# --all adds the slow tests. Neither runs tests marked gpu, which need a CUDA device.
+# The quick tests run in two processes; -n of pytest-xdist changes that (-n 0: in this process).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
