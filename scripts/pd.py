@@ -23,7 +23,7 @@ START_SECONDS = 600
 
 
 class Progress:
-    """Prints a node's progress lines with its name. Calling it returns whether the node is ready."""
+    """Prints a node's progress lines with its name. A call returns whether the node is ready."""
 
     def __init__(self, node: Node):
         self.node, self.lines = node, node.log.open(errors="replace")

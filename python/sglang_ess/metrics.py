@@ -1,11 +1,11 @@
-"""What the hot tier does, for the operator: a log line, and Prometheus in SGLang's endpoint.
+"""Figures of the hot tier for the operator: a log line, and metrics at SGLang's /metrics.
 
-Both read counters that plan and install keep anyway. The line follows SGLang's own decode
-line; the Prometheus figures are brought up to date whenever SGLang publishes its own (with
-each prefill and decode line, and when the scheduler falls idle). Nothing is done per step.
+Both read counters that the hot tier keeps in any case. The log line follows SGLang's own decode
+line. The metrics are updated when SGLang publishes its own: with each prefill and decode line, and
+when the scheduler becomes idle. A decode step itself costs nothing.
 
-Names and labels are SGLang's: prefix "sglang:", labels of its scheduler (model_name,
-tp_rank, ...), and "layer" where a figure is one layer's. Hits are lookups - misses.
+Names follow SGLang's: the prefix "sglang:", the labels of its scheduler (model_name, tp_rank, ...),
+and the label "layer" for a figure of one layer. Hits are lookups - misses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sglang_ess.admission.policy import REASONS
 
 logger = logging.getLogger(__name__)
 
-# What both kinds of hot tier count.
+# Counters that both hot tiers keep, on the CPU and on a GPU.
 COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs")
 
 
@@ -30,11 +30,12 @@ COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs")
 
 @dataclass(frozen=True)
 class LayerSnapshot:
-    """One layer's hot tier: its size and use now, and what happened since the last snapshot.
+    """The hot tier of one layer: its size now, and its counts since the last snapshot.
 
-    lookups: top-k entries resolved; misses: of those, the ones fetched from the host tier
-    fetched_bytes: of the misses; installed_rows: made hot by a write or by warm-up
-    evicted_age: sum, over the evictions, of steps since the row's last use
+    layer: SGLang's layer_id
+    lookups: top-k entries resolved; misses: those of them that were fetched from the host tier
+    fetched_bytes: bytes of the misses; installed_rows: rows made hot by a write or by warm-up
+    evicted_age: steps since the last use of each evicted row, summed
     """
 
     layer: int
@@ -50,21 +51,23 @@ class LayerSnapshot:
 
     @property
     def hit_ratio(self) -> float | None:
-        """In [0, 1]; None without a lookup."""
+        """Share of lookups that hit, in [0, 1]; None if there was no lookup."""
         return 1 - self.misses / self.lookups if self.lookups else None
 
     @property
     def eviction_age(self) -> float | None:
-        """Mean, in steps; None without an eviction."""
+        """Mean age of an evicted row, in steps; None if there was no eviction."""
         return self.evicted_age / self.evictions if self.evictions else None
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All layers of one pool. host_slots: rows of the host tier; host_slots_used: of these,
-    what SGLang counts as used, which leaves out the radix cache's evictable ones.
-    rebalances, rows_moved: times that hot rows moved between layers, and how many, since the
-    last snapshot
+    """All layers of one pool.
+
+    host_slots: rows of the host tier in one layer; host_slots_used: those that SGLang counts as
+    used, without the evictable ones of the radix cache
+    rebalances, rows_moved: how often hot rows moved between layers since the last snapshot, and
+    how many rows did
     """
 
     layers: tuple[LayerSnapshot, ...]
@@ -74,12 +77,12 @@ class Snapshot:
     rows_moved: int = 0
 
     def total(self, name: str) -> int:
-        """A field of LayerSnapshot, summed over the layers."""
+        """The sum of a field of LayerSnapshot over the layers."""
         return sum(getattr(layer, name) for layer in self.layers)
 
 
 class Metrics:
-    """Takes snapshots; what each covers begins where this object's last one ended."""
+    """Takes snapshots. Each covers the time since the last snapshot of the same object."""
 
     def __init__(self) -> None:
         self._before: dict[int, dict[str, int]] = {}
@@ -92,7 +95,7 @@ class Metrics:
             now = {name: figures[name] for name in (*COUNTERS, "steps")}
             before = self._before.get(layer, {})
             if any(now[name] < value for name, value in before.items()):
-                before = {}  # HotCache.clear() began them again
+                before = {}  # HotCache.clear() has reset the counters
             self._before[layer] = now
             since = {name: value - before.get(name, 0) for name, value in now.items()}
             layers.append(
@@ -131,7 +134,7 @@ def _figures(pool: Any) -> list[dict[str, int]]:
 
 
 def log_line(snapshot: Snapshot) -> str:
-    """One line; misses and bytes are of all layers together, per step of one layer."""
+    """The log line. Misses and bytes are those of all layers in one decode step."""
     used, rows = snapshot.total("hot_rows_used"), snapshot.total("hot_rows")
     parts = [f"hot rows {used / rows:.0%} ({used}/{rows}, {len(snapshot.layers)} layers)"]
     lookups, misses = snapshot.total("lookups"), snapshot.total("misses")
@@ -201,11 +204,11 @@ _MISS_BUCKETS = tuple(base * 10**power for power in range(2, 9) for base in (1, 
 
 
 class Exporter:
-    """ESS's figures in prometheus_client's registry, which SGLang's /metrics gathers.
+    """ESS's metrics in a registry of prometheus_client, which SGLang's /metrics collects.
 
-    Made at most once a process and registry, and only after SGLang has set
-    PROMETHEUS_MULTIPROC_DIR: prometheus_client looks at it when it is imported.
-    labels: names and values of SGLang's own scheduler metrics; layers: layer ids
+    Make at most one for a process and registry, after SGLang has set PROMETHEUS_MULTIPROC_DIR:
+    prometheus_client reads that variable when it is imported.
+    labels: label names and values of SGLang's scheduler metrics; layers: SGLang's layer ids
     """
 
     def __init__(self, labels: Mapping[str, Any], layers: Sequence[int], registry: Any = None):
@@ -224,7 +227,7 @@ class Exporter:
 
         def gauge(name: str, text: str, label_names: Sequence[str]) -> Any:
             full_name = f"sglang:ess_{name}"
-            # As SGLang's: one process writes a series, and a restarted one takes over.
+            # Like SGLang's gauges: one process writes a series, and its successor replaces it.
             return Gauge(
                 full_name, text, label_names, registry=registry, multiprocess_mode="mostrecent"
             )
@@ -262,13 +265,14 @@ class Exporter:
         self._request_misses = Histogram(
             "sglang:ess_request_misses",
             "Rows fetched for a request, all layers together, from its first decode step until "
-            "it finished or was retracted. Requests that missed nothing are not counted.",
+            "it finished or was retracted. Requests without a miss are not counted.",
             list(labels),
             registry=registry,
             buckets=_MISS_BUCKETS,
         ).labels(**labels)
 
     def update(self, snapshot: Snapshot) -> None:
+        """Add a snapshot's counts and set the sizes."""
         for layer in snapshot.layers:
             for name, series in self._counters.items():
                 series[layer.layer].inc(getattr(layer, name))
@@ -279,11 +283,11 @@ class Exporter:
             gauges["eviction_age_steps"][layer.layer].set(float("nan") if age is None else age)
         self._gauges["host_slots"].set(snapshot.host_slots)
         self._gauges["host_slots_used"].set(snapshot.host_slots_used)
-        for name, series in self._pool_counters.items():
-            series.inc(getattr(snapshot, name))
+        for name, counter in self._pool_counters.items():
+            counter.inc(getattr(snapshot, name))
 
     def update_admission(self, admission: Any) -> None:
-        """admission: the Admission of this scheduler."""
+        """Set the admission metrics from the Admission of this scheduler."""
         values = {
             "working_set_rows": admission.working_set_rows,
             "hot_tier_demand_rows": admission.hot_tier_demand,
@@ -300,6 +304,7 @@ class Exporter:
         self._counted = counts
 
     def observe_request(self, misses: int) -> None:
+        """Count a request that has finished or was retracted after `misses` misses."""
         self._request_misses.observe(misses)
 
 
@@ -307,13 +312,13 @@ class Exporter:
 
 
 class Watch:
-    """One scheduler's metrics. An error in them is logged once and ends them, nothing else.
+    """The metrics of one scheduler. The first error in them is logged and switches them off.
 
     reporter: SGLang's SchedulerMetricsReporter, whose pool has a hot tier
 
-    A request's misses are read when its row of the request table is given out again, or at
-    an update that finds the row free: upstream calls back for the former, so this needs no
-    hook on freeing, and the step still under way when an overlapped request ends counts.
+    A request's misses are read when its row of the request table goes to another request, or at an
+    update that finds the row free. SGLang calls back for the former, so no hook on freeing is
+    needed. The misses of a decode step that still runs when the request ends count too.
     """
 
     def __init__(self, reporter: Any):
@@ -334,16 +339,16 @@ class Watch:
             collector.ess_watch = self
 
     def log(self) -> None:
-        """The log line."""
+        """Write the log line."""
         if self._logs:
             self._safely(self._log)
 
     def publish(self, used_slots: int) -> None:
-        """Bring the Prometheus figures up to date."""
+        """Update the Prometheus metrics. used_slots: slots that SGLang counts as used"""
         self._safely(self._publish, used_slots)
 
     def rows_given_out(self, rows: Sequence[int]) -> None:
-        """rows of the request table have new owners: what is in them was the last ones'."""
+        """Read the misses of the last owners of these rows of the request table."""
         self._safely(self._take_misses, rows)
 
     def _log(self) -> None:
@@ -378,8 +383,8 @@ class Watch:
 def decode_reported(result: None, reporter: Any, *args: Any, **kwargs: Any) -> None:
     """Body of the AFTER hook on SchedulerMetricsReporter.report_decode_stats.
 
-    Runs each decode step, like its target; what it does between two log lines is a
-    dictionary lookup and a modulo.
+    Its target runs at each decode step. Between two log lines this costs a dictionary lookup and
+    a modulo.
     """
     if "ess_watch" not in reporter.__dict__:
         reporter.ess_watch = _watch(reporter)
@@ -396,7 +401,7 @@ def stats_published(result: None, collector: Any, stats: Any) -> None:
 
 
 def _watch(reporter: Any) -> Watch | None:
-    """None for a pool with no hot tier (one-tier), and where the metrics cannot be set up."""
+    """A scheduler's Watch; None for a pool without a hot tier, or if the set-up fails."""
     pool = reporter.scheduler.token_to_kv_pool_allocator.get_kvcache()
     if not hasattr(pool, "hot_caches"):
         return None
