@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import HttpProcess
+from tools.processes import HttpProcess
 
 REPO = Path(__file__).resolve().parents[2]
 ROOTS = {"sglang_ess": "python", "ess_kernels": "kernels", "ess_patches": "patches"}
