@@ -1,13 +1,13 @@
-"""The fork's whole difference from SGLang: one module per upstream module.
+"""The whole difference between ESS and SGLang, declared as rows (`contract.Hook`).
 
-Each module here but `contract` and `topk_stream` exposes `HOOKS: tuple[Hook, ...]`; the bodies
-delegate to the rooms of `sglang_ess`.
+hooks              upstream functions that ESS changes
+touch_points       upstream names that ESS uses unchanged, on any platform or on the CPU
+touch_points_cuda  the same on a GPU
+topk_stream        hooks of the test-only switch --ess-topk-stream
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `python -m ess_patches.contract` must not find it imported already
@@ -15,18 +15,7 @@ if TYPE_CHECKING:  # `python -m ess_patches.contract` must not find it imported 
 
 
 def all_hooks() -> tuple[Hook, ...]:
-    """Every row of every hook module, modules in name order; not those of `topk_stream`.
+    """Every row but those of `topk_stream`: hooks first, then touch points."""
+    from ess_patches import hooks, touch_points, touch_points_cuda
 
-    Raises: RuntimeError if a module of this package has no HOOKS.
-    """
-    rows: list[Hook] = []
-    for name in sorted(info.name for info in pkgutil.iter_modules(__path__)):
-        if name in ("contract", "topk_stream"):
-            continue
-        module = importlib.import_module(f"{__name__}.{name}")
-        if not hasattr(module, "HOOKS"):
-            raise RuntimeError(
-                f"{module.__name__} must expose HOOKS: got none. Add the tuple of its Hook rows."
-            )
-        rows.extend(module.HOOKS)
-    return tuple(rows)
+    return hooks.HOOKS + touch_points.HOOKS + touch_points_cuda.HOOKS

@@ -1,9 +1,10 @@
-"""The contract with SGLang: which upstream names ESS touches, and what they must look like.
+"""The contract with SGLang: the upstream names that ESS touches, and what they must look like.
 
 SGLang's HookRegistry logs a missing target and starts without it, and a hook with a wrong
-parameter list fails at its first call only. So every row is checked before any is registered.
+parameter list fails only when it is called first. So every row is checked before any is
+registered.
 
-`python -m ess_patches.contract DOTTED...` prints signatures in the form a row needs.
+`python -m ess_patches.contract DOTTED...` prints signatures in the form that a row needs.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ from typing import Any
 from sglang_ess import errors
 
 SGLANG_VERSION = "0.5.23"
-# The target is 12, and each one more needs a reason. Disaggregation brought four: two
-# scheduling rounds (colocated and decode) that admission has to see, the metadata that travels
-# between nodes, and NIXL's kinds of memory. Intake brought five: a body, a prompt, a control
-# request, a response and the scheduler's dispatcher each have one place that all of their kind
-# pass. Scheduler.__init__ is the one place where a check that only a scheduler process makes can
-# reach the operator as a line. One process registers 17 of them on the CPU, 19 on a GPU.
+# Each target must have a reason that nothing else serves; a test holds the limit. One process
+# registers 17 on the CPU platform and 19 on a GPU.
 MAX_TARGETS = 22
 
 HOOK_KINDS = ("around", "before", "after", "replace")  # registered with SGLang's HookRegistry
-TOUCH_KINDS = ("subclass", "call", "registry")  # used in place, so checked only
-PLATFORMS = ("always", "cpu", "cuda")
-BROKEN = "broken"  # the module is there, and its import fails for a reason of this machine
+TOUCH_KINDS = ("subclass", "call", "registry")  # checked, not registered
+# Hook.when: the platforms on which a row is in force; () stands for all of them.
+PLATFORMS: dict[str, tuple[str, ...]] = {
+    "always": (),
+    "cpu": ("cpu",),
+    "cuda": ("cuda",),
+    "both": ("cpu", "cuda"),
+}
+BROKEN = "broken"  # the module exists, but this machine cannot import it
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,11 @@ class Hook:
     target     dotted upstream name, "pkg.mod.function" or "pkg.mod.Class.method"
     kind       one of HOOK_KINDS or TOUCH_KINDS
     signature  what signature_text(target) gives on SGLANG_VERSION
-    body       "module:function" (HOOK_KINDS, imported at registration) or who touches it
-    reason     one sentence
-    when       "cpu" makes the CPU platform work; "always" and "cuda" are ESS itself
-    test       the test that covers it
+    body       "module:function", imported at registration; for TOUCH_KINDS the module that uses it
+    reason     why ESS needs it, in sentences
+    when       "cpu": the CPU platform, with one tier or two; "cuda": two tiers on a GPU;
+               "both": these two; "always": two tiers on any platform
+    test       path of the test that covers it
     Raises: ValueError for a kind, when or body outside these rules.
     """
 
@@ -60,7 +64,7 @@ class Hook:
     def __post_init__(self) -> None:
         for name, value, limit in (
             ("kind", self.kind, HOOK_KINDS + TOUCH_KINDS),
-            ("when", self.when, PLATFORMS),
+            ("when", self.when, tuple(PLATFORMS)),
         ):
             if value not in limit:
                 raise ValueError(
@@ -73,16 +77,23 @@ class Hook:
 
     @property
     def is_registered(self) -> bool:
+        """Whether SGLang's HookRegistry gets this row; a touch point is only checked."""
         return self.kind in HOOK_KINDS
 
-    def applies(self, platform: str) -> bool:
-        """Whether this row is in force on `platform` ("cpu", "cuda" or another name)."""
-        return self.when in ("always", platform)
+    def applies(self, platform: str, two_tiers: bool = True) -> bool:
+        """Whether this row is in force on `platform` ("cpu", "cuda" or another name).
+
+        two_tiers: whether ESS is on. With one tier only the CPU platform's own rows are in force.
+        """
+        platforms = PLATFORMS[self.when]
+        if not two_tiers:
+            return platform == "cpu" and "cpu" in platforms
+        return not platforms or platform in platforms
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One way in which the installed SGLang differs from the contract; str() is one line."""
+    """One difference between the installed SGLang and the contract; str() is one line."""
 
     target: str
     state: str  # "version", "missing", "changed" or BROKEN
@@ -104,14 +115,14 @@ class Mismatch:
 
 
 class BrokenImport(ImportError):
-    """A module that is there fails to import; __cause__ says why."""
+    """A module exists and cannot be imported; __cause__ says why."""
 
 
 def resolve(dotted: str) -> Any:
-    """The object a dotted name stands for; its module is imported.
+    """The object of a dotted name. Effect: imports its module.
 
-    Raises: ImportError if its package lacks a module, AttributeError if the module lacks the
-    name, BrokenImport for whatever else an import raises.
+    Raises: ImportError if the package lacks the module, AttributeError if the module lacks the
+    name, BrokenImport for any other failure of an import.
     """
     parts = dotted.split(".")
     for length in range(len(parts), 0, -1):
@@ -123,7 +134,7 @@ def resolve(dotted: str) -> Any:
             missing = isinstance(error, ModuleNotFoundError)
             if missing and length > 1 and (path + ".").startswith(lacks + "."):
                 continue
-            if lacks.split(".")[0] == parts[0]:  # it is a name of the package itself
+            if lacks.split(".")[0] == parts[0]:  # the package itself lacks the name
                 raise
             raise BrokenImport(path) from error
         except Exception as error:
@@ -137,8 +148,8 @@ def resolve(dotted: str) -> Any:
 def signature_text(dotted: str) -> str:
     """Parameter names, kinds and defaults of a target, without annotations and addresses.
 
-    Decorators that keep __wrapped__ are seen through (so is a hook already applied); a class
-    gives its __init__; an object that cannot be called gives "<its type>".
+    A decorator that sets __wrapped__ does not change the text, nor does a hook already applied. A
+    class gives the text of its __init__; an object that cannot be called gives "<its type>".
     Raises: as resolve().
     """
     target = resolve(dotted)
@@ -174,8 +185,7 @@ def check_hook(hook: Hook) -> Mismatch | None:
 def check(hooks: Iterable[Hook]) -> list[Mismatch]:
     """Every difference between the installed SGLang and these rows, the version first.
 
-    It ends at the first import that fails: the same module fails under other rows too, in ways
-    that follow from it.
+    It stops at the first import that fails: other rows would report consequences of that failure.
     """
     found = []
     try:
@@ -193,27 +203,27 @@ def check(hooks: Iterable[Hook]) -> list[Mismatch]:
 
 
 def target_count(hooks: Iterable[Hook]) -> int:
-    """How many upstream names the rows patch; touch points do not count."""
+    """The number of upstream names that the rows change; touch points do not count."""
     return len({hook.target for hook in hooks if hook.is_registered})
 
 
 def register(hooks: Iterable[Hook], platform: str) -> list[str]:
     """Register the rows in force on `platform` with SGLang's HookRegistry.
 
-    Returns the targets. Effect: bodies are imported; SGLang applies the hooks later.
-    Raises: ImportError or AttributeError if a body does not exist.
+    Returns the targets. Effect: imports the bodies; SGLang applies the hooks later.
+    Raises: ImportError or AttributeError, with nothing registered, if a body does not exist.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     due = [hook for hook in hooks if hook.is_registered and hook.applies(platform)]
-    bodies = [pkgutil.resolve_name(hook.body) for hook in due]  # all exist, or none registered
+    bodies = [pkgutil.resolve_name(hook.body) for hook in due]  # all, before the first registers
     for hook, body in zip(due, bodies, strict=True):
         HookRegistry.register(hook.target, body, HookType(hook.kind))
     return [hook.target for hook in due]
 
 
 def main(argv: list[str]) -> int:
-    """Print the signature of each dotted name; 1 if one cannot be resolved."""
+    """Print the signature of each dotted name; return 1 if one cannot be resolved, else 0."""
     failed = 0
     for dotted in argv:
         try:

@@ -1,24 +1,152 @@
-"""What the CPU platform uses of SGLang in place: subclassed, called or registered, not patched.
+"""What ESS uses of SGLang without changing it, on any platform (ESS) or on the CPU platform (CPU).
 
-These rows are checked at each start like the hooks, in every process. That imports their
-modules, nearly all of which a process imports anyway: measured beside other work on two
-cores, it adds 0.7 s to the 22 s of the scheduler and of the detokenizer (0.6 s of it for
-http_server) and nothing to the launcher.
+Each row is checked at each start, in every process, like the hooks. The check imports the rows'
+modules, and a process imports nearly all of them anyway: measured next to other work on two cores,
+it adds 0.7 s to the 22 s of the scheduler and of the detokenizer (0.6 s of it for http_server)
+and nothing to the launcher.
 """
 
 from ess_patches.contract import Hook
 
+_TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_REQ = "sglang.srt.managers.schedule_batch.Req"
+_PAGED = "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator"
 _POOL = "sglang.srt.mem_cache.memory_pool.DSATokenToKVPool"
 _PLATFORM = "sglang.srt.platforms.interface.SRTPlatform"
 _BACKEND = "sglang.srt.layers.attention.base_attn_backend.AttentionBackend"
 _CONTEXT = "sglang.srt.model_executor.forward_context"
 
 
-def _touch(target: str, kind: str, signature: str, body: str, reason: str, test: str) -> Hook:
-    return Hook(target, kind, signature, body, reason, when="cpu", test=f"tests/{test}")
+def _touch(
+    target: str, kind: str, signature: str, body: str, reason: str, test: str, when: str = "cpu"
+) -> Hook:
+    return Hook(target, kind, signature, body, reason, when=when, test=f"tests/{test}")
 
 
-HOOKS = (
+def _ess(target: str, kind: str, signature: str, body: str, reason: str, test: str) -> Hook:
+    return _touch(target, kind, signature, body, reason, test, when="always")
+
+
+ESS = (
+    _ess(
+        "sglang.srt.disaggregation.utils.all_reduce_flags",
+        "call",
+        "(flags, group, op)",
+        "sglang_ess.scheduler_gate",
+        "Lets the ranks that run one batch agree on which requests join it.",
+        "test_scheduler_gate.py",
+    ),
+    _ess(
+        f"{_TREE}.checkpoint",
+        "call",
+        "(self, req, *, up_to, **kwargs)",
+        "sglang_ess.mem_cache.retraction",
+        "Gives a running request's whole pages to the radix tree and moves its lock onto them.",
+        "mem_cache/test_retraction.py",
+    ),
+    _ess(
+        f"{_TREE}.touch_prefix",
+        "call",
+        "(self, key)",
+        "sglang_ess.mem_cache.retraction",
+        "Splits the node in which the key ends, so that eviction takes pieces and not the prompt.",
+        "mem_cache/test_retraction.py",
+    ),
+    _ess(
+        "sglang.srt.mem_cache.radix_cache.RadixKey",
+        "call",
+        "(self, token_ids, extra_key=None, is_bigram=False, limit=None, cache_salt=None)",
+        "sglang_ess.mem_cache.retraction",
+        "Names the prefix at which the tree splits a node.",
+        "mem_cache/test_retraction.py",
+    ),
+    _ess(
+        f"{_REQ}.refresh_fill_ids",
+        "call",
+        "(self)",
+        "sglang_ess.mem_cache.retraction",
+        "Extends the ids that checkpoint reads up to the last output token.",
+        "mem_cache/test_retraction.py",
+    ),
+    _ess(
+        f"{_REQ}.owned_kv_len",
+        "call",
+        "(self)",
+        "sglang_ess.mem_cache.retraction",
+        "Says how many of its tokens the request may publish.",
+        "mem_cache/test_retraction.py",
+    ),
+    _ess(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch._get_decode_retraction_order",
+        "call",
+        "(reqs)",
+        "sglang_ess.scheduler_gate",
+        "Says who leaves a batch first where the hot tier thrashes: SGLang's order for a lack of "
+        "slots.",
+        "test_scheduler_gate.py",
+    ),
+    _ess(
+        "sglang.srt.managers.scheduler_components.pool_stats_observer."
+        "SchedulerPoolStatsObserver.get_pool_stats",
+        "call",
+        "(self)",
+        "sglang_ess.metrics",
+        "Counts the slots in use, as SGLang's own log line does.",
+        "test_metrics.py",
+    ),
+    _ess(
+        "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.register_on_alloc_rows",
+        "call",
+        "(self, hook)",
+        "sglang_ess.metrics",
+        "Calls us when a row of the request table gets a new owner: the last owner's misses are "
+        "final then.",
+        "test_metrics.py",
+    ),
+    _ess(
+        f"{_PAGED}.check_decode_capacity",
+        "subclass",
+        "(self, *, num_tokens, tree_cache, requests=None, spec_algorithm=None)",
+        "sglang_ess.mem_cache.allocator",
+        "SGLang asks it before each decode step and retracts requests until it says yes.",
+        "test_scheduler_gate.py",
+    ),
+    _ess(
+        f"{_PAGED}.max_new_tokens_for_memory",
+        "subclass",
+        "(self, input_tokens, max_new_tokens, *, token_capacity, sliding_window_size, chunk_size)",
+        "sglang_ess.mem_cache.allocator",
+        "SGLang asks it for each request at intake; None refuses one that can never fit.",
+        "test_scheduler_gate.py",
+    ),
+    _ess(
+        f"{_PAGED}.prealloc_fits",
+        "subclass",
+        "(self, tree_cache, full_tokens, swa_tokens, *, full_budget_tokens, "
+        "swa_budget_tokens=None)",
+        "sglang_ess.mem_cache.allocator",
+        "SGLang asks it before it gives slots to a request whose rows will be transferred.",
+        "test_scheduler_gate.py",
+    ),
+    _ess(
+        f"{_PAGED}._release_page_ids",
+        "subclass",
+        "(self, *page_ids)",
+        "sglang_ess.mem_cache.allocator",
+        "Private, but every way of freeing slots ends here: their hot rows are dropped with them.",
+        "test_scheduler_gate.py",
+    ),
+    _ess(
+        f"{_PAGED}.clear",
+        "subclass",
+        "(self)",
+        "sglang_ess.mem_cache.allocator",
+        "A flush frees every slot at once.",
+        "serving/test_soak.py",
+    ),
+)
+
+CPU = (
     _touch(
         _POOL,
         "subclass",
@@ -27,7 +155,7 @@ HOOKS = (
         "index_buf_size=None, index_kpool=1, index_kpool_compress=False, tail_extra_slots=0, "
         "max_running_requests=None, skip_topk_layers=None, dcp_replicated=False)",
         "sglang_ess.cpu.dsa_pool",
-        "The configurator builds our pool with these arguments.",
+        "The configurator creates our pool with these arguments.",
         "serving/test_parity.py",
     ),
     _touch(
@@ -35,7 +163,7 @@ HOOKS = (
         "subclass",
         "(self, dst_buffer, loc, cache_k_nope, cache_k_rope)",
         "sglang_ess.cpu.dsa_pool",
-        "Private, but the one place where a latent row is written; upstream's is a CUDA kernel.",
+        "Private, but the one place where a latent row is written; SGLang's is a CUDA kernel.",
         "serving/test_parity.py",
     ),
     _touch(
@@ -43,7 +171,7 @@ HOOKS = (
         "subclass",
         "(self)",
         "sglang_ess.cpu.dsa_pool",
-        "Private, but made to be overridden: it chooses the class that holds the index keys.",
+        "Private, but made to be overridden: it chooses the class of the index keys.",
         "serving/test_parity.py",
     ),
     _touch(
@@ -75,7 +203,7 @@ HOOKS = (
         "subclass",
         "(self)",
         "sglang_ess.mem_cache.pool",
-        "Private, but the one place that allocates the latent rows: there the two tiers are made.",
+        "Private, but the one place that allocates the latent rows; ours creates the two tiers.",
         "mem_cache/test_capacity.py",
     ),
     _touch(
@@ -115,7 +243,7 @@ HOOKS = (
         "call",
         "(loc_info)",
         "sglang_ess.mem_cache.pool",
-        "The slots of a write, in whichever form SGLang hands them over.",
+        "Reads the slots of a write from any of the forms that SGLang passes.",
         "serving/test_two_tier.py",
     ),
     _touch(
@@ -123,7 +251,7 @@ HOOKS = (
         "call",
         "(*, model_config, kv_cache_dtype)",
         "sglang_ess.mem_cache.capacity",
-        "The width of a latent row before the pool is there.",
+        "The width of a latent row, before the pool exists.",
         "mem_cache/test_capacity.py",
     ),
     _touch(
@@ -131,7 +259,7 @@ HOOKS = (
         "call",
         "(kvc)",
         "sglang_ess.mem_cache.capacity",
-        "What a token costs as SGLang counts: its result's _cell_size.",
+        "The bytes of a token as SGLang counts them: its result's _cell_size.",
         "mem_cache/test_capacity.py",
     ),
     _touch(
@@ -139,7 +267,7 @@ HOOKS = (
         "call",
         "(self, kvc, num_layers)",
         "sglang_ess.mem_cache.capacity",
-        "Stands for _cell_size, which only instances have: it is this function's result.",
+        "Computes _cell_size, which only instances have.",
         "mem_cache/test_capacity.py",
     ),
     _touch(
@@ -147,7 +275,7 @@ HOOKS = (
         "call",
         "<bool>",
         "sglang_ess.attention.backend_cpu",
-        "Whether a batch ends a prompt, whose last positions then warm the hot tier.",
+        "Says whether a batch ends a prompt, whose last positions then warm the hot tier.",
         "serving/test_two_tier.py",
     ),
     _touch(
@@ -155,7 +283,7 @@ HOOKS = (
         "subclass",
         "(self, pool, index_buf_size)",
         "sglang_ess.cpu.dsa_pool",
-        "Its buffers, copies and PD registration stay upstream's.",
+        "Its buffers, copies and PD registration stay SGLang's.",
         "serving/test_parity.py",
     ),
     _touch(
@@ -171,7 +299,7 @@ HOOKS = (
         "subclass",
         "(self, *, kind)",
         "sglang_ess.platforms.cpu",
-        "Upstream's seam for another pool class.",
+        "SGLang's seam for another pool class.",
         "serving/test_parity.py",
     ),
     _touch(
@@ -179,7 +307,7 @@ HOOKS = (
         "subclass",
         "(self, server_args)",
         "sglang_ess.platforms.cpu",
-        "Upstream's seam for a platform's own defaults: the attention backend.",
+        "SGLang's seam for a platform's defaults; ours sets the attention backend.",
         "launch/test_launch_errors.py",
     ),
     _touch(
@@ -187,7 +315,7 @@ HOOKS = (
         "subclass",
         "(self)",
         "sglang_ess.platforms.cpu",
-        "Runs once in a worker before its model is built: our registrations happen there.",
+        "Runs once in a worker before its model is built; ours registers backend and indexer.",
         "serving/test_parity.py",
     ),
     _touch(
@@ -203,7 +331,7 @@ HOOKS = (
         "subclass",
         "(self, device_id=0)",
         "sglang_ess.platforms.cpu",
-        "Argument resolution splits the result as a string; upstream's is a torch.device.",
+        "Argument resolution splits the result as a string, and SGLang's own is a torch.device.",
         "serving/test_users.py",
     ),
     _touch(
@@ -220,7 +348,7 @@ HOOKS = (
         "(self, x, q_lora, positions, forward_batch, layer_id, return_indices=True, "
         "use_cuda_graph=True)",
         "sglang_ess.cpu.indexer",
-        "indexer_forward takes the call in its stead, so it mirrors these parameters.",
+        "Our indexer_forward replaces it, so it has the same parameters.",
         "serving/test_parity.py",
     ),
     _touch(
@@ -236,7 +364,7 @@ HOOKS = (
         "subclass",
         "(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs)",
         "sglang_ess.cpu.attention_backend",
-        "Sparse MLA of a prefill chunk; the model passes q_rope, k_rope and topk_indices.",
+        "Attention of a prefill chunk; the model passes q_rope, k_rope and topk_indices.",
         "serving/test_parity.py",
     ),
     _touch(
@@ -244,7 +372,7 @@ HOOKS = (
         "subclass",
         "(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs)",
         "sglang_ess.cpu.attention_backend",
-        "Sparse MLA of a decode step; the same function as forward_extend.",
+        "Attention of a decode step; the same function as forward_extend.",
         "serving/test_parity.py",
     ),
     _touch(
@@ -252,7 +380,7 @@ HOOKS = (
         "subclass",
         "(self, forward_batch)",
         "sglang_ess.cpu.attention_backend",
-        "Computes once a pass what every layer needs to know of its queries.",
+        "Computes once per pass what every layer needs of its queries.",
         "serving/test_parity.py",
     ),
     _touch(
@@ -260,7 +388,7 @@ HOOKS = (
         "subclass",
         "(self, layer_id, forward_batch)",
         "sglang_ess.cpu.attention_backend",
-        "Hands that metadata to the indexer.",
+        "Gives that metadata to the indexer.",
         "serving/test_parity.py",
     ),
     _touch(
@@ -284,7 +412,7 @@ HOOKS = (
         "call",
         "(layer_id, topk_indices)",
         "sglang_ess.cpu.indexer",
-        "Keeps --enable-return-indexer-topk working: every upstream indexer ends with it.",
+        "Every indexer of SGLang ends with it; --enable-return-indexer-topk needs it.",
         "serving/test_parity.py",
     ),
     _touch(
@@ -293,15 +421,15 @@ HOOKS = (
         "(head_size, rotary_dim, max_position, base, is_neox_style=True, rope_scaling=None, "
         "dtype=None, partial_rotary_factor=1.0, dual_chunk_attention_config=None)",
         "sglang_ess.platforms.cpu_hooks",
-        "Gives the plain rope that get_rope_cpu refuses to.",
+        "Builds the plain rope, which get_rope_cpu refuses to build.",
         "serving/test_parity.py",
     ),
     _touch(
         "sglang.srt.configs.model_config.is_deepseek_dsa",
         "call",
         "(config)",
-        "sglang_ess.launch.preflight and cpu.platform",
-        "Whether a model has sparse attention is upstream's to say.",
+        "sglang_ess.launch.preflight and sglang_ess.platforms.cpu",
+        "SGLang says whether a model has sparse attention.",
         "launch/test_launch_rules.py",
     ),
     _touch(
@@ -317,7 +445,7 @@ HOOKS = (
         "call",
         "()",
         "sglang_ess.launch.startup",
-        "The launcher learns from it that the scheduler is ready, and gets its facts.",
+        "Tells the launcher that the scheduler is ready, and gives it the scheduler's facts.",
         "launch/test_startup.py",
     ),
     _touch(
@@ -341,7 +469,7 @@ HOOKS = (
         "call",
         "()",
         "sglang_ess.launch_server",
-        "The schedulers that have still to end.",
+        "Finds the schedulers that still run.",
         "launch/test_shutdown_server.py",
     ),
     _touch(
@@ -349,7 +477,7 @@ HOOKS = (
         "subclass",
         "(self)",
         "sglang_ess.launch.http_end",
-        "Wraps the application, in each tokenizer worker too: what uvicorn cancels gets 503.",
+        "Wraps the application, in tokenizer workers too: what uvicorn cancels gets status 503.",
         "launch/test_http_end.py",
     ),
     _touch(
@@ -357,7 +485,9 @@ HOOKS = (
         "call",
         "(self)",
         "sglang_ess.launch.http_end",
-        "Its replacement ends the tokenizer workers without ending the scheduler under them.",
+        "Ours ends the tokenizer workers and leaves the scheduler running under them.",
         "launch/test_http_end.py",
     ),
 )
+
+HOOKS = ESS + CPU

@@ -1,4 +1,4 @@
-"""What ESS uses of SGLang in place on a GPU: subclassed, called or registered, not patched."""
+"""What ESS uses of SGLang on a GPU without changing it: subclassed, called or registered."""
 
 from ess_patches.contract import Hook
 
@@ -21,7 +21,7 @@ HOOKS = (
         "call",
         "(self, dst_buffer, loc, cache_k_nope, cache_k_rope)",
         "sglang_ess.mem_cache.pool_cuda",
-        "Private: the kernels that pack latent rows, here into rows of their own on the device.",
+        "Private: it packs latent rows; ours lets it pack into new rows on the device.",
         "mem_cache/test_pool_cuda.py",
     ),
     _touch(
@@ -29,7 +29,7 @@ HOOKS = (
         "subclass",
         "(self, layer_id)",
         "sglang_ess.mem_cache.pool_cuda",
-        "Where upstream's attention takes the rows from: hot or staged ones during a pass.",
+        "SGLang's attention reads the rows that it returns: hot or staged ones during a pass.",
         "mem_cache/test_pool_cuda.py",
     ),
     _touch(
@@ -37,7 +37,7 @@ HOOKS = (
         "subclass",
         _FORWARD,
         "sglang_ess.attention.backend_cuda",
-        "Plans, then lets upstream read the hot rows, or attends in two parts.",
+        "Ours plans, then lets SGLang read the hot rows, or attends in two parts.",
         "attention/test_backend_cuda.py",
     ),
     _touch(
@@ -45,7 +45,7 @@ HOOKS = (
         "subclass",
         _FORWARD,
         "sglang_ess.attention.backend_cuda",
-        "Upstream runs once for each group of staged requests.",
+        "Ours lets SGLang's run once for each group of staged requests.",
         "attention/test_backend_cuda.py",
     ),
     _touch(
@@ -53,7 +53,7 @@ HOOKS = (
         "subclass",
         "(self, forward_batch)",
         "sglang_ess.attention.backend_cuda",
-        "Where a pass begins: prefill's staging sets off, decode's mode is chosen.",
+        "A pass begins here: ours starts the staging of a prefill, or chooses a decode's mode.",
         "attention/test_backend_cuda.py",
     ),
     _touch(
@@ -61,7 +61,7 @@ HOOKS = (
         "subclass",
         "(self, forward_batch, in_capture=False)",
         "sglang_ess.attention.backend_cuda",
-        "The same for a captured decode step, and the mode of a graph that is being captured.",
+        "The same for a captured decode step; it also sets the mode of a graph under capture.",
         "attention/test_backend_cuda.py",
     ),
     _touch(
@@ -69,7 +69,7 @@ HOOKS = (
         "subclass",
         "(self, layer_id, forward_batch)",
         "sglang_ess.attention.backend_cuda",
-        "Keeps top-k fused, so that its indices are slots.",
+        "Ours keeps top-k fused, so that its indices are slots.",
         "attention/test_backend_cuda.py",
     ),
     _touch(
@@ -77,7 +77,7 @@ HOOKS = (
         "subclass",
         "(self, forward_mode=None)",
         "sglang_ess.attention.backend_cuda",
-        "Slots in prefill too, not offsets into a flattened prefix.",
+        "Ours asks for slots in prefill too, not for offsets into a flattened prefix.",
         "attention/test_backend_cuda.py",
     ),
     _touch(
@@ -85,7 +85,7 @@ HOOKS = (
         "subclass",
         "(self, forward_batch=None)",
         "sglang_ess.attention.backend_cuda",
-        "Dense MHA only where no prefix has to be read.",
+        "Ours allows dense attention only where no prefix has to be read.",
         "platforms/test_cuda.py",
     ),
     _touch(
@@ -93,7 +93,7 @@ HOOKS = (
         "subclass",
         "(self, max_bs, max_num_tokens)",
         "sglang_ess.attention.backend_cuda",
-        "Without the coordinator, which would have it keep a page table of the whole context.",
+        "Ours hides the coordinator, for which SGLang would keep a page table of all tokens.",
         "platforms/test_cuda.py",
     ),
     _touch(
@@ -101,7 +101,7 @@ HOOKS = (
         "call",
         "(self, topk_indices, num_tokens)",
         "sglang_ess.attention.backend_cuda",
-        "Private: rows for the padding of a data-parallel batch.",
+        "Private: adds rows for the padding of a data-parallel batch.",
         "attention/test_backend_cuda.py",
     ),
     _touch(
@@ -111,7 +111,7 @@ HOOKS = (
         "topk_backend=<DSATopKBackend.SGL_KERNEL: 'sgl-kernel'>, "
         "paged_mqa_schedule_metadata=None, paged_mqa_ctx_lens_2d=None, force_unfused_topk=False)",
         "sglang_ess.attention.half_batch",
-        "Cut along the batch for DBA.",
+        "Ours cuts it along the batch for mode DBA, which plans a batch in halves.",
         "attention/test_half_batch.py",
     ),
     _touch(
@@ -119,7 +119,7 @@ HOOKS = (
         "call",
         "(seq_lens, static_threshold=-1, *, out=None)",
         "sglang_ess.attention.half_batch",
-        "The top-k kernel's plan for half a batch.",
+        "Makes the top-k kernel's own schedule for half a batch.",
         "attention/test_half_batch.py",
     ),
     _touch(
@@ -127,7 +127,7 @@ HOOKS = (
         "call",
         "(prefix_output, prefix_lse, suffix_output, suffix_lse, output=None, output_lse=None)",
         "sglang_ess.attention.backend_cuda",
-        "Merges the attention to hits and to misses.",
+        "Merges the attention to the hits with that to the misses.",
         "attention/test_two_tier_decode.py",
     ),
     _touch(
@@ -135,7 +135,7 @@ HOOKS = (
         "call",
         "()",
         "sglang_ess.attention.backend_cuda",
-        "Which variant the graph runner is capturing.",
+        "Says which variant the graph runner is capturing.",
         "attention/test_backend_cuda.py",
     ),
     _touch(
@@ -143,7 +143,7 @@ HOOKS = (
         "registry",
         "(name)",
         "sglang_ess.platforms.cuda",
-        "Our backend under the names dsa and nsa; the last one wins.",
+        "Puts our backend under the names dsa and nsa; the last registration wins.",
         "platforms/test_cuda.py",
     ),
 )

@@ -97,12 +97,11 @@ def _register_hooks(config: EssConfig) -> list[str]:
     from ess_patches import all_hooks, contract, topk_stream
 
     platform = active_platform()
-    # Of the rows for SGLang, "cpu" ones make the CPU platform work with or without ESS. A stream's
-    # rows come first: the first hook on a target is the innermost, so ESS plans what they return.
-    rows = [row for row in all_hooks() if config.enabled or row.when == "cpu"]
+    hooks = [row for row in all_hooks() if row.applies(platform, config.enabled)]
     if config.topk_stream:
-        rows = [*topk_stream.HOOKS, *rows]
-    hooks = [row for row in rows if row.applies(platform)]
+        # A stream's rows come first, with one tier too: the first hook on a target is the
+        # innermost, so ESS plans what the stream returns.
+        hooks = [*(row for row in topk_stream.HOOKS if row.applies(platform)), *hooks]
     if mismatches := contract.check(hooks):
         for mismatch in mismatches:
             print(f"sglang-ess: {mismatch}", file=sys.stderr)

@@ -8,14 +8,17 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
-from ess_patches import all_hooks, contract
+from ess_patches import all_hooks, contract, hooks, touch_points, touch_points_cuda
 from ess_patches.contract import Hook, Mismatch, check, check_hook, signature_text
 from sglang_ess import plugin
 from sglang_ess.config import ENV_VAR, EssConfig
 from sglang_ess.launch import doctor
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def hook(target, signature, kind="around", **more):
@@ -59,6 +62,15 @@ def test_every_row_says_why_and_names_one_existing_test():
     for row in all_hooks():
         assert row.reason.endswith("."), row.target
         assert row.test.split("::")[0].startswith("tests/"), row.target
+        assert (REPO / row.test.split("::")[0]).is_file(), row.target
+
+
+def test_the_hooks_are_one_sorted_table_and_no_target_is_in_it_twice():
+    targets = [row.target for row in hooks.HOOKS]
+    assert targets == sorted(set(targets))
+    assert all(row.is_registered for row in hooks.HOOKS)
+    for table in (touch_points, touch_points_cuda):
+        assert not any(row.is_registered for row in table.HOOKS)
 
 
 def test_every_body_exists_and_takes_the_original_first():
@@ -229,13 +241,17 @@ def test_register_takes_the_rows_of_the_platform(registry):
         hook("u.always", "()"),
         hook("u.cpu", "()", "after", when="cpu"),
         hook("u.cuda", "()", when="cuda"),
+        hook("u.both", "()", when="both"),
         hook("u.touched", "()", "call"),
     ]
-    assert contract.register(rows, "cpu") == ["u.always", "u.cpu"]
+    assert contract.register(rows, "cpu") == ["u.always", "u.cpu", "u.both"]
     assert registry == [
         ("u.always", os.path.join, HookType.AROUND),
         ("u.cpu", os.path.join, HookType.AFTER),
+        ("u.both", os.path.join, HookType.AROUND),
     ]
+    assert contract.register(rows, "cuda") == ["u.always", "u.cuda", "u.both"]
+    assert contract.register(rows, "xpu") == ["u.always"]
 
 
 def test_a_missing_body_registers_nothing(registry):
@@ -257,9 +273,17 @@ def test_the_plugin_is_inert_when_not_asked_for(monkeypatch, caplog, registry):
     assert not plugin.registered and registry == []
 
 
-@pytest.mark.parametrize(("enabled", "targets"), [(True, ["u.a", "u.c"]), (False, ["u.c"])])
+@pytest.mark.parametrize(
+    ("enabled", "targets"), [(True, ["u.a", "u.c", "u.b"]), (False, ["u.c", "u.b"])]
+)
 def test_one_tier_keeps_the_cpu_platforms_rows_only(monkeypatch, registry, enabled, targets):
-    rows = (hook("u.a", "()"), hook("u.c", "()", when="cpu"), hook("u.g", "()", when="cuda"))
+    rows = (
+        hook("u.a", "()"),
+        hook("u.c", "()", when="cpu"),
+        hook("u.b", "()", when="both"),
+        hook("u.g", "()", when="cuda"),
+    )
+    assert not any(row.applies("cuda", two_tiers=False) for row in rows)
     monkeypatch.setattr("ess_patches.all_hooks", lambda: rows)
     monkeypatch.setattr(contract, "check", lambda hooks: [])
     monkeypatch.setattr(plugin, "registered", False)
@@ -326,15 +350,12 @@ def test_when_the_cpu_platform_is_taken(monkeypatch, config, sglang_platform, ac
 
 def test_a_broken_contract_stops_the_process(tmp_path):
     """Both breakages at once, by a sitecustomize of ours: production code has no back door."""
-    (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "zz_broken.py").write_text(
-        "from ess_patches.contract import Hook\n"
-        "HOOKS = (Hook('sglang.srt.plugins.load_plugins', 'around', '(nope)', 'os:getcwd', 'r.'),)"
-    )
     (tmp_path / "sitecustomize.py").write_text(
-        "import ess_patches, importlib.metadata as m; real = m.version\n"
+        "import importlib.metadata as m; real = m.version\n"
         "m.version = lambda name: '0.5.22' if name == 'sglang' else real(name)\n"
-        f"ess_patches.__path__.append({str(tmp_path / 'rows')!r})"
+        "from ess_patches import hooks\n"
+        "row = 'sglang.srt.plugins.load_plugins', 'around', '(nope)', 'os:getcwd', 'r.'\n"
+        "hooks.HOOKS += (hooks.Hook(*row),)"
     )
     done = subprocess.run(
         [sys.executable, "-c", "from sglang.srt.plugins import load_plugins; load_plugins()"],

@@ -9,14 +9,7 @@ from sglang.srt.layers.attention.dsa.dsa_topk_backend import DSATopKBackend, Top
 from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from ess_patches import (
-    contract,
-    disaggregation_utils,
-    layers_attention,
-    mem_cache_kv_cache_configurator,
-    platforms_interface,
-    touch_points_cuda,
-)
+from ess_patches import all_hooks, contract
 from sglang_ess.attention import backend_cuda
 from sglang_ess.attention.backend_cuda import EssDsaBackend, _check, _check_mode
 from sglang_ess.attention.overlap import Mode
@@ -25,18 +18,7 @@ from sglang_ess.mem_cache.allocator import EssPagedAllocator
 from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
 from sglang_ess.platforms import cuda as cuda_hooks
 
-ROWS = [
-    row
-    for module in (
-        layers_attention,
-        mem_cache_kv_cache_configurator,
-        touch_points_cuda,
-        platforms_interface,
-        disaggregation_utils,
-    )
-    for row in module.HOOKS
-    if row.when == "cuda"
-]
+ROWS = [row for row in all_hooks() if row.when == "cuda"]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.target.rpartition(".")[2])
@@ -49,7 +31,6 @@ def test_hooked_functions_take_what_upstream_passes():
     assert set(bodies) == {
         "create_attention_graph_variants",
         "_get_topk_paged",
-        "config_from_budget",
         "_resolve_kv_pool_class",
         "get_paged_allocator_cls",
         "setup_state_kv_args",
