@@ -1,33 +1,32 @@
-"""What the kernel files share: who can run a kernel, rows as words, checks, the copy of a step."""
+"""Shared by the kernel files: rows as int64 words, checks of tensors, a copy of several rows."""
 
 import torch
 import triton
 import triton.language as tl
 
 ACCESS_BYTES = 16  # the widest load or store of a thread
-LINE_BYTES = 128  # what a warp reads over PCIe in one request at most (L2 line)
+LINE_BYTES = 128  # an L2 line: the most that a warp reads over PCIe in one request
 WORD_BYTES = 8
 LINE_WORDS: tl.constexpr = tl.constexpr(LINE_BYTES // WORD_BYTES)
 ACCESS_WORDS: tl.constexpr = tl.constexpr(ACCESS_BYTES // WORD_BYTES)
 COPY_WARPS = 8
-STEP_WORDS = 2048  # of all rows a program copies at once: four 16-byte accesses a thread in flight
+STEP_WORDS = 2048  # copied by a program at once: a thread has four 16-byte accesses in flight
 
 
 def interpreted() -> bool:
-    """Is Triton's interpreter on, so that kernels run on CPU tensors?
+    """Whether Triton's interpreter is on, which runs kernels on CPU tensors.
 
-    Triton reads the setting when a kernel is defined: it has to be set before the import.
+    Triton reads TRITON_INTERPRET when a kernel is defined, so it must be set before the import.
     """
     return bool(triton.knobs.runtime.interpret)
 
 
 def words(rows: torch.Tensor, name: str) -> torch.Tensor:
-    """rows [n, ...] of any dtype as [n, row bytes // 8] int64, the same memory.
+    """View rows [n, ...] of any dtype as [n, row bytes // 8] int64.
 
-    Each row must be dense; rows may lie apart (stride a multiple of 16 bytes).
-
-    Raises: ValueError, naming `name`, if a row is not a multiple of 16 bytes, is not dense, or does
-    not start at a multiple of 16 bytes.
+    Each row must be dense. Rows may lie apart, by a multiple of 16 bytes.
+    Raises: ValueError, naming `name`, if a row's size, address or stride is not a multiple of 16
+    bytes, or if a row is not dense.
     """
     row_bytes = rows.shape[1:].numel() * rows.itemsize
     if row_bytes == 0 or row_bytes % ACCESS_BYTES:
@@ -54,9 +53,9 @@ def check_tensor(
     shape: tuple[int | None, ...],
     device: torch.device | None = None,
 ) -> None:
-    """Refuse a tensor that is not of one of `dtypes`, of `shape` (None: any size), on `device`.
+    """Check dtype, shape (None: any size) and, if given, device of a tensor.
 
-    Raises: ValueError with the name, what was expected and what was given.
+    Raises: ValueError with the name, the rule and the value.
     """
     allowed = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     if tensor.dtype not in allowed:
@@ -72,9 +71,9 @@ def check_tensor(
 
 
 def check_on_device(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor that is not a CUDA tensor; under the interpreter the CPU is the device.
+    """Check that a kernel can run on this tensor's device; the interpreter runs on the CPU too.
 
-    Raises: ValueError.
+    Raises: ValueError if it cannot.
     """
     if not (tensor.is_cuda or interpreted()):
         raise ValueError(
@@ -84,12 +83,11 @@ def check_on_device(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_reachable(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor that a kernel cannot read or write by address.
+    """Check that a kernel can read and write this tensor by address.
 
-    CUDA memory and pinned host memory (one virtual address space, UVA) are reachable; under the
-    interpreter all CPU memory is.
-
-    Raises: ValueError.
+    A GPU reaches CUDA memory and pinned host memory, which share one virtual address space (UVA).
+    The interpreter reaches all CPU memory.
+    Raises: ValueError if it cannot.
     """
     if not (tensor.is_cuda or interpreted() or tensor.is_pinned()):
         raise ValueError(
@@ -99,23 +97,20 @@ def check_reachable(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_same_format(name: str, rows: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
-    """Refuse rows whose dtype or row size is not that of `like`.
-
-    Raises: ValueError.
-    """
+    """Check that rows have the dtype and the row size of `like`. Raises: ValueError if not."""
     ours, theirs = (f"{list(t.shape[1:])} {t.dtype}" for t in (rows, like))
     if rows.dtype != like.dtype or rows.shape[1:].numel() != like.shape[1:].numel():
         raise ValueError(f"rows of {name} must be like those of {like_name}, {theirs}: got {ours}.")
 
 
 def check_programs(max_programs: int) -> None:
-    """Refuse a grid of no programs. Raises: ValueError."""
+    """Check that a grid has a program. Raises: ValueError if not."""
     if max_programs < 1:
         raise ValueError(f"max_programs must be at least 1: got {max_programs}.")
 
 
-def copy_tile(row_words: int) -> dict:
-    """Constexprs of a kernel that calls copy_step: row and block in words, rows at once."""
+def copy_tile(row_words: int) -> dict[str, int]:
+    """The constexprs of a kernel that calls copy_step for rows of `row_words` int64 words."""
     block_words = triton.next_power_of_2(row_words + LINE_WORDS.value - ACCESS_WORDS.value)
     return {
         "ROW_WORDS": row_words,
@@ -125,8 +120,8 @@ def copy_tile(row_words: int) -> dict:
 
 
 def line_lead(rows: torch.Tensor) -> int:
-    """Words from the line in which `rows` starts to its first row."""
-    return rows.data_ptr() % LINE_BYTES // WORD_BYTES
+    """Words from the start of the 128-byte line that holds the first row to that row."""
+    return int(rows.data_ptr()) % LINE_BYTES // WORD_BYTES
 
 
 @triton.jit
@@ -136,26 +131,26 @@ def copy_step(
     target_ptr,  # [*, TARGET_STRIDE] int64
     target_rows,  # [r] int64
     wanted,  # [r] bool: rows to copy
-    shift,  # [r] int64: words by which the row's first word trails the start of a line
+    shift,  # [r] int64: words from the start of the line to the row's first word
     SOURCE_STRIDE: tl.constexpr,
     TARGET_STRIDE: tl.constexpr,
     ROW_WORDS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    """target[target_rows[i]] = source[source_rows[i]] where wanted[i]; all loads precede a store.
+    """target[target_rows[i]] = source[source_rows[i]] where wanted[i]; all loads before any store.
 
-    Lane 0 of a warp takes the start of a line rather than of the row: a 656-byte row starts
-    anywhere in a line, and a warp that straddles lines asks PCIe for each line's part.
+    Lane 0 of a warp reads from the start of a line, not of the row. A 656-byte row starts anywhere
+    in a line, and a warp whose accesses straddle lines sends one PCIe request for each of them.
     """
     lane = tl.arange(0, BLOCK_WORDS)[None, :]
     word = lane - shift[:, None]
-    # Hints for what the analysis cannot see through the shift: words in pairs of 16 aligned bytes.
+    # Triton's analysis does not see through the shift: words come in aligned pairs of 16 bytes.
     inside = wanted[:, None] & (word >= 0) & (word < ROW_WORDS)
     inside = tl.max_constancy(inside, [1, ACCESS_WORDS])
     source = source_rows[:, None] * SOURCE_STRIDE + word
     source = tl.max_contiguous(tl.multiple_of(source, [1, ACCESS_WORDS]), [1, ACCESS_WORDS])
     target = target_rows[:, None] * TARGET_STRIDE + word
     target = tl.max_contiguous(tl.multiple_of(target, [1, ACCESS_WORDS]), [1, ACCESS_WORDS])
-    # .cg: a row is read once, so it need not pass through L1.
+    # .cg skips L1: a row is read once.
     values = tl.load(source_ptr + source, mask=inside, other=0, cache_modifier=".cg")
     tl.store(target_ptr + target, values, mask=inside)

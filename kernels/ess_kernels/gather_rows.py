@@ -1,6 +1,8 @@
-"""gather_rows: out = table[slots], -1 for pads: a prefill's top-k to rows of its staging buffer.
+"""gather_rows: out[i] = table[slots[i]], or -1 where slots[i] is a pad.
 
-Bytes: 4 read, 4 gathered and 4 written a lookup.
+Prefill uses it to turn the slots of its top-k into rows of the staging buffer.
+
+Bytes moved per lookup: 4 read, 4 gathered and 4 written.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ def _gather_rows_kernel(
     n,
     BLOCK: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # tokens x top-k is large
+    # int64: tokens x top-k may exceed 2^31
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots + i, mask=i < n, other=-1)
     row = tl.load(table + slot, mask=slot >= 0, other=-1)
     tl.store(out + i, row, mask=i < n)
 
 
 def gather_rows(slots: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """slots [...] int32 with -1 pads, table [num_slots] int32. Returns rows, shaped as slots.
+    """table[slots], -1 where a slot is negative: int32, in the shape of slots.
 
+    slots [...] int32, each below num_slots or negative; table [num_slots] int32
     Raises: ValueError for other dtypes.
     """
     if slots.dtype != torch.int32 or table.dtype != torch.int32:

@@ -1,41 +1,54 @@
-"""What one layer's hot tier knows about its rows, on the device.
+"""The state of one layer's hot tier on the device: which slot has which row, and when it was used.
 
-Order of use without moving anything: a row carries the *tick* (plan number) of its last use.
-Ticks are int32 and would run into FREE_STAMP (after 2^31 plans of a layer: two years of 30 a
-second, a month where a step takes passes). So when a layer has counted EPOCH_TICKS, `rebuild_order`
-takes as many off its tick and off its rows' stamps, down to OLDEST_STAMP, and words[EPOCH]
-counts that.
-`order` lists the rows by that tick, oldest first, as they stood when the list was made. A row
-used since then has a stamp above `words[BUILT]` and is passed over. The rest of the list is
-therefore always in LRU order, and a victim is found by taking the next entry of it.
+Life of a row. A free row is in the stack `free` and has the stamp FREE_STAMP. `plan` and `install`
+pop it for a slot and stamp it with the *tick*, which is the number of the current plan. Each later
+hit stamps it again. `invalidate` pushes it back. A row without a free one to pop takes the place of
+the least recently used row.
+
+Order of use. `order` lists the rows by stamp, oldest first, as of the tick words[BUILT], when
+`rebuild_order` made the list. A row used since then has a stamp above words[BUILT], and plans skip
+its entry. The other entries stay in LRU order, so the victim is always the next entry, and no row
+moves in the list. Two rules hold between any two operations:
+
+    words[VALID] <= entries from words[CURSOR] on whose stamp is at most words[BUILT]
+    words[NUM_FREE] + words[VALID] >= lookups and installs until the next rebuild_order
+
+Ticks are int32. They would reach FREE_STAMP after 2^31 plans of a layer: two years of 30 plans a
+second, or a month if each step takes several passes. So when a layer has counted EPOCH_TICKS,
+`rebuild_order` subtracts EPOCH_TICKS from its tick and from its rows' stamps (down to
+OLDEST_STAMP) and adds one to words[EPOCH].
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
+import numpy as np
 import torch
 
+Words = TypeVar("Words", torch.Tensor, "np.ndarray")
+
 NOT_HOT = -1
-FREE_STAMP = 2**31 - 1  # of a free row: above every tick, so no list offers it
+FREE_STAMP = 2**31 - 1  # the stamp of a free row: above every tick, so no list contains it
 EPOCH_TICKS = 2**30
-OLDEST_STAMP = -EPOCH_TICKS  # less EPOCH_TICKS it is an int32 still, and so is any age
+OLDEST_STAMP = -EPOCH_TICKS  # OLDEST_STAMP - EPOCH_TICKS and every age still fit an int32
 
 # words [NUM_WORDS] int32
-TICK = 0  # of the plan that comes next, in this epoch
-BUILT = 1  # the last tick that `order` has seen
+TICK = 0  # the tick of the next plan, in this epoch
+BUILT = 1  # the last tick before `order` was made
 NUM_FREE = 2  # entries of the stack `free`
-VALID = 3  # entries of `order` still to come and not used since; never above their number
-CURSOR = 4  # next entry of `order`
+VALID = 3  # lower bound of the entries from CURSOR on that were not used since BUILT
+CURSOR = 4  # the next entry of `order`
 LENGTH = 5  # entries of `order`
-POPS = 6  # rows asked for by the plan in progress
-SPLIT = 7  # set by the host: list hits and misses apart, for dual attention
-START = 8  # where the layer's part of `free` and of `order` begins
+POPS = 6  # rows requested by the plan in progress
+SPLIT = 7  # set by the host: plans list hits and misses apart, for dual attention
+START = 8  # first entry of the layer's part of `free` and of `order`
 ROWS = 9  # rows of the layer
-EPOCH = 10  # times that EPOCH_TICKS have been taken off
+EPOCH = 10  # how often EPOCH_TICKS were subtracted
 NUM_WORDS = 11
 
-# counters [NUM_COUNTERS] int64, since the start
+# counters [NUM_COUNTERS] int64, since the start of the server
 COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs", "skipped", "short")
 LOOKUPS, MISSES, EVICTIONS, EVICTED_AGE, INSTALLS, SKIPPED, SHORT = range(len(COUNTERS))
 NUM_COUNTERS = len(COUNTERS)
@@ -45,8 +58,8 @@ SLOT_STATE_BYTES = 4  # slot_row
 LAYER_STATE_BYTES = NUM_WORDS * 4 + NUM_COUNTERS * 8
 
 
-def steps(words):
-    """Ticks since the start of layers' words [..., NUM_WORDS] int64 on the host: numpy or torch."""
+def steps(words: Words) -> Words:
+    """Ticks of each layer since the start: [...] from words [..., NUM_WORDS] int64 on the host."""
     return words[..., EPOCH] * EPOCH_TICKS + words[..., TICK] - 1
 
 
@@ -54,17 +67,18 @@ def steps(words):
 class HotState:
     """State of one layer, or of all layers with a leading dimension [layers].
 
-    Either each layer has its own rows, numbered from 0, or all have rows of one arena: then
-    row_slot to order are the arena's, the same for every layer, and each row is one layer's at a
-    time. That layer's parts of `free` and `order` are words[ROWS] entries from words[START] on.
+    Each layer has its own rows, numbered from 0; or all layers share the rows of one arena. In an
+    arena, row_slot, row_stamp, free and order are the same tensors for every layer, and each row
+    belongs to one layer at a time. That layer's part of `free` and of `order` has words[ROWS]
+    entries from words[START] on.
 
-    slot_row   [slots] int32  the slot's hot row, NOT_HOT if it has none; negative values
-                              below that are claims of a plan in progress
+    slot_row   [slots] int32  the slot's hot row, NOT_HOT if it has none; smaller values are claims
+                              of a plan in progress
     row_slot   [rows] int32   the row's slot, -1 if the row is free
-    row_stamp  [rows] int32   tick of the last use, negative if in an epoch before; FREE_STAMP if
+    row_stamp  [rows] int32   tick of the last use, negative if in an earlier epoch; FREE_STAMP if
                               the row is free
     free       [rows] int32   stack of the layer's free rows
-    order      [rows] int32   rows by last use, see above
+    order      [rows] int32   rows by last use, oldest first
     words      [NUM_WORDS] int32
     counters   [NUM_COUNTERS] int64
     """
@@ -79,11 +93,16 @@ class HotState:
 
     @classmethod
     def new(
-        cls, layers: int, num_slots: int, num_rows: int, device, shared: bool = False
+        cls,
+        layers: int,
+        num_slots: int,
+        num_rows: int,
+        device: torch.device | str,
+        shared: bool = False,
     ) -> HotState:
-        """All layers' states, num_rows each, every row free.
+        """The states of all layers, with num_rows free rows each.
 
-        shared: of one arena, in which layer i begins with rows i * num_rows on
+        shared: the rows form one arena, of which layer i gets num_rows from i * num_rows on
         Raises: ValueError unless 1 <= num_rows <= num_slots.
         """
         if not 1 <= num_rows <= num_slots:
@@ -91,19 +110,19 @@ class HotState:
                 f"hot rows must be 1 to {num_slots}, the slots of the host tier: got {num_rows}."
             )
 
-        def full(size, value, dtype=torch.int32):
+        def full(size: int, value: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.full((layers, size), value, dtype=dtype, device=device)
 
-        def of_rows(value):
+        def per_row(value: int) -> torch.Tensor:
             if not shared:
                 return full(num_rows, value)
             one = torch.full((1, layers * num_rows), value, dtype=torch.int32, device=device)
             return one.expand(layers, -1)
 
-        # Popped from the end: row 0 first.
+        # The stack's end is its top, so row 0 is popped first.
         stack = torch.arange(num_rows - 1, -1, -1, dtype=torch.int32, device=device)
         first = torch.arange(layers, dtype=torch.int32, device=device) * (num_rows * shared)
-        free, words = of_rows(0), full(NUM_WORDS, 0)
+        free, words = per_row(0), full(NUM_WORDS, 0)
         stacks = first[:, None] + stack
         (free[0] if shared else free).copy_(stacks.flatten() if shared else stacks)
         words[:, TICK] = 1
@@ -112,10 +131,10 @@ class HotState:
         words[:, START] = first
         return cls(
             slot_row=full(num_slots, NOT_HOT),
-            row_slot=of_rows(-1),
-            row_stamp=of_rows(FREE_STAMP),
+            row_slot=per_row(-1),
+            row_stamp=per_row(FREE_STAMP),
             free=free,
-            order=of_rows(0),
+            order=per_row(0),
             words=words,
             counters=full(NUM_COUNTERS, 0, torch.int64),
         )
@@ -130,14 +149,16 @@ class HotState:
 
     @property
     def num_rows(self) -> int:
-        """Rows that row_slot has: of a layer, or of the arena."""
-        return self.row_slot.shape[-1]
+        """Rows of a layer, or of the whole arena."""
+        return int(self.row_slot.shape[-1])
 
     @property
     def num_slots(self) -> int:
-        return self.slot_row.shape[-1]
+        """Slots of the host tier."""
+        return int(self.slot_row.shape[-1])
 
     @property
     def nbytes(self) -> int:
-        tensors = (getattr(self, f.name) for f in fields(self))
-        return sum(t[:1].nbytes if t.stride(0) == 0 else t.nbytes for t in tensors)
+        """Bytes on the device. An arena's tensors, the same for every layer, count once."""
+        tensors = [getattr(self, f.name) for f in fields(self)]
+        return int(sum(t[:1].nbytes if t.stride(0) == 0 else t.nbytes for t in tensors))

@@ -1,28 +1,30 @@
-"""plan: give every slot of a batch's top-k a hot row; which rows have to be fetched, and where.
+"""plan: give every slot of a batch's top-k a hot row, and list the rows that must be fetched.
 
-    for each distinct slot s of topk:  hot -> its row, stamped
-                                       not hot -> one free row, else the least recently used
+    rows[q, k] = the row of slot topk[q, k] if it is hot, else a free row, else the least recently
+                 used row; -1 for a pad
 
-Three launches, since no row may be evicted before every hit is stamped (invariant 4) and no
-duplicate can be answered before its slot has a row:
+It takes three launches. No row may be evicted before every hit of the batch is stamped, or a plan
+could evict a slot of its own top-k. No duplicate can be answered before its slot has a row.
 
-    look up   hits are stamped; a slot that is not hot is claimed by its first lookup
-    assign    each claim takes the next row of the free stack or of the LRU list
-    resolve   lookups of claimed slots read the row; those to read late are listed apart
+    look up   stamps the hits; the first lookup of a slot that is not hot claims the slot
+    assign    gives each claim the next row of the free stack or of the LRU list
+    resolve   reads the rows of claimed slots, and lists the rows that attention must read late
 
-Atomics are relaxed: what one step writes and the next one reads is ordered by the end of its
-launch. One query needs no other program's result: it takes one launch, with barriers for ends.
+Atomics are relaxed: the end of a launch orders what one step writes and the next one reads. One
+query needs no other program's result, so it takes one launch, with barriers between the steps.
 
-Nothing is read by the host. What is returned does not depend on timing: the first lookup of a
-slot is charged with its miss, and the victims are the oldest rows; only which of them serves
-which slot may differ. Bytes: per lookup 4 read, 4 gathered from the map, 8 of stamps, 4 written.
+The host reads nothing. The result depends on timing only in which of the victims serves which slot:
+the first lookup of a slot is charged with its miss, and the victims are the oldest rows.
 
-`plan` never runs out of rows while NUM_FREE + VALID >= lookups; `rebuild_order` keeps it so.
+Bytes moved per lookup: 4 read, 4 gathered from the map, 8 of stamps, 4 written.
+
+`plan` does not run out of rows while NUM_FREE + VALID >= lookups; `rebuild_order` sees to that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,7 +33,7 @@ import triton.language as tl
 from ess_kernels import hot_state
 from ess_kernels.hot_state import HotState
 
-# Claims are below every row number and below NOT_HOT: smallest place wins.
+# A claim is CLAIM + the lookup's place: below NOT_HOT and every row, and the first lookup wins.
 CLAIM = tl.constexpr(-(2**31))
 PENDING = tl.constexpr(-2)
 NEVER = tl.constexpr(hot_state.FREE_STAMP)
@@ -54,26 +56,40 @@ INSTALLS = tl.constexpr(hot_state.INSTALLS)
 SKIPPED = tl.constexpr(hot_state.SKIPPED)
 SHORT = tl.constexpr(hot_state.SHORT)
 
-# What the lookups are counted as.
+# How the counters count the lookups.
 DECODE, INSTALL, WARM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-LOOKUPS_PER_WARP = 256  # 8 a thread, so a query of 2,048 is one program of 8 warps
-MAX_WIDTH = 8192  # lookups of one program
+LOOKUPS_PER_WARP = 256  # 8 per thread, so a query of 2,048 is one program of 8 warps
+MAX_WIDTH = 8192  # lookups of one program, at most
 INSTALL_WIDTH = 256  # slots of one program of install
+
+
+class InstallLimits(NamedTuple):
+    """What install leaves alone.
+
+    min_age     rows whose last use is fewer ticks ago
+    first_slot  slots below it
+    """
+
+    min_age: int = 0
+    first_slot: int = 0
+
+
+NO_LIMITS = InstallLimits()
 
 
 @dataclass(frozen=True)
 class PlanBuffers:
-    """What one plan hands out; static addresses, so that a CUDA graph can hold them.
+    """The results of one plan, at addresses that do not change, so that CUDA graphs can hold them.
 
-    rows          [queries, K] int32  hot rows in top-k's order, -1 for a pad
-    hit_rows      [queries, K] int32  rows of slots that were hot, the first hit_lengths of each
-    hit_lengths   [queries] int32
-    late_rows     [queries, K] int32  rows to read once fetch is done, the first late_lengths;
-    late_lengths  [queries] int32     the misses' rows, or all of them if words[SPLIT] is 0
-    query_misses  [queries] int32     rows fetched on this query's account
-    miss_slots    [queries * K] int32 host rows to fetch, each once, the first num_misses
-    miss_rows     [queries * K] int32 the hot rows that take them
+    rows          [queries, K] int32   hot rows in the order of top-k, -1 for a pad
+    hit_rows      [queries, K] int32   rows that attention may read before the fetch ends: the first
+    hit_lengths   [queries] int32      hit_lengths[q] of row q
+    late_rows     [queries, K] int32   rows that it must read after the fetch: the first
+    late_lengths  [queries] int32      late_lengths[q] of row q; all rows if words[SPLIT] is 0
+    query_misses  [queries] int32      misses charged to each query
+    miss_slots    [queries * K] int32  the first num_misses: host rows to fetch, each once
+    miss_rows     [queries * K] int32  the hot rows that they go to
     num_misses    [1] int32
     """
 
@@ -88,8 +104,10 @@ class PlanBuffers:
     num_misses: torch.Tensor
 
     @classmethod
-    def new(cls, queries: int, width: int, device) -> PlanBuffers:
-        def empty(*shape):
+    def new(cls, queries: int, width: int, device: torch.device | str) -> PlanBuffers:
+        """Buffers of a plan of `queries` x `width` lookups."""
+
+        def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.int32, device=device)
 
         return cls(
@@ -106,6 +124,7 @@ class PlanBuffers:
 
     @staticmethod
     def bytes_for(queries: int, width: int) -> int:
+        """Bytes of new(queries, width)."""
         return 4 * (5 * queries * width + 3 * queries + 1)
 
     @property
@@ -119,13 +138,13 @@ def _look_up(
     slot_row, row_stamp, words, counters, first_slot,
     KIND: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Lookups [q * width, (q + 1) * width) of topk: stamp the hits, claim the rest."""
+    """Look up places [q * width, (q + 1) * width) of topk: stamp hits, claim other slots."""
     k = tl.arange(0, BLOCK)
     place = q * width + k
     inside = (k < width) & (place < total)
     slot = tl.load(topk + place, mask=inside, other=-1)
     real = slot >= first_slot
-    # Another program's claim may be seen here: negative, so not a hit either.
+    # The value may be another program's claim, which is negative: no hit either.
     row = tl.load(slot_row + slot, mask=real, other=-1)
     hit = real & (row >= 0)
     miss = real & (row < 0)
@@ -164,7 +183,7 @@ def _assign(
     slot_row, row_slot, row_stamp, free, order, words, counters, min_age,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Give each slot that program q claimed a row, and list it as a miss."""
+    """Give a row to each slot that program q claimed, and list it as a miss."""
     k = tl.arange(0, BLOCK)
     place = q * width + k
     inside = (k < width) & (place < total)
@@ -185,7 +204,7 @@ def _assign(
     row = tl.full([BLOCK], -1, tl.int32)
     age = tl.zeros([BLOCK], tl.int32)
     evicts = tl.zeros([BLOCK], tl.int32) > 0
-    used = tl.zeros([BLOCK], tl.int32)  # entries of the list that are spent
+    used = tl.zeros([BLOCK], tl.int32)  # valid entries of the list that were consumed
     need = mine
     wanted = tl.sum(need.to(tl.int32), 0)
     while wanted > 0:
@@ -198,7 +217,8 @@ def _assign(
         candidate = tl.load(order + entry, mask=is_listed, other=-1)
         stamp = tl.load(row_stamp + candidate, mask=is_listed, other=NEVER)
         takes = is_listed & (stamp <= youngest)
-        # Used since the list was made: the next entry. Too young, or the end: give up.
+        # A row used since the list was made: try the next entry. Younger than min_age, or the end
+        # of the list: the slot gets no row.
         again = is_listed & (stamp > built)
         used += (is_listed & (stamp <= built)).to(tl.int32)
         row = tl.where(is_free, from_stack, tl.where(takes, candidate, row))
@@ -242,7 +262,7 @@ def _resolve(
     q, topk, written, total, width, rows, late_rows, late_lengths, slot_row, words,
     KIND: tl.constexpr, WRITES: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the lookups of program q that were not hits; program 0 keeps the books."""
+    """Read the rows of program q's other lookups; program 0 updates the shared words."""
     k = tl.arange(0, BLOCK)
     place = q * width + k
     inside = (k < width) & (place < total)
@@ -315,7 +335,7 @@ def _single_kernel(
     slot_row, row_slot, row_stamp, free, order, words, counters, min_age, first_slot,
     KIND: tl.constexpr, WRITES: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All three steps by one program; the barriers order its threads' global accesses."""
+    """All three steps in one program; the barriers order its threads' global accesses."""
     _look_up(
         0, topk, written, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
         slot_row, row_stamp, words, counters, first_slot, KIND, WRITES, BLOCK,
@@ -335,16 +355,15 @@ def _single_kernel(
 def run_plan(
     state: HotState,
     slots: torch.Tensor,
-    total: int,
     width: int,
     buffers: PlanBuffers,
     kind: int,
     advance: bool,
-    min_age: int = 0,
-    first_slot: int = 0,
+    limits: InstallLimits = NO_LIMITS,
     written: torch.Tensor | None = None,
 ) -> None:
-    """The three steps over the first `total` of `slots`, `width` of them a program."""
+    """The three steps over all of `slots`, contiguous, with `width` of them per program."""
+    total, (min_age, first_slot) = slots.numel(), limits
     b, programs, block = buffers, triton.cdiv(total, width), triton.next_power_of_2(width)
     options = {"BLOCK": block, "num_warps": min(8, max(1, block // LOOKUPS_PER_WARP))}
     w, s = slots if written is None else written, state
@@ -381,14 +400,15 @@ def plan(
     kind: int = DECODE.value,
     written: torch.Tensor | None = None,
 ) -> None:
-    """Hot rows for topk [queries, K] int32 slots, -1 pads, into buffers of that shape.
+    """Write the hot rows for topk [queries, K] int32 slots, -1 pads, to buffers of that shape.
 
-    advance: this ends a tick, so the next plan may evict what this one used. DBA plans a
-    batch in halves and advances with the last.
-    kind: DECODE, or WARM for lookups that are not counted
-    written: [queries] int32 or int64, the slot whose row each query writes in this step: hot
-    already (install), but its row is listed among the late ones, which wait for it
-    Raises: ValueError for a wrong dtype or shape, or more lookups than the tier has rows.
+    advance  end the tick, so that the next plan may evict what this one used. Overlap mode DBA
+             plans a batch in halves and ends the tick with the second one.
+    kind     DECODE, or WARM for lookups that the counters leave out
+    written  [queries] int32 or int64: the slot whose row each query writes in this step. It is hot
+             already (install), but its row is listed as late, because it has no values yet.
+    Effect: asynchronous on the current stream.
+    Raises: ValueError for a wrong dtype or shape, or for more lookups than the tier has rows.
     """
     if topk.dtype != torch.int32 or topk.dim() != 2 or not topk.is_contiguous():
         raise ValueError(
@@ -401,15 +421,15 @@ def plan(
         )
     if topk.shape[1] > MAX_WIDTH or topk.numel() > state.num_rows:
         raise ValueError(
-            f"a plan must have at most {MAX_WIDTH} columns and {state.num_rows} lookups, the hot "
-            f"rows: got {tuple(topk.shape)}. Plan the batch in blocks."
+            f"a plan must have at most {MAX_WIDTH} columns and {state.num_rows} lookups, one per "
+            f"hot row: got {tuple(topk.shape)}. Plan the batch in blocks."
         )
     if written is not None and (written.shape != topk.shape[:1] or not written.is_contiguous()):
         raise ValueError(
-            f"written must be contiguous [{topk.shape[0]}], a slot a query: got "
+            f"written must be contiguous [{topk.shape[0]}], one slot per query: got "
             f"{tuple(written.shape)}, strides {written.stride()}."
         )
-    run_plan(state, topk, topk.numel(), topk.shape[1], buffers, kind, advance, written=written)
+    run_plan(state, topk, topk.shape[1], buffers, kind, advance, written=written)
 
 
 def plan_reference(
@@ -419,15 +439,15 @@ def plan_reference(
     min_age: int = 0,
     first_slot: int = 0,
 ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """plan or install over one layer on the host, lookup by lookup.
+    """plan or install for one layer on the host, lookup by lookup.
 
-    Returns (rows in the shape of slots, the (slot, row) pairs that missed, first lookups in
-    order). Effect: state as plan leaves it, but for the counters.
+    Returns (rows in the shape of slots; the (slot, row) pairs of the misses, by first lookup).
+    Effect: changes the state as plan does, except for the counters.
     """
     words, tick = state.words, int(state.words[hot_state.TICK])
     built = int(words[hot_state.BUILT])
     lookups = slots.flatten().tolist()
-    missing = []
+    missing: list[int] = []
     for slot in dict.fromkeys(slot for slot in lookups if slot >= first_slot):
         row = int(state.slot_row[slot])
         if row < 0:
@@ -437,9 +457,10 @@ def plan_reference(
         state.row_stamp[row] = tick
     pairs = []
     for slot in missing:
-        row = _next_row(state, tick, min_age)
-        if row is None:
+        taken = _next_row(state, tick, min_age)
+        if taken is None:
             continue
+        row = taken
         owner = int(state.row_slot[row])
         if owner >= 0:
             state.slot_row[owner] = hot_state.NOT_HOT
@@ -451,6 +472,7 @@ def plan_reference(
 
 
 def _next_row(state: HotState, tick: int, min_age: int) -> int | None:
+    """Take the next free row, else the least recently used one; None if that is too young."""
     words, start = state.words, int(state.words[hot_state.START])
     if words[hot_state.NUM_FREE] > 0:
         words[hot_state.NUM_FREE] -= 1

@@ -1,16 +1,17 @@
-"""rebuild_order: list the owned rows by last use, oldest first, when the list runs short.
+"""rebuild_order: list a layer's used rows by last use, oldest first, when the list runs short.
 
-    if NUM_FREE + VALID < need:  order = owned rows by age, VALID = LENGTH = their number
-    if TICK > EPOCH_TICKS:       the same, and TICK and the rows' stamps less EPOCH_TICKS
+    if NUM_FREE + VALID < need:  order = used rows by age, VALID = LENGTH = their number
+    if TICK > EPOCH_TICKS:       the same, and subtract EPOCH_TICKS from TICK and the rows' stamps
 
-A counting sort by age in ticks; rows unused for MAX_AGE ticks or more count as equally old.
-Off the critical path: between one plan of a layer and the next. Three launches that return at
-once while the list is long enough, which the device decides. Bytes when it is not: per row
-4 + 4 read and 4 written twice (stamps, ranks), 4 scattered; 8 more read in an arena, whose layers
-look up which rows are theirs.
+It is a counting sort by age in ticks. Rows unused for MAX_AGE ticks or more count as equally old.
+It runs between two plans of a layer, in three launches. The device decides: the launches return at
+once while the list is long enough.
 
-With `need` = the most lookups and installs that come before the next call, no plan can run
-out of rows: each lookup takes at most one row, by hitting one of the list or by popping it.
+Bytes moved by a rebuild, per row: 8 read and 4 written, twice (stamps and ranks), and 4 scattered;
+in an arena, 8 more read to find the layer's rows.
+
+With `need` = the most lookups and installs before the next call, no plan runs out of rows, because
+each lookup takes at most one row: it hits a row of the list or pops one.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import triton.language as tl
 from ess_kernels import hot_state
 from ess_kernels.hot_state import HotState
 
-MAX_AGE = 1024  # ages told apart; a hot tier of 6.5 K rows a request turns over in ~35 steps
-MAX_PROGRAMS = 64  # few, so that one program can add up their counts
+MAX_AGE = 1024  # distinct ages; a hot tier of 6.5 K rows per request turns over in ~35 steps
+MAX_PROGRAMS = 64  # few, so that one program can sum their counts
 BLOCK = 1024
-COUNTS_PER_STEP = 4096  # of _offset_kernel: 32 a thread
+COUNTS_PER_STEP = 4096  # counts that _offset_kernel sums at once: 32 per thread
 
 TICK = tl.constexpr(hot_state.TICK)
 BUILT = tl.constexpr(hot_state.BUILT)
@@ -42,17 +43,17 @@ EPOCH = tl.constexpr(hot_state.EPOCH)
 EPOCH_TICKS = tl.constexpr(hot_state.EPOCH_TICKS)
 OLDEST_STAMP = tl.constexpr(hot_state.OLDEST_STAMP)
 
-OWNED_ROW_BYTES = 4  # Owned's, of a hot row
-OWNED_LAYER_BYTES = 4 * MAX_AGE
+OWNED_ROW_BYTES = 4  # bytes of Owned per hot row
+OWNED_LAYER_BYTES = 4 * MAX_AGE  # and per layer
 
 
 @dataclass(frozen=True)
 class OrderScratch:
-    """Shared by the layers, which rebuild their lists one after another.
+    """Memory that the layers share, because they rebuild their lists one after another.
 
-    rank    [rows] int32  a row's rank among the rows of its age and program; of the largest layer
-    counts  [MAX_PROGRAMS, ages] int32  rows of a program and age; then where they go
-    active  [1] int32  0 where this call does nothing; else 1 and the ticks it takes off
+    rank    [rows of the largest layer] int32  rank of a row among its program's rows of its age
+    counts  [MAX_PROGRAMS, ages] int32  rows of each program and age; then their first entries
+    active  [1] int32  0 if this call does nothing, else 1 + the ticks that it subtracts
     """
 
     rank: torch.Tensor
@@ -60,53 +61,60 @@ class OrderScratch:
     active: torch.Tensor
 
     @classmethod
-    def new(cls, num_rows: int, device, max_age: int = MAX_AGE) -> OrderScratch:
+    def new(cls, num_rows: int, device: torch.device | str, max_age: int = MAX_AGE) -> OrderScratch:
+        """For layers of at most num_rows rows. Raises: ValueError unless max_age is 2^n."""
         if max_age < 1 or max_age & (max_age - 1):
             raise ValueError(f"max_age must be a power of two: got {max_age}.")
 
-        def empty(*shape):
+        def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.int32, device=device)
 
         return cls(empty(num_rows), empty(MAX_PROGRAMS, max_age), empty(1))
 
     @staticmethod
     def bytes_for(num_rows: int, max_age: int = MAX_AGE) -> int:
+        """Bytes of new(num_rows, max_age)."""
         return 4 * (num_rows + MAX_PROGRAMS * max_age + 1)
 
     @property
     def nbytes(self) -> int:
-        return self.rank.nbytes + self.counts.nbytes + self.active.nbytes
+        return int(self.rank.nbytes + self.counts.nbytes + self.active.nbytes)
 
 
 @dataclass(frozen=True)
 class Owned:
-    """Which rows of an arena are whose, and how old they are; of all layers, or of one.
+    """The rows of an arena by layer, and their ages; for all layers, or for one.
 
-    rows  [rows] int32  every layer's rows, its own from words[START] on; one tensor for all
-    ages  [layers, ages] int32  rows of each age in ticks when the layer's list was made last, the
-          oldest together; -1 before. What a hot tier of another size would miss shows in it
+    rows  [rows] int32  the rows of all layers; a layer's part has words[ROWS] entries from
+          words[START] on
+    ages  [layers, ages] int32  rows of each age in ticks when the layer's list was made last, with
+          all older rows in the last entry; -1 before the first list. The miss curve of the layer
+          is computed from it (sglang_ess/tiers/balance/row_ages.py)
     """
 
     rows: torch.Tensor
     ages: torch.Tensor
 
     @classmethod
-    def new(cls, layers: int, num_rows: int, device, max_age: int = MAX_AGE) -> Owned:
-        """Layer i's rows are the num_rows from i * num_rows on, as HotState.new has them."""
+    def new(
+        cls, layers: int, num_rows: int, device: torch.device | str, max_age: int = MAX_AGE
+    ) -> Owned:
+        """Layer i has num_rows rows from i * num_rows on, as after HotState.new."""
         rows = torch.arange(layers * num_rows, dtype=torch.int32, device=device)
         return cls(rows, torch.full((layers, max_age), -1, dtype=torch.int32, device=device))
 
     def layer(self, index: int) -> Owned:
+        """The part of one layer: the same rows tensor, ages [ages]."""
         return Owned(self.rows, self.ages[index])
 
     @property
     def nbytes(self) -> int:
-        return self.rows.nbytes + self.ages.nbytes
+        return int(self.rows.nbytes + self.ages.nbytes)
 
 
 @triton.jit
 def _runs(words, need):
-    """Whether the list is short, or an epoch ends."""
+    """Whether this call does something: the list is short, or an epoch ends."""
     short = tl.load(words + NUM_FREE) + tl.load(words + VALID) < need
     return short | (tl.load(words + TICK) > EPOCH_TICKS)
 
@@ -116,8 +124,10 @@ def _rows_by_age(
     owned, row_stamp, words, first, share, ticks_off, AGES: tl.constexpr, BLOCK: tl.constexpr,
     IN_ARENA: tl.constexpr,
 ):  # fmt: skip
-    """A block of a program's share of the layer's rows: (which of them, numbers, whether the list
-    takes them, ages counted from 0, stamps less ticks_off, whether they are rows of the layer).
+    """A block of this program's share of the layer's rows.
+
+    Returns (places among the layer's rows, row numbers, whether the list takes them, ages from 0,
+    stamps after ticks_off is subtracted, whether the place is one of the layer's rows).
     """
     i = first + tl.arange(0, BLOCK)
     place = tl.program_id(0) * share + i
@@ -171,7 +181,7 @@ def _offset_kernel(
     STEP: tl.constexpr,
     IN_ARENA: tl.constexpr,
 ):
-    """Counts to places: the oldest age first, within an age program by program."""
+    """Turn counts into first entries: the oldest age first, within an age program by program."""
     runs = _runs(words, need)
     tick = tl.load(words + TICK)
     ends = tick > EPOCH_TICKS
@@ -232,18 +242,22 @@ def _list_kernel(
 def rebuild_order(
     state: HotState, need: int, scratch: OrderScratch, owned: Owned | None = None
 ) -> None:
-    """Make sure that the next `need` rows asked for can be had.
+    """Make sure that the next plans and installs can take `need` rows.
 
-    After a plan that advanced, or before any: a tick in progress protects its rows.
-    need: no more than the tier has rows, else the list is made anew every time
-    owned: the layer's, where it has rows of an arena
+    Call it after a plan that ended its tick, or before any plan: the list leaves out the rows of a
+    tick in progress.
+    need     if it is more than the tier has rows, every call rebuilds the list
+    scratch  for at least the rows of the layer
+    owned    the layer's part, if the layer has rows of an arena
+    Effect: asynchronous on the current stream; three launches.
     """
     ages, in_arena = scratch.counts.shape[1], owned is not None
     rows = len(scratch.rank) if in_arena else state.num_rows
     programs = min(MAX_PROGRAMS, triton.cdiv(rows, BLOCK))
     tile = triton.next_power_of_2(programs)
     s, c = state, scratch
-    own, seen = (owned.rows, owned.ages) if in_arena else (s.order, c.counts)
+    # Without an arena the kernels do not read these two.
+    own, seen = (s.order, c.counts) if owned is None else (owned.rows, owned.ages)
     options = {"AGES": ages, "BLOCK": BLOCK, "IN_ARENA": in_arena}
     grid = (programs,)
     _rank_kernel[grid](own, s.row_stamp, s.words, c.rank, c.counts, need, **options)

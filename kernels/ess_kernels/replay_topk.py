@@ -1,16 +1,15 @@
-"""replay_topk: decode's top-k is overwritten by that of a table, for measurements on dummy weights.
-
-A query of length L takes the row of the largest nominal context n <= L; where there is none, its
-own top-k stays. Of the table's streams it has the one that its request's first page hashes to,
-and of the stream the step L - n, shifted by the same hash, so that requests are out of step:
+"""replay_topk: overwrite decode's top-k with that of a table, to measure with dummy weights.
 
     step = hash + L - n;  positions = seam^(step // steps) (steps[step % steps])
 
-seam: the permutation of positions that continues the stream after its last step. Its powers
-2^0, 2^1, ... are in the table, so that a step is one read and a few lookups however late it is.
-Then the newest position, L - 1, takes one column: no nominal context holds it.
+L is the length of a query, and n the largest nominal context of the table with n <= L. A query
+shorter than every nominal context keeps its own top-k. The first page of the query's request
+hashes to one of the table's streams, and to an offset in it, so that requests are at different
+steps. The seam is the permutation of positions that continues a stream after its last step. The
+table has its powers 2^0, 2^1, ..., so that each step costs one read and a few lookups. At the end
+the newest position, L - 1, takes one column, because no nominal context contains it.
 
-Bytes of a query: K x (4 read, 4 a power gathered, 4 a page gathered, 4 written).
+Bytes moved per query: K x (4 read, 4 gathered per power, 4 gathered from the pages, 4 written).
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ import triton.language as tl
 
 from ess_kernels.checks import check_tensor
 
-# MurmurHash3's finaliser: the first pages of a batch are often evenly spaced, which a plain
-# multiplier maps to few steps.
+# MurmurHash3's finaliser. The first pages of a batch are often evenly spaced, and a multiplication
+# alone would map them to few steps.
 HASH_1 = tl.constexpr(0x85EBCA6B)
 HASH_2 = tl.constexpr(0xC2B2AE35)
 HASH_MASK = tl.constexpr(0xFFFFFFFF)
@@ -34,13 +33,13 @@ HASH_MASK = tl.constexpr(0xFFFFFFFF)
 class ReplayTable:
     """A table of top-k streams on a device.
 
-    contexts     [C] int32, ascending
-    steps        [C, streams, layers, steps, K] int32: positions < contexts[c] - 1, each once in
-                 a row
-    seams        [n] int32: of each context [streams, layers, powers, contexts[c] - 1], the
-                 permutations seam^(2^power), one context after the other
-    seam_starts  [C] int64: where in seams a context begins
-    powers       so many of each seam
+    contexts     [C] int32: the nominal contexts, ascending
+    steps        [C, streams, layers, steps, K] int32: positions below contexts[c] - 1, distinct
+                 within a row of K
+    seams        [n] int32: for each context a block [streams, layers, powers, contexts[c] - 1] of
+                 the permutations seam^(2^power); the blocks follow one another
+    seam_starts  [C] int64: where in seams a context's block begins
+    powers       number of powers of each seam
     """
 
     contexts: torch.Tensor
@@ -60,7 +59,7 @@ def _replay_topk_kernel(
     topk,  # [queries, TOPK] int32, rows TOPK apart
     lengths,  # [queries] int32
     page_table,  # [queries, *] int32, rows page_stride apart
-    contexts,  # of ReplayTable, as the next three
+    contexts,  # this and the next three: as in ReplayTable
     steps,
     seams,
     seam_starts,
@@ -99,7 +98,7 @@ def _replay_topk_kernel(
         row = (chosen * STREAMS * LAYERS + place) * STEPS + step % STEPS
         position = tl.load(steps + row * TOPK + j, mask=inside, other=0)
         cycle = step // STEPS
-        last = context - 1  # positions of the table: the newest is never among them
+        last = context - 1  # positions in the table, which leaves out the newest
         seam = seams + tl.load(seam_starts + chosen) + place * POWERS * last
         for power in tl.static_range(POWERS):
             if ((cycle >> power) & 1) != 0:
@@ -121,14 +120,15 @@ def replay_topk(
     page_slots: int,
     as_slots: bool,
 ) -> None:
-    """Overwrite topk [q, K] int32 by the table's, query by query.
+    """Overwrite topk [q, K] int32 with the table's top-k of one layer.
 
-    lengths [queries] int32: positions each sees, the newest included; topk may have more rows
-    (padding), which stay
-    page_table [queries, pages] int32: of each query's request; page p holds slots
-    p * page_slots and so on
-    as_slots: topk gets slots; else positions in the request
-    Raises: ValueError for other shapes and dtypes, or a layer that the table has not.
+    lengths     [queries] int32: positions that each query sees, the newest included; further rows
+                of topk are padding and stay unchanged
+    page_table  [queries, pages] int32: the pages of each query's request; page p holds the slots
+                from p * page_slots on
+    layer       layer index from 0
+    as_slots    write slots; else positions in the request
+    Raises: ValueError for other shapes or dtypes, or a layer that the table lacks.
     """
     _check(topk, lengths, page_table, table, layer)
     if not len(lengths):
@@ -152,7 +152,7 @@ def replay_topk_reference(
     page_slots: int,
     as_slots: bool,
 ) -> None:
-    """The same in torch, query by query; what the CPU platform runs."""
+    """The same in torch, query by query. The CPU platform runs it."""
     _check(topk, lengths, page_table, table, layer)
     _, streams, layers, steps, width = table.steps.shape
     contexts = table.contexts.tolist()
@@ -178,13 +178,19 @@ def replay_topk_reference(
         topk[query] = positions.int()
 
 
-def _check(topk, lengths, page_table, table, layer) -> None:
+def _check(
+    topk: torch.Tensor,
+    lengths: torch.Tensor,
+    page_table: torch.Tensor,
+    table: ReplayTable,
+    layer: int,
+) -> None:
     check_tensor("lengths", lengths, torch.int32, (None,))
     check_tensor("page_table", page_table, torch.int32, (len(lengths), None), lengths.device)
     check_tensor("topk", topk, torch.int32, (None, table.steps.shape[-1]), lengths.device)
     if len(topk) < len(lengths) or not topk.is_contiguous() or page_table.stride(-1) != 1:
         raise ValueError(
-            "topk must be contiguous and have a row for each of lengths, page_table dense rows: "
+            "topk must be contiguous with a row per length, and page_table must have dense rows: "
             f"got topk {list(topk.shape)}, {len(lengths)} lengths, strides {topk.stride()} and "
             f"{page_table.stride()}."
         )

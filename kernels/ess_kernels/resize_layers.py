@@ -1,18 +1,20 @@
-"""resize_layers: rows of an arena change their layer, until each layer has its new number.
+"""resize_layers: move rows of an arena between layers, so that each layer has its new number.
 
-    a layer that gives rows up: its free ones, then the least recently used, which are evicted
-    a layer that takes rows: they are free
+    a layer that shrinks gives its free rows first, then the least recently used ones, evicted
+    a layer that grows gets them as free rows
 
-No row is copied: it is its slot's no more before another layer may fill it. Addresses stay, and
-numbers of rows are words on the device, so CUDA graphs that were captured before stay valid.
+No row is copied: a row loses its slot before another layer can fill it. Addresses do not change,
+and the numbers of rows are words on the device, so CUDA graphs captured before stay valid.
 
-The host knows who has how many rows, for it alone changes that; which rows those are it never
-asks. With every list made anew, the rows that a layer gives up are the first ones of
+The host sets how many rows each layer has, so it knows these numbers; it never reads which rows
+they are. After every list is rebuilt, a layer gives the first rows of
 
     free[NUM_FREE - 1], ..., free[0], order[0], order[1], ...
 
-and the n-th row given is the n-th taken. Three launches after the lists': `owned` is written from
-free and order, free and order from `owned`, then the words. Bytes: about 24 a row of the arena.
+and the n-th row given is the n-th row taken. Four launches and those of the lists: the first ends
+the tick, then `owned` is written from free and order, free and order from `owned`, then the words.
+
+Bytes moved: about 24 per row of the arena.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ from ess_kernels.hot_state import HotState
 from ess_kernels.rebuild_order import OrderScratch, Owned, rebuild_order
 
 BLOCK = 1024
-ALL_ROWS = 2**31 - 1  # a need that no list meets: it is made anew
+ALL_ROWS = 2**31 - 1  # a need that no list meets, so the list is rebuilt
 
-# Columns of the table that the host makes.
-FIRST = tl.constexpr(0)  # where the layer's part begins from now on
-COUNT = tl.constexpr(1)  # its rows from now on
-GIVEN = tl.constexpr(2)  # rows that the layers before it give up
-TAKEN = tl.constexpr(3)  # rows that they take
+# Columns of resize_table's table.
+FIRST = tl.constexpr(0)  # first entry of the layer's new part
+COUNT = tl.constexpr(1)  # its new number of rows
+GIVEN = tl.constexpr(2)  # rows that the layers before it give
+TAKEN = tl.constexpr(3)  # rows that the layers before it take
 COLUMNS = tl.constexpr(4)
 
 TICK = tl.constexpr(hot_state.TICK)
@@ -50,14 +52,14 @@ FREE_STAMP = tl.constexpr(hot_state.FREE_STAMP)
 
 @triton.jit
 def _tick_kernel(words):
-    """A tick of its own: rows of a plan that never ended are listed like others."""
+    """End each layer's tick, so that the lists contain the rows of a plan that did not end it."""
     tick = words + tl.program_id(0) * NUM_WORDS + TICK
     tl.store(tick, tl.load(tick) + 1)
 
 
 @triton.jit
 def _shares(words, table, layer):
-    """(free rows it keeps, rows it takes, rows it evicts) of a layer."""
+    """Of one layer: (free rows that it keeps, rows that it takes, rows that it evicts)."""
     words += layer * NUM_WORDS
     more = tl.load(table + layer * COLUMNS + COUNT) - tl.load(words + ROWS)
     num_free = tl.load(words + NUM_FREE)
@@ -80,7 +82,7 @@ def _own_kernel(
     layers,
     BLOCK: tl.constexpr,
 ):
-    """Each layer's rows from now on: free ones it keeps, those it takes, then the list's."""
+    """Write each layer's new rows: free rows it keeps, rows it takes, then those of its list."""
     layer = tl.program_id(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < tl.load(table + layer * COLUMNS + COUNT)
@@ -89,7 +91,7 @@ def _own_kernel(
     is_kept, is_taken = inside & (i < kept), inside & (i >= kept) & (i < kept + takes)
     is_listed = inside & (i >= kept + takes)
 
-    # The n-th row taken: whose is it?
+    # Find the layer that gives the n-th row taken.
     number = tl.load(table + layer * COLUMNS + TAKEN) + i - kept
     giver = tl.zeros([BLOCK], tl.int32)
     for other in range(0, layers):
@@ -114,7 +116,7 @@ def _own_kernel(
     tl.store(owned + tl.load(table + layer * COLUMNS + FIRST) + i, row, mask=inside)
 
     slot = tl.load(row_slot + row, mask=was_hot, other=0)
-    # int64: layers x slots passes 2**31
+    # int64: layers x slots exceeds 2^31
     tl.store(slot_row + giver.to(tl.int64) * num_slots + slot, -1, mask=was_hot)
     tl.store(row_slot + row, -1, mask=was_hot)
     tl.store(row_stamp + row, FREE_STAMP, mask=was_hot)
@@ -158,14 +160,15 @@ def _words_kernel(
 
 
 def resize_table(before: Sequence[int], after: Sequence[int]) -> torch.Tensor:
-    """What resize_layers needs to know, [layers, COLUMNS] int32 on the host.
+    """The table for resize_layers: [layers, COLUMNS] int32 on the host.
 
-    before, after: rows of each layer
-    Raises: ValueError unless both have as many layers and as many rows, at least one a layer.
+    before, after  the rows of each layer
+    Raises: ValueError unless both have the same number of layers and of rows in total, with at
+    least one row per layer.
     """
     if len(before) != len(after) or sum(before) != sum(after) or min(after) < 1:
         raise ValueError(
-            "rows must be shared out among as many layers, at least one each and all of them: got "
+            "rows must be divided among the same layers, all of them and at least one each: got "
             f"{sum(before)} rows of {len(before)} layers to {sum(after)} of {len(after)}, at least "
             f"{min(after)}."
         )
@@ -178,16 +181,17 @@ def resize_table(before: Sequence[int], after: Sequence[int]) -> torch.Tensor:
 def resize_layers(
     state: HotState, owned: Owned, scratch: OrderScratch, table: torch.Tensor, max_rows: int
 ) -> None:
-    """Give each layer of an arena the rows that resize_table's table says. Between steps.
+    """Give each layer of an arena its new number of rows. Call it between steps.
 
-    state, owned: of all layers; table: on their device; max_rows: rows of the largest layer from
-    now on, no more than scratch was made for
-    Effect: asynchronous on the current stream, like plan; every layer's tick goes up by one.
-    Raises: ValueError for a layer that is larger than the scratch.
+    state, owned  of all layers
+    table         resize_table's, on their device
+    max_rows      rows of the largest layer after the change, at most those of the scratch
+    Effect: asynchronous on the current stream; every layer's tick increases by one.
+    Raises: ValueError for a layer larger than the scratch.
     """
     if max_rows > len(scratch.rank):
         raise ValueError(
-            f"a layer must have at most {len(scratch.rank)} rows, what the scratch is made for: "
+            f"a layer must have at most {len(scratch.rank)} rows, those of the scratch: "
             f"got {max_rows}."
         )
     s, layers = state, len(state.words)

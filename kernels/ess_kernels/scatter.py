@@ -1,11 +1,11 @@
-"""out[targets[i]] = rows[i] for every i with targets[i] >= 0: new rows into either tier.
+"""scatter_rows: out[targets[i]] = rows[i] for every i with targets[i] >= 0.
 
-Into device memory it installs rows in the hot tier. Into pinned host
-memory it is the direct-store save: GPU threads store over PCIe, no copy engine, no CPU thread. Such
-stores are posted, so programs do not wait for them, and a later fetch by the same device in stream
-order sees them; a CPU reader must wait for an event first.
+It writes new rows to either tier. With `out` in device memory it fills hot rows. With `out` in
+pinned host memory, GPU threads store over PCIe; neither a copy engine nor a CPU thread takes part.
+Such stores are posted: programs do not wait for them. A later fetch by the same device, in stream
+order, sees them. A reader on the CPU must wait for an event first.
 
-Bytes moved: n x row bytes read and written, 4 or 8 bytes a row of targets.
+Bytes moved: n x row bytes read and as many written; 4 or 8 bytes of targets per row.
 """
 
 import torch
@@ -26,7 +26,7 @@ from ess_kernels.checks import (
     words,
 )
 
-MAX_PROGRAMS = 24  # as for fetch, whose arithmetic bounds what the link needs; not from a sweep
+MAX_PROGRAMS = 24  # as in fetch.py, whose arithmetic says what the link needs; not by a sweep
 
 
 @triton.jit(do_not_specialize=["num_rows", "lead"])
@@ -35,7 +35,7 @@ def _scatter_kernel(
     targets_ptr,  # [num_rows] int32 or int64
     out_ptr,  # [m, OUT_STRIDE] int64, device or host memory
     num_rows,
-    lead,  # words from the start of a line to out_ptr
+    lead,  # line_lead(out)
     ROWS_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     ROW_WORDS: tl.constexpr,
@@ -47,7 +47,7 @@ def _scatter_kernel(
     end = tl.minimum(first + share, num_rows)
     for base in range(first, end, ROWS_PER_STEP):
         source = base + tl.arange(0, ROWS_PER_STEP)
-        # int64: a target times the row's words passes 2^31
+        # int64: a target times the words of a row exceeds 2^31
         target = tl.load(targets_ptr + source, mask=source < end, other=-1).to(tl.int64)
         shift = (target * OUT_STRIDE + lead) % LINE_WORDS
         copy_step(
@@ -56,14 +56,14 @@ def _scatter_kernel(
         )  # fmt: skip
 
 
-def scatter_rows_reference(rows, targets, out) -> None:
-    """What scatter_rows does, in torch."""
+def scatter_rows_reference(rows: torch.Tensor, targets: torch.Tensor, out: torch.Tensor) -> None:
+    """The same in torch."""
     kept = targets >= 0
     shape = (-1, *out.shape[1:])
     out[targets[kept].long().to(out.device)] = rows[kept].reshape(shape).to(out.device)
 
 
-def _check(rows, targets, out, max_programs):
+def _check(rows: torch.Tensor, targets: torch.Tensor, out: torch.Tensor, max_programs: int) -> None:
     check_on_device("rows", rows)
     check_reachable("out", out)
     check_same_format("out", out, "rows", rows)
@@ -80,13 +80,14 @@ def scatter_rows(
     """out[targets[i]] = rows[i] for every i with targets[i] >= 0.
 
     rows     [n, ...] any dtype, on the device
-    targets  [n] int32 or int64, on the device; distinct, inside out, or negative: skip
+    targets  [n] int32 or int64, on the device; distinct and inside out, negative: skipped
     out      [m, ...] same row format, on the device or in pinned host memory; written
-    max_programs  programs of the grid, the most SMs that it takes from other kernels
+    max_programs  programs of the grid: the most SMs that it takes from other kernels
 
-    A row is a multiple of 16 bytes and starts at one; rows may lie apart in either tensor.
-    Effect: asynchronous on the current stream, one launch, none for n = 0.
-    Raises: ValueError for a wrong dtype, shape, device, row format, for pageable host memory.
+    The size and the address of a row must be multiples of 16 bytes. Rows may lie apart in either
+    tensor.
+    Effect: asynchronous on the current stream; one launch, or none for n = 0.
+    Raises: ValueError for a wrong dtype, shape, device or row format, or pageable host memory.
     """
     _check(rows, targets, out, max_programs)
     row_words, out_words = words(rows, "rows"), words(out, "out")

@@ -1,19 +1,18 @@
 """sparse_mla: attention of each query over its own list of hot rows, with log-sum-exp.
 
-    out[t, h] = softmax_j(sm_scale * q[t, h] . K[j]) . V[j],  j over indices[t], -1 left out
+    out[t, h] = softmax_j(sm_scale * q[t, h] . K[j]) . V[j],  j over indices[t] without its -1s
     lse[t, h] = log(sum_j exp(sm_scale * q[t, h] . K[j]))
 
-K is the whole 576-wide latent row, V its first 512 columns (absorbed MLA). A row may be fp8
-(656 bytes: 512 e4m3, 4 float32 scales of 128 latents each, 64 bfloat16 rope; FlashMLA's README,
-"FP8 KV cache") or plain bfloat16 or float32.
+K is the whole 576-wide latent row, V its first 512 columns (absorbed MLA). Rows are fp8 (656
+bytes; sglang_ess/layout.py has the format) or plain bfloat16 or float32.
 
-Bytes moved: rows x row bytes for every block of heads, q and out once; with more than one split
-also 2 x splits x heads x 2052 for the partial results. Every query reads its own rows, so what
-limits it is the rows' bytes up to some 16 heads and the tensor cores from there on.
+Bytes moved: rows x row bytes for every block of heads; q and out once; with more than one split
+also 2 x splits x heads x 2052 for the partial results. Every query reads its own rows. So the
+bytes of the rows limit the speed up to about 16 heads, and the tensor cores beyond.
 
-Numerics: operands of the matrix products are of q's dtype, sums float32. An fp8 latent goes in
-as it is (e4m3 is exact in bfloat16) and its scale is applied to the float32 scores and, for V,
-to the weights: no dequantised latent is ever rounded.
+Numerics: the matrix products take operands of q's dtype and sum in float32. An fp8 latent enters
+unscaled (e4m3 is exact in bfloat16); its scale multiplies the float32 scores and, for V, the
+weights. No dequantised latent is ever rounded.
 """
 
 from __future__ import annotations
@@ -31,26 +30,26 @@ FP8_ROPE = tl.constexpr((LATENT_DIM + 16) // 2)  # first rope key of a row, in b
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# Heads of one program: 64 is what one wgmma takes, 16 the least of mma.sync. The accumulator of
-# 64 heads (128 KiB) leaves an SM's registers room for one program, that of 16 for two.
+# Heads of one program: one wgmma takes 64, and mma.sync takes 16 at least. The accumulator of 64
+# heads (128 KiB) leaves room in an SM's registers for one program, that of 16 heads for two.
 MIN_BLOCK_H, MAX_BLOCK_H = 16, 64
 WARPS = {16: 4, 32: 8, 64: 8}
 PROGRAMS_PER_SM = {16: 2, 32: 1, 64: 1}
-# Rows of one step. Compiled for sm_90 (Triton 3.8), 64 heads: 32 rows take 129 KiB of shared
-# memory for fp8 and 144 KiB for bfloat16 and spill 152 and 0 bytes; 64 rows take 185 and 216 KiB
-# and spill 904 and 140. At 16 and 32 heads fp8 spills 76 and 32 bytes, bfloat16 none.
+# Rows of one step. Compiled for sm_90 (Triton 3.8) with 64 heads, 32 rows take 129 KiB of shared
+# memory for fp8 and 144 KiB for bfloat16, and spill 152 and 0 bytes; 64 rows take 185 and 216 KiB
+# and spill 904 and 140. With 16 and 32 heads fp8 spills 76 and 32 bytes, bfloat16 none.
 BLOCK_K = 32
 NUM_STAGES = 2
-# What a program costs beside its blocks of rows, counted in such blocks: it loads q (72 KiB at
-# 64 heads, two blocks of bfloat16 rows) and, split, writes float32 partials (128 KiB, nearly
-# four blocks, though nobody waits for them). By bytes, not measured.
+# The fixed cost of a program, in blocks of rows: it loads q (72 KiB at 64 heads, two blocks of
+# bfloat16 rows) and, with splits, writes float32 partials (128 KiB, nearly four blocks, for which
+# no program waits). Estimated from bytes, not measured.
 PROGRAM_OVERHEAD_BLOCKS = 4
 MAX_SPLITS = 32
 
 
 @triton.jit
 def _load_latents(base_ptr, offsets, valid, group: tl.constexpr, FP8: tl.constexpr, DOT):
-    """Latents [group * 128, group * 128 + 128) of rows at offsets [K] -> [K, 128], unscaled."""
+    """Load latents [group * 128, group * 128 + 128) of rows at offsets [K]: [K, 128], unscaled."""
     columns = group * 128 + tl.arange(0, 128)
     at = base_ptr + offsets[:, None] + columns[None, :]
     values = tl.load(at, mask=valid[:, None], other=0)
@@ -61,7 +60,7 @@ def _load_latents(base_ptr, offsets, valid, group: tl.constexpr, FP8: tl.constex
 
 @triton.jit
 def _rounded(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
-    """float32 x to the nearest of DTYPE. EMULATE: the interpreter truncates to bfloat16."""
+    """Round float32 x to DTYPE. EMULATE: the interpreter would truncate to bfloat16 instead."""
     if EMULATE:
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -71,7 +70,7 @@ def _rounded(x, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, acc, IEEE: tl.constexpr, EMULATE: tl.constexpr):
-    """acc + a @ b in float32. EMULATE: the interpreter multiplies bfloat16 as raw integers."""
+    """acc + a @ b in float32. EMULATE: the interpreter would multiply bfloat16 as raw integers."""
     if EMULATE:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -114,14 +113,14 @@ def _sparse_mla_kernel(
     length = num_columns
     if HAS_LENGTHS:
         length = tl.minimum(tl.load(lengths_ptr + t), num_columns)
-    # The splits share what there is, so that a short list does not leave all to the first.
+    # The splits divide the list's true length, so that the first does not get all of a short list.
     blocks = (length + BLOCK_K - 1) // BLOCK_K
     share = (blocks + SPLITS - 1) // SPLITS * BLOCK_K
     first = split * share
     last = tl.minimum(first + share, length)
     if first >= last:
         tl.store(lse_ptr + state, tl.full([BLOCK_H], float("-inf"), tl.float32), mask=head_mask)
-        if SPLITS == 1:  # else the combine leaves this split out by its lse
+        if SPLITS == 1:  # else _combine_kernel skips this split by its lse
             piece = tl.arange(0, 512)
             tl.store(
                 out_ptr + state[:, None] * 512 + piece[None, :],
@@ -149,7 +148,7 @@ def _sparse_mla_kernel(
         columns = start + tl.arange(0, BLOCK_K)
         rows = tl.load(indices_ptr + t * num_columns + columns, mask=columns < last, other=-1)
         valid = rows >= 0
-        rows = tl.where(valid, rows, 0).to(tl.int64)  # a row's byte offset passes 2**31
+        rows = tl.where(valid, rows, 0).to(tl.int64)  # a row's byte offset exceeds 2^31
         at = rows * LATENT_STRIDE
         k_rope = tl.load(
             rope_ptr + (rows * ROPE_STRIDE)[:, None] + ROPE_START + d64[None, :],
@@ -183,7 +182,7 @@ def _sparse_mla_kernel(
         scores = tl.where(valid[None, :], scores * scale_log2, float("-inf"))
 
         new_peak = tl.maximum(peak, tl.max(scores, 1))
-        # Nothing but pads so far: any finite number keeps -inf - -inf out of exp2.
+        # Only pads so far: any finite anchor avoids -inf - -inf in exp2.
         anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         fade = tl.exp2(peak - anchor)
         p = tl.exp2(scores - anchor[:, None])
@@ -247,7 +246,7 @@ def _combine_kernel(
     for split in range(SPLITS):
         at = state + split * num_heads
         part_lse = tl.load(part_lse_ptr + at)
-        # A split without rows wrote its lse only: what lies in its partial is not read.
+        # A split without rows wrote its lse alone, so its partial result is not read.
         some_rows = tl.full([512], float("-inf"), tl.float32) < part_lse
         part = tl.load(part_ptr + at * 512 + d, mask=some_rows, other=0.0)
         acc += part * tl.exp(part_lse - anchor)
@@ -257,30 +256,30 @@ def _combine_kernel(
 
 
 def block_heads(num_heads: int) -> int:
-    """Heads of one program: the power of two from 16 to 64 that holds them all, or 64."""
-    return min(max(triton.next_power_of_2(num_heads), MIN_BLOCK_H), MAX_BLOCK_H)
+    """Heads of one program: the smallest power of two >= num_heads, but from 16 to 64."""
+    return min(max(int(triton.next_power_of_2(num_heads)), MIN_BLOCK_H), MAX_BLOCK_H)
 
 
 def choose_splits(num_queries: int, num_heads: int, num_columns: int, num_sms: int) -> int:
-    """Splits of each list: the fewest that end soonest, by shapes alone (CUDA graphs hold).
+    """Splits of each list: the smallest number with the shortest estimated time.
 
-    Programs run in waves of what the SMs hold at once, each wave as long as a program's blocks of
-    rows and PROGRAM_OVERHEAD_BLOCKS.
+    It depends on shapes alone, so that a CUDA graph stays valid. Programs run in waves, as many at
+    a time as the SMs hold. A wave takes a program's blocks of rows plus PROGRAM_OVERHEAD_BLOCKS.
     """
     block_h = block_heads(num_heads)
     programs = num_queries * triton.cdiv(num_heads, block_h)
     at_once = num_sms * PROGRAMS_PER_SM[block_h]
     blocks = triton.cdiv(num_columns, BLOCK_K)
 
-    def end(splits):
+    def duration(splits: int) -> int:
         waves = triton.cdiv(programs * splits, at_once)
-        return waves * (triton.cdiv(blocks, splits) + PROGRAM_OVERHEAD_BLOCKS)
+        return int(waves * (triton.cdiv(blocks, splits) + PROGRAM_OVERHEAD_BLOCKS))
 
-    return min(range(1, max(1, min(blocks, MAX_SPLITS)) + 1), key=lambda s: (end(s), s))
+    return min(range(1, max(1, min(blocks, MAX_SPLITS)) + 1), key=lambda s: (duration(s), s))
 
 
 def unpack_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [n, 656] uint8, or [n, 576] bfloat16 or float32 -> [n, 576] float64, exactly."""
+    """Rows [n, 656] uint8, or [n, 576] bfloat16 or float32, as [n, 576] float64, exactly."""
     if rows.dtype != torch.uint8:
         return rows.double()
     scales_at, rope_at = LATENT_DIM, LATENT_DIM + 16
@@ -297,7 +296,7 @@ def sparse_mla_reference(
     sm_scale: float,
     lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """sparse_mla in plain torch, float64 throughout: (out, lse) float64. Same arguments."""
+    """The same in torch, with the same arguments. Returns (out, lse) in float64."""
     valid = indices >= 0
     if lengths is not None:
         columns = torch.arange(indices.shape[1], device=indices.device)
@@ -312,12 +311,18 @@ def sparse_mla_reference(
     return torch.einsum("thk,tkd->thd", weights, keys[..., :LATENT_DIM]), lse
 
 
-def _check(q, rows, indices, lengths, num_splits) -> None:
+def _check(
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    indices: torch.Tensor,
+    lengths: torch.Tensor | None,
+    num_splits: int | None,
+) -> None:
     check_tensor("q", q, (torch.bfloat16, torch.float32), (None, None, ROW_DIM))
     check_on_device("q", q)
     if q.stride(2) != 1:
         raise ValueError(f"q must have a last stride of 1: got strides {q.stride()}.")
-    # float32 rows in bfloat16 products would lose what they were kept for.
+    # bfloat16 products would lose the precision that float32 rows are kept for.
     dtypes = {torch.bfloat16: (torch.uint8, torch.bfloat16)}.get(
         q.dtype, (torch.uint8, torch.bfloat16, torch.float32)
     )
@@ -340,7 +345,7 @@ def _check(q, rows, indices, lengths, num_splits) -> None:
 def _num_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def sparse_mla(
@@ -351,18 +356,19 @@ def sparse_mla(
     lengths: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of each query over the rows that indices names. Returns (out, lse).
+    """Attention of each query over the rows in its list. Returns (out, lse).
 
     q        [T, H, 576] bfloat16 or float32: 512 absorbed latents, 64 rope; last stride 1
-    rows     [N, 656] uint8 (fp8 rows) or [N, 576] bfloat16 (float32 too if q is); contiguous
-    indices  [T, K] int32 rows, -1 pads anywhere; other values are not checked
-    lengths  [T] int32: only columns < lengths[t] are looked at; None: all. What a program finds
-             to do follows from it: a list of length 0 costs one store a head and split
-    num_splits  parts of each list that run side by side; None: choose_splits
+    rows     [N, 656] uint8 (fp8) or [N, 576] bfloat16, or float32 if q is float32; contiguous
+    indices  [T, K] int32 rows, with -1 pads anywhere; other values are not checked
+    lengths  [T] int32: query t reads only columns below lengths[t]; None: all columns. A list of
+             length 0 costs one store per head and split
+    num_splits  parts of each list that run in parallel; None: choose_splits
     out      [T, H, 512] of q's dtype; lse [T, H] float32, natural logarithm. A query without
              rows gets 0 and -inf
-    Raises: ValueError for a dtype, shape, stride or device that does not fit.
-    Source: flash-decoding's split of the keys; DeepSeek-V3.2's sparse attention.
+    Effect: asynchronous on the current stream; one launch, or two with splits.
+    Raises: ValueError for a wrong dtype, shape, stride or device.
+    Source: the split of the keys is flash-decoding's; DeepSeek-V3.2 defines the attention.
     """
     _check(q, rows, indices, lengths, num_splits)
     num_queries, num_heads = q.shape[:2]

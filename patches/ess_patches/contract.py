@@ -154,7 +154,7 @@ def signature_text(dotted: str) -> str:
     """
     target = resolve(dotted)
     if isinstance(target, type):
-        target = target.__init__
+        target = target.__init__  # type: ignore[misc]  # of the class, not of an instance
     if not callable(target):
         return f"<{type(target).__name__}>"
     full = inspect.signature(target)

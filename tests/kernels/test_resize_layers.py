@@ -156,14 +156,14 @@ def test_a_plan_that_never_ended_loses_no_row(device):
     [([5, 5], [5, 6]), ([5, 5], [10, 0]), ([5, 5], [4, 3, 3])],
 )
 def test_rows_must_be_there_to_move(before, after):
-    with pytest.raises(ValueError, match="rows must be shared out among as many layers"):
+    with pytest.raises(ValueError, match="rows must be divided among the same layers"):
         resize_table(before, after)
 
 
 def test_a_layer_may_not_outgrow_the_scratch(device):
     arena = Arena(device, 2, 20, slots=60)
     arena.scratch = OrderScratch.new(25, device, AGES)
-    with pytest.raises(ValueError, match="at most 25 rows, what the scratch is made for: got 30"):
+    with pytest.raises(ValueError, match="at most 25 rows, those of the scratch: got 30"):
         arena.resize([30, 10])
 
 
