@@ -3,8 +3,8 @@
 Figures are defined as sglang.benchmark.serving (bench_serving) defines them: Poisson arrivals;
 time to first token from the moment a request was sent; inter-token latency the gap between two
 chunks over the tokens in the second one; output tokens/s all tokens of completed requests over
-the time from the first request sent to the last one answered. Its own client cannot be used: it
-notices a token by the text it adds, and the servers here take and give token ids, so that no
+the time from the first request sent to the last one answered. Its own client does not fit: it
+counts a token by the text that it adds, and the servers here take and give token ids, so that no
 tokenizer or detokenizer takes decode's core (random bytes often add no text at all).
 """
 
@@ -34,7 +34,7 @@ class Request:
 
 @dataclass
 class Answer:
-    """When the tokens of one request came. Clock: time.perf_counter().
+    """When the tokens of one request came, by time.perf_counter().
 
     chunks: (time, tokens so far); error: why it did not complete, or empty
     """
@@ -62,7 +62,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """What one load gave. started: when its first request was due."""
+    """Answers of one load. started: when its first request was due."""
 
     answers: Sequence[Answer]
     started: float
@@ -106,7 +106,7 @@ def requests_of(
     count: int,
     seed: int,
 ) -> list[Request]:
-    """Each document in its turn, outputs of lengths[0]..lengths[1] tokens.
+    """Requests for the documents in turn, with outputs of lengths[0] to lengths[1] tokens.
 
     Documents and lengths depend on seed and place alone: every rate and system has the same.
     """

@@ -1,4 +1,4 @@
-"""What pd_serving makes of its loads: rows, summary, tables, plot."""
+"""Figures of the pd_serving benchmark: rows of a load, summary, tables and plot."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.common import Report, failed, find, measured, table
-from benchmarks.pd_serving_load import SATURATED, Result
+from benchmarks.harness import Panel, Report, failed, find, measured, pivot, print_table
+from benchmarks.serving.pd_load import SATURATED, Result
 
 ONE_TIER, ESS = "one-tier", "ess"
 OFF, ON = "off", "on"
 SATURATION = "inf"  # the rate in a row's config: JSON has no infinity
-# Of ESS's admission: requests sent back to the queue, scheduling rounds in which one waited.
+# Counters of ESS's admission: requests sent back to the queue, scheduling rounds in which one
+# waited. (counter, metric, unit)
 COUNTS = (("shed_requests", "shed", "requests"), ("held_rounds", "held", "rounds"))
-POINT_METRICS = ("output", "batch_mean", "batch_max", "itl_p50", "itl_p99", "ttft_p50", "ttft_p99")
-POINT_TITLES = ("tokens/s", "batch", "largest", "ITL p50", "p99 ms", "TTFT p50", "p99 s")
+# {column: metric} of a load.
+COLUMNS = {
+    "tokens/s": "output", "batch": "batch_mean", "largest": "batch_max", "ITL p50": "itl_p50",
+    "p99 ms": "itl_p99", "TTFT p50": "ttft_p50", "p99 s": "ttft_p99", "decode CPU": "decode_cpu",
+    "hit rate": "hit_rate", "shed": "shed", "errors": "errors",
+}  # fmt: skip
 
 
 def rate_name(rate: float) -> float | str:
@@ -30,11 +35,11 @@ def point_rows(
     counted: Mapping[str, float],
     cpu_seconds: float,
 ) -> list[dict]:
-    """Rows of one load. batches: as the server logged them; counted: ESS's counters' growth;
-    cpu_seconds: the decode server's. At saturation they are near the wall's, or something else
-    than decode was measured.
+    """Rows of one load. A request's error is a row and no failure: the others did complete.
 
-    Errors are a row and not a failure: the others of the load did complete.
+    batches: batch sizes that the decode server logged; counted: growth of ESS's counters
+    cpu_seconds: of the decode server. At saturation they are near the wall time, or the load did
+        not measure decode.
     """
     errors = result.errors
     rows = [measured(name, config, "errors", "requests", [len(errors)])]
@@ -60,11 +65,6 @@ def point_rows(
     first_error = {"error": errors[0]} if errors else {}
     rows += [measured(name, config, metric, unit, [value]) for metric, unit, value in figures]
     return [{**row, **first_error} for row in rows]
-
-
-def handover_row(config: dict, misses: Sequence[float]) -> dict:
-    """misses: one figure a request, misses per layer in its first decode steps."""
-    return measured("warmup", config, "handover_misses", "rows/layer", misses)
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
@@ -136,58 +136,46 @@ def _summarise_warmup(report: Report) -> None:
 
 
 def print_tables(report: Report, link: str) -> None:
-    headers = [*POINT_TITLES, "decode CPU", "hit rate", "shed", "errors"]
-    print("\nA. prefill-decode disaggregation at equal decode device bytes, by requests/s")
-    print(table(["system", "rate", *headers], _lines(report, "output", ("system", "rate"))))
-    print(f"\nB. a hot tier far below the working sets, {link}, by requests/s")
-    keys = ("admission", "linked", "rate")
-    print(table([*keys, *headers], _lines(report, "thrash", keys)))
-    print("\nC. warm-up across prefill-decode disaggregation")
-    print(table(["warm-up", "rate", *headers], _lines(report, "warmup", ("pd_warmup", "rate"))))
-    for row in report.rows:
-        if row["kind"] == "failed":
-            print(f"not measured: {row['metric']} of {row['name']} {row['config']}: {row['error']}")
-    print()
-    print(table(["summary", ""], report.summary.items()))
+    def show(name: str, keys: dict[str, str], title: str) -> None:
+        """keys: {column: field of the config} that tell the loads apart."""
+        rows = pivot(report.select(name, kind="measured"), tuple(keys.values()))
+        print_table(rows, keys | COLUMNS, title)
+
+    rate = {"rate": "rate"}
+    title = "A. prefill-decode disaggregation at equal decode device bytes, by requests/s"
+    show("output", {"system": "system"} | rate, title)
+    keys = {"admission": "admission", "linked": "linked"} | rate
+    show("thrash", keys, f"B. a hot tier far below the working sets, {link}, by requests/s")
+    title = "C. warm-up across prefill-decode disaggregation"
+    show("warmup", {"warm-up": "pd_warmup"} | rate, title)
 
 
-def _lines(report: Report, name: str, keys: Sequence[str]) -> list[list]:
-    points = dict.fromkeys(
-        tuple(row["config"][key] for key in keys)
-        for row in report.rows
-        if row["name"] == name and all(key in row["config"] for key in keys)
-    )
-    metrics = (*POINT_METRICS, "decode_cpu", "hit_rate", "shed", "errors")
-    return [
-        [
-            *values,
-            *(report.median(name, m, **dict(zip(keys, values, strict=True))) for m in metrics),
-        ]
-        for values in points
-    ]
-
-
-def draw(report: Report, axes, link: str) -> None:
+def panels(report: Report, link: str) -> tuple[Panel, ...]:
     """Output tokens/s of both systems; p99 inter-token latency; thrash with admission."""
-    speed, latency, thrash = axes
-    for system, style in ((ONE_TIER, "s--"), (ESS, "o-")):
-        for axis, metric in ((speed, "output"), (latency, "itl_p99")):
-            points = curve(report, "output", metric, system=system)
-            axis.plot(*zip(*points, strict=True) if points else ((), ()), style, label=system)
-            value = report.median("output", metric, system=system, rate=SATURATION)
-            if value is not None:
-                color = axis.lines[-1].get_color()
-                axis.axhline(value, color=color, ls=":", lw=1, label=f"{system}, all at once")
-    speed.set(xlabel="requests/s", ylabel="output tokens/s", title="Equal decode device bytes")
-    latency.set(xlabel="requests/s", ylabel="ms", title="p99 inter-token latency")
-    if (target := report.summary.get("itl_target_ms")) is not None:
-        latency.axhline(target, color="0.5", lw=1, label="target")
-    for admission, style in ((OFF, "s--"), (ON, "o-")):
-        points = curve(report, "thrash", "output", admission=admission, linked=True)
-        lines = zip(*points, strict=True) if points else ((), ())
-        thrash.plot(*lines, style, label=f"admission {admission}")
-    thrash.set(xlabel="requests/s", ylabel="output tokens/s", title=f"Small hot tier, {link}")
-    for axis in axes:
-        axis.set_ylim(bottom=0)
-        if axis.lines:
-            axis.legend(fontsize=8)
+
+    def rows(name: str, metric: str, series: str, **config) -> list[dict]:
+        names = dict.fromkeys(row["config"].get(series) for row in report.select(name, metric))
+        return [
+            {"rate": rate, "median": value, series: of}
+            for of in names
+            for rate, value in curve(report, name, metric, **{series: of}, **config)
+        ]
+
+    def levels(metric: str) -> dict[str, float]:
+        values = {
+            system: report.median("output", metric, system=system, rate=SATURATION)
+            for system in (ONE_TIER, ESS)
+        }
+        return {f"{name}, all at once": value for name, value in values.items() if value}
+
+    target = report.summary.get("itl_target_ms")
+    axes = {"xlabel": "requests/s", "ylabel": "output tokens/s"}
+    return (
+        Panel(rows("output", "output", "system"), "rate", series="system",
+              levels=levels("output"), axes=axes | {"title": "Equal decode device bytes"}),
+        Panel(rows("output", "itl_p99", "system"), "rate", series="system",
+              levels=levels("itl_p99") | ({"target": target} if target else {}),
+              axes=axes | {"ylabel": "ms", "title": "p99 inter-token latency"}),
+        Panel(rows("thrash", "output", "admission", linked=True), "rate", series="admission",
+              axes=axes | {"title": f"Small hot tier, {link}, by admission"}),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The processes of pd_serving: prefill server, decode server and router, each on its cores.
+"""The processes of pd_serving: a prefill server, a decode server and a router, on their cores.
 
 In production prefill and decode are different machines. Here the decode server has a core to
 itself, and everything else shares the others: SGLang's schedulers poll without pause while a
@@ -21,7 +21,7 @@ from tools.processes import HttpProcess, free_port
 
 START_SECONDS = 600
 WAIT_SECONDS = 1800  # the router's own limit
-# Under the client and the router, whose clock readings must not wait for a polling scheduler.
+# Below the client and the router: their clock readings must not wait for a polling scheduler.
 PREFILL_NICE = 5
 DECODE_LOG_INTERVAL = 4  # steps between two of the decode server's log lines
 TRANSFER = ("--disaggregation-transfer-backend", "mooncake")
@@ -48,7 +48,7 @@ class Cores:
 
 
 def node_env(threads: int) -> dict[str, str]:
-    """No more threads than cores in torch and in numba; no network; patience.
+    """As many threads as cores in torch and in numba; no network; long waits.
 
     A request that is sent at saturation waits for minutes before its transfer begins, which
     SGLang would take for a lost peer.
@@ -76,7 +76,7 @@ class Node(HttpProcess):
         return [process, *process.children(recursive=True)]
 
     def cpu_seconds(self) -> float:
-        """Of the node's processes so far."""
+        """CPU time of the node's processes so far."""
         times = [process.cpu_times() for process in self._family()]
         return sum(one.user + one.system for one in times)
 
@@ -96,7 +96,7 @@ def _settle(cores: Sequence[int], nice: int) -> None:
 
 
 class Prefill(Node):
-    """One-tier: it keeps the rows of a prompt only until they are sent, or as its radix cache."""
+    """A prefill server, one-tier: it keeps rows until they are sent, or in its radix cache."""
 
     def __init__(self, model: str, *flags: str, log: Path, cores: Sequence[int]):
         self.bootstrap = free_port()
@@ -108,7 +108,7 @@ class Prefill(Node):
 
 
 class Decode(Node):
-    """Its log has the batch of every DECODE_LOG_INTERVAL-th step, its /metrics the misses."""
+    """A decode server. Its log has the batch of every DECODE_LOG_INTERVAL-th step."""
 
     def __init__(self, model: str, *flags: str, log: Path, cores: Sequence[int]):
         own = ("--model-path", model, "--disaggregation-mode", "decode", *TRANSFER)

@@ -1,4 +1,4 @@
-"""What two_tier makes of its passes: windows, rows, summary, tables, plot."""
+"""Figures of the two_tier benchmark: windows of passes, rows, summary, tables and plot."""
 
 from __future__ import annotations
 
@@ -7,23 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.common import Report, find, measured, ratios, table
+from benchmarks.harness import Panel, Report, measured, pivot, print_table, ratios
 
 ONE_TIER = "one-tier"
 HEADLINE = "ess 0.1"
-# (b)'s systems that have a summary figure of their own.
-STEP_FIGURES = {
-    "ess 1": "step_resident",
-    "ess 0.2": "step_ratio02",
-    "ess 0.1": "step_ratio01",
-    "ess minimum": "step_minimum",
-}
+# Systems of part (b) that have a summary figure of their own.
+STEP_FIGURES = {"ess 1": "step_resident", "ess 0.2": "step_ratio02", "ess 0.1": "step_ratio01",
+                "ess minimum": "step_minimum"}  # fmt: skip
 WORKLOADS = {"unshared": "", "shared": "shared_"}  # with the prefix of its summary figures
 
 
 @dataclass(frozen=True)
 class Window:
-    """Decode passes of one system, in a row; the last one only says when the one before ended.
+    """Consecutive decode passes of one system; the last one only ends the step before it.
 
     Raises: ValueError for a prefill among them, another batch size, or a retraction.
     """
@@ -117,7 +113,7 @@ def _tokens_ratios(windows: Sequence[Window], one_tier: Sequence[Window]) -> lis
 
 
 def prefill_tokens_per_s(run: dict, context: int) -> float:
-    """Of one HeldEngine.generate() of one prompt: from its first prefill pass to its last's end.
+    """Speed of one HeldEngine.generate() of one prompt, from its first prefill pass to its last.
 
     Raises: ValueError if another number of tokens was prefilled.
     """
@@ -151,62 +147,39 @@ def summarise(report: Report) -> None:
     report.summarise("prefill_ratio", report.median("costs", "prefill_ratio", system="ess 0.2"))
 
 
+BUYS_COLUMNS = {
+    "workload": "workload", "system": "system", "device bytes": "device_bytes", "slots": "slots",
+    "requests": "requests", "tokens/s": "decode", "step ms": "decode_step",
+    "hit rate": "hit_rate", "misses/step": "misses",
+}  # fmt: skip
+COSTS_COLUMNS = {
+    "system": "system", "step ms": "decode_step", "over one-tier": "step_ratio",
+    "misses/step": "misses", "prefill tokens/s": "prefill", "of one-tier's": "prefill_ratio",
+}  # fmt: skip
+
+
 def print_tables(report: Report) -> None:
-    metrics = ("device_bytes", "slots", "requests", "decode", "decode_step", "hit_rate", "misses")
-    names = ("device bytes", "slots", "requests", "tokens/s", "step ms", "hit rate", "misses/step")
-    print("\nwhat it buys, at equal device bytes: medians")
-    print(table(["workload", "system", *names], _lines(report, "buys", metrics, "workload")))
-    metrics = ("decode_step", "step_ratio", "misses", "prefill", "prefill_ratio")
-    names = ("step ms", "over one-tier", "misses/step", "prefill tokens/s", "of one-tier's")
-    print("\nwhat it costs, at equal batch (prefill: 8K prompts): medians")
-    print(table(["", "system", *names], _lines(report, "costs", metrics, "part")))
-    for row in report.rows:
-        if row["kind"] == "failed":
-            print(f"not measured: {row['metric']} of {row['name']}: {row['error']}")
-    print()
-    print(table(["summary", ""], report.summary.items()))
+    buys = pivot(report.select("buys", kind="measured"), ("workload", "system"))
+    print_table(buys, BUYS_COLUMNS, "what it buys, at equal device bytes: medians")
+    costs = pivot(report.select("costs", kind="measured"), ("system",))
+    title = "what it costs, at equal batch (prefill: 8K prompts): medians"
+    print_table(costs, COSTS_COLUMNS, title)
 
 
-def _lines(report: Report, name: str, metrics: Sequence[str], group: str) -> list[list]:
-    keys = dict.fromkeys(
-        (row["config"].get(group, ""), row["config"]["system"])
-        for row in report.rows
-        if row["name"] == name and "system" in row["config"]
-    )
-    lines = []
-    for value, system in keys:
-        config = {"system": system} | ({group: value} if value else {})
-        lines.append([value, system, *(report.median(name, m, **config) for m in metrics)])
-    return lines
-
-
-def draw(report: Report, axes) -> None:
+def panels(report: Report) -> tuple[Panel, Panel]:
     """Requests and tokens/s of both systems; hit rate by layer."""
-    speed, hits = axes
     bars = [
-        (f"{label},\n{workload}", metric, workload)
-        for metric, label in (("requests", "requests"), ("decode", "decode tokens/s"))
-        for workload in WORKLOADS
+        row
+        for metric in ("requests", "decode")
+        for row in report.select("buys", metric, "measured")
+        if row["config"]["system"] in (ONE_TIER, HEADLINE)
     ]
-    places = np.arange(len(bars))
-    for offset, (system, label) in ((-0.2, (ONE_TIER, ONE_TIER)), (0.2, (HEADLINE, "ESS, 0.1"))):
-        found = [report.median("buys", metric, system=system, workload=w) for _, metric, w in bars]
-        drawn = speed.bar(places + offset, [value or 0 for value in found], 0.4, label=label)
-        speed.bar_label(drawn, fmt="%.0f", fontsize=8)
-    speed.set_xticks(places, [label for label, _, _ in bars], fontsize=8)
-    speed.set(yscale="log", title="What it buys, at equal device bytes")
-    speed.legend(fontsize=8)
-    rows = [row for row in report.rows if row["metric"] == "layer_hit_rate"]
-    for system, workload in dict.fromkeys(
-        (row["config"]["system"], row["config"]["workload"]) for row in rows
-    ):
-        config = {"system": system, "workload": workload}
-        layers = sorted({row["config"]["layer"] for row in rows})
-        found = [find(rows, "buys", "layer_hit_rate", **config, layer=layer) for layer in layers]
-        values = [row["median"] if row else np.nan for row in found]
-        hits.plot(
-            layers, values, "o-" if workload == "unshared" else "s--", label=f"{system}, {workload}"
-        )
-    hits.set(xlabel="layer", ylabel="hit rate", ylim=(0, 1), title="Hit rate (random weights)")
-    if rows:
-        hits.legend(fontsize=8)
+    units = {"requests": "requests", "decode": "tokens/s"}
+    speed = {"yscale": "log", "title": "What it buys, at equal device bytes"}
+    hits = {"xlabel": "layer", "ylabel": "hit rate", "ylim": (0, 1)}
+    return (
+        Panel(bars, lambda row: f"{units[row['metric']]}, {row['config']['workload']}",
+              series="system", kind="bar", axes=speed),
+        Panel(report.select("buys", "layer_hit_rate", "measured"), "layer",
+              series=("system", "workload"), axes=hits | {"title": "Hit rate (random weights)"}),
+    )  # fmt: skip

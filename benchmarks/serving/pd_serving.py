@@ -1,6 +1,6 @@
 """Prefill-decode disaggregation under load: SGLang one-tier against ESS on the decode server.
 
-    python -m benchmarks.pd_serving [--quick] [--json FILE] [--plot FILE]
+    python -m benchmarks.serving.pd_serving [--quick] [--json FILE] [--plot FILE]
 
 Real processes and sockets: one prefill server, one decode server, sglang-router, Mooncake over
 TCP. bench_serving-style load: Poisson arrivals, token ids in and out, streamed, greedy.
@@ -21,56 +21,42 @@ has no radix cache in either system.
 
 Both tiers are this machine's one DRAM, so a miss is nearly free. In (B) and (C) fetches are
 slowed (--ess-link-gib) to the share of one core's memory bandwidth, measured at start, that a
-H100's PCIe link is of its HBM's: 55 of 3350 GB/s. (A) has no such brake: its ratio is what freed
+H100's PCIe link is of its HBM's: 55 of 3350 GB/s. (A) has no such limit: its ratio is what freed
 memory buys here. (B) has one row without it.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-if not __package__:  # `python benchmarks/pd_serving.py` works too
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 
-from benchmarks.common import (
-    ROOT,
-    OtherLoad,
-    Progress,
-    Report,
-    arguments,
-    failed,
-    measured,
-    save_figure,
-)
-from benchmarks.cpu_serving import prompts_of
-from benchmarks.pd_serving_cluster import Cores, Decode, Prefill, Router, decoding
-from benchmarks.pd_serving_load import SATURATED, Result, requests_of, run_load
-from benchmarks.pd_serving_report import (
+from benchmarks.harness import OtherLoad, argument_parser, finish, measured
+from benchmarks.serving import shared
+from benchmarks.serving.pd_cluster import Cores, Decode, Prefill, Router, decoding
+from benchmarks.serving.pd_figures import (
     ESS,
     OFF,
     ON,
     ONE_TIER,
-    draw,
-    handover_row,
+    panels,
     point_rows,
     print_tables,
     rate_name,
     summarise,
 )
+from benchmarks.serving.pd_load import SATURATED, Result, requests_of, run_load
+from benchmarks.serving.shared import end_on_sigterm, prompts_of
+from sglang_ess.layout import FP8_ROW_BYTES, GIB, INDEX_KEY_BYTES
+from sglang_ess.layout import PAGE_SLOTS as PAGE
 
-PAGE = 64
-ROW_BYTES, INDEX_KEY_BYTES = 656, 132
 REQUEST_SECONDS = 900  # after which a request counts as an error
 SETTLE_SECONDS = 0.5  # between two looks at a server's counters
 FIRST_STEPS = 8  # decode steps of (C)'s hand-over figure
@@ -99,15 +85,15 @@ class Scenario:
 
     @property
     def cell_bytes(self) -> int:
-        """Of one token, one-tier."""
-        return self.model["layers"] * (ROW_BYTES + INDEX_KEY_BYTES)
+        """Bytes of one token, one-tier."""
+        return self.model["layers"] * (FP8_ROW_BYTES + INDEX_KEY_BYTES)
 
     @property
     def mean_output(self) -> float:
         return sum(self.outputs) / 2
 
     def server_flags(self) -> tuple[str, ...]:
-        """Of the prefill and the decode server alike. The batch limit is never reached."""
+        """Flags of both servers. The batch limit is never reached."""
         return "--context-length", str(self.request_tokens + PAGE), "--max-running-requests", "64"
 
     def prefill_flags(self) -> tuple[str, ...]:
@@ -120,7 +106,7 @@ class Scenario:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Grid:
     """What one run measures.
 
     burst: requests sent at once at saturation, in (A) and to find it in (B)
@@ -143,81 +129,47 @@ class Plan:
 # two_tier's, with four times the experts' weights, as a step here has one core and its requests'
 # share of it is larger. Two of four experts are active for a token, nearly all for a batch of 4.
 OUTPUT = Scenario(
-    model={
-        "layers": 6,
-        "dense_layers": 0,
-        "hidden": 1024,
-        "experts": 4,
-        "moe_intermediate": 4096,
-        "index_heads": 4,
-    },
-    prompt=4096,
-    outputs=(96, 160),
-    documents=18,
-)
+    model=dict(layers=6, dense_layers=0, hidden=1024, experts=4, moe_intermediate=4096,
+               index_heads=4),
+    prompt=4096, outputs=(96, 160), documents=18,
+)  # fmt: skip
 ONE_TIER_REQUESTS = 4.3  # what the device bytes hold one-tier; a fraction is never admitted
 HOT_RATIO = 0.1
 MIN_USED = 0.95  # of the device bytes
-# A small model, so that a step costs little beside its misses, and a top-k of most of the context,
-# so that a request's working set is nearly its whole context and stays that.
-THRASH = Scenario(
-    model={"layers": 4, "heads": 2, "index_topk": 1024, "index_heads": 2},
-    prompt=1536,
-    outputs=(96, 160),
-    documents=30,
-)
+# A small model, so that a step costs little compared with its misses, and a top-k of most of the
+# context, so that the working set of a request is nearly its whole context and stays that.
+THRASH = Scenario(model=dict(layers=4, heads=2, index_topk=1024, index_heads=2), prompt=1536,
+                  outputs=(96, 160), documents=30)  # fmt: skip
 THRASH_REQUESTS = 24  # that the slots hold
 THRASH_FITTING = 6  # whose whole contexts the hot tier holds
-QUICK = Plan(
-    burst=30,
-    shares=(0.5,),
-    seconds=15,
-    thrash_burst=16,
-    thrash_shares=(0.5, 1.0, 2.0, 3.0),
-    thrash_seconds=8,
-    handovers=3,
-    without_link=False,
-)
-FULL = Plan(
-    burst=60,
-    shares=(0.25, 0.5, 0.75, 1.0),
-    seconds=45,
-    thrash_burst=32,
-    thrash_shares=(0.25, 0.5, 0.75, 1.0, 2.0, 3.0),
-    thrash_seconds=20,
-    handovers=12,
-    without_link=True,
-)
+QUICK = Grid(burst=30, shares=(0.5,), seconds=15, thrash_burst=16,
+             thrash_shares=(0.5, 1.0, 2.0, 3.0), thrash_seconds=8, handovers=3,
+             without_link=False)  # fmt: skip
+FULL = Grid(burst=60, shares=(0.25, 0.5, 0.75, 1.0), seconds=45, thrash_burst=32,
+            thrash_shares=(0.25, 0.5, 0.75, 1.0, 2.0, 3.0), thrash_seconds=20, handovers=12,
+            without_link=True)  # fmt: skip
 
 
 # --- the systems ------------------------------------------------------------------------
 
 
-class Bench:
-    """One run: a report, and servers as the parts need them."""
+class Bench(shared.Bench):
+    """One run: a report, and servers as the parts need them.
 
-    def __init__(self, plan: Plan, seed: int, directory: Path, link_gib: float):
-        """link_gib: GiB/s that count as the link in (B) and (C)."""
-        self.plan, self.seed, self.directory, self.link_gib = plan, seed, directory, link_gib
-        self.cores = Cores.of_machine()
-        self.report, self.progress, self.started = Report(), Progress(), time.monotonic()
+    link_gib: GiB/s that count as the link in (B) and (C)
+    """
+
+    def __init__(self, grid: Grid, seed: int, directory: Path, link_gib: float):
+        super().__init__(grid, seed, directory)
+        self.link_gib, self.cores = link_gib, Cores.of_machine()
 
     @contextmanager
     def side(self, scenario: Scenario, name: str) -> Iterator[Side]:
-        """A scenario's prefill server, warm once the first decode server stands behind it."""
-        model, log = self.model(scenario, name), self.directory / f"{name}.prefill.log"
+        """A scenario's prefill server; the first decode server's requests warm it up."""
+        model, log = self.model(name, **scenario.model), self.directory / f"{name}.prefill.log"
         flags = (*scenario.prefill_flags(), "--ess-pd-warmup", "on")
         with Prefill(model, *flags, log=log, cores=self.cores.front) as prefill:
             yield Side(self, scenario, model, prefill)
-
-    def model(self, scenario: Scenario, name: str) -> str:
-        """In a process of its own: the client has no use for torch's memory and threads."""
-        path = str(self.directory / name)
-        shape = [f"--{key.replace('_', '-')}={value}" for key, value in scenario.model.items()]
-        command = [sys.executable, "-m", "sglang_ess.tiny_model", "--out", path, *shape]
-        command += ["--seed", str(self.seed)]
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        return path
 
 
 class Side:
@@ -267,8 +219,7 @@ class System:
         spent, after = decode.cpu_seconds() - spent, decode.counters()
         counted = {key: value - before.get(key, 0.0) for key, value in after.items()}
         rows = point_rows(name, config, result, decode.batches(offset), counted, spent)
-        load = others.ratio()
-        self.bench.report.add(*[{**row, "other_cpu_ratio": load} for row in rows])
+        self.bench.add(rows, others)
         self.bench.progress(_point_line(name, config, result))
         return result
 
@@ -287,7 +238,7 @@ def _point_line(name: str, config: dict, result: Result) -> str:
 
 
 def arrivals_in(seconds: float, rate: float) -> int:
-    """Requests of a point: no fewer than make a figure."""
+    """Number of requests of a point; fewer than 6 would make no figure."""
     return max(round(rate * seconds), 6)
 
 
@@ -297,12 +248,12 @@ def arrivals_in(seconds: float, rate: float) -> int:
 def device_gib() -> float:
     """What (A) gives to each decode server: ONE_TIER_REQUESTS of latent rows and index keys."""
     tokens = ONE_TIER_REQUESTS * (OUTPUT.request_tokens + OUTPUT.outputs[1]) + PAGE
-    return tokens * OUTPUT.cell_bytes / 2**30
+    return tokens * OUTPUT.cell_bytes / GIB
 
 
 def output(bench: Bench) -> None:
     """Part (A), and (C) on the same prefill server. ESS first: its saturation sets the rates."""
-    plan, size = bench.plan, ("--ess-device-gib", str(device_gib()))
+    grid, size = bench.grid, ("--ess-device-gib", str(device_gib()))
     ess = (*size, "--ess-hot-ratio", str(HOT_RATIO))
     systems = {ESS: (*ess, "--ess-itl-ms", str(ITL_TARGET_MS)), ONE_TIER: (*size, "--disable-ess")}
     with bench.side(OUTPUT, "output") as side:
@@ -310,12 +261,12 @@ def output(bench: Bench) -> None:
         for name, flags in systems.items():
             with side.system(name, *flags) as system:
                 record_sizes(bench, name, system.decode.facts())
-                result = system.point("output", {"system": name}, SATURATED, plan.burst)
+                result = system.point("output", {"system": name}, SATURATED, grid.burst)
                 if name == ESS:
                     saturated = result.tokens_per_s / OUTPUT.mean_output
-                    rates = [share * saturated for share in plan.shares]
+                    rates = [share * saturated for share in grid.shares]
                 for rate in rates:
-                    count = min(arrivals_in(plan.seconds, rate), plan.burst)
+                    count = min(arrivals_in(grid.seconds, rate), grid.burst)
                     system.point("output", {"system": name}, rate, count)
         for warm in (ON, OFF):
             flags = (*ess, "--ess-link-gib", str(bench.link_gib), "--ess-pd-warmup", warm)
@@ -324,9 +275,12 @@ def output(bench: Bench) -> None:
 
 
 def record_sizes(bench: Bench, name: str, facts: dict) -> None:
-    """Raises: RuntimeError if the pool takes more device bytes than it was given, or far fewer:
-    then the host tier was too small, for want of host memory."""
-    limit, found = device_gib() * 2**30, facts["device_bytes"]
+    """Add rows of the pool's sizes.
+
+    Raises: RuntimeError if the pool takes more device bytes than it was given, or far fewer, as it
+    does where host memory is short.
+    """
+    limit, found = device_gib() * GIB, facts["device_bytes"]
     if not MIN_USED * limit <= found <= limit:
         raise RuntimeError(
             f"{name} must take {MIN_USED:g} to 1 of its {limit:.0f} device bytes: got {found}. "
@@ -338,9 +292,11 @@ def record_sizes(bench: Bench, name: str, facts: dict) -> None:
 
 def warmup(system: System, config: dict, rate: float) -> None:
     """Part (C) on one decode server."""
-    plan = system.bench.plan
-    system.bench.report.add(handover_row(config, handover_misses(system, plan.handovers)))
-    churn = max(arrivals_in(plan.seconds, rate), 8)
+    grid = system.bench.grid
+    misses = handover_misses(system, grid.handovers)
+    row = measured("warmup", config, "handover_misses", "rows/layer", misses)
+    system.bench.report.add(row)
+    churn = max(arrivals_in(grid.seconds, rate), 8)
     system.point("warmup", config, rate, churn)
 
 
@@ -360,9 +316,9 @@ def handover_misses(system: System, count: int) -> list[float]:
 
 
 def settled_counters(decode: Decode, seconds: float = 30) -> dict[str, float]:
-    """Counters that a second look finds unchanged: the scheduler publishes when it is idle.
+    """Counters once two readings agree: the scheduler publishes them when it is idle.
 
-    Raises: RuntimeError if they never are.
+    Raises: RuntimeError if they never agree.
     """
     until, found = time.monotonic() + seconds, decode.counters()
     while time.monotonic() < until:
@@ -382,7 +338,7 @@ def thrash_flags(*more: str) -> tuple[str, ...]:
 
 def thrash(bench: Bench) -> None:
     """Part (B). Admission on first: what it can do at saturation sets the rates of both."""
-    plan, link = bench.plan, ("--ess-link-gib", str(bench.link_gib))
+    grid, link = bench.grid, ("--ess-link-gib", str(bench.link_gib))
     with bench.side(THRASH, "thrash") as side:
         rates: list[float] = []
         for admission in (ON, OFF):
@@ -390,33 +346,25 @@ def thrash(bench: Bench) -> None:
             config = {"admission": admission, "linked": True}
             with side.system(f"admission {admission}", *flags) as system:
                 if not rates:
-                    result = system.point("thrash", config, SATURATED, plan.thrash_burst)
+                    result = system.point("thrash", config, SATURATED, grid.thrash_burst)
                     saturated = result.tokens_per_s / THRASH.mean_output
-                    rates = [share * saturated for share in plan.thrash_shares]
+                    rates = [share * saturated for share in grid.thrash_shares]
                 for rate in rates:
-                    system.point("thrash", config, rate, arrivals_in(plan.thrash_seconds, rate))
-        if plan.without_link:
+                    system.point("thrash", config, rate, arrivals_in(grid.thrash_seconds, rate))
+        if grid.without_link:
             config = {"admission": OFF, "linked": False}
             with side.system("no link", *thrash_flags("--ess-admission", OFF)) as system:
                 rate = rates[-1]
-                system.point("thrash", config, rate, arrivals_in(plan.thrash_seconds, rate))
-
-
-def run(bench: Bench, parts: Sequence) -> None:
-    """A part that fails becomes a row, and the other part is measured still."""
-    for part in parts:
-        try:
-            part(bench)
-        except (RuntimeError, ValueError, OSError) as error:
-            bench.report.add(failed(part.__name__, {}, "all", "", error))
-            bench.progress(f"{part.__name__}: not measured: {error}")
+                system.point("thrash", config, rate, arrivals_in(grid.thrash_seconds, rate))
 
 
 PARTS = {"output": output, "thrash": thrash}
 
 
 def parser():
-    options = arguments("Prefill-decode disaggregation: SGLang one-tier against ESS, under load.")
+    options = argument_parser(
+        "Prefill-decode disaggregation: SGLang one-tier against ESS, under load."
+    )
     options.add_argument("--only", choices=PARTS, help="one part instead of all")
     options.add_argument(
         "--link-gib",
@@ -435,33 +383,28 @@ def memory_gib_per_s() -> float:
         since = time.perf_counter()
         np.copyto(target, source)
         seconds.append(time.perf_counter() - since)
-    return 2 * COPIED_BYTES / min(seconds[1:]) / 2**30  # the first one maps target's pages
+    return 2 * COPIED_BYTES / min(seconds[1:]) / GIB  # the first one maps target's pages
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
-    plan = QUICK if options.quick else FULL
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the servers on the way out
+    grid = QUICK if options.quick else FULL
+    end_on_sigterm()
     parts = [part for name, part in PARTS.items() if options.only in (None, name)]
+    link_gib = options.link_gib or round(memory_gib_per_s() * LINK_SHARE, 3)
     with tempfile.TemporaryDirectory(prefix="ess-bench-") as directory:
-        link_gib = options.link_gib or round(memory_gib_per_s() * LINK_SHARE, 3)
-        bench = Bench(plan, options.seed, Path(directory), link_gib)
+        bench = Bench(grid, options.seed, Path(directory), link_gib)
         os.sched_setaffinity(0, bench.cores.front)
-        others = OtherLoad()
-        run(bench, parts)
-        bench.report.machine["other_cpu_ratio"] = others.ratio()
+        bench.run(parts)
     report, link = bench.report, f"link {link_gib:g} GiB/s"
     summarise(report, ITL_TARGET_MS)
     print_tables(report, link)
-    if options.json:
-        config = {"quick": options.quick, "plan": asdict(plan), "cores": asdict(bench.cores)}
-        config |= {"decode_threads": len(bench.cores.decode), "link_gib_per_s": link_gib}
-        config |= {"output": asdict(OUTPUT), "thrash": asdict(THRASH), "hot_ratio": HOT_RATIO}
-        config |= {"device_gib": device_gib(), "itl_target_ms": ITL_TARGET_MS}
-        config |= {"minutes": round((time.monotonic() - bench.started) / 60, 1)}
-        report.write(options.json, options.seed, **config)
-    if options.plot:
-        save_figure(options.plot, lambda axes: draw(report, axes, link), size=(15, 4.5), panels=3)
+    finish(
+        report, options, *panels(report, link), grid=asdict(grid), cores=asdict(bench.cores),
+        decode_threads=len(bench.cores.decode), link_gib_per_s=link_gib, output=asdict(OUTPUT),
+        thrash=asdict(THRASH), hot_ratio=HOT_RATIO, device_gib=device_gib(),
+        itl_target_ms=ITL_TARGET_MS, minutes=bench.minutes(),
+    )  # fmt: skip
     return 0 if report.summary else 1
 
 
