@@ -1,4 +1,4 @@
-"""benchmarks/pd_serving: its load, figures and report, on fakes."""
+"""benchmarks/serving/pd_serving: its load, figures and report, on fakes."""
 
 import asyncio
 import contextlib
@@ -9,11 +9,23 @@ import threading
 import numpy as np
 import pytest
 from aiohttp import web
+from benchmarks.harness import Report, finish, measured
 
-from benchmarks import pd_serving
-from benchmarks.common import Report, measured, save_figure
-from benchmarks.pd_serving_cluster import Cores, Node, logged_batches, summed_counters
-from benchmarks.pd_serving_load import (
+from benchmarks.serving import pd_serving
+from benchmarks.serving.pd_cluster import Cores, Node, logged_batches, summed_counters
+from benchmarks.serving.pd_figures import (
+    ESS,
+    OFF,
+    ON,
+    ONE_TIER,
+    curve,
+    panels,
+    point_rows,
+    print_tables,
+    rate_name,
+    summarise,
+)
+from benchmarks.serving.pd_load import (
     SATURATED,
     Answer,
     Request,
@@ -22,25 +34,13 @@ from benchmarks.pd_serving_load import (
     requests_of,
     run_load,
 )
-from benchmarks.pd_serving_report import (
-    ESS,
-    OFF,
-    ON,
-    ONE_TIER,
-    curve,
-    draw,
-    point_rows,
-    print_tables,
-    rate_name,
-    summarise,
-)
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache import capacity
 from sglang_ess.mem_cache.capacity import Geometry
 from sglang_ess.testing.tiny_model import TinyModelConfig
 
 SCENARIOS = [pd_serving.OUTPUT, pd_serving.THRASH]
-PLANS = [pd_serving.QUICK, pd_serving.FULL]
+GRIDS = [pd_serving.QUICK, pd_serving.FULL]
 
 
 def answer(sent, *chunks, error=""):
@@ -225,14 +225,14 @@ class TestScenarios:
         assert scenario.request_tokens + pd_serving.PAGE <= model.context
         # One-tier a token takes what (A)'s device bytes are counted in.
         assert model.layers == scenario.model["layers"]
-        assert (pd_serving.ROW_BYTES, pd_serving.INDEX_KEY_BYTES) == (656, 132)
+        assert (pd_serving.FP8_ROW_BYTES, pd_serving.INDEX_KEY_BYTES) == (656, 132)
 
     def test_equal_bytes_hold_more_requests_with_ess(self):
         """As SGLang's decode server admits: a request needs its prompt and what it may write."""
         scenario, limit = pd_serving.OUTPUT, int(pd_serving.device_gib() * 2**30)
         geometry = Geometry(
             layers=scenario.model["layers"],
-            row_bytes=pd_serving.ROW_BYTES,
+            row_bytes=pd_serving.FP8_ROW_BYTES,
             index_bytes=scenario.model["layers"] * pd_serving.INDEX_KEY_BYTES,
             topk=TinyModelConfig(**scenario.model).index_topk,
             context_tokens=scenario.request_tokens + pd_serving.PAGE,
@@ -259,10 +259,10 @@ class TestScenarios:
         assert admitted >= 4 * pd_serving.THRASH_FITTING
         assert scenario.documents > admitted
 
-    @pytest.mark.parametrize("plan", PLANS)
-    def test_plans_go_past_saturation(self, plan):
-        assert max(plan.thrash_shares) == 3 and 4 <= len(plan.thrash_shares) <= 6
-        assert list(plan.shares) == sorted(plan.shares) and plan.burst >= 2 * 15
+    @pytest.mark.parametrize("grid", GRIDS)
+    def test_grids_go_past_saturation(self, grid):
+        assert max(grid.thrash_shares) == 3 and 4 <= len(grid.thrash_shares) <= 6
+        assert list(grid.shares) == sorted(grid.shares) and grid.burst >= 2 * 15
 
 
 def results(speed=10.0, count=4, gap=0.1):
@@ -360,9 +360,10 @@ class TestReport:
         report = self.planted() if full else Report()
         summarise(report, 300)
         print_tables(report, "link 1 GiB/s")
-        assert ("output_ratio" in capsys.readouterr().out) == full
         path = tmp_path / "plot.png"
-        save_figure(path, lambda axes: draw(report, axes, "link 1 GiB/s"), panels=3)
+        options = pd_serving.parser().parse_args(["--plot", str(path)])
+        finish(report, options, *panels(report, "link 1 GiB/s"))
+        assert ("output_ratio" in capsys.readouterr().out) == full
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -419,7 +420,7 @@ class TestParts:
         monkeypatch.setattr(pd_serving, "decoding", decoding)
         monkeypatch.setattr(pd_serving, "Prefill", prefill)
         monkeypatch.setattr(pd_serving, "run_load", load)
-        monkeypatch.setattr(pd_serving.Bench, "model", lambda *_: "model")
+        monkeypatch.setattr(pd_serving.Bench, "model", lambda *_, **__: "model")
         monkeypatch.setattr(pd_serving, "SETTLE_SECONDS", 0)
         return asked
 
@@ -455,7 +456,7 @@ class TestParts:
                 systems["--disable-ess" in flags].append((flags[at + 1], shape))
         first, *points = systems[False]  # the first load fills the prefill server
         assert {new_tokens for _, new_tokens, _ in first[1]} == {2}
-        assert points == systems[True] and len(points) == 1 + len(bench.plan.shares)
+        assert points == systems[True] and len(points) == 1 + len(bench.grid.shares)
 
     def test_admission_gets_the_same_rates_off_and_on(self, asked, tmp_path):
         bench = pd_serving.Bench(pd_serving.FULL, 0, tmp_path, 0.2)
@@ -467,7 +468,7 @@ class TestParts:
             )
         }
         saturated = 120 / pd_serving.THRASH.mean_output
-        expected = [share * saturated for share in bench.plan.thrash_shares]
+        expected = [share * saturated for share in bench.grid.thrash_shares]
         assert rates[ON] == rates[OFF] == pytest.approx(expected, rel=1e-3)
         links = {"--ess-link-gib" in flags and "0.2" in flags for flags, _ in asked}
         assert links == {True, False}
@@ -478,7 +479,7 @@ class TestParts:
         facts = {"slots": 9, "device_bytes": size, "host_bytes": 7}
         monkeypatch.setattr(FakeDecode, "facts", lambda _: facts)
         bench = pd_serving.Bench(pd_serving.QUICK, 0, tmp_path, 0.2)
-        pd_serving.run(bench, [pd_serving.output])
+        bench.run([pd_serving.output])
         (row,) = bench.report.rows
         assert row["kind"] == "failed" and "device bytes" in row["error"]
 

@@ -1,4 +1,4 @@
-"""benchmarks/two_tier: its windows, sizes and figures; one slow run of the real thing."""
+"""benchmarks/serving/two_tier: its windows, sizes and figures; one slow run of the real thing."""
 
 import json
 import os
@@ -7,18 +7,19 @@ import sys
 
 import numpy as np
 import pytest
+from benchmarks.harness import ROOT, Report, failed, finish, measured
 
-from benchmarks import two_tier
-from benchmarks.common import ROOT, Report, failed, measured, save_figure
-from benchmarks.two_tier_engine import SETTLED_PASSES, _is_settled, pool_bytes
-from benchmarks.two_tier_report import (
+from benchmarks.serving import two_tier
+from benchmarks.serving.engines import SETTLED_PASSES, is_settled, pool_bytes
+from benchmarks.serving.shared import parser_with_threads
+from benchmarks.serving.two_tier_figures import (
     HEADLINE,
     ONE_TIER,
     STEP_FIGURES,
     WORKLOADS,
     Window,
     buys_rows,
-    draw,
+    panels,
     prefill_tokens_per_s,
     print_tables,
     summarise,
@@ -28,7 +29,7 @@ from sglang_ess.mem_cache import capacity
 from sglang_ess.mem_cache.capacity import Geometry
 from sglang_ess.testing.tiny_model import TinyModelConfig
 
-PLANS = [two_tier.QUICK, two_tier.FULL]
+GRIDS = [two_tier.QUICK, two_tier.FULL]
 QUICK_SUMMARY = {
     *("requests_ratio", "decode_ratio", "shared_requests_ratio", "shared_decode_ratio"),
     *("hit_rate_unshared", "hit_rate_shared", "slots_ratio", "retractions"),
@@ -70,9 +71,9 @@ class TestWindow:
 
     def test_settled_is_decode_passes_in_a_row(self):
         decode = decode_passes(4, steps=SETTLED_PASSES)
-        assert _is_settled(decode[:SETTLED_PASSES])
-        assert not _is_settled(decode[: SETTLED_PASSES - 1])
-        assert not _is_settled([*decode, {"mode": "EXTEND"}, *decode[: SETTLED_PASSES - 1]])
+        assert is_settled(decode[:SETTLED_PASSES])
+        assert not is_settled(decode[: SETTLED_PASSES - 1])
+        assert not is_settled([*decode, {"mode": "EXTEND"}, *decode[: SETTLED_PASSES - 1]])
 
     def test_prefill_speed(self):
         extends = [
@@ -84,44 +85,44 @@ class TestWindow:
             prefill_tokens_per_s(run, 300)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-class TestPlans:
+@pytest.mark.parametrize("grid", GRIDS)
+class TestGrids:
     """The sizes of both parts, with the arithmetic that the servers do."""
 
-    def test_what_the_headline_needs_is_measured(self, plan):
-        assert two_tier.ess_name(plan.ratios[0]) == HEADLINE
-        names = [two_tier.ess_name(ratio) for ratio in plan.cost_ratios]
+    def test_what_the_headline_needs_is_measured(self, grid):
+        assert two_tier.ess_name(grid.ratios[0]) == HEADLINE
+        names = [two_tier.ess_name(ratio) for ratio in grid.cost_ratios]
         assert names[:2] == list(STEP_FIGURES)[:2] and set(names) <= set(STEP_FIGURES)
 
-    def test_the_bytes_hold_what_the_figures_promise(self, plan):
+    def test_the_bytes_hold_what_the_figures_promise(self, grid):
         """One-tier runs 4 requests; ESS, from the same bytes, at least 3.5 times as many."""
-        total, need = two_tier.device_bytes(plan), plan.request_tokens
+        total, need = two_tier.device_bytes(grid), grid.request_tokens
         geometry = Geometry(
             layers=two_tier.LAYERS,
-            row_bytes=two_tier.ROW_BYTES,
+            row_bytes=two_tier.FP8_ROW_BYTES,
             index_bytes=two_tier.LAYERS * two_tier.INDEX_KEY_BYTES,
             topk=TinyModelConfig().index_topk,
             context_tokens=need + two_tier.PAGE,
             page_slots=two_tier.PAGE,
         )
-        one_tier = two_tier.one_tier_slots(plan)
-        ess = capacity.max_slots(EssConfig(hot_ratio=plan.ratios[0]), geometry, total, 1 << 40)
+        one_tier = two_tier.one_tier_slots(grid)
+        ess = capacity.max_slots(EssConfig(hot_ratio=grid.ratios[0]), geometry, total, 1 << 40)
         assert one_tier // need == 4 and ess // need >= 14
         assert ess // need < two_tier.SUBMITTED
-        rows = capacity.hot_rows_at(plan.ratios[0], geometry, ess)
+        rows = capacity.hot_rows_at(grid.ratios[0], geometry, ess)
         assert geometry.device_bytes(ess, rows) <= total
 
-    def test_requests_outlast_the_windows(self, plan):
-        steps = plan.rounds * (plan.steps + two_tier.DROPPED_PASSES + 1) + SETTLED_PASSES
-        assert plan.new_tokens > steps
-        assert plan.prompt + plan.new_tokens < plan.request_tokens
-        steps = plan.cost_rounds * (plan.cost_steps + two_tier.DROPPED_PASSES + 1) + SETTLED_PASSES
-        assert plan.cost_new_tokens > steps
+    def test_requests_outlast_the_windows(self, grid):
+        steps = grid.rounds * (grid.steps + two_tier.DROPPED_PASSES + 1) + SETTLED_PASSES
+        assert grid.new_tokens > steps
+        assert grid.prompt + grid.new_tokens < grid.request_tokens
+        steps = grid.cost_rounds * (grid.cost_steps + two_tier.DROPPED_PASSES + 1) + SETTLED_PASSES
+        assert grid.cost_new_tokens > steps
 
-    def test_part_b_has_slots_for_all(self, plan):
-        request = two_tier.COST_CONTEXT + plan.cost_new_tokens
-        assert plan.cost_slots >= two_tier.COST_BATCH * (request + two_tier.PAGE)
-        assert plan.cost_slots > two_tier.PREFILL_CONTEXT + two_tier.PAGE
+    def test_part_b_has_slots_for_all(self, grid):
+        request = two_tier.COST_CONTEXT + grid.cost_new_tokens
+        assert grid.cost_slots >= two_tier.COST_BATCH * (request + two_tier.PAGE)
+        assert grid.cost_slots > two_tier.PREFILL_CONTEXT + two_tier.PAGE
 
 
 class TestSystems:
@@ -172,7 +173,7 @@ class TestSystems:
             bench.report.add(measured("costs", {"system": "ess 1"}, "step_ratio", "x", [1.0]))
 
         bench = two_tier.Bench(two_tier.QUICK, seed=0, threads=2, directory=tmp_path)
-        two_tier.run(bench, (broken, works))
+        bench.run((broken, works))
         assert bench.report.rows[0]["error"].startswith("greedy tokens")
         assert bench.report.median("costs", "step_ratio", system="ess 1") == 1
 
@@ -231,36 +232,37 @@ class TestReport:
         report = synthetic_report()
         summarise(report)
         print_tables(report)
+        arguments = ["--plot", str(tmp_path / "plot.png")]
+        finish(report, parser_with_threads("x").parse_args(arguments), *panels(report))
         printed = capsys.readouterr().out
-        assert "requests_ratio" in printed and "not measured: all of buys: no answer" in printed
+        assert "requests_ratio" in printed
+        assert "not measured: all of buys : no answer" in printed
         assert "unshared  one-tier" in printed
-        save_figure(tmp_path / "plot.png", lambda axes: draw(report, axes))
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 class TestCommandLine:
     def test_options(self):
-        options = two_tier.parser().parse_args(
+        options = parser_with_threads(two_tier.__doc__).parse_args(
             ["--quick", "--json", "a.json", "--plot", "a.png", "--seed", "7"]
         )
         assert options.quick and options.seed == 7 and options.json.name == "a.json"
         assert options.threads == len(os.sched_getaffinity(0))
 
-    @pytest.mark.parametrize("start", [["-m", "benchmarks.two_tier"], ["benchmarks/two_tier.py"]])
-    def test_help_by_both_ways(self, start):
-        command = [sys.executable, *start, "--help"]
+    def test_help(self):
+        command = [sys.executable, "-m", "benchmarks.serving.two_tier", "--help"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert "--quick" in done.stdout
 
     def test_the_driver_does_not_import_torch(self):
-        code = "import sys, benchmarks.two_tier; sys.exit('torch' in sys.modules)"
+        code = "import sys, benchmarks.serving.two_tier; sys.exit('torch' in sys.modules)"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.slow
 def test_quick_run(tmp_path):
     json_path, png_path = tmp_path / "out.json", tmp_path / "out.png"
-    command = [sys.executable, "-m", "benchmarks.two_tier", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.serving.two_tier", "--quick"]
     command += ["--json", str(json_path), "--plot", str(png_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
