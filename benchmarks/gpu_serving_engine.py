@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.two_tier_engine import RECORD_VAR, RecordedEngine, greedy
+from benchmarks.serving.engines import RECORD_VAR, RecordedEngine, greedy
 from sglang_ess.cpu import set_thread_defaults
 
 MODES_VAR = "ESS_BENCH_MODES"  # labels that the engine needs decode graphs for

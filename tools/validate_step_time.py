@@ -2,7 +2,7 @@
 
     python -m tools.validate_step_time [--quick] [--json FILE] [--plot FILE]
 
-Measured: decode steps of part (b) of benchmarks/two_tier.py, its engine, model shape and
+Measured: decode steps of part (b) of benchmarks/serving/two_tier.py, its engine, model shape and
 arguments, at more points: batch x context x hot ratio, with the rows fetched a step. The engines
 take turns. The model is linear, with the terms of the simulator's cost model:
 
@@ -31,9 +31,17 @@ from scipy.optimize import nnls
 
 from benchmarks.common import OtherLoad, Report, Worker, arguments, failed, measured, table
 from benchmarks.common import save_figure as save
-from benchmarks.cpu_serving import prompts_of
-from benchmarks.two_tier import PAGE, Bench, ess_name, hang_up, outlasting, start, take_turns
-from benchmarks.two_tier_report import Window
+from benchmarks.serving.shared import prompts_of
+from benchmarks.serving.two_tier import (
+    PAGE,
+    Bench,
+    ess_name,
+    hang_up,
+    outlasting,
+    start,
+    take_turns,
+)
+from benchmarks.serving.two_tier_figures import Window
 
 TERMS = ("fixed", "request", "token", "row")
 UNITS = {"fixed": "ms", "request": "us", "token": "ns", "row": "us"}
@@ -42,7 +50,7 @@ NAME = "validate_step_time"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Grid:
     """What one run measures: every batch x context of no more than `tokens`, at every ratio.
 
     rounds x steps: decode steps of each engine at each point
@@ -72,8 +80,8 @@ class Plan:
         return max(batch * (context + need) for batch, context in self.shapes) // PAGE * PAGE
 
 
-QUICK = Plan((1.0, 0.1), (2, 4, 8, 16), (1024, 2048), tokens=16 * 2048, rounds=3, steps=12)
-FULL = Plan(
+QUICK = Grid((1.0, 0.1), (2, 4, 8, 16), (1024, 2048), tokens=16 * 2048, rounds=3, steps=12)
+FULL = Grid(
     (1.0, 0.2, 0.05),
     (2, 4, 8, 16),
     (1024, 2048, 4096, 8192),
@@ -175,29 +183,29 @@ def judge(report: Report, points: Sequence[Point], seed: int) -> np.ndarray:
 
 
 def engines_of(bench: Bench, model: str) -> dict[str, Worker]:
-    plan = bench.plan
-    args = {"max_total_tokens": plan.slots}
-    args |= {"context_length": max(plan.contexts) + plan.new_tokens + 2 * PAGE}
+    grid = bench.grid
+    args = {"max_total_tokens": grid.slots}
+    args |= {"context_length": max(grid.contexts) + grid.new_tokens + 2 * PAGE}
     return {
         ess_name(ratio): bench.engine(
             ess_name(ratio), model, {"hot_ratio": ratio, "admission": "off"}, **args
         )
-        for ratio in plan.ratios
+        for ratio in grid.ratios
     }
 
 
 def measure(bench: Bench) -> list[Point]:
     """All points. Raises: RuntimeError or ValueError for an engine that does not do as told."""
-    plan, points = bench.plan, []
-    prompts = prompts_of(bench.seed, max(plan.batches), max(plan.contexts))
+    grid, points = bench.grid, []
+    prompts = prompts_of(bench.seed, max(grid.batches), max(grid.contexts))
     engines = engines_of(bench, bench.model("model"))
     with ExitStack() as stack:
         start(bench, stack, engines)
-        for number, (batch, context) in enumerate(plan.shapes):
+        for number, (batch, context) in enumerate(grid.shapes):
             asked = [prompt[:context] for prompt in prompts[:batch]]
             for engine in engines.values():
-                engine.call("fill", asked, plan.new_tokens, number == 0)
-            for system, windows in take_turns(engines, plan.rounds, plan.steps).items():
+                engine.call("fill", asked, grid.new_tokens, number == 0)
+            for system, windows in take_turns(engines, grid.rounds, grid.steps).items():
                 points.append(Point.of(system, batch, context, windows))
             for engine in engines.values():
                 engine.call("drain")
@@ -248,10 +256,10 @@ def parser():
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
-    plan = QUICK if options.quick else FULL
+    grid = QUICK if options.quick else FULL
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers on the way out
     with tempfile.TemporaryDirectory(prefix="ess-bench-") as directory:
-        bench = Bench(plan, options.seed, options.threads, Path(directory))
+        bench = Bench(grid, options.seed, options.threads, Path(directory))
         load, report = OtherLoad(), bench.report
         try:
             judge(report, measure(bench), options.seed)
@@ -262,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     print_tables(report)
     if options.json:
         minutes = round((time.monotonic() - bench.started) / 60, 1)
-        config = {"quick": options.quick, "threads": options.threads, "plan": asdict(plan)}
+        config = {"quick": options.quick, "threads": options.threads, "grid": asdict(grid)}
         report.write(options.json, options.seed, **config, minutes=minutes)
     if options.plot and report.summary:
         save(options.plot, lambda axes: draw(report, axes), size=(5.5, 4.5), panels=1)

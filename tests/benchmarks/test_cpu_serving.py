@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from benchmarks.harness import ROOT, Report, failed, finish, measured
 
+from benchmarks.harness import ROOT, Report, failed, finish, measured
 from benchmarks.serving import cpu_serving
 from benchmarks.serving.cpu_figures import (
     HEADLINE,

@@ -9,8 +9,8 @@ import threading
 import numpy as np
 import pytest
 from aiohttp import web
-from benchmarks.harness import Report, finish, measured
 
+from benchmarks.harness import Report, finish, measured
 from benchmarks.serving import pd_serving
 from benchmarks.serving.pd_cluster import Cores, Node, logged_batches, summed_counters
 from benchmarks.serving.pd_figures import (

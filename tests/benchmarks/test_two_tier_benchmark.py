@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from benchmarks.harness import ROOT, Report, failed, finish, measured
 
+from benchmarks.harness import ROOT, Report, failed, finish, measured
 from benchmarks.serving import two_tier
 from benchmarks.serving.engines import SETTLED_PASSES, is_settled, pool_bytes
 from benchmarks.serving.shared import parser_with_threads

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks.common import Report, save_figure
-from benchmarks.two_tier_engine import DROPPED_PASSES, SETTLED_PASSES
-from benchmarks.two_tier_report import Window
+from benchmarks.serving.engines import DROPPED_PASSES, SETTLED_PASSES
+from benchmarks.serving.two_tier_figures import Window
 from tests.benchmarks.test_two_tier_benchmark import decode_passes
 from tools import validate_step_time
 from tools.validate_step_time import PAGE, TERMS, Point, errors, fit, halves, judge, terms

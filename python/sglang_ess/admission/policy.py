@@ -30,7 +30,7 @@ import numpy as np
 
 from sglang_ess.admission.working_set import WorkingSets, blend
 
-# Without a source of their own: chosen, see benchmarks/pd_serving.py.
+# Without a source of their own: chosen, see benchmarks/serving/pd_serving.py.
 REOPEN = 0.9  # of a limit, below which a refusal ends
 FIT_DECAY = 0.98  # per step, of older steps in compute(n)
 FIT_SPREAD = 0.1  # standard deviation of n / mean n, at which the fit is half proportional

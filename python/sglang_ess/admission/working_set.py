@@ -14,7 +14,9 @@ import numpy as np
 # Decode steps. SparseServe: the overlap with the next step's selection rises by 10.68 % from
 # window 1 to 12 and by 0.31 % from 12 to 16 (papers.md 2.4).
 WINDOW = 12
-WINDOW_WEIGHT = 0.5  # of the newest window in the means: chosen, see benchmarks/pd_serving.py
+WINDOW_WEIGHT = (
+    0.5  # of the newest window in the means: chosen, see benchmarks/serving/pd_serving.py
+)
 # The working set before any is measured, in top-k's. The union of T steps grows by the misses
 # of an LRU that holds the union of T - 1 (Denning). HiSparse misses 614 / 274 / 137 rows of
 # k = 2048 at 2K / 4K / 8K slots (papers.md 1.6), so from the first step's 2,048 on, the union
