@@ -1,7 +1,7 @@
 """Decode of SGLang with ESS on a GPU, beside one tier, HiSparse and all rows resident.
 
-    python -m benchmarks.gpu_serving --model DIR [--seconds 560] [--json FILE] [--plot FILE]
-    python -m benchmarks.gpu_serving --platform cpu      # a miniature, here, in minutes
+    python -m benchmarks.serving.gpu_serving --model DIR [--seconds 560] [--json FILE] [--plot FILE]
+    python -m benchmarks.serving.gpu_serving --platform cpu      # a miniature, here, in minutes
 
 DIR: a slice of `python -m sglang_ess.slice_model`: true layers, few of them, dummy weights.
 Systems: one-tier; hisparse (--enable-hisparse); ess off, ess da, ess dba (no overlap, DA, DBA; with
@@ -41,7 +41,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-if not __package__:  # `python benchmarks/gpu_serving.py` works too
+if not __package__:  # `python benchmarks/serving/gpu_serving.py` works too
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil

@@ -5,7 +5,7 @@
 #   tools/gpu_bundle.sh [--for kernels|serving] [--part-mib N] [--to FOLDER] [PACKAGE...]
 #   tools/gpu_bundle.sh --join [FROM [TO]]                          check and join there
 #
-# Defaults: kernels, for benchmarks/kernels.py; 60 MiB; .whl, where folders part<i> are made; --join
+# Defaults: kernels, for benchmarks/kernels; 60 MiB; .whl, where folders part<i> are made; --join
 # .whl /tmp/ess_wheels. serving: also what SGLang's server needs on DeepSeek-V3.2, torch included;
 # for a card of sm_90. The packages are those of gpu_wheels.txt and PACKAGEs, at the versions of
 # constraints.txt. What does not fit goes on in the next part.

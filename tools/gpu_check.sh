@@ -12,8 +12,8 @@
 #   tests    the kernel tests on the device; memcheck, racecheck: some under compute-sanitizer
 #   bench    benchmarks.kernels: kernels.json, kernels.png
 #   exact    tests/gpu: two tiers give one tier's logprobs
-#   serving  benchmarks.gpu_serving: gpu_serving.json, gpu_serving.png; both: logs.tar.gz
-#   predict  benchmarks.predict_gpu: the simulator beside both: predict_gpu.json, predict_gpu.png
+#   serving  benchmarks.serving.gpu_serving: gpu_serving.json, gpu_serving.png; both: logs.tar.gz
+#   predict  tools.predict_gpu: the simulator beside both: predict_gpu.json, predict_gpu.png
 #
 # All fit in N seconds [570, --quick 230]; a failed one does not stop the next. bench, exact and
 # serving share what the others leave. The arguments, and --quick, go to the last of bench,

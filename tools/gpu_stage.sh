@@ -118,7 +118,7 @@ serving() {
   # bench may have run out of time before its cost table was whole
   ! "$PYTHON" -c "from sglang_ess.attention.overlap import CostTable; CostTable.read('$table')" ||
     costs=(--overlap-costs "$table")
-  measure gpu_serving benchmarks.gpu_serving --model "$WORK/slice" --logs "$WORK/serving" \
+  measure gpu_serving benchmarks.serving.gpu_serving --model "$WORK/slice" --logs "$WORK/serving" \
     "${costs[@]}" "$@"
   status=$?
   pack_logs
@@ -126,7 +126,7 @@ serving() {
 }
 
 predict() {
-  "$PYTHON" -m benchmarks.predict_gpu --kernels "$WORK/kernels.json" \
+  "$PYTHON" -m tools.predict_gpu --kernels "$WORK/kernels.json" \
     --serving "$WORK/gpu_serving.json" --json "$OUT/predict_gpu.json" \
     --plot "$OUT/predict_gpu.png" "$@"
 }

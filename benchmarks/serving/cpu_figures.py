@@ -152,6 +152,10 @@ def _kind(row: dict) -> str:
     return row["config"].get("kv", row["config"]["system"])
 
 
+def _point(row: dict) -> tuple[int, int]:
+    return row["config"]["batch"], row["config"]["context"]
+
+
 def _ours(report: Report, name: str, kv: str | None = None) -> list[dict]:
     """Rows of sglang-ess with its own thread waiting."""
     return report.select(name, kind="measured", **OURS, **({"kv": kv} if kv else {}))
@@ -159,15 +163,15 @@ def _ours(report: Report, name: str, kv: str | None = None) -> list[dict]:
 
 def print_tables(report: Report) -> None:
     theirs = report.select("serving", kind="measured", system="transformers")
-    rows = sorted(_ours(report, "serving") + theirs,
-                  key=lambda row: (row["config"]["batch"], row["config"]["context"]))  # fmt: skip
+    rows = sorted(_ours(report, "serving") + theirs, key=_point)
     columns = {name: name for name in ("batch", "context", "bf16", "fp8_e4m3", "transformers")}
     for metric in ("prefill", "decode"):
         found = [row for row in rows if row["metric"] == metric]
         lines = pivot(found, ("batch", "context"), _kind, spread)
         title = f"{metric}, tokens/s: median [p10, p90]; bf16, fp8_e4m3: KV of sglang-ess"
         print_table(lines, columns, title)
-    lines = pivot(_ours(report, "step_split"), ("kv", "context"))
+    steps = sorted(_ours(report, "step_split"), key=lambda row: (_kind(row), _point(row)))
+    lines = pivot(steps, ("kv", "context"))
     title = f"milliseconds of a decode step, batch {SPLIT_BATCH}: median"
     print_table(lines, {name: name for name in ("kv", "context", *PARTS)}, title)
 

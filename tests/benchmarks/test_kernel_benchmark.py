@@ -10,10 +10,14 @@ import sys
 import pytest
 import torch
 
-from benchmarks import kernels, kernels_copies, kernels_plans, kernels_report
-from benchmarks.common import ROOT, Report, failed, measured, save_figure
-from benchmarks.kernels_points import MINIATURE, PAGE, Sizes, Steady, host_tier
-from benchmarks.kernels_timing import Bench, Subject, WrongResult, require
+from benchmarks.harness import ROOT, Report, failed, measured, plot, print_failed
+from benchmarks.kernels import __main__ as kernels
+from benchmarks.kernels import fetch as fetch_benchmark
+from benchmarks.kernels import figures
+from benchmarks.kernels import plan as plan_benchmark
+from benchmarks.kernels.points import MINIATURE, PAGE, Run, Sizes, Steady, host_tier
+from benchmarks.kernels.timing import Bench, Subject, WrongResult, require
+from ess_kernels.fetch import fetch
 from ess_kernels.plan import plan
 from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
 
@@ -21,7 +25,7 @@ HAS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 without_gpu = pytest.mark.skipif(HAS_CUDA, reason="is about a machine without a GPU")
 # What the interpreter cannot run: those rows fail, each with its reason.
-NEEDS_CUDA = ("hisparse", "memcpy_batch")
+NEEDS_CUDA = ("hisparse",)
 NEEDS_CUDA_KERNELS = ("flashmla_fp8", "flashmla_bf16", "trtllm", "flashinfer")
 
 
@@ -123,6 +127,11 @@ def host_rows():
     return host_tier(80, 656, DEVICE, torch.Generator(DEVICE).manual_seed(1))
 
 
+@pytest.fixture
+def run(bench):
+    return Run(bench, SMALL, (1.0, 1.0), seed=0)
+
+
 class TestSteady:
     @pytest.mark.parametrize("misses", [0, 1, 3, 8])
     def test_a_plan_misses_what_was_asked_for(self, misses):
@@ -195,8 +204,8 @@ def hisparse_on_the_host(wrong_row=False):
 class TestHiSparse:
     @without_gpu
     def test_it_gets_the_same_requests_and_misses(self, bench, steady, host_rows, monkeypatch):
-        monkeypatch.setattr(kernels_plans, "hisparse_kernel", lambda _: hisparse_on_the_host())
-        subject = kernels_plans.HiSparse(steady, host_rows).subject()
+        monkeypatch.setattr(plan_benchmark, "hisparse_kernel", lambda _: hisparse_on_the_host())
+        subject = plan_benchmark.HiSparse(steady, host_rows).subject()
         for last in range(2):
             subject.before()
             for op in subject.ops[: last + 1]:
@@ -206,8 +215,8 @@ class TestHiSparse:
 
     @without_gpu
     def test_a_wrong_row_is_noticed(self, steady, host_rows, monkeypatch):
-        monkeypatch.setattr(kernels_plans, "hisparse_kernel", lambda _: hisparse_on_the_host(True))
-        subject = kernels_plans.HiSparse(steady, host_rows).subject()
+        monkeypatch.setattr(plan_benchmark, "hisparse_kernel", lambda _: hisparse_on_the_host(True))
+        subject = plan_benchmark.HiSparse(steady, host_rows).subject()
         subject.before()
         subject.ops[0]()
         with pytest.raises(WrongResult, match="copied another row"):
@@ -215,22 +224,22 @@ class TestHiSparse:
 
 
 class TestBench:
-    def test_a_wrong_copy_is_a_failed_row_and_fails_the_run(self, bench, host_rows, monkeypatch):
+    def test_a_wrong_copy_is_a_failed_row_and_fails_the_run(self, bench, run, monkeypatch):
         def one_short(host, hot, slots, rows, count):
-            kernels_copies.fetch(host, hot, slots, rows, count - 1)
+            fetch(host, hot, slots, rows, count - 1)
 
-        monkeypatch.setattr(kernels_copies, "OUR_FETCH", {"triton": one_short})
-        kernels_copies.measure_fetch(bench, host_rows, SMALL, [(2, 3)], seed=0)
+        monkeypatch.setattr(fetch_benchmark, "fetch", one_short)
+        fetch_benchmark.measure_fetch(run, [(2, 3)], run.host)
         (row,) = bench.report.rows
         assert row["kind"] == "failed" and "WrongResult: fetched rows differ" in row["error"]
         assert len(bench.wrong) == 1
 
-    def test_a_copy_too_many_is_noticed(self, bench, host_rows, monkeypatch):
+    def test_a_copy_too_many_is_noticed(self, bench, run, monkeypatch):
         def one_more(host, hot, slots, rows, count):
-            kernels_copies.fetch(host, hot, slots, rows, count + 1)
+            fetch(host, hot, slots, rows, count + 1)
 
-        monkeypatch.setattr(kernels_copies, "OUR_FETCH", {"triton": one_more})
-        kernels_copies.measure_fetch(bench, host_rows, SMALL, [(2, 3)], seed=0)
+        monkeypatch.setattr(fetch_benchmark, "fetch", one_more)
+        fetch_benchmark.measure_fetch(run, [(2, 3)], run.host)
         assert "or others changed" in bench.report.rows[0]["error"]
 
     def test_what_cannot_be_made_is_a_failed_row(self, bench):
@@ -265,15 +274,11 @@ class TestBench:
             require(torch.tensor(False), "not fine")
 
     @without_gpu
-    def test_the_runtimes_copies_report_an_error_without_a_device(self, bench, host_rows):
-        import ctypes
-
+    def test_the_runtimes_copies_report_an_error_without_a_device(self, host_rows):
         import numpy as np
 
         address = np.array([host_rows.data_ptr()], np.uint64)
-        assert kernels_copies.row_copier(True)(address, address, 16, 0) != 0
-        assert kernels_copies.batch_copy(address, address, 16, 64) != 0
-        assert ctypes.sizeof(kernels_copies._Attributes) == 24  # of driver_types.h, CUDA 13.0
+        assert fetch_benchmark.row_copier(True)(address, address, 16, 0) != 0
 
 
 # --- figures ------------------------------------------------------------------------------
@@ -328,30 +333,27 @@ def synthetic():
 class TestFigures:
     def test_summary(self):
         report = synthetic()
-        kernels_report.summarise(report)
+        figures.summarise(report)
         transfer = 160 * 256 * 656 / (50e3 * 0.9)
         wanted = {
             "pcie_h2d_gb_per_s": 50,
             "pcie_d2h_gb_per_s": 40,
             "fetch_of_pcie_peak": 0.85,
-            "fetch_of_pcie_peak_triton": 0.85,
             "plan_us": 14,
-            "plan_us_triton": 14,
             "swap_vs_hisparse": 100 / 72,
-            "swap_vs_hisparse_triton": 100 / 72,
             "swap_with_reorder_vs_hisparse": 100 / 112,
             "exposed_share": (256 * 0.2 + 5) / transfer,
             "exposed_share_off": 256 * 0.9 / transfer,
             "resident_overhead": 1.1,
         }
         assert report.summary == pytest.approx(wanted)
-        assert kernels_report.TARGETS.keys() <= report.summary.keys()
+        assert figures.TARGETS.keys() <= report.summary.keys()
 
     def test_what_was_not_measured_is_left_out(self):
         report = synthetic()
         gone = ("pcie_peak", "plan", "attention")
         report.rows = [r for r in report.rows if r["name"] not in gone]
-        kernels_report.summarise(report)
+        figures.summarise(report)
         assert {"swap_vs_hisparse", "exposed_share"} <= report.summary.keys()
         assert not {"fetch_of_pcie_peak", "plan_us", "resident_overhead"} & report.summary.keys()
 
@@ -359,11 +361,11 @@ class TestFigures:
         report = synthetic()
         for found in report.rows:
             found["kind"] = "interpreted"
-        kernels_report.summarise(report)
-        assert report.summary == {} and kernels_report.cost_table(report, "x") is None
+        figures.summarise(report)
+        assert report.summary == {} and figures.cost_table(report, "x") is None
 
     def test_cost_table(self):
-        table = kernels_report.cost_table(synthetic(), "a card")
+        table = figures.cost_table(synthetic(), "a card")
         assert table.batches == (1, 160) and table.misses == (0, 256)
         around = 410 + 30
         off, da, dba = (table.us[mode] for mode in Mode)
@@ -375,7 +377,7 @@ class TestFigures:
 
     def test_the_policy_reads_the_json(self, tmp_path):
         report, args = synthetic(), kernels.arguments().parse_args(["--json", str(tmp_path / "j")])
-        costs = kernels_report.cost_table(report, "a card")
+        costs = figures.cost_table(report, "a card")
         kernels.write_json(report, costs, args)
         read = CostTable.read(args.json)
         assert read == costs
@@ -384,20 +386,21 @@ class TestFigures:
     def test_no_table_with_a_hole(self):
         report = synthetic()
         report.rows = [r for r in report.rows if r["config"].get("mode") != "dba"]
-        assert kernels_report.cost_table(report, "a card") is None
+        assert figures.cost_table(report, "a card") is None
 
     def test_tables_and_plot(self, tmp_path, capsys):
         report = synthetic()
         report.add(failed("swap", {"system": "hisparse"}, "time", "us", "ImportError: none"))
-        kernels_report.summarise(report)
-        kernels_report.print_tables(report, None)
+        figures.summarise(report)
+        figures.print_tables(report, None)
+        print_failed(report)
         printed = capsys.readouterr().out
-        assert "failed, 1 rows of swap: ImportError: none" in printed
+        assert "not measured: time of swap hisparse: ImportError: none" in printed
         lines = {line.split()[0]: line for line in printed.splitlines() if line.split()}
         assert lines["plan_us"].endswith("met") and lines["fetch_of_pcie_peak"].endswith("missed")
         for name, content in (("full", report), ("empty", Report(machine={}))):
             path = tmp_path / f"{name}.png"
-            save_figure(path, lambda axes, r=content: kernels_report.draw(r, axes), panels=3)
+            plot(path, *figures.panels(content))
             assert path.stat().st_size > 1000
 
 

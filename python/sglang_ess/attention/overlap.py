@@ -1,7 +1,7 @@
 """Which overlap a decode step uses: off, DA or DBA, from live misses and measured costs.
 
 A cost table holds, for each mode, the microseconds that one layer's transfer and attention
-take at (batch, misses a query), as `benchmarks/kernels.py` measured them on this card. A step
+take at (batch, misses a query), as `benchmarks/kernels` measured them on this card. A step
 takes the mode whose layers cost least in sum; inside it a layer that would lose by listing
 hits and misses apart does not (words[SPLIT] of its state). ESS chooses by an offline profile of
 each layer (section 3.3); here the misses are the ones of the last steps.
@@ -56,7 +56,7 @@ class CostTable:
             if got != shape or not np.all(np.isfinite(self.us[mode])):
                 raise ValueError(
                     f"cost table must have {shape[0]} x {shape[1]} finite figures for "
-                    f"{mode.value}: got {got}. Run benchmarks/kernels.py on this card."
+                    f"{mode.value}: got {got}. Run benchmarks/kernels on this card."
                 )
         for name in ("batches", "misses"):
             if list(getattr(self, name)) != sorted(set(getattr(self, name))):
@@ -64,7 +64,7 @@ class CostTable:
 
     @classmethod
     def read(cls, path: Path | str) -> CostTable:
-        """From the JSON of benchmarks/kernels.py, key "overlap_costs".
+        """From the JSON of benchmarks/kernels, key "overlap_costs".
 
         Raises: ValueError if the file has none, or a malformed one.
         """

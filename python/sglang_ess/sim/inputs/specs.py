@@ -244,7 +244,7 @@ def load(kind: str, name_or_path: str | Path) -> Any:
 def from_kernels(
     path: Path | str, link: Link, calibration: Calibration
 ) -> tuple[Link, Calibration]:
-    """link and calibration with what benchmarks/kernels.py measured on a card in their place.
+    """link and calibration with what benchmarks/kernels measured on a card in their place.
 
     The gather rate is the median over fetches of 656 B rows from 64 misses and 16 requests up,
     of the better of our kernels; transfer_ratio becomes 1, the rate being a measured one. What

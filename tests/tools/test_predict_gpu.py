@@ -1,4 +1,4 @@
-"""benchmarks/predict_gpu: a planted host's steps are predicted; a wrong one's are not."""
+"""tools/predict_gpu: a planted host's steps are predicted; a wrong one's are not."""
 
 import json
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from benchmarks import predict_gpu
 from benchmarks.common import Report
 from benchmarks.gpu_serving_plan import SYSTEMS
 from benchmarks.gpu_serving_report import METRICS
-from benchmarks.predict_gpu import fit, judge
-from benchmarks.predict_gpu_files import FREE, OVERLAPS, RESIDENT, Host, Point, Served, _gpu_file
 from sglang_ess.sim.model.decode_tiers import measure
 from sglang_ess.sim.model.locality import Locality
+from tools import predict_gpu
+from tools.predict_gpu import fit, judge
+from tools.predict_gpu_files import FREE, OVERLAPS, RESIDENT, Host, Point, Served, _gpu_file
 
 LAYERS, CARD = 2, "NVIDIA H100 80GB HBM3"
 CONTEXTS, BATCHES = (8192, 16384, 32768), (2, 8, 32)

@@ -1,10 +1,10 @@
 """Does the simulator, fed with a GPU host's measured costs, predict that host's decode steps?
 
-    python -m benchmarks.predict_gpu --kernels kernels.json --serving gpu_serving.json
+    python -m tools.predict_gpu --kernels kernels.json --serving gpu_serving.json
         [--gpu h100] [--quick] [--json FILE] [--plot FILE]
 
-kernels.json (benchmarks/kernels.py) gives the link, the attention kernel, plan, and what DA and
-DBA add; gpu_serving.json (benchmarks/gpu_serving.py) gives the steps of a slice of DeepSeek-V3.2.
+kernels.json (benchmarks/kernels) gives the link, the attention kernel, plan, and what DA and
+DBA add; gpu_serving.json (benchmarks/serving/gpu_serving.py) gives the steps of a slice of DeepSeek-V3.2.
 Fitted, on one-tier and "resident" at half of the (context, batch) pairs, is what is in no kernel:
 
     layer_us     of a layer: launches, gaps, small kernels
@@ -35,14 +35,14 @@ from scipy.optimize import nnls
 
 from benchmarks import common
 from benchmarks.common import Report, measured, simulated, table
-from benchmarks.predict_gpu_files import BUDGETS, FREE, OVERLAPS, RESIDENT, Host, Point, Served
+from benchmarks.validate_step_time import draw, halves
 from sglang_ess.sim.inputs.specs import Calibration, Model, load, names
 from sglang_ess.sim.model.cost import CostModel
 from sglang_ess.sim.model.decode_tiers import measure
 from sglang_ess.sim.model.miss_table import MissTable
 from sglang_ess.testing.topk_stream.spec import MAX_LAYERS, Profile
 from sglang_ess.testing.topk_stream.table import scaled
-from tools.validate_step_time import draw, halves
+from tools.predict_gpu_files import BUDGETS, FREE, OVERLAPS, RESIDENT, Host, Point, Served
 
 NAME = "predict_gpu"
 QUICK_REQUESTS, QUICK_STEPS = 8, 20

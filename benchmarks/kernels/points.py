@@ -1,10 +1,9 @@
-"""Inputs of benchmarks/kernels.py: a host tier, and hot tiers in the middle of decoding.
+"""Inputs of benchmarks/kernels: a host tier, and hot tiers in the middle of decoding.
 
 A steady point is (batch, misses a request): every request has `buffer` rows hot, the most
 recently used `topk` of them from its last step. Its next top-k takes exactly `misses` slots that
-are not hot and the rest from the hot ones, LAST_SHARE of them from the last step (papers.md 1.6:
-similarity of successive steps). No row is shared, so the union is the sum. Several input sets,
-each with a state of its own, take turns as layers do. restore() puts all states back.
+are not hot and the rest from the hot ones, LAST_SHARE of them from the last step. No row is shared,
+so the union is the sum. Several input sets, each with a state of its own, take turns as layers do.
 HiSparse gets the same requests, hot slots, order of use and top-k.
 """
 
@@ -14,13 +13,14 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from benchmarks.kernels_timing import require
+from benchmarks.kernels.timing import Bench, require
 from ess_kernels import hot_state
 from ess_kernels.hot_state import HotState
 from ess_kernels.plan import PlanBuffers
 from sglang_ess.layout import FP8_ROW_BYTES, LATENT_DIM, ROPE_DIM, ROW_DIM, SCALE_GROUP
 
-LAST_SHARE = 0.6  # papers.md 1.6
+# How alike the lists of two successive steps are, the mean over layers: ESS figure 2.
+LAST_SHARE = 0.6
 AGES = 64  # steps over which a hot tier turned over
 POISON = 0xEE
 CHUNK_ROWS = 1 << 18
@@ -31,9 +31,12 @@ BF16_ROW_BYTES = 2 * ROW_DIM
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the grid. context and buffer: slots and hot rows of a request; heads: V3.2's, and a
-    rank's of tensor parallelism 8; peak_bytes: of the large copy; sets: input sets that take
-    turns; for up to FEW_REQUESTS requests, which are soon done, few_sets."""
+    """The grid.
+
+    context, buffer: slots and hot rows of a request; heads: V3.2's, and those of a rank of tensor
+        parallelism 8; peak_bytes: of the large copy
+    sets: input sets that take turns; few_sets: the same for up to FEW_REQUESTS requests
+    """
 
     batches: tuple[int, ...]
     misses: tuple[int, ...]
@@ -56,6 +59,15 @@ MINIATURE = Sizes((1, 2), (2, 16), topk=16, context=64, buffer=32, heads=(3,), l
                   peak_bytes=1 << 16, sets=2, few_sets=2)  # fmt: skip
 
 
+def row_bytes_of(rows: torch.Tensor) -> int:
+    return rows.shape[1] * rows.itemsize
+
+
+def as_bytes(rows: torch.Tensor) -> torch.Tensor:
+    """For comparing: NaN equals itself."""
+    return rows.view(torch.uint8)
+
+
 def make_rows(num_rows: int, row_bytes: int, device, generator) -> torch.Tensor:
     """Valid random latent rows on the device: [n, 656] uint8 (fp8) or [n, 576] bfloat16."""
 
@@ -70,18 +82,49 @@ def make_rows(num_rows: int, row_bytes: int, device, generator) -> torch.Tensor:
 
 
 def host_tier(num_slots: int, row_bytes: int, device, generator) -> torch.Tensor:
-    """Pinned rows of valid random latents."""
-    wide = row_bytes == FP8_ROW_BYTES
-    rows = torch.empty(
-        num_slots,
-        FP8_ROW_BYTES if wide else ROW_DIM,
-        dtype=torch.uint8 if wide else torch.bfloat16,
-        pin_memory=torch.device(device).type == "cuda",
-    )
+    """[num_slots, row_bytes] uint8 pinned fp8 rows, valid random latents."""
+    pinned = torch.device(device).type == "cuda"
+    rows = torch.empty(num_slots, row_bytes, dtype=torch.uint8, pin_memory=pinned)
     for first in range(0, num_slots, CHUNK_ROWS):
         part = rows[first : first + CHUNK_ROWS]
         part.copy_(make_rows(len(part), row_bytes, device, generator))
     return rows
+
+
+class Run:
+    """What the sections share.
+
+    us: microseconds of the stand-ins (indexer, preattn) at the largest batch
+    host: [slots, 656] uint8 pinned rows of the host tier
+    """
+
+    def __init__(self, bench: Bench, sizes: Sizes, us: tuple[float, float], seed: int):
+        self.bench, self.sizes, self.us, self.seed = bench, sizes, us, seed
+        bench.progress("filling the host tier")
+        generator = torch.Generator(bench.device).manual_seed(seed)
+        slots = max(sizes.batches) * sizes.context
+        self.host = host_tier(slots, FP8_ROW_BYTES, bench.device, generator)
+
+    @property
+    def points(self) -> list[tuple[int, int]]:
+        """(batch, misses a request)."""
+        return [(batch, misses) for batch in self.sizes.batches for misses in self.sizes.misses]
+
+    @property
+    def some_points(self) -> list[tuple[int, int]]:
+        """The ends and the middle of both axes."""
+        s = self.sizes
+        picks = [{line[0], line[len(line) // 2], line[-1]} for line in (s.batches, s.misses)]
+        return [(b, misses) for b, misses in self.points if b in picks[0] and misses in picks[1]]
+
+    @property
+    def step_points(self) -> list[tuple[int, int]]:
+        """`points`, and each batch without a miss."""
+        return [(b, misses) for b in self.sizes.batches for misses in (0, *self.sizes.misses)]
+
+    def steady(self, batch: int, misses: int) -> Steady:
+        sets = self.sizes.sets_of(batch)
+        return Steady(self.sizes, batch, misses, sets, self.bench.device, self.seed)
 
 
 def _shuffled(rows: int, columns: int, device, generator) -> torch.Tensor:
@@ -90,13 +133,12 @@ def _shuffled(rows: int, columns: int, device, generator) -> torch.Tensor:
 
 
 class Steady:
-    """`sets` hot tiers at a steady point; see above.
+    """`sets` hot tiers at a steady point.
 
-    topk       [sets, batch, topk] int32 slots;  positions: the same within the request
-    resident   [sets, batch, buffer] int32 positions, the most recently used first
-    hot_row    [sets, batch, buffer] int64 the rows they have
-    state      HotState of all sets; restore() puts it back
-    buffers    PlanBuffers, shared by the sets
+    topk: [sets, batch, topk] int32 slots; positions: the same within the request
+    resident: [sets, batch, buffer] int32 positions, the most recently used first
+    hot_row: [sets, batch, buffer] int64 the rows they have
+    state: HotState of all sets, which restore() restores; buffers: PlanBuffers of all sets
     """
 
     def __init__(self, sizes: Sizes, batch: int, misses: int, sets: int, device, seed: int):
@@ -153,13 +195,13 @@ class Steady:
         return state
 
     def restore(self) -> None:
-        """Every set's state as it was made, and poison in what a plan hands out."""
+        """Restore the state of every set, and poison what a plan returns."""
         self.restore_into(self.state)
         for f in fields(PlanBuffers):
             getattr(self.buffers, f.name).fill_(-7)
 
     def restore_into(self, state: HotState) -> None:
-        """state, of as many sets, slots and rows, as a step finds it."""
+        """Make a state of the same shape what a step finds."""
         for f in fields(HotState):
             getattr(state, f.name).copy_(getattr(self._before, f.name))
 
@@ -167,8 +209,7 @@ class Steady:
         return self._before.row_slot[index]
 
     def victims(self, index: int) -> torch.Tensor:
-        """[num_misses] int32 rows that the plan will take: the oldest that its top-k does not hit,
-        in the order of the list."""
+        """[num_misses] int32 rows that the plan takes: the oldest that its top-k does not hit."""
         before = self._before.layer(index)
         hits = before.slot_row[self.topk[index].long()]
         stays = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
@@ -176,7 +217,7 @@ class Steady:
         return before.order[~stays[before.order.long()]][: self.num_misses]
 
     def check_plan(self, index: int = 0) -> None:
-        """The last plan, of set `index`: rows, misses and victims. Raises: WrongResult."""
+        """Check rows, misses and victims of the last plan. Raises: WrongResult."""
         state, b = self.state.layer(index), self.buffers
         require(int(b.num_misses) == self.num_misses,
                 f"plan must miss {self.num_misses}: got {int(b.num_misses)}")  # fmt: skip

@@ -1,4 +1,4 @@
-"""What benchmarks/predict_gpu.py reads: steps that a GPU host served, and its kernels' costs."""
+"""What tools/predict_gpu.py reads: steps that a GPU host served, and its kernels' costs."""
 
 from __future__ import annotations
 

@@ -1,39 +1,34 @@
-"""plan, and a whole swap-in, of benchmarks/kernels.py: ours beside SGLang's HiSparse kernel.
+"""plan, and a whole swap-in: plan and fetch, in comparison with SGLang's HiSparse kernel.
 
 HiSparse resolves a request's top-k and copies its misses in one kernel, one block a request, so
-its counterpart is our plan and fetch; with rebuild_order, which here runs after attention's rows
-are in, it is all that one layer and step costs. Both get the same requests, hot rows of the same
-bytes, order of use and misses (kernels_points.Steady), and start each sample from that state.
+its counterpart is our plan and fetch. With rebuild_order, which the server runs after attention has its
+rows, that is all that one layer and step costs. Both get the same requests, hot rows of the same
+bytes, order of use and misses (points.Steady), and start each sample from that state.
 """
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.kernels_copies import as_bytes, row_bytes_of
-from benchmarks.kernels_points import PAGE, POISON, Sizes, Steady
-from benchmarks.kernels_timing import Bench, Subject, require
+from benchmarks.kernels.points import PAGE, POISON, Run, Steady, as_bytes, row_bytes_of
+from benchmarks.kernels.timing import Subject, require
 from ess_kernels.fetch import fetch
 from ess_kernels.plan import plan
 from ess_kernels.rebuild_order import OrderScratch, rebuild_order
 
 BLOCK_SIZE = 960  # HiSparse's default swap_in_block_size
 
-OUR_PLAN = {"triton": plan}
-OUR_SWAP = {"ours_triton": (plan, fetch)}
 
+def plan_subject(steady: Steady) -> Subject:
+    def op(index):
+        plan(steady.state.layer(index), steady.topk[index], steady.buffers)
 
-def plan_subject(steady: Steady, call) -> Subject:
-    layers = [steady.state.layer(i) for i in range(steady.sets)]
-    ops = [
-        lambda s=s, t=t: call(s, t, steady.buffers)
-        for s, t in zip(layers, steady.topk, strict=True)
-    ]
+    ops = [lambda i=i: op(i) for i in range(steady.sets)]
     return Subject(ops, steady.restore, steady.check_plan)
 
 
 class Swap:
-    """plan and fetch into hot rows that all sets share; [rows, ...] poisoned before a sample."""
+    """plan and fetch into hot rows that all sets share, poisoned before a sample."""
 
     def __init__(self, steady: Steady, host_rows):
         self.steady, self.host = steady, host_rows
@@ -42,14 +37,13 @@ class Swap:
         self.scratch = OrderScratch.new(steady.num_rows, steady.device)
         self.need = min(steady.num_rows, steady.batch * (steady.sizes.topk + 1))
 
-    def subject(self, calls, with_reorder: bool) -> Subject:
-        make_plan, copy = calls
+    def subject(self, with_reorder: bool) -> Subject:
         b = self.steady.buffers
 
         def op(index):
             state = self.steady.state.layer(index)
-            make_plan(state, self.steady.topk[index], b)
-            copy(self.host, self.hot, b.miss_slots, b.miss_rows, b.num_misses)
+            plan(state, self.steady.topk[index], b)
+            fetch(self.host, self.hot, b.miss_slots, b.miss_rows, b.num_misses)
             if with_reorder:
                 rebuild_order(state, self.need, self.scratch)
 
@@ -79,11 +73,11 @@ def hisparse_kernel(device: torch.device):
 
 
 class HiSparse:
-    """SGLang's load_cache_to_device_buffer_mla, with arguments as HiSparseCoordinator makes them.
+    """SGLang's load_cache_to_device_buffer_mla, with the arguments of HiSparseCoordinator.
 
     Source: sglang 0.5.23 managers/hisparse_coordinator.py (_run_swap_in_kernel and what __init__
-    allocates). The newest token is in no top-k here, so its row is not looked at. A request's
-    buffer location of rank r in `resident` is its r-th; `lru_slots` runs from the oldest.
+    allocates). No top-k here holds the newest token, so its row is never read. The row of rank r
+    in `resident` is the request's r-th buffer location; `lru_slots` begins with the oldest.
     """
 
     def __init__(self, steady: Steady, host_rows):
@@ -162,28 +156,18 @@ class HiSparse:
         require(torch.equal(as_bytes(got), as_bytes(wanted)), "HiSparse copied another row")
 
 
-def measure_plans(bench: Bench, host_rows, sizes: Sizes, points, seed: int) -> None:
-    """plan alone; swap-ins: ours, ours with rebuild_order, HiSparse's; at (batch, misses)."""
-    row_bytes = row_bytes_of(host_rows)
-    for batch, misses in points:
+def measure_plans(run: Run) -> None:
+    """plan alone, then swap-ins: ours, ours with rebuild_order, HiSparse's; at points (batch, misses)."""
+    for batch, misses in run.points:
         config = {"batch": batch, "misses": misses}
-        bench.check_time()
-        bench.progress(f"plan and swap-in {config}")
-        steady = Steady(sizes, batch, misses, sizes.sets_of(batch), bench.device, seed)
-        for system, call in OUR_PLAN.items():
-            bench.time(
-                "plan", {"system": system, "topk": sizes.topk} | config,
-                lambda c=call, s=steady: plan_subject(s, c),
-            )  # fmt: skip
-        config["row_bytes"] = row_bytes
-        swap = Swap(steady, host_rows)
-        for system, calls in OUR_SWAP.items():
-            for whole in (False, True):
-                bench.time(
-                    "swap", {"system": system, "reorder": whole} | config,
-                    lambda c=calls, w=whole, x=swap: x.subject(c, w),
-                )  # fmt: skip
-        bench.time(
-            "swap", {"system": "hisparse"} | config,
-            lambda s=steady: HiSparse(s, host_rows).subject(),
-        )  # fmt: skip
+        run.bench.begin(f"plan and swap-in {config}")
+        steady = run.steady(batch, misses)
+        at = {"system": "triton", "topk": run.sizes.topk} | config
+        run.bench.time("plan", at, lambda s=steady: plan_subject(s))
+        config["row_bytes"] = row_bytes_of(run.host)
+        swap = Swap(steady, run.host)
+        for whole in (False, True):
+            at = {"system": "ours_triton", "reorder": whole} | config
+            run.bench.time("swap", at, lambda s=swap, w=whole: s.subject(w))
+        at = {"system": "hisparse"} | config
+        run.bench.time("swap", at, lambda s=steady: HiSparse(s, run.host).subject())

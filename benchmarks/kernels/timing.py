@@ -1,10 +1,10 @@
-"""How benchmarks/kernels.py times: an operation, checked first, on the device or interpreted.
+"""How benchmarks/kernels times an operation: it is checked first, on the device or interpreted.
 
 On a CUDA device a sample is one replay of a CUDA graph that holds the subject's operations, one
-for each of its input sets; the figure is the replay between two events over their number, so
-launch gaps of the host are out of it. Before each sample, untimed: `before` puts the state back
-and a write of twice the L2 evicts it. What cannot be captured runs by events ("events") or, where
-the host takes part, by the host's clock up to a synchronize ("wall").
+for each of its input sets. The figure is the time between two events around the replay over the
+number of operations, so it excludes the host's launch gaps. Before each sample, untimed, `before`
+restores the state, and a write of twice the L2 evicts it. What cannot be captured is timed by
+events ("events") or, where the host takes part, by the host's clock up to a synchronize ("wall").
 Without a device the same calls run under Triton's interpreter: rows of kind "interpreted", whose
 figures say nothing about speed.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import common
+from benchmarks.harness import Progress, Report, failed, measured
 
 SAMPLES, QUICK_SAMPLES = 25, 11
 MAX_SAMPLES_S = 2.0  # slow subjects take fewer samples, at least MIN_SAMPLES
@@ -34,17 +34,17 @@ class OutOfTime(RuntimeError):
 
 
 def nothing(_last: int = 0) -> None:
-    """What has no state to put back, or nothing to check."""
+    """Restore or check nothing."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed.
+    """An operation to time.
 
-    ops     one call for each input set; they take turns in a sample
-    before  puts state back and poisons outputs, on the current stream, not timed
-    check   check(i): after `before` and ops[0] to ops[i] in order; raises WrongResult
-    num_bytes  moved over PCIe by one operation, 0: no rate is given
+    ops: one call for each input set; they take turns in a sample
+    before: restores state and poisons outputs, on the current stream, untimed
+    check: check(i) after `before` and ops[0] to ops[i] in order; raises WrongResult
+    num_bytes: moved over PCIe by one operation; 0: the row has no rate
     """
 
     ops: Sequence[Callable[[], None]]
@@ -67,16 +67,15 @@ def _line(error: BaseException) -> str:
 class Bench:
     """Times subjects into rows of a report.
 
-    device    cuda, or cpu under the interpreter
-    seconds   of the whole run; None: no limit
-    wrong     names of the operations whose result was wrong
+    device: cuda, or cpu under the interpreter; seconds: of the whole run, None: no limit
+    wrong: names of the operations whose result was wrong
     """
 
-    def __init__(self, report: common.Report, device: torch.device, quick: bool, seconds=None):
+    def __init__(self, report: Report, device: torch.device, quick: bool, seconds=None):
         self.report, self.device = report, device
         self.on_cuda = device.type == "cuda"
         self.quick = quick or not self.on_cuda
-        self.progress = common.Progress()
+        self.progress = Progress()
         self.wrong: list[str] = []
         self._samples = QUICK_SAMPLES if quick else SAMPLES
         if not self.on_cuda:
@@ -88,9 +87,9 @@ class Bench:
             self._flush = torch.empty(size, dtype=torch.uint8, device=device)
 
     def time(self, name: str, config: dict, make: Callable[[], Subject], timer=GRAPH, **extra):
-        """A row "time" in us: of what make() returns, or failed with the reason.
+        """Add a row "time" in us of what make() returns, or a failed one with the reason.
 
-        Returns the median in us, None where it failed.
+        Returns the median in us, None if it failed.
         """
         try:
             self.check_time()
@@ -100,20 +99,16 @@ class Bench:
         except Exception as error:
             self.fail(name, config, error, **extra)
             return None
-        row = common.measured(name, config, "time", "us", samples, timer=timer, **extra)
+        row = measured(name, config, "time", "us", samples, timer=timer, **extra)
         row["l2"] = "cold" if timer == GRAPH else "as left"
         row["sets"] = len(subject.ops)
         if subject.num_bytes:
             row["bytes_moved"] = subject.num_bytes
             row["gb_per_s"] = subject.num_bytes / row["median"] / 1e3
-        self.add(row)
-        return row["median"]
-
-    def add(self, row: dict) -> None:
-        """Keep a measured row; off the device it says that it was interpreted."""
         if not self.on_cuda:
             row["kind"] = "interpreted"
         self.report.add(row)
+        return row["median"]
 
     def fail(self, name: str, config: dict, error: Exception, **extra) -> None:
         """Keep a failed row; a wrong result also fails the run."""
@@ -122,8 +117,13 @@ class Bench:
         reason = _line(error)
         if error.__context__ is not None:  # a capture that breaks raises once more when it ends
             reason += f" (after {_line(error.__context__)})"
-        self.report.add(common.failed(name, config, "time", "us", reason, **extra))
+        self.report.add(failed(name, config, "time", "us", reason, **extra))
         self.progress(f"failed: {name} {config}: {reason}")
+
+    def begin(self, what: str) -> None:
+        """Print what comes next. Raises: OutOfTime once the run's time is up."""
+        self.check_time()
+        self.progress(what)
 
     def check_time(self) -> None:
         """Raises: OutOfTime once the run's time is up."""
@@ -135,7 +135,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def captured(self, call: Callable[[], None]) -> Callable[[], None]:
-        """call as a graph's replay; it must have run before. Itself, where there is no device."""
+        """The replay of a graph of call, which must have run before; call itself off the device."""
         if not self.on_cuda:
             return call
         torch.cuda.synchronize()

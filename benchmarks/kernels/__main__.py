@@ -1,0 +1,175 @@
+"""The GPU kernels: rows a second against PCIe's peak, against SGLang's HiSparse, with overlap.
+
+    python -m benchmarks.kernels [--quick] [--seconds N] [--only SECTION] [--json F] [--plot F]
+
+One run on a CUDA device, medians, each operation checked against its reference before it is timed
+(timing.py says how). Grid: batch 1, 16, 64, 160 x 2 to 2048 misses a request, top-k 2048, rows of
+656 B (and a few of 1152 B), DeepSeek-V3.2's 128 heads (and 16, a rank of tensor parallelism 8). An
+import or launch that fails is a failed row with its reason. SECTIONS are in the order in which they
+matter, so that --seconds cuts the least.
+
+Exit status: 0, 1 if a result was wrong, 2 without a CUDA device. --interpret runs a miniature of
+every section on the CPU under Triton's interpreter, to try the code: its rows give no figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.harness import Report, argument_parser, plot, print_failed
+
+DEFAULT_US = (400.0, 30.0)  # indexer, preattn: of a layer at batch 160; see arguments()
+ESS_POINT = (16, 64)  # batch, misses: the smallest for which fetch has a target
+
+
+def arguments():
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("--interpret", action="store_true", help="miniature on the CPU")
+    add("--seconds", type=float, help="start nothing new after this [no limit]")
+    add("--only", action="append", choices=list(SECTIONS), help="sections [all]")
+    add("--indexer-us", type=float, default=DEFAULT_US[0],
+        help="stand-in for the indexer at batch 160, us a layer [%(default)s: twice what ESS's "
+        "figure 7 hides behind half of it at 128 K context, rounded down]")  # fmt: skip
+    add("--preattn-us", type=float, default=DEFAULT_US[1],
+        help="stand-in for the projections between plan and attention [%(default)s: their "
+        "weights' bytes at 2 TB/s]")  # fmt: skip
+    return parser
+
+
+def operations() -> SimpleNamespace:
+    """The modules of the operations: imported late, as --interpret must be set before."""
+    from benchmarks.kernels import attention, fetch, plan, points, save, step
+
+    modules = (attention, fetch, plan, points, save, step)
+    return SimpleNamespace(**{module.__name__.split(".")[-1]: module for module in modules})
+
+
+def fetch(run, ops) -> None:
+    ops.fetch.measure_fetch(run, run.points, run.host)
+    ops.fetch.measure_programs(run, ESS_POINT if ESS_POINT in run.points else run.points[-1])
+
+
+def steps(run, ops) -> None:
+    for name in ops.step.step_kernels(run)[:1]:
+        ops.step.measure_steps(run, name, run.step_points)
+
+
+def other_steps(run, ops) -> None:
+    points = [point for point in run.step_points if point[0] == max(run.sizes.batches)]
+    for name in ops.step.step_kernels(run)[1:]:
+        ops.step.measure_steps(run, name, points)
+
+
+def bf16_rows(run, ops) -> None:
+    """A few points of rows of 1152 B: fetch, and every decode kernel that reads them."""
+    size, rows, batches = ops.points.BF16_ROW_BYTES, run.host.view(-1), run.sizes.batches
+    rows = rows[: rows.numel() // size * size].view(-1, size)
+    smaller = [point for point in run.some_points if point[0] < max(batches)]
+    ops.fetch.measure_fetch(run, smaller, rows)
+    ops.attention.measure_attention(run, size, (batches[0], batches[-1]))
+
+
+SECTIONS: dict[str, Callable[[Any, SimpleNamespace], None]] = {
+    "pcie": lambda run, ops: ops.fetch.measure_peak(run),
+    "fetch": fetch,
+    "swap": lambda run, ops: ops.plan.measure_plans(run),
+    "attention": lambda run, ops: ops.attention.measure_attention(
+        run, ops.points.FP8_ROW_BYTES, run.sizes.batches
+    ),
+    "steps": steps,
+    "replaced": lambda run, ops: ops.fetch.measure_replaced(run, run.some_points),
+    "save": lambda run, ops: ops.save.measure_save(run),
+    "other_steps": other_steps,
+    "bf16_rows": bf16_rows,
+}
+
+
+def card_facts(device) -> dict:
+    """What the figures belong to."""
+    import torch
+    import triton
+
+    facts = {"device": str(device), "torch": torch.__version__, "triton": triton.__version__}
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": found.name, "sms": found.multi_processor_count}
+        facts |= {"l2_bytes": found.L2_cache_size, "memory_bytes": found.total_memory}
+        facts |= {"cuda": torch.version.cuda, "driver": _driver()}
+    return facts
+
+
+def _driver() -> str | None:
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def run_sections(bench, args, sizes) -> None:
+    """Every section asked for; one that breaks as a whole is a failed row."""
+    ops = operations()
+    run = ops.points.Run(bench, sizes, (args.indexer_us, args.preattn_us), args.seed)
+    for name, section in SECTIONS.items():
+        if args.only and name not in args.only:
+            continue
+        try:
+            section(run, ops)
+        except Exception as error:
+            bench.fail(f"section {name}", {}, error)
+
+
+def main(argv: list[str] | None = None) -> int:
+    import torch
+
+    args = arguments().parse_args(argv)
+    if args.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels' import
+    elif not torch.cuda.is_available():
+        print("benchmarks.kernels needs a CUDA device; --interpret tries its code without one.",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    from benchmarks.kernels import figures, points
+    from benchmarks.kernels.timing import Bench
+
+    device = torch.device("cpu" if args.interpret else "cuda")
+    sizes = points.QUICK if args.quick else points.FULL
+    report = Report()
+    report.machine |= card_facts(device)
+    bench = Bench(report, device, args.quick, args.seconds)
+    run_sections(bench, args, points.MINIATURE if args.interpret else sizes)
+    figures.summarise(report)
+    source = " ".join(str(report.machine.get(key)) for key in ("gpu", "driver", "triton"))
+    costs = figures.cost_table(report, source)
+    figures.print_tables(report, costs)
+    print_failed(report)
+    if args.json:
+        write_json(report, costs, args)
+    if args.plot:
+        plot(args.plot, *figures.panels(report))
+    for name in bench.wrong:
+        print(f"wrong result: {name}", file=sys.stderr)
+    return 1 if bench.wrong else 0
+
+
+def write_json(report: Report, costs, args) -> None:
+    """The report, and in the same file the cost table that OverlapPolicy reads."""
+    content = report.as_dict(
+        args.seed, quick=args.quick, interpreted=args.interpret, sections=args.only,
+        indexer_us=args.indexer_us, preattn_us=args.preattn_us,
+    )  # fmt: skip
+    if costs:
+        content["overlap_costs"] = costs.as_dict()
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
