@@ -45,9 +45,9 @@ def arguments():
 
 def operations() -> SimpleNamespace:
     """The modules of the operations: imported late, as --interpret must be set before."""
-    from benchmarks.kernels import attention, fetch, plan, points, save, step
+    from benchmarks.kernels import attention, fetch, plan, points, step
 
-    modules = (attention, fetch, plan, points, save, step)
+    modules = (attention, fetch, plan, points, step)
     return SimpleNamespace(**{module.__name__.split(".")[-1]: module for module in modules})
 
 
@@ -84,8 +84,6 @@ SECTIONS: dict[str, Callable[[Any, SimpleNamespace], None]] = {
         run, ops.points.FP8_ROW_BYTES, run.sizes.batches
     ),
     "steps": steps,
-    "replaced": lambda run, ops: ops.fetch.measure_replaced(run, run.some_points),
-    "save": lambda run, ops: ops.save.measure_save(run),
     "other_steps": other_steps,
     "bf16_rows": bf16_rows,
 }

@@ -1,26 +1,17 @@
-"""fetch: rows from the host tier into hot rows, beside PCIe's peak and what fetch replaces.
-
-What it replaces: one copy call a row (the loop is compiled, as a C++ runtime would issue it), and
-torch's way: the miss list to the host, index_select into pinned memory, one copy, index_copy_.
-Each starts from the plan's miss list and ends with the rows where attention reads them.
-"""
+"""fetch: rows from the host tier into hot rows, beside PCIe's peak."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
-import numba
-import numpy as np
 import torch
 
 from benchmarks.kernels.points import POISON, Run, Sizes, as_bytes, row_bytes_of
-from benchmarks.kernels.timing import EVENTS, WALL, Bench, Subject, require
+from benchmarks.kernels.timing import EVENTS, Subject, require
 from ess_kernels.fetch import fetch, fetch_reference
 
 PROGRAMS = (4, 8, 12, 16, 24, 32, 48, 64, 96)  # of the sweep that shows what limits fetch
 MANY_ROWS = 1 << 16  # of 656 B: 43 MB, about the L2
-HOST_TO_DEVICE = 1  # cudaMemcpyHostToDevice
 
 
 def measure_peak(run: Run) -> None:
@@ -70,108 +61,30 @@ class Fetches:
         require(torch.equal(as_bytes(got), as_bytes(self.hot)),
                 "fetched rows differ from their host rows, or others changed")  # fmt: skip
 
-    def subject(self, call, sets: int | None = None) -> Subject:
-        """call(host, hot, slots, rows, count) for each of the first `sets` sets, None: all."""
-        ops = [lambda i=i: call(*self.arguments(i)) for i in range(sets or self.sets)]
+    def subject(self, programs: int | None = None) -> Subject:
+        more = () if programs is None else (programs,)
+        ops = [lambda i=i: fetch(*self.arguments(i), *more) for i in range(self.sets)]
         return Subject(ops, self.poison, self.check, self.count * row_bytes_of(self.host))
 
 
-@functools.cache
-def row_copier(on_cuda: bool):
-    """Compiled loop(targets, sources, bytes, stream) -> status: a copy call for each address pair.
-
-    Raises: OSError, or RuntimeError without CUDA, if on_cuda.
-    """
-    if not on_cuda:
-        memcpy = ctypes.CDLL(None).memcpy
-        memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-        memcpy.restype = ctypes.c_void_p
-
-        @numba.njit
-        def loop(targets, sources, num_bytes, stream):
-            for i in range(len(targets)):
-                memcpy(targets[i], sources[i], num_bytes)
-            return 0
-
-        return loop
-    if torch.version.cuda is None:
-        raise RuntimeError("torch was built without CUDA")
-    copy = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}").cudaMemcpyAsync
-    pointer = ctypes.c_void_p
-    copy.argtypes = [pointer, pointer, ctypes.c_size_t, ctypes.c_int, pointer]
-    copy.restype = ctypes.c_int
-
-    @numba.njit
-    def loop(targets, sources, num_bytes, stream):
-        status = 0
-        for i in range(len(targets)):
-            status |= copy(targets[i], sources[i], num_bytes, HOST_TO_DEVICE, stream)
-        return status
-
-    return loop
-
-
-def row_copies(case: Fetches, bench: Bench) -> Subject:
-    """A copy call a row; the host has the addresses ready, which favours it."""
-    size, copy = row_bytes_of(case.host), row_copier(bench.on_cuda)
-
-    def addresses(rows, places):
-        places = places[0, : case.count].cpu().numpy().astype(np.uint64)
-        return np.ascontiguousarray(rows.data_ptr() + places * size)
-
-    targets, sources = addresses(case.hot, case.rows), addresses(case.host, case.slots)
-
-    def call(*_):
-        stream = torch.cuda.current_stream().cuda_stream if bench.on_cuda else 0
-        if status := copy(targets, sources, size, stream):
-            raise RuntimeError(f"the CUDA runtime returned error {status}")
-
-    return case.subject(call, 1)
-
-
-def index_select(case: Fetches, bench: Bench) -> Subject:
-    shape = case.count, case.host.shape[1]
-    gathered = torch.empty(shape, dtype=case.host.dtype, pin_memory=bench.on_cuda)
-    staged = torch.empty(shape, dtype=case.host.dtype, device=bench.device)
-
-    def call(host, hot, slots, rows, num_misses):
-        count = int(num_misses)
-        torch.index_select(host, 0, slots[:count].cpu(), out=gathered)
-        staged.copy_(gathered, non_blocking=True)
-        hot.index_copy_(0, rows[:count].long(), staged)
-
-    return case.subject(call, 1)
-
-
-def _case(run: Run, what: str, point, host_rows) -> tuple[Fetches, dict]:
+def _case(run: Run, point, host_rows) -> tuple[Fetches, dict]:
     batch, misses = point
-    config = {"batch": batch, "misses": misses, "row_bytes": row_bytes_of(host_rows)}
-    run.bench.begin(f"{what} {config}")
+    config = {"system": "triton", "batch": batch, "misses": misses}
+    config["row_bytes"] = row_bytes_of(host_rows)
+    run.bench.begin(f"fetch {config}")
     return Fetches(host_rows, run.sizes, batch, misses, run.bench.device, run.seed), config
 
 
 def measure_fetch(run: Run, points, host_rows) -> None:
     """Our fetch at the points (batch, misses)."""
     for point in points:
-        case, config = _case(run, "fetch", point, host_rows)
-        run.bench.time("fetch", {"system": "triton"} | config, lambda c=case: c.subject(fetch))
+        case, config = _case(run, point, host_rows)
+        run.bench.time("fetch", config, case.subject)
 
 
 def measure_programs(run: Run, point) -> None:
     """fetch by how many programs (SMs) it may take: is the link full, or too little in flight?"""
-    case, config = _case(run, "fetch by programs", point, run.host)
+    case, config = _case(run, point, run.host)
     for programs in PROGRAMS[:2] if run.bench.quick else PROGRAMS:
-        run.bench.time(
-            "fetch_programs", {"system": "triton", "programs": programs} | config,
-            lambda n=programs: case.subject(lambda *a: fetch(*a, n)),
-        )  # fmt: skip
-
-
-def measure_replaced(run: Run, points) -> None:
-    """What fetch replaces, at the same points."""
-    for point in points:
-        case, config = _case(run, "copies that fetch replaces", point, run.host)
-        for system, make, timer in (("memcpy_per_row", row_copies, EVENTS),
-                                    ("index_select", index_select, WALL)):  # fmt: skip
-            run.bench.time("fetch", {"system": system} | config,
-                           lambda m=make, c=case: m(c, run.bench), timer)  # fmt: skip
+        at = config | {"programs": programs}
+        run.bench.time("fetch_programs", at, lambda n=programs: case.subject(n))

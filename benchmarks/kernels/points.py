@@ -44,7 +44,6 @@ class Sizes:
     context: int = 32 << 10
     buffer: int = 4096  # HiSparse's default, twice top-k
     heads: tuple[int, ...] = (128, 16)
-    layers: int = 61
     peak_bytes: int = 1 << 30
     sets: int = 4
     few_sets: int = 16
@@ -55,7 +54,7 @@ class Sizes:
 
 FULL = Sizes((1, 16, 64, 160), (2, 8, 32, 64, 128, 256, 512, 1024, 2048))
 QUICK = Sizes((1, 16, 160), (2, 64, 256, 2048), sets=2)
-MINIATURE = Sizes((1, 2), (2, 16), topk=16, context=64, buffer=32, heads=(3,), layers=2,
+MINIATURE = Sizes((1, 2), (2, 16), topk=16, context=64, buffer=32, heads=(3,),
                   peak_bytes=1 << 16, sets=2, few_sets=2)  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_serving: its plan, bytes, time and losses; one slow run of all on the CPU."""
+"""benchmarks/serving/gpu_serving: its grid, bytes, time and losses; one slow run on the CPU."""
 
 import importlib.util
 import json
@@ -11,26 +11,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import gpu_serving
-from benchmarks.common import ROOT, Report, WorkerError
-from benchmarks.gpu_serving_engine import AUTO
-from benchmarks.gpu_serving_plan import (
+from benchmarks.harness import ROOT, Report
+from benchmarks.processes import WorkerError
+from benchmarks.serving import gpu_serving
+from benchmarks.serving.gpu_engine import AUTO
+from benchmarks.serving.gpu_figures import PROBED
+from benchmarks.serving.gpu_grid import (
     BUDGETS,
     CPU,
     CUDA,
     ESS_SYSTEMS,
     FIRST,
-    GIB,
     HISPARSE,
     ONE_TIER,
     RESIDENT,
     SYSTEMS,
     THEN,
-    EnginePlan,
+    Engine,
     Model,
-    Planner,
     Point,
-    Room,
+    Selection,
     budget_bytes,
     ess_options,
     ess_size,
@@ -38,11 +38,10 @@ from benchmarks.gpu_serving_plan import (
     hisparse_bytes,
     hisparse_size,
     server_args,
-    waves,
-)  # fmt: skip
-from benchmarks.gpu_serving_probe import FIGURES, Probe
-from benchmarks.gpu_serving_report import PROBED
-from benchmarks.gpu_serving_run import Clock, EngineWorker, Pace, Run
+)
+from benchmarks.serving.gpu_probe import FIGURES, Probe
+from benchmarks.serving.gpu_serving import Clock, EngineWorker, Maker, Pace, Run
+from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache import capacity
 from tests.benchmarks.test_gpu_serving_figures import decoded, passes
@@ -53,9 +52,9 @@ CASES = [(CUDA, SLICE), (CPU, TINY)]
 SGLANG = Path(importlib.util.find_spec("sglang").origin).parent / "srt"
 
 
-class TestPlan:
+class TestGrid:
     def test_the_batches_are_those_of_the_papers_baseline(self):
-        engines = {engine.name: engine for engine in Planner(CUDA, SLICE).engines()}
+        engines = {engine.name: engine for engine in Selection(CUDA, SLICE).engines()}
         largest = {
             context: max(p.batch for p in engines[ONE_TIER].points if p.context == context)
             for context in (32768, 131072)
@@ -67,12 +66,12 @@ class TestPlan:
             assert slots == batch * CUDA.request_tokens(context)
             assert rows >= batch * CUDA.hot_rows(context)
 
-    @pytest.mark.parametrize("plan, model", CASES)
-    def test_every_system_but_resident_takes_the_same_bytes(self, plan, model):
-        limit, page = budget_bytes(plan, model), 64 * model.layers * (656 + 132)
-        engines = Planner(plan, model).engines()
+    @pytest.mark.parametrize("grid, model", CASES)
+    def test_every_system_but_resident_takes_the_same_bytes(self, grid, model):
+        limit, page = budget_bytes(grid, model), 64 * model.layers * (656 + 132)
+        engines = Selection(grid, model).engines()
         for engine in engines:
-            took = engine.device_bytes(plan, model)
+            took = engine.device_bytes(grid, model)
             if engine.system == RESIDENT:
                 assert took > limit
             else:
@@ -91,23 +90,23 @@ class TestPlan:
             need = max((batch + 1) * (CUDA.buffer + 64), -(-(batch + 1) * request // other))
             assert hisparse_bytes(need, other) > limit // SLICE.layers
 
-    @pytest.mark.parametrize("plan, model", CASES)
-    def test_the_servers_decide_as_planned(self, plan, model):
+    @pytest.mark.parametrize("grid, model", CASES)
+    def test_the_servers_decide_as_planned(self, grid, model):
         """capacity.py, asked with the options of each engine, gives its hot rows."""
-        for engine in Planner(plan, model).engines():
-            config = EssConfig(**ess_options(engine, plan, model))
+        for engine in Selection(grid, model).engines():
+            config = EssConfig(**ess_options(engine, grid, model))
             assert config.enabled == engine.is_ess
             if engine.is_ess:
                 assert config.layer_budgets == ("auto" if engine.system == BUDGETS else "uniform")
-                tokens = engine.context_tokens(plan)
-                shape = geometry(plan, model, tokens, engine.system == BUDGETS)
+                tokens = engine.context_tokens(grid)
+                shape = geometry(grid, model, tokens, engine.system == BUDGETS)
                 found = capacity.choose_capacity(config, shape, engine.slots, 1 << 50, 1 << 50)
                 assert found.hot_rows == engine.hot_rows
-                assert found.device_bytes == engine.device_bytes(plan, model)
+                assert found.device_bytes == engine.device_bytes(grid, model)
 
     def test_server_args_are_sglangs(self):
         known = (SGLANG / "arg_groups" / "field_order.py").read_text()
-        for engine in Planner(CUDA, SLICE).engines():
+        for engine in Selection(CUDA, SLICE).engines():
             args = server_args(engine, CUDA, SLICE)
             assert all(f'"{name}"' in known for name in args)
             assert set(args["cuda_graph_bs_decode"]) == {point.batch for point in engine.points}
@@ -117,7 +116,7 @@ class TestPlan:
         assert "load_format" not in server_args(engine, CPU, TINY)
 
     def test_what_must_be_there_comes_first(self):
-        engines = Planner(CUDA, SLICE).engines()
+        engines = Selection(CUDA, SLICE).engines()
         first = {
             (system, point.context, "1" if point.batch == 1 else "largest")
             for engine in engines
@@ -142,7 +141,7 @@ class TestPlan:
         assert contexts == set(CUDA.contexts)
 
     def test_equal_batches_have_their_upper_bound(self):
-        engines = {engine.name: engine for engine in Planner(CUDA, SLICE).engines()}
+        engines = {engine.name: engine for engine in Selection(CUDA, SLICE).engines()}
         bound = {(point.context, point.batch) for point in engines[RESIDENT].points}
         for name in (ONE_TIER, "ess 32768", "ess 131072", "ess 8192"):
             assert {(p.context, p.batch) for p in engines[name].points} <= bound
@@ -150,10 +149,10 @@ class TestPlan:
         assert any(point.batch == 52 for point in engines["hisparse 32768"].points)
 
     def test_systems_and_contexts_can_be_chosen(self):
-        engines = Planner(CUDA, SLICE, ("ess da", ONE_TIER)).engines()
+        engines = Selection(CUDA, SLICE, ("ess da", ONE_TIER)).engines()
         assert {s for engine in engines for s in engine.systems.values()} == {"ess da", ONE_TIER}
         options = gpu_serving.parser().parse_args(["--contexts", "8192", "--systems", "hisparse"])
-        engines = Planner(gpu_serving.plan_of(options), SLICE, options.systems).engines()
+        engines = Selection(gpu_serving.grid_of(options), SLICE, options.systems).engines()
         assert [engine.name for engine in engines] == ["hisparse 8192"]
         assert FIRST in engines[0].parts
         with pytest.raises(SystemExit):
@@ -161,34 +160,28 @@ class TestPlan:
 
     def test_options_change_the_plan(self):
         parse = gpu_serving.parser().parse_args
-        quick = gpu_serving.plan_of(parse(["--quick"]))
+        quick = gpu_serving.grid_of(parse(["--quick"]))
         assert quick.contexts == CUDA.lead and quick.new_tokens < CUDA.new_tokens
         assert quick.windows >= 2 * len(quick.labels) and quick.new_tokens % 64 == 0
-        more = gpu_serving.plan_of(parse(["--overlap-costs", "k.json", "--kv-gib-per-layer", "2"]))
+        more = gpu_serving.grid_of(parse(["--overlap-costs", "k.json", "--kv-gib-per-layer", "2"]))
         assert more.labels[AUTO] == "ess auto" and more.kv_gib_per_layer == 2
         assert more.windows >= 3 * len(more.labels)
-        assert gpu_serving.plan_of(parse(["--platform", "cpu"])) == CPU
+        assert gpu_serving.grid_of(parse(["--platform", "cpu"])) == CPU
 
-    def test_engines_share_a_card_as_far_as_it_goes(self):
-        engines = Planner(CUDA, SLICE).engines()
-        room = Room(4, int(72 * GIB), int(60 * GIB), int(11 * GIB))
-        found = waves(engines, CUDA, SLICE, room)
-        assert [engine for wave in found for engine in wave] == engines
-        kept = engines[0].device_bytes(CUDA, SLICE) + room.other_bytes
-        for number, wave in enumerate(found):
-            fresh = [engine for engine in wave if not engine.reuses]
-            device = sum(e.device_bytes(CUDA, SLICE) + room.other_bytes for e in fresh)
-            device += kept if number else 0
-            assert device <= room.device_bytes and len(wave) <= 4
-            assert sum(engine.host_bytes(SLICE) for engine in fresh) <= room.host_bytes
-        assert len(found) < len(engines) / 2
-        alone = waves(engines, CUDA, SLICE, Room(1, room.device_bytes, room.host_bytes, 0))
-        assert [len(wave) for wave in alone] == [1] * len(engines)
+    def test_every_mode_is_captured(self, tmp_path):
+        """The cost table of an engine whose modes take turns lets the server capture all."""
+        make = Maker(CUDA, SLICE, tmp_path, "stream", "")
+        for engine in Selection(CUDA, SLICE).engines():
+            config = EssConfig.from_env(make.environment(engine))
+            assert bool(config.overlap_costs) == (len(engine.systems) > 1)
+            if config.overlap_costs:
+                policy = OverlapPolicy(4, CostTable.read(config.overlap_costs), tuple(Mode))
+                assert policy.modes == tuple(Mode) and config.overlap == "auto"
 
 
 # --- time, and what goes wrong ------------------------------------------------------------
 
-PACE = Pace(wave=30, point=5, start=100, straggler=50)
+PACE = Pace(engine=30, point=5, start=100)
 ROOMY = {"latent_bytes": 1, "index_bytes": 1, "metadata_bytes": 1, "slots": 9, "hot_rows": None}
 
 
@@ -257,7 +250,7 @@ def a_run(tmp_path, seconds, fates=None, change=None):
 
 def engine(name, *points, system="ess off", **more):
     points = tuple(Point(512, batch, part) for batch, part in points)
-    return EnginePlan(name, {"off": system}, 64, points, 1, **more)
+    return Engine(name, {"off": system}, 64, points, 1, **more)
 
 
 def outcomes(run):
@@ -267,67 +260,58 @@ def outcomes(run):
 
 
 class TestRun:
-    WAVES = (
-        (engine("a", (1, FIRST), (2, FIRST), (3, THEN)), engine("b", (1, FIRST))),
-        (engine("c", (4, FIRST)),),
+    ENGINES = (
+        engine("a", (1, FIRST), (2, FIRST), (3, THEN)),
+        engine("b", (1, FIRST)),
+        engine("c", (4, FIRST)),
     )
 
     def test_first_things_first_and_saved_one_by_one(self, tmp_path):
         run, log, saved = a_run(tmp_path, 1000)
-        run.all(self.WAVES, (FIRST, THEN))
-        kept = [line for line in log if line.startswith(("start ", "decode ", "end "))]
-        assert kept[:6] == [
-            "start a", "start b", "decode a 1", "decode a 2", "decode b 1", "decode a 3",
+        run.all(self.ENGINES, (FIRST, THEN))
+        kept = [line for line in log if line.startswith(("start ", "decode "))]
+        assert kept == [
+            "start a", "decode a 1", "decode a 2", "decode a 3", "start b", "decode b 1",
+            "start c", "decode c 4",
         ]  # fmt: skip
-        assert sorted(kept[6:8]) == ["end a", "end b"]
-        assert kept[8:] == ["start c", "decode c 4", "end c"]
         assert set(outcomes(run).values()) == {None} and len(outcomes(run)) == 5
         assert len(saved) == 3 + 5 and saved == sorted(set(saved))  # engines and points
-        assert not run.alive
 
     def test_time_is_kept_for_what_comes_first(self, tmp_path):
-        run, _, _ = a_run(tmp_path, 36)  # of a later wave: 30
-        run.all(self.WAVES, (FIRST, THEN))
+        run, _, _ = a_run(tmp_path, 66)  # of two later engines: 60
+        run.all(self.ENGINES, (FIRST, THEN))
         found = outcomes(run)
-        assert re.match(r"out of time: 31 s left, 30 s kept", found.pop(("a", 3)))
+        assert re.match(r"out of time: 63 s left, 60 s kept", found.pop(("a", 3)))
         assert set(found.values()) == {None}
 
     def test_nothing_starts_that_would_not_end(self, tmp_path):
-        run, log, _ = a_run(tmp_path, 31)
-        run.all(self.WAVES, (FIRST, THEN))
+        run, log, _ = a_run(tmp_path, 34)
+        run.all(self.ENGINES, (FIRST, THEN))
         found = outcomes(run)
-        assert found["c", 4].startswith("out of time: 26 s left for a start")
+        assert found["c", 4].startswith("out of time: 29 s left for a start")
         assert "start c" not in log and found["b", 1] is None
         run, log, _ = a_run(tmp_path, 40, {("a", "decode"): 33})
-        run.all(self.WAVES, (FIRST, THEN))
-        assert outcomes(run)["a", 2] == "out of time: 5 s left" or (
-            outcomes(run)["a", 2] is None and outcomes(run)["b", 1].startswith("out of time")
-        )
+        run.all(self.ENGINES, (FIRST, THEN))
+        assert outcomes(run)["a", 1] is None and outcomes(run)["b", 1].startswith("out of time")
 
     def test_one_part_alone(self, tmp_path):
         run, log, _ = a_run(tmp_path, 1000)
-        run.all(self.WAVES, (THEN,))
+        run.all(self.ENGINES, (THEN,))
         assert outcomes(run) == {("a", 3): None}
         assert not any(line.startswith("start b") for line in log)
 
-    def test_what_does_not_start_gets_a_second_chance_alone(self, tmp_path):
+    def test_an_engine_that_does_not_start_leaves_the_others(self, tmp_path):
         died = WorkerError("the process died")
-        run, log, _ = a_run(tmp_path, 1000, {("b", "wait"): [died, 1]})
-        run.all(self.WAVES, (FIRST, THEN))
-        assert log.count("start b") == 2 and log.index("end c") < len(log) - log[::-1].index(
-            "start b"
-        )
-        assert set(outcomes(run).values()) == {None}
-        run, log, _ = a_run(tmp_path, 1000, {("b", "wait"): died})
-        run.all(self.WAVES, (FIRST, THEN))
-        error = outcomes(run)["b", 1]
-        assert error == "start: the process died | CUDA error: it broke"
-        assert log.count("start b") == 2 and len(outcomes(run)) == 5
+        run, _, _ = a_run(tmp_path, 1000, {("b", "wait"): died})
+        run.all(self.ENGINES, (FIRST, THEN))
+        found = outcomes(run)
+        assert found.pop(("b", 1)) == "start: the process died | CUDA error: it broke"
+        assert set(found.values()) == {None} and len(found) == 4
 
     def test_a_death_ends_one_engine_only(self, tmp_path):
         died = WorkerError("the process died")
         run, log, _ = a_run(tmp_path, 1000, {("a", "decode"): [1, died]})
-        run.all(self.WAVES, (FIRST, THEN))
+        run.all(self.ENGINES, (FIRST, THEN))
         found = outcomes(run)
         assert [found["a", n] for n in (2, 3)] == ["the process died | CUDA error: it broke"] * 2
         assert found["a", 1] is found["b", 1] is found["c", 4] is None
@@ -336,13 +320,13 @@ class TestRun:
     def test_what_hangs_is_given_up(self, tmp_path):
         hangs = WorkerError("TimeoutError: 2 requests must decode 64 tokens within 60 s: none did")
         run, log, _ = a_run(tmp_path, 1000, {("a", "decode"): [1, hangs]})
-        run.all(self.WAVES, (FIRST, THEN))
+        run.all(self.ENGINES, (FIRST, THEN))
         assert "TimeoutError" in outcomes(run)["a", 3] and "decode a 3" not in log
 
     def test_other_errors_cost_their_point(self, tmp_path):
         refused = WorkerError("ValueError: too long")
         run, _, _ = a_run(tmp_path, 1000, {("a", "decode"): [refused, 1, 1]})
-        run.all(self.WAVES, (FIRST, THEN))
+        run.all(self.ENGINES, (FIRST, THEN))
         found = outcomes(run)
         assert found["a", 1] == "ValueError: too long" and found["a", 2] is found["a", 3] is None
 
@@ -352,8 +336,8 @@ class TestRun:
 
         run, log, _ = a_run(tmp_path, 1000, change=grow)
         wave = [engine("a", (1, FIRST)), engine("r", (1, FIRST), system=RESIDENT)]
-        wave.append(EnginePlan("h", {"off": HISPARSE}, 64, (Point(512, 1),), ratio=2))
-        run.all([wave], (FIRST, THEN))
+        wave.append(Engine("h", {"off": HISPARSE}, 64, (Point(512, 1),), ratio=2))
+        run.all(wave, (FIRST, THEN))
         found = outcomes(run)
         assert "must take the compared device bytes: got" in found["a", 1]
         assert found["r", 1] is None and "decode a 1" not in log
@@ -364,24 +348,20 @@ class TestRun:
             worker.sizes["metadata_bytes"] = budget_bytes(CPU, TINY)
 
         run, _, _ = a_run(tmp_path, 1000, change=fill)
-        hisparse = EnginePlan("h", {"off": HISPARSE}, 64, (Point(512, 1),), ratio=2)
-        run.all([[hisparse, engine("a", (1, FIRST))]], (FIRST, THEN))
+        hisparse = Engine("h", {"off": HISPARSE}, 64, (Point(512, 1),), ratio=2)
+        run.all([hisparse, engine("a", (1, FIRST))], (FIRST, THEN))
         assert outcomes(run)["h", 1] is None and outcomes(run)["a", 1]
 
-    def test_one_tier_is_measured_again_without_a_start(self, tmp_path):
+    def test_one_tier_is_measured_again(self, tmp_path):
         first = engine("one", (1, FIRST), system=ONE_TIER)
-        again = engine("again", (1, FIRST), system=ONE_TIER, round=1, reuses="one")
+        again = engine("again", (1, FIRST), system=ONE_TIER, round=1)
         run, log, _ = a_run(tmp_path, 1000)
-        run.all([[first], [engine("a", (1, FIRST)), again]], (FIRST, THEN))
-        assert log.count("decode one 1") == 2 and "start again" not in log
+        run.all([first, engine("a", (1, FIRST)), again], (FIRST, THEN))
         rounds = [r["config"]["round"] for r in run.report.rows if r["metric"] == "running"]
-        assert rounds == [0, 0, 1]
-        run, log, _ = a_run(tmp_path, 1000, {("one", "wait"): WorkerError("the process died")})
-        run.all([[first], [again]], (FIRST, THEN))
-        assert "start again" in log and outcomes(run)["again", 1] is None
+        assert rounds == [0, 0, 1] and "start again" in log
 
     def test_a_kill_leaves_the_last_report(self, tmp_path, monkeypatch):
-        options = SimpleNamespace(json=tmp_path / "out.json", seed=0)
+        options = SimpleNamespace(json=tmp_path / "out.json", seed=0, quick=False)
         report = Report(machine={})
         save = gpu_serving.saver(report, options, {"batch1_context": 32768})
         report.add(*decoded("ess da", 32768, 151, 3000))
@@ -414,8 +394,8 @@ def test_the_miniature_measures_every_system(tmp_path):
     """Minutes: six engines, one after another."""
     path = tmp_path / "cpu.json"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_serving", "--platform", "cpu", "--json", path,
-         "--plot", tmp_path / "cpu.png"], cwd=ROOT, capture_output=True, text=True, timeout=1500,
+        [sys.executable, "-m", "benchmarks.serving.gpu_serving", "--platform", "cpu",
+         "--json", path, "--plot", tmp_path / "cpu.png"], cwd=ROOT, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(path.read_text())

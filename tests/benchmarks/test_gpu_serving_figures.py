@@ -1,4 +1,4 @@
-"""benchmarks/gpu_serving: what its engines do and record, windows, figures, the card's counters."""
+"""benchmarks/serving/gpu_serving: what its engines record, windows, figures, the card's counters."""
 
 import importlib.util
 import json
@@ -10,19 +10,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_serving_engine
-from benchmarks.common import Report, failed, measured, save_figure
-from benchmarks.gpu_serving_engine import AUTO, Fill, memory_of, switch_modes
-from benchmarks.gpu_serving_plan import HISPARSE, ONE_TIER, RESIDENT
-from benchmarks.gpu_serving_probe import FIGURES, Probe
-from benchmarks.gpu_serving_report import (
+from benchmarks.harness import Report, failed, measured, plot, print_failed
+from benchmarks.serving import gpu_engine
+from benchmarks.serving.gpu_engine import Fill, memory_of
+from benchmarks.serving.gpu_figures import (
     METRICS,
-    draw,
+    panels,
     point_rows,
     print_tables,
     summarise,
     windows_of,
 )  # fmt: skip
+from benchmarks.serving.gpu_grid import HISPARSE, ONE_TIER, RESIDENT
+from benchmarks.serving.gpu_probe import FIGURES, Probe
+from sglang_ess.attention.backend_cuda import EssDsaBackend
 from sglang_ess.attention.overlap import Mode, OverlapPolicy
 
 SGLANG = Path(importlib.util.find_spec("sglang").origin).parent / "srt"
@@ -38,13 +39,11 @@ class TestEngine:
 
     def test_fake_transfer_is_sglangs(self):
         text = (SGLANG / "disaggregation" / "utils.py").read_text()
-        assert re.search(r'^FAKE_BOOTSTRAP_HOST = "(.+)"', text, re.M)[1] == (
-            gpu_serving_engine.FAKE_HOST
-        )
+        assert re.search(r'^FAKE_BOOTSTRAP_HOST = "(.+)"', text, re.M)[1] == (gpu_engine.FAKE_HOST)
 
     def test_a_fill_joins_in_one_step(self):
         processed = []
-        hold = gpu_serving_engine._together(lambda scheduler: processed.append(1))
+        hold = gpu_engine.together(lambda scheduler: processed.append(1))
         queue = []
         scheduler = SimpleNamespace(disagg_decode_prealloc_queue=SimpleNamespace(queue=queue))
         hold(scheduler)
@@ -68,7 +67,7 @@ class TestEngine:
             get_kvcache=lambda: SimpleNamespace(totals=lambda: next(totals))
         )
         scheduler = SimpleNamespace(token_to_kv_pool_allocator=allocator)
-        run = gpu_serving_engine._recorded(
+        run = gpu_engine.recorded(
             lambda self, batch: ran.append(batch) or "result",
             str(record),
             lambda *asked: forced.append(asked),
@@ -89,21 +88,18 @@ class TestEngine:
         assert [one["misses"] for one in lines] == [5, None, 9]
         assert {one["batch"] for one in lines} == {3}
 
-    def test_modes_are_switched_between_steps(self, monkeypatch):
-        for name in ("__init__", "choose"):  # put back afterwards
-            monkeypatch.setattr(OverlapPolicy, name, getattr(OverlapPolicy, name))
+    def test_modes_are_switched_between_steps(self):
         splits = []
         tier = SimpleNamespace(set_split=splits.append)
         backend = SimpleNamespace(token_to_kv_pool=SimpleNamespace(tier=tier), chosen=None)
-        force = switch_modes(("off", "dba"), lambda: backend)
         backend.policy = OverlapPolicy(3, None, (Mode.OFF,))
-        assert backend.policy.modes == (Mode.OFF, Mode.DBA)
-        for label in ("dba", "dba", "off"):
-            force(label, 8)
-            assert backend.chosen is Mode(label) is backend.policy.choose(8).mode
-        assert len(splits) == 2 and all(split.all() for split in splits)
-        switch_modes((AUTO,), lambda: None)("da", 1)  # one-tier: nothing to switch
-        assert OverlapPolicy(3, None).modes == tuple(Mode)
+        backend._choose = lambda batch: EssDsaBackend._choose(backend, batch)
+        for mode in (Mode.OFF, Mode.DBA, Mode.DBA, Mode.OFF):
+            EssDsaBackend.force_mode(backend, mode, 8)
+            assert backend.chosen is mode is backend.policy.choose(8).mode
+        assert len(splits) == 3 and all(split.all() for split in splits)
+        EssDsaBackend.force_mode(backend, None, 8)
+        assert backend.policy.forced is None and backend.chosen is Mode.OFF
 
     def test_bytes_are_counted_by_their_use(self):
         index = [torch.zeros(10, 132, dtype=torch.uint8)] * 2
@@ -260,9 +256,11 @@ class TestSummary:
         report.add(failed("decode", config, "decode_tokens_per_s", "tokens/s", "out of time"))
         summarise(report, 32768)
         print_tables(report)
+        print_failed(report)
         said = capsys.readouterr().out
-        assert "one-tier again" in said and "ess budgets, 1 rows: out of time" in said
-        save_figure(tmp_path / "a.png", lambda axes: draw(report, axes))
+        assert "one-tier again" in said
+        assert "decode_tokens_per_s of decode ess budgets 32768 9 0: out of time" in said
+        plot(tmp_path / "a.png", *panels(report))
         assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
@@ -275,10 +273,9 @@ class FakeNvml:
     NVML_GPM_METRICS_GET_VERSION = 1
     NVML_GPM_METRIC_GRAPHICS_UTIL, NVML_GPM_METRIC_SM_UTIL = 1, 2
     NVML_GPM_METRIC_PCIE_TX_PER_SEC, NVML_GPM_METRIC_PCIE_RX_PER_SEC = 20, 21
-    NVML_PCIE_UTIL_RX_BYTES, NVML_PCIE_UTIL_TX_BYTES = "rx", "tx"
 
-    def __init__(self, gpm=True, lacks=()):
-        self.gpm, self.lacks, self.samples = gpm, lacks, 0
+    def __init__(self, lacks=()):
+        self.lacks, self.samples = lacks, 0
 
     def __getattribute__(self, name):
         if name in object.__getattribute__(self, "lacks"):
@@ -293,9 +290,6 @@ class FakeNvml:
 
     def nvmlDeviceGetName(self, device):
         return b"NVIDIA H100"
-
-    def nvmlGpmQueryDeviceSupport(self, device):
-        return SimpleNamespace(isSupportedDevice=int(self.gpm))
 
     def nvmlGpmSampleAlloc(self):
         self.samples += 1
@@ -316,12 +310,6 @@ class FakeNvml:
         for metric in request.metrics[:4]:
             metric.value = values[metric.metricId]
         request.metrics[3].nvmlReturn = 3
-
-    def nvmlDeviceGetPcieThroughput(self, device, counter):
-        return {"rx": 2_000_000, "tx": 1_000_000}[counter]
-
-    def nvmlDeviceGetUtilizationRates(self, device):
-        return SimpleNamespace(gpu=70)
 
 
 def sampled(probe, count):
@@ -351,18 +339,16 @@ class TestProbe:
         sampled(probe, 1)
         assert nvml.samples == len(probe._samples)  # the earlier ones were freed
 
-    @pytest.mark.parametrize("gpm, lacks", [(False, ()), (True, ("nvmlGpmSampleGet",))])
-    def test_older_calls(self, gpm, lacks):
-        probe = Probe(FakeNvml(gpm, lacks))
-        assert probe.kind == "legacy"
-        found = probe.between(*sampled(probe, 5))
-        assert found == {"pcie": 2.048, "pcie_out": 1.024, "gpu_busy": 0.7, "sm_busy": None}
+    def test_a_card_without_gpm_gives_no_figures(self):
+        probe = Probe(FakeNvml(("nvmlGpmSampleGet",)))
+        assert probe.kind is None and probe.facts["gpu"] == "NVIDIA H100"
+        assert "GPM must give samples: got" in probe.why_none()
 
     def test_what_is_not_there_is_not_guessed(self):
-        probe = Probe(FakeNvml(False, ("nvmlDeviceGetPcieThroughput",)))
+        probe = Probe(FakeNvml())
         found = probe.between(*sampled(probe, 5))
-        assert found["pcie"] is None and found["gpu_busy"] == 0.7
-        assert probe.why_none() == "the card's legacy counters do not give it"
+        assert found["sm_busy"] is None
+        assert probe.why_none() == "the card's counters do not give it"
         none = Probe(FakeNvml(lacks=("nvmlInit",)))
         assert none.kind is None and "Not Supported" in none.why_none()
         with none.sampling():
@@ -381,4 +367,4 @@ class TestProbe:
             "NVMLError",
             "nvmlReturn",
         }
-        assert len(names) > 15 and all(hasattr(pynvml, name) for name in names)
+        assert len(names) > 12 and all(hasattr(pynvml, name) for name in names)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from benchmarks.common import Report
-from benchmarks.gpu_serving_plan import SYSTEMS
-from benchmarks.gpu_serving_report import METRICS
+from benchmarks.harness import Report
+from benchmarks.serving.gpu_figures import METRICS
+from benchmarks.serving.gpu_grid import SYSTEMS
 from sglang_ess.sim.model.decode_tiers import measure
 from sglang_ess.sim.model.locality import Locality
 from tools import predict_gpu

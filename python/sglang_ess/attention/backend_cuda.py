@@ -164,9 +164,21 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             return
         self.policy.observe(tier.read()[0], self.dsa_index_topk)
         tier.mirror()
+        self._choose(batch)
+
+    def _choose(self, batch: int) -> None:
         choice = self.policy.choose(batch)
         self.chosen = choice.mode
-        tier.set_split(choice.split)
+        self.token_to_kv_pool.tier.set_split(choice.split)
+
+    def force_mode(self, mode: Mode | None, batch: int) -> None:
+        """Use one mode from the next step on; None: choose by the cost table. For measurements.
+
+        The decode graphs of the mode must have been captured: it is one of policy.modes.
+        """
+        if mode != self.policy.forced:
+            self.policy.forced = mode
+            self._choose(batch)
 
     def _begin_prompts(self, forward_batch) -> None:
         prefix = list(forward_batch.extend_prefix_lens_cpu)

@@ -135,6 +135,7 @@ class OverlapPolicy:
         self._seen = False
         self._mode: dict[int, Mode] = {}
         self.layers = layers
+        self.forced: Mode | None = None  # a mode that replaces every choice
 
     @property
     def misses(self) -> np.ndarray:
@@ -159,6 +160,8 @@ class OverlapPolicy:
     def choose(self, batch: int) -> Choice:
         """For a step of `batch` queries."""
         apart = np.ones(self.layers, bool)
+        if self.forced is not None:
+            return Choice(self.forced, apart)
         if self._table is None:
             return Choice(self.modes[0], apart)
         off = self._table.cost(Mode.OFF, batch, self._misses)

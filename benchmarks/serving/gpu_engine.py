@@ -1,15 +1,15 @@
 """A decode server that gpu_serving fills with requests whose prompts nobody computes.
 
-SGLang's fake transfer says at once that a prompt's rows have arrived: the slots hold whatever
-they held, which costs a step what true rows would. A request's id says how many others it must
+SGLang's fake transfer reports at once that a prompt's rows have arrived: the slots hold what they
+held before, which costs a step what true rows would. A request's id says how many others it must
 wait for and how the scheduler's process has to run their steps:
 
     <fill>.<batch>.<label+label+...>.<steps>.<number>
 
 The requests of a fill join in one step. Its steps then go in windows of <steps>, the labels in
-turn: each names the mode of overlap (off, da, dba), or "auto" for the server's own choice, of
-an engine with ESS on a GPU. One engine has a decode graph of every mode, so the modes are compared
-on one batch, one hot tier and one minute.
+turn: each names the mode of overlap (off, da, dba), or "auto" for the server's own choice. One
+engine with ESS on a GPU has a decode graph of every mode, so the modes are compared on one batch,
+one hot tier and one minute.
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from benchmarks.serving.engines import RECORD_VAR, RecordedEngine, greedy
+from benchmarks.serving.engines import RECORD_VAR, RecordedEngine, greedy, with_facts
 from sglang_ess.cpu import set_thread_defaults
 
-MODES_VAR = "ESS_BENCH_MODES"  # labels that the engine needs decode graphs for
 FAKE_HOST = "2.2.2.2"  # sglang.srt.disaggregation.utils.FAKE_BOOTSTRAP_HOST; a test compares
 AUTO = "auto"
 LEAVE_SECONDS = 20  # for requests to end once they are aborted
@@ -47,11 +44,10 @@ class Fill(NamedTuple):
         return cls(int(number), int(batch), tuple(labels.split("+")), int(steps))
 
     def rid(self, request: int) -> str:
-        labels = "+".join(self.labels)
-        return f"{self.number}.{self.batch}.{labels}.{self.steps}.{request}"
+        return f"{self.number}.{self.batch}.{'+'.join(self.labels)}.{self.steps}.{request}"
 
     def label(self, index: int) -> str:
-        """Of the fill's decode pass `index`."""
+        """Label of the fill's decode pass `index`."""
         return self.labels[index // self.steps % len(self.labels)]
 
 
@@ -64,15 +60,14 @@ def run_decode_scheduler(*args, **kwargs) -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    force = _all_modes(os.environ[MODES_VAR].split("+"))
-    Scheduler.process_decode_queue = _together(Scheduler.process_decode_queue)
-    Scheduler.run_batch = _recorded(Scheduler.run_batch, os.environ[RECORD_VAR], force)
-    Scheduler.get_init_info = _with_memory(Scheduler.get_init_info)
+    Scheduler.process_decode_queue = together(Scheduler.process_decode_queue)
+    Scheduler.run_batch = recorded(Scheduler.run_batch, os.environ[RECORD_VAR], _mode_switch())
+    Scheduler.get_init_info = with_facts(Scheduler.get_init_info, _facts)
     run_scheduler_process(*args, **kwargs)
 
 
-def _together(process_decode_queue: Callable) -> Callable:
-    """Nothing of a fill leaves the queue of arrivals before all of it is there."""
+def together(process_decode_queue: Callable) -> Callable:
+    """Keep a fill in the queue of arrivals until all of it is there."""
     released = -1
 
     @functools.wraps(process_decode_queue)
@@ -88,9 +83,9 @@ def _together(process_decode_queue: Callable) -> Callable:
     return call
 
 
-def _recorded(run_batch: Callable, record: str, force: Callable[[str, int], None]) -> Callable:
-    """Each decode pass appends a line: its fill, its number there and its label, and when it was
-    launched. Nothing is asked of the device: misses are the pool's last known total, or null.
+def recorded(run_batch: Callable, record: str, force: Callable[[str, int], None]) -> Callable:
+    """Each decode pass appends a line: its fill, its index there and its label, and when it was
+    launched. The device is not asked: misses are the pool's last known total, or null.
     """
     file = open(record, "a", buffering=1)
     fill, index = None, 0
@@ -114,74 +109,38 @@ def _recorded(run_batch: Callable, record: str, force: Callable[[str, int], None
     return call
 
 
-def _all_modes(labels: Sequence[str]) -> Callable[[str, int], None]:
-    """switch_modes() where there is a card to overlap on; elsewhere a label changes nothing."""
+def _mode_switch() -> Callable[[str, int], None]:
+    """force(label, batch): the mode of the next steps. One tier and the CPU have none."""
     import torch
 
     if not torch.cuda.is_available():
         return lambda label, batch: None
     from sglang_ess.attention import backend_cuda
-
-    return switch_modes(labels, lambda: backend_cuda.active)
-
-
-def switch_modes(labels: Sequence[str], active: Callable[[], Any]) -> Callable[[str, int], None]:
-    """Have an EssDsaBackend capture graphs of these modes; what this returns sets the mode
-    of a batch's next steps.
-
-    active: gives the process's backend, None one-tier. Effect: patches OverlapPolicy
-    """
-    from sglang_ess.attention.overlap import Choice, Mode, OverlapPolicy
-
-    forced: Mode | None = None
-    construct, choose = OverlapPolicy.__init__, OverlapPolicy.choose
-
-    @functools.wraps(construct)
-    def with_modes(self, *args, **kwargs):
-        construct(self, *args, **kwargs)
-        self.modes = tuple(Mode) if AUTO in labels else tuple(map(Mode, labels))
-
-    @functools.wraps(choose)
-    def forced_choice(self, batch: int) -> Choice:
-        return choose(self, batch) if forced is None else Choice(forced, np.ones(self.layers, bool))
+    from sglang_ess.attention.overlap import Mode
 
     def force(label: str, batch: int) -> None:
-        nonlocal forced
-        backend, wanted = active(), None if label == AUTO else Mode(label)
-        if backend is None or wanted == forced:
-            return
-        forced = wanted
-        choice = backend.policy.choose(batch)
-        backend.chosen = choice.mode
-        backend.token_to_kv_pool.tier.set_split(choice.split)
+        if backend_cuda.active is not None:
+            backend_cuda.active.force_mode(None if label == AUTO else Mode(label), batch)
 
-    OverlapPolicy.__init__, OverlapPolicy.choose = with_modes, forced_choice
     return force
 
 
-def _with_memory(get_init_info: Callable) -> Callable:
-    """The handshake with "bench_pool": what the KV pool really holds, counted by its buffers."""
-
-    @functools.wraps(get_init_info)
-    def call(self):
-        info = get_init_info(self)
-        pool = self.token_to_kv_pool_allocator.get_kvcache()
-        facts = {"slots": self.token_to_kv_pool_allocator.size, "pid": os.getpid()}
-        facts |= {"most_requests": self.max_running_requests}
-        facts |= memory_of(pool, getattr(self, "hisparse_coordinator", None)) | _device_memory()
-        if getattr(self, "hisparse_coordinator", None) is not None:
-            facts["metadata_bytes"] += _nbytes(self.token_to_kv_pool_allocator)
-        return {**info, "bench_pool": facts}
-
-    return call
+def _facts(scheduler: Any, pool: Any) -> dict[str, Any]:
+    """What the KV pool really holds, counted by its buffers."""
+    allocator = scheduler.token_to_kv_pool_allocator
+    coordinator = getattr(scheduler, "hisparse_coordinator", None)
+    facts = {"slots": allocator.size} | memory_of(pool, coordinator) | _device_memory()
+    if coordinator is not None:
+        facts["metadata_bytes"] += _nbytes(allocator)
+    return facts
 
 
 def memory_of(pool: Any, coordinator: Any = None) -> dict[str, Any]:
-    """Bytes of a sparse model's pool by what they are for.
+    """Bytes of a sparse model's pool by their use.
 
     latent_bytes: device rows; index_bytes: index keys; metadata_bytes: the rest on the device
     (maps, staging, plans; HiSparse's tables, which SGLang does not count); host_bytes: rows
-    hot_rows: of a layer, on average; None where every slot has its device row
+    hot_rows: of a layer, on average; None if every slot has its device row
     """
     index = sum(buffer.nbytes for buffer in pool.index_k_with_scale_buffer)
     if hasattr(pool, "hot_caches"):
@@ -201,7 +160,7 @@ def memory_of(pool: Any, coordinator: Any = None) -> dict[str, Any]:
 
 
 def _nbytes(owner: Any) -> int:
-    """Of the tensors that it holds on a device."""
+    """Bytes of its tensors on a device."""
     import torch
 
     tensors = [value for value in vars(owner).values() if isinstance(value, torch.Tensor)]
@@ -209,11 +168,11 @@ def _nbytes(owner: Any) -> int:
 
 
 def _device_memory() -> dict[str, int | None]:
-    """Of this process as torch sees it, and what the card has left; null without one."""
+    """Bytes of this process by torch's count, and what the card has left; None without one."""
     import torch
 
     if not torch.cuda.is_available():
-        return {"allocated_bytes": None, "reserved_bytes": None, "free_bytes": None}
+        return dict.fromkeys(("allocated_bytes", "reserved_bytes", "free_bytes"))
     return {
         "allocated_bytes": torch.cuda.memory_allocated(),
         "reserved_bytes": torch.cuda.memory_reserved(),
@@ -242,8 +201,8 @@ class DecodeEngine(RecordedEngine):
     ) -> list[dict]:  # fmt: skip
         """Decode `batch` requests of `context` tokens for new_tokens steps; their passes.
 
-        Those that did not fit are sent away when the first ones are done.
-        Raises: TimeoutError where none is done in `seconds`; whatever a request raised.
+        Requests that did not fit are aborted when the first ones are done.
+        Raises: TimeoutError if none is done in `seconds`; what a request raised.
         """
         self._passes()
         fill = Fill(self._fills, batch, tuple(labels), steps)
@@ -254,21 +213,15 @@ class DecodeEngine(RecordedEngine):
     async def _run(self, fill: Fill, context: int, new_tokens: int, seconds: float) -> None:
         prompt = [(31 * i) % self._vocabulary for i in range(context)]
         tasks = [
-            asyncio.ensure_future(
-                self._engine.async_generate(
-                    input_ids=prompt,
-                    sampling_params=greedy(new_tokens),
-                    rid=fill.rid(i),
-                    bootstrap_host=FAKE_HOST,
-                    bootstrap_room=fill.number * 1_000_000 + i + 1,
-                )
-            )
+            asyncio.ensure_future(self._engine.async_generate(
+                input_ids=prompt, sampling_params=greedy(new_tokens), rid=fill.rid(i),
+                bootstrap_host=FAKE_HOST, bootstrap_room=fill.number * 1_000_000 + i + 1,
+            ))
             for i in range(fill.batch)
-        ]
-        done, _ = await asyncio.wait(
-            tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-        )  # fmt: skip
-        # One step ends all that joined in one step: their answers are under way.
+        ]  # fmt: skip
+        first = asyncio.FIRST_COMPLETED
+        done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=first)
+        # All that joined in one step end in one step: their answers are under way.
         await asyncio.wait(tasks, timeout=0.5)
         self._engine.tokenizer_manager.abort_request(abort_all=True)
         await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LEAVE_SECONDS)
