@@ -395,7 +395,8 @@ def test_the_miniature_measures_every_system(tmp_path):
     path = tmp_path / "cpu.json"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.serving.gpu_serving", "--platform", "cpu",
-         "--json", path, "--plot", tmp_path / "cpu.png"], cwd=ROOT, capture_output=True, text=True, timeout=1500,
+         "--json", path, "--plot", tmp_path / "cpu.png"],
+        cwd=ROOT, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""benchmarks/serving/gpu_serving: what its engines record, windows, figures, the card's counters."""
+"""benchmarks/serving/gpu_serving: what engines record, windows, figures, the card's counters."""
 
 import importlib.util
 import json
