@@ -1,8 +1,8 @@
 """plan, and a whole swap-in: plan and fetch, in comparison with SGLang's HiSparse kernel.
 
 HiSparse resolves a request's top-k and copies its misses in one kernel, one block a request, so
-its counterpart is our plan and fetch. With rebuild_order, which the server runs after attention has its
-rows, that is all that one layer and step costs. Both get the same requests, hot rows of the same
+its counterpart is our plan and fetch. With rebuild_order, which the server runs after attention has
+its rows, that is all that one layer and step costs. Both get the same requests, hot rows of the same
 bytes, order of use and misses (points.Steady), and start each sample from that state.
 """
 
@@ -157,7 +157,7 @@ class HiSparse:
 
 
 def measure_plans(run: Run) -> None:
-    """plan alone, then swap-ins: ours, ours with rebuild_order, HiSparse's; at points (batch, misses)."""
+    """plan alone, then swap-ins: ours, ours with rebuild_order, HiSparse's; at run.points."""
     for batch, misses in run.points:
         config = {"batch": batch, "misses": misses}
         run.bench.begin(f"plan and swap-in {config}")
