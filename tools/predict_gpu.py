@@ -33,9 +33,17 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from benchmarks import common
-from benchmarks.common import Report, measured, simulated, table
-from benchmarks.validate_step_time import draw, halves
+from benchmarks.harness import (
+    Panel,
+    Report,
+    argument_parser,
+    finish,
+    measured,
+    pivot,
+    print_table,
+    simulated,
+)
+from benchmarks.validate_step_time import halves
 from sglang_ess.sim.inputs.specs import Calibration, Model, load, names
 from sglang_ess.sim.model.cost import CostModel
 from sglang_ess.sim.model.decode_tiers import measure
@@ -229,26 +237,30 @@ def _summarise(report: Report, found: Sequence[tuple[str, Prediction]]) -> None:
 # --- output -----------------------------------------------------------------------------
 
 
+COLUMNS = {
+    "system": "system", "context": "context", "batch": "batch", "layers": "layers",
+    "running": "running", "ms": "step measured", "predicted": "step simulated",
+    "tokens/s": "decode_tokens_per_s measured", "predicted ": "decode_tokens_per_s simulated",
+    "misses": "misses measured", "predicted  ": "misses simulated", "error %": "error:.1%",
+}  # fmt: skip
+
+
 def print_tables(report: Report) -> None:
-    """Every point that was predicted, and the summary."""
-    lines: dict[tuple, list] = {}
-    for row in report.rows:
-        at = row["config"]
-        if at["half"] == "predicted":
-            of = at["system"], at["context"], at["batch"], at["layers"]
-            line = lines.setdefault(of, [*of, row["running"], *[None] * 6, None])
-            column = 5 + 2 * METRICS.index(row["metric"]) + (row["kind"] == "simulated")
-            line[column] = row["median"]
-            if column == 6:
-                line[-1] = 100 * row["error"]
-    headers = ("system", "context", "batch", "layers", "running", "ms", "predicted", "tokens/s",
-               "predicted", "misses", "predicted", "error %")  # fmt: skip
-    print(table(headers, lines.values()))
-    print()
-    print(table(["summary", ""], report.summary.items()))
+    """Print every point that was predicted."""
+    rows = [row for row in report.rows if row["config"]["half"] == "predicted"]
+    at = ("system", "context", "batch", "layers", "running")
+    lines = pivot(rows, at, lambda row: f"{row['metric']} {row['kind']}")
+    for line in lines:
+        line["error"] = line["step simulated"] / line["step measured"] - 1
+    print_table(lines, COLUMNS)
 
 
-METRICS = ("step", "decode_tokens_per_s", "misses")
+def panel(report: Report) -> Panel:
+    """Predicted over measured milliseconds of a step."""
+    rows = pivot(report.select(NAME, "step"), ("system", "context", "batch", "half"), "kind")
+    axes = {"xlabel": "measured ms", "ylabel": "predicted ms", "title": "Decode steps"}
+    return Panel(rows, "measured", "simulated", "half", axes=axes,
+                 styles={"fitted": "x", "predicted": "o"})  # fmt: skip
 
 
 def parser():
@@ -273,12 +285,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{NAME}: {error}", file=sys.stderr)
         return 2
     print_tables(report)
-    if options.json:
-        files = {"kernels": str(options.kernels), "serving": str(options.serving)}
-        report.write(options.json, options.seed, quick=options.quick, gpu=served.gpu, **files)
-    if options.plot:
-        steps = Report([row for row in report.rows if row["metric"] == "step"], machine={})
-        common.save_figure(options.plot, lambda axes: draw(steps, axes), (5.5, 4.5), 1)
+    files = {"kernels": str(options.kernels), "serving": str(options.serving)}
+    finish(report, options, panel(report), gpu=served.gpu, **files)
     return 0
 
 
