@@ -264,11 +264,9 @@ def panel(report: Report) -> Panel:
 
 
 def parser():
-    options = common.arguments("The simulator's decode steps beside those measured on a GPU host.")
+    options = argument_parser("The simulator's decode steps beside those measured on a GPU host.")
     options.add_argument("--kernels", type=Path, required=True, help="of benchmarks.kernels")
-    options.add_argument(
-        "--serving", type=Path, required=True, help="of benchmarks.serving.gpu_serving"
-    )
+    options.add_argument("--serving", type=Path, required=True, help="of gpu_serving")
     options.add_argument("--gpu", choices=names("gpus"), help="[the card that --kernels names]")
     return options
 
