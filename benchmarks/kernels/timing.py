@@ -77,11 +77,8 @@ class Bench:
         self.quick = quick or not self.on_cuda
         self.progress = Progress()
         self.wrong: list[str] = []
-        self._samples = QUICK_SAMPLES if quick else SAMPLES
-        if not self.on_cuda:
-            self._samples = 1
+        self._samples = 1 if not self.on_cuda else QUICK_SAMPLES if quick else SAMPLES
         self._end = None if seconds is None else time.monotonic() + seconds
-        self._flush = None
         if self.on_cuda:
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             self._flush = torch.empty(size, dtype=torch.uint8, device=device)
@@ -92,16 +89,18 @@ class Bench:
         Returns the median in us, None if it failed.
         """
         try:
-            self.check_time()
+            self._check_time()
             subject = make()
-            self._check(subject)
+            subject.before()
+            subject.ops[0]()
+            self._synchronize()
+            subject.check(0)
             samples = self._measure(subject, timer if self.on_cuda else WALL)
         except Exception as error:
             self.fail(name, config, error, **extra)
             return None
         row = measured(name, config, "time", "us", samples, timer=timer, **extra)
-        row["l2"] = "cold" if timer == GRAPH else "as left"
-        row["sets"] = len(subject.ops)
+        row |= {"l2": "cold" if timer == GRAPH else "as left", "sets": len(subject.ops)}
         if subject.num_bytes:
             row["bytes_moved"] = subject.num_bytes
             row["gb_per_s"] = subject.num_bytes / row["median"] / 1e3
@@ -111,7 +110,7 @@ class Bench:
         return row["median"]
 
     def fail(self, name: str, config: dict, error: Exception, **extra) -> None:
-        """Keep a failed row; a wrong result also fails the run."""
+        """Add a failed row; a wrong result also fails the run."""
         if isinstance(error, WrongResult):
             self.wrong.append(f"{name} {config}")
         reason = _line(error)
@@ -122,59 +121,44 @@ class Bench:
 
     def begin(self, what: str) -> None:
         """Print what comes next. Raises: OutOfTime once the run's time is up."""
-        self.check_time()
+        self._check_time()
         self.progress(what)
 
-    def check_time(self) -> None:
-        """Raises: OutOfTime once the run's time is up."""
+    def _check_time(self) -> None:
         if self._end is not None and time.monotonic() > self._end:
             raise OutOfTime("the run's time (--seconds) was up")
 
-    def synchronize(self) -> None:
+    def _synchronize(self) -> None:
         if self.on_cuda:
             torch.cuda.synchronize()
 
     def captured(self, call: Callable[[], None]) -> Callable[[], None]:
-        """The replay of a graph of call, which must have run before; call itself off the device."""
-        if not self.on_cuda:
-            return call
+        """The replay of a graph of call, which must have run before."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
         return graph.replay
 
-    def _check(self, subject: Subject) -> None:
-        subject.before()
-        subject.ops[0]()
-        self.synchronize()
-        subject.check(0)
-
     def _measure(self, subject: Subject, timer: str) -> list[float]:
         """us of one operation, a figure a sample."""
-        run, spent = self._runner(subject, timer), 0.0
-        samples: list[float] = []
-        while len(samples) < self._samples and (
-            len(samples) < MIN_SAMPLES or spent < MAX_SAMPLES_S
-        ):
-            start = time.monotonic()
-            samples.append(run() / len(subject.ops))
-            spent += time.monotonic() - start
-        if timer == GRAPH:  # the last replay's results, too
-            subject.check(len(subject.ops) - 1)
-        return samples
-
-    def _runner(self, subject: Subject, timer: str) -> Callable[[], float]:
-        """A call that takes one sample, in us."""
 
         def run_all() -> None:
             for op in subject.ops:
                 op()
 
-        if timer == WALL:
-            return lambda: self._wall(subject.before, run_all)
-        replay = self._capture(subject, run_all) if timer == GRAPH else run_all
-        return lambda: self.events(subject.before, replay)
+        call = self._capture(subject, run_all) if timer == GRAPH else run_all
+        take = self._wall if timer == WALL else self.events
+        spent, samples = 0.0, []
+        while len(samples) < self._samples and (
+            len(samples) < MIN_SAMPLES or spent < MAX_SAMPLES_S
+        ):
+            start = time.monotonic()
+            samples.append(take(subject.before, call) / len(subject.ops))
+            spent += time.monotonic() - start
+        if timer == GRAPH:  # the last replay's results, too
+            subject.check(len(subject.ops) - 1)
+        return samples
 
     def _capture(self, subject: Subject, run_all: Callable[[], None]) -> Callable[[], None]:
         side = torch.cuda.Stream()
@@ -201,8 +185,8 @@ class Bench:
 
     def _wall(self, before, call) -> float:
         before()
-        self.synchronize()
+        self._synchronize()
         start = time.perf_counter()
         call()
-        self.synchronize()
+        self._synchronize()
         return (time.perf_counter() - start) * 1e6

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
-from benchmarks.harness import Panel, Report, failed, find, measured, pivot, print_table, select
+from benchmarks.harness import Panel, Report, find, measured, pivot, print_table, select
 from benchmarks.serving.gpu_grid import ESS_SYSTEMS, HISPARSE, ONE_TIER, RESIDENT, SYSTEMS
 
 DROPPED_STEPS = 2  # of a window: its first steps finish what was launched in the mode before
 METRICS = {
-    "step": "ms",
-    "decode_tokens_per_s": "tokens/s",
-    "itl_p50": "ms",
-    "itl_p99": "ms",
-    "running": "requests",
-    "tokens": "tokens/request",
-    "misses": "rows/request/layer/step",
-    "pcie": "GB/s",
-    "pcie_out": "GB/s",
-    "gpu_busy": "ratio",
-    "sm_busy": "ratio",
-}
-PROBED = ("pcie", "pcie_out", "gpu_busy", "sm_busy")
+    "step": "ms", "decode_tokens_per_s": "tokens/s", "itl_p50": "ms", "itl_p99": "ms",
+    "running": "requests", "tokens": "tokens/request", "misses": "rows/request/layer/step",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,14 +28,6 @@ class Window:
 
     label: str
     passes: tuple[dict, ...]
-
-    @property
-    def start(self) -> float:
-        return self.passes[DROPPED_STEPS]["start"]
-
-    @property
-    def end(self) -> float:
-        return self.passes[-1]["start"]
 
     @property
     def running(self) -> int:
@@ -99,44 +81,24 @@ def windows_of(passes: Sequence[dict], dropped: int, steps: int) -> list[Window]
     return found
 
 
-def point_rows(
-    windows: Sequence[Window],
-    config: dict,
-    layers: int,
-    between: Callable[[float, float], dict],
-    why_none: Callable[[], str],
-) -> list[dict]:
-    """The rows of one system at one point. between, why_none: of a Probe"""
-
-    def row(metric: str, samples: Iterable[float | None]) -> dict:
-        known = [value for value in samples if value is not None]
-        if not known:
-            return failed("decode", config, metric, METRICS[metric], why_none())
-        return measured("decode", config, metric, METRICS[metric], known)
-
+def point_rows(windows: Sequence[Window], config: dict, layers: int) -> list[dict]:
+    """The rows of one system at one point."""
     steps = [1e3 * step for window in windows for step in window.steps]
-    rows = [
-        row("step", steps),
-        row("decode_tokens_per_s", [window.tokens_per_s for window in windows]),
-        row("itl_p50", [float(np.percentile(steps, 50))]),
-        row("itl_p99", [float(np.percentile(steps, 99))]),
-        row("running", [window.running for window in windows]),
-        row("tokens", [config["context"] + window.mean_index for window in windows]),
-    ]
     misses = [window.misses(layers) for window in windows]
-    if known := [value for value in misses if value is not None]:
-        rows.append(row("misses", known))
-    probed = [between(window.start, window.end) for window in windows]
-    if is_one_stretch(windows) and not any(one["pcie"] is not None for one in probed):
-        probed = [between(windows[0].start, windows[-1].end)]
-    return rows + [row(name, [one[name] for one in probed]) for name in PROBED]
-
-
-def is_one_stretch(windows: Sequence[Window]) -> bool:
-    """Whether no other window ran between them."""
-    steps = len(windows[0].passes)
-    first = [window.passes[0]["index"] for window in windows]
-    return all(b - a == steps for a, b in zip(first, first[1:], strict=False))
+    samples = {
+        "step": steps,
+        "decode_tokens_per_s": [window.tokens_per_s for window in windows],
+        "itl_p50": [float(np.percentile(steps, 50))],
+        "itl_p99": [float(np.percentile(steps, 99))],
+        "running": [window.running for window in windows],
+        "tokens": [config["context"] + window.mean_index for window in windows],
+        "misses": [value for value in misses if value is not None],
+    }
+    return [
+        measured("decode", config, metric, METRICS[metric], values)
+        for metric, values in samples.items()
+        if values
+    ]
 
 
 # --- summary ----------------------------------------------------------------------------
@@ -222,15 +184,14 @@ def _drift(rows: Sequence[dict]) -> float | None:
 COLUMNS = {"context": lambda line: context_name(line["context"]), "batch": "batch",
            "system": lambda line: line["system"] + " again" * line["round"], "step ms": "step",
            "tokens/s": "decode_tokens_per_s", "p50": "itl_p50", "p99": "itl_p99",
-           "running": "running", "tokens": "tokens", "misses": "misses", "in GB/s": "pcie",
-           "out GB/s": "pcie_out", "busy": "gpu_busy", "SM busy": "sm_busy"}  # fmt: skip
+           "running": "running", "tokens": "tokens", "misses": "misses"}  # fmt: skip
 
 
 def print_tables(report: Report) -> None:
     lines = pivot(report.select("decode", kind="measured"), ("context", "batch", "system", "round"))
     lines.sort(key=lambda line: (line["context"], line["batch"], SYSTEMS.index(line["system"]),
                                  line["round"]))  # fmt: skip
-    title = "decode: medians; misses: rows a request, layer and step; busy: share of the time"
+    title = "decode: medians; misses: rows a request, layer and step"
     print_table(lines, COLUMNS, title)
 
 

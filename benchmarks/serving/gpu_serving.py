@@ -17,7 +17,7 @@ hot tiers fill, then windows of 32 steps. Modes of overlap take turns window by 
 batch, so they are paired; two engines are not: one-tier is measured again at the end (`drift`). A
 step's time is the distance between two launches in the scheduler's process, with SGLang's
 overlapped scheduling on; it is what every request waits for its token (ITL). Misses are the pool's
-own count; HiSparse has none (its PCIe rate tells).
+own count; HiSparse has none.
 
 Order. One engine after another, the most important first; a start takes a minute or more. Each
 measures its first part (batch 1 at 32K, the largest batch at 32K and 128K), then the rest if that
@@ -31,6 +31,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -70,7 +71,6 @@ from benchmarks.serving.gpu_grid import (
     ess_options,
     server_args,
 )
-from benchmarks.serving.gpu_probe import Probe
 from benchmarks.serving.shared import end_on_sigterm, engine_env, run_module, write_tiny_model
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, PAGE_SLOTS
@@ -239,7 +239,6 @@ class Run:
     report: Report
     clock: Clock
     pace: Pace
-    probe: Probe
     make: Callable[[Engine], EngineWorker]
     save: Callable[[], None]
     progress: Callable[[str], None]
@@ -334,18 +333,16 @@ class Run:
         """Rows of every system of the engine."""
         grid, labels = self.grid, list(engine.systems)
         seconds = min(max(self.clock.left() - LEAVE_SECONDS, 5), DECODE_SECONDS)
-        with self.probe.sampling():
-            passes = worker.call(
-                "decode", point.batch, point.context, grid.new_tokens, labels, grid.steps, seconds,
-                timeout=seconds + LEAVE_SECONDS + 5,
-            )  # fmt: skip
+        passes = worker.call(
+            "decode", point.batch, point.context, grid.new_tokens, labels, grid.steps, seconds,
+            timeout=seconds + LEAVE_SECONDS + 5,
+        )  # fmt: skip
         windows, rows = windows_of(passes, grid.dropped, grid.steps), []
         for label, system in engine.systems.items():
             mine = [window for window in windows if window.label == label]
             if not mine:
                 raise ValueError(f"a fill must have windows of {system}: got none")
-            rows += point_rows(mine, {"system": system} | config, self.model.layers,
-                               self.probe.between, self.probe.why_none)  # fmt: skip
+            rows += point_rows(mine, {"system": system} | config, self.model.layers)
             self.progress(f"{system}, {mine[0].running} of {point.batch} x {point.context}: "
                           f"{1e3 * mine[-1].running / mine[-1].tokens_per_s:.2f} ms")  # fmt: skip
         return rows
@@ -357,6 +354,16 @@ def slice_facts(model: Model) -> dict | None:
         return json.loads((Path(model.path) / "slice_model.json").read_text())
     except (OSError, ValueError):
         return None
+
+
+def card_facts() -> dict[str, Any]:
+    """Name and driver of the card; nothing without one."""
+    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(("gpu", "driver"), done.stdout.strip().split(", "), strict=False))
 
 
 def saver(report: Report, options, facts: dict) -> Callable[[], None]:
@@ -373,7 +380,7 @@ def saver(report: Report, options, facts: dict) -> Callable[[], None]:
 
 
 def measure(options, directory: Path) -> Report:
-    progress, clock, probe = Progress(), Clock(options.seconds), Probe()
+    progress, clock = Progress(), Clock(options.seconds)
     grid, report = grid_of(options), Report()
     model = options.model or write_tiny_model(directory / "tiny", options.seed, **TINY_MODEL)
     model = Model.read(model)
@@ -385,15 +392,14 @@ def measure(options, directory: Path) -> Report:
     facts = {
         "platform": options.platform, "grid": asdict(grid), "model": asdict(model),
         "topk_stream": spec, "kv_budget_bytes": budget_bytes(grid, model),
-        "slice": slice_facts(model), "row_bytes": FP8_ROW_BYTES, "probe": probe.kind,
-        "probe_reason": probe.reason, "card": probe.facts,
+        "slice": slice_facts(model), "row_bytes": FP8_ROW_BYTES, "card": card_facts(),
         "engines": [engine.name for engine in engines],
         "batch1_context": selection.lead[0], "seconds": options.seconds,
     }  # fmt: skip
     save = saver(report, options, facts)
     make = Maker(grid, model, directory, stream, str(options.overlap_costs or ""))
     pace = PACES[options.platform]
-    run = Run(grid, model, spec, report, clock, pace, probe, make, save, progress)
+    run = Run(grid, model, spec, report, clock, pace, make, save, progress)
     run.all(engines, (options.only,) if options.only else (FIRST, THEN))
     save()
     progress(f"done, {clock.left():.0f} s left")
