@@ -1,11 +1,11 @@
 """The load of pd_serving: requests at random moments, streamed, and when their tokens came.
 
-Figures are defined as sglang.benchmark.serving (bench_serving) defines them: Poisson arrivals;
-time to first token from the moment a request was sent; inter-token latency the gap between two
-chunks over the tokens in the second one; output tokens/s all tokens of completed requests over
-the time from the first request sent to the last one answered. Its own client does not fit: it
-counts a token by the text that it adds, and the servers here take and give token ids, so that no
-tokenizer or detokenizer takes decode's core (random bytes often add no text at all).
+Figures are those of sglang.benchmark.serving (bench_serving): Poisson arrivals; time to first token
+from the moment a request was sent; inter-token latency the gap between two chunks over the tokens
+in the second one; output tokens/s all tokens of completed requests over the time from the first
+request sent to the last one answered. Its own client does not fit: it counts a token by the text
+that it adds, and the servers here take and give token ids, so that no tokenizer or detokenizer
+takes decode's core (random bytes often add no text at all).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DATA = b"data: "
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: token ids; at: seconds after the start of the load."""
+    """prompt: token ids; at: seconds after the start of the load"""
 
     prompt: Sequence[int]
     new_tokens: int
@@ -60,20 +60,15 @@ class Answer:
         return gaps
 
 
-@dataclass(frozen=True)
 class Result:
-    """Answers of one load. started: when its first request was due."""
+    """Answers of one load. started: when its first request was due"""
 
-    answers: Sequence[Answer]
-    started: float
-
-    @property
-    def completed(self) -> list[Answer]:
-        return [answer for answer in self.answers if not answer.error]
-
-    @property
-    def errors(self) -> list[str]:
-        return [answer.error for answer in self.answers if answer.error]
+    def __init__(self, answers: Sequence[Answer], started: float):
+        self.answers, self.started = answers, started
+        self.completed = [answer for answer in answers if not answer.error]
+        self.errors = [answer.error for answer in answers if answer.error]
+        self.gaps_s = [gap for answer in self.completed for gap in answer.gaps_s]
+        self.first_tokens_s = [answer.first_token_s for answer in self.completed]
 
     @property
     def seconds(self) -> float:
@@ -82,14 +77,6 @@ class Result:
     @property
     def tokens_per_s(self) -> float:
         return sum(answer.tokens for answer in self.completed) / self.seconds
-
-    @property
-    def gaps_s(self) -> list[float]:
-        return [gap for answer in self.completed for gap in answer.gaps_s]
-
-    @property
-    def first_tokens_s(self) -> list[float]:
-        return [answer.first_token_s for answer in self.completed]
 
 
 def arrivals(rate: float, count: int, rng: np.random.Generator) -> list[float]:
@@ -100,11 +87,7 @@ def arrivals(rate: float, count: int, rng: np.random.Generator) -> list[float]:
 
 
 def requests_of(
-    documents: Sequence[Sequence[int]],
-    lengths: tuple[int, int],
-    rate: float,
-    count: int,
-    seed: int,
+    documents: Sequence[Sequence[int]], lengths: tuple[int, int], rate: float, count: int, seed: int
 ) -> list[Request]:
     """Requests for the documents in turn, with outputs of lengths[0] to lengths[1] tokens.
 
@@ -125,14 +108,11 @@ def run_load(url: str, requests: Sequence[Request], timeout_s: float) -> Result:
 
 
 async def _run_load(url: str, requests: Sequence[Request], timeout_s: float) -> Result:
-    timeout = aiohttp.ClientTimeout(total=timeout_s)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+    options = {"timeout": aiohttp.ClientTimeout(total=timeout_s)}
+    async with aiohttp.ClientSession(**options, connector=aiohttp.TCPConnector(limit=0)) as session:
         started = time.perf_counter()
-        answers = await asyncio.gather(
-            *(_ask(session, url, request, started) for request in requests)
-        )
-    return Result(answers, started)
+        asked = (_ask(session, url, request, started) for request in requests)
+        return Result(await asyncio.gather(*asked), started)
 
 
 async def _ask(session, url: str, request: Request, started: float) -> Answer:
@@ -143,14 +123,12 @@ async def _ask(session, url: str, request: Request, started: float) -> Answer:
     try:
         async with session.post(f"{url}/generate", json=body) as response:
             if response.status != 200:
-                text = (await response.text())[:200]
-                answer.error = f"status {response.status}: {text}"
+                answer.error = f"status {response.status}: {(await response.text())[:200]}"
                 return answer
             async for line in response.content:
                 _read(line.strip(), answer)
     except (TimeoutError, aiohttp.ClientError) as error:
         answer.error = f"{type(error).__name__}: {error}"
-        return answer
     if not answer.error and answer.tokens != request.new_tokens:
         answer.error = f"{answer.tokens} of {request.new_tokens} tokens"
     return answer

@@ -39,19 +39,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import OtherLoad, argument_parser, finish, measured
-from benchmarks.serving import shared
+from benchmarks.serving import pd_figures, shared
 from benchmarks.serving.pd_cluster import Cores, Decode, Prefill, Router, decoding
-from benchmarks.serving.pd_figures import (
-    ESS,
-    OFF,
-    ON,
-    ONE_TIER,
-    panels,
-    point_rows,
-    print_tables,
-    rate_name,
-    summarise,
-)
+from benchmarks.serving.pd_figures import ESS, OFF, ON, ONE_TIER
 from benchmarks.serving.pd_load import SATURATED, Result, requests_of, run_load
 from benchmarks.serving.shared import end_on_sigterm, prompts_of
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, INDEX_KEY_BYTES
@@ -82,11 +72,6 @@ class Scenario:
     def request_tokens(self) -> int:
         """What a request may take of the pool, to the end of its last page."""
         return -(-(self.prompt + self.outputs[1]) // PAGE) * PAGE + PAGE
-
-    @property
-    def cell_bytes(self) -> int:
-        """Bytes of one token, one-tier."""
-        return self.model["layers"] * (FP8_ROW_BYTES + INDEX_KEY_BYTES)
 
     @property
     def mean_output(self) -> float:
@@ -186,7 +171,7 @@ class Side:
         flags = (*self.scenario.decode_flags(), *flags)
         bench.progress(f"{name}: starting")
         with decoding(self.prefill, self.model, flags, bench.directory, bench.cores) as nodes:
-            bench.progress(f"{name}: ready, {_facts_line(nodes[0].facts())}")
+            bench.progress(f"{name}: ready, {nodes[0].facts()['slots']} slots")
             system = System(self, *nodes)
             if not self._warm:
                 result = system.load((2, 2), SATURATED, len(self.documents))
@@ -212,29 +197,21 @@ class System:
 
     def point(self, name: str, config: dict, rate: float, count: int) -> Result:
         """One load and its rows."""
-        config = config | {"rate": rate_name(rate), "requests": count}
+        config = config | {"rate": pd_figures.rate_name(rate), "requests": count}
         decode, others = self.decode, OtherLoad()
         offset, before, spent = decode.log_offset(), decode.counters(), decode.cpu_seconds()
         result = self.load(self.side.scenario.outputs, rate, count)
         spent, after = decode.cpu_seconds() - spent, decode.counters()
         counted = {key: value - before.get(key, 0.0) for key, value in after.items()}
-        rows = point_rows(name, config, result, decode.batches(offset), counted, spent)
+        batches = decode.batches(offset)
+        rows = pd_figures.point_rows(name, config, result, batches, counted, spent)
         self.bench.add(rows, others)
-        self.bench.progress(_point_line(name, config, result))
+        what = ", ".join(f"{key} {value}" for key, value in config.items())
+        got = f"{result.tokens_per_s:.0f} tokens/s in {result.seconds:.0f} s, " * any(
+            result.completed
+        )
+        self.bench.progress(f"{name}, {what}: {got}{len(result.errors)} errors")
         return result
-
-
-def _facts_line(facts: dict) -> str:
-    rows = f", {facts['hot_rows']} hot rows a layer" if "hot_rows" in facts else ""
-    return f"{facts['slots']} slots{rows}, {facts['device_bytes'] / 2**20:.1f} MiB on the device"
-
-
-def _point_line(name: str, config: dict, result: Result) -> str:
-    what = ", ".join(f"{key} {value}" for key, value in config.items())
-    if not result.completed:
-        return f"{name}, {what}: none of {len(result.answers)} completed"
-    errors = f", {len(result.errors)} errors" if result.errors else ""
-    return f"{name}, {what}: {result.tokens_per_s:.0f} tokens/s in {result.seconds:.0f} s{errors}"
 
 
 def arrivals_in(seconds: float, rate: float) -> int:
@@ -248,7 +225,7 @@ def arrivals_in(seconds: float, rate: float) -> int:
 def device_gib() -> float:
     """What (A) gives to each decode server: ONE_TIER_REQUESTS of latent rows and index keys."""
     tokens = ONE_TIER_REQUESTS * (OUTPUT.request_tokens + OUTPUT.outputs[1]) + PAGE
-    return tokens * OUTPUT.cell_bytes / GIB
+    return tokens * OUTPUT.model["layers"] * (FP8_ROW_BYTES + INDEX_KEY_BYTES) / GIB
 
 
 def output(bench: Bench) -> None:
@@ -296,14 +273,12 @@ def warmup(system: System, config: dict, rate: float) -> None:
     misses = handover_misses(system, grid.handovers)
     row = measured("warmup", config, "handover_misses", "rows/layer", misses)
     system.bench.report.add(row)
-    churn = max(arrivals_in(grid.seconds, rate), 8)
-    system.point("warmup", config, rate, churn)
+    system.point("warmup", config, rate, max(arrivals_in(grid.seconds, rate), 8))
 
 
 def handover_misses(system: System, count: int) -> list[float]:
     """Misses a layer in the first FIRST_STEPS decode steps of requests that run alone."""
-    layers = system.side.scenario.model["layers"]
-    found = []
+    found, layers = [], system.side.scenario.model["layers"]
     for document in system.side.documents[:count]:
         before = settled_counters(system.decode)
         requests = requests_of([document], (FIRST_STEPS + 1,) * 2, SATURATED, 1, 0)
@@ -362,16 +337,11 @@ PARTS = {"output": output, "thrash": thrash}
 
 
 def parser():
-    options = argument_parser(
-        "Prefill-decode disaggregation: SGLang one-tier against ESS, under load."
-    )
+    options = argument_parser(__doc__)
     options.add_argument("--only", choices=PARTS, help="one part instead of all")
-    options.add_argument(
-        "--link-gib",
-        type=float,
-        help="GiB/s that count as the host-to-device link in (B) and (C) [measured: the share of "
-        "one core's memory bandwidth that a H100's link is of its HBM's]",
-    )
+    options.add_argument("--link-gib", type=float, help="GiB/s that count as the link in (B) and "
+                         "(C) [measured: the share of one core's memory bandwidth that a H100's "
+                         "link is of its HBM's]")  # fmt: skip
     return options
 
 
@@ -397,10 +367,11 @@ def main(argv: list[str] | None = None) -> int:
         os.sched_setaffinity(0, bench.cores.front)
         bench.run(parts)
     report, link = bench.report, f"link {link_gib:g} GiB/s"
-    summarise(report, ITL_TARGET_MS)
-    print_tables(report, link)
+    pd_figures.summarise(report, ITL_TARGET_MS)
+    pd_figures.print_tables(report, link)
+    panels = pd_figures.panels(report, link)
     finish(
-        report, options, *panels(report, link), grid=asdict(grid), cores=asdict(bench.cores),
+        report, options, *panels, grid=asdict(grid), cores=asdict(bench.cores),
         decode_threads=len(bench.cores.decode), link_gib_per_s=link_gib, output=asdict(OUTPUT),
         thrash=asdict(THRASH), hot_ratio=HOT_RATIO, device_gib=device_gib(),
         itl_target_ms=ITL_TARGET_MS, minutes=bench.minutes(),

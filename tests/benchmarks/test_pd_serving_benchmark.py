@@ -241,7 +241,7 @@ class TestScenarios:
         config = EssConfig(hot_ratio=pd_serving.HOT_RATIO)
         slots = {
             ESS: capacity.max_slots(config, geometry, limit, 1 << 40),
-            ONE_TIER: limit // scenario.cell_bytes - pd_serving.PAGE,
+            ONE_TIER: limit // (scenario.model["layers"] * 788) - pd_serving.PAGE,
         }
         each = scenario.request_tokens + scenario.outputs[1]
         held = {name: count // each for name, count in slots.items()}
