@@ -13,7 +13,7 @@ Everything follows from device bytes for the KV pool, the same for all systems b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ MODES = {"off": "ess off", "da": "ess da", "dba": "ess dba"}
 AUTO_MODE = {"auto": "ess auto"}
 ESS_SYSTEMS = (*MODES.values(), *AUTO_MODE.values(), BUDGETS)
 SYSTEMS = (ONE_TIER, HISPARSE, *ESS_SYSTEMS, RESIDENT)
-FIRST, THEN = "first", "then"  # parts: what a run must have, and the rest
 CELL_BYTES = FP8_ROW_BYTES + INDEX_KEY_BYTES  # of one token and layer, one-tier
 
 
@@ -53,20 +52,20 @@ class Model:
 class Grid:
     """One run's conditions.
 
-    contexts: tokens of a prompt; lead: those whose largest batches come first
-    ratio: hot rows of a request at the largest batch as a share of its context, at lead[0]; it
-        falls with the square root of a longer one: 0.2 at 32K and 0.1 at 128K are the ratios of
-        ESS's largest batches (ESS Table 2)
+    contexts: tokens of a prompt; a single request is measured at the first one
+    ratio: hot rows of a request at the largest batch as a share of its context, at ratio_at
+        tokens; it falls with the square root of a longer one: 0.2 at 32K and 0.1 at 128K are the
+        ratios of ESS's largest batches (ESS Table 2)
     new_tokens: decode steps of a fill, whole pages: `dropped` ones while tiers and caches warm up,
         then windows of `steps`, in turns of the modes
-    labels: modes that an engine with ESS runs in turns; batches: between 1 and the largest
+    labels: modes that an engine with ESS runs in turns; batches: more than 1 and the largest
     buffer: HiSparse's device rows a request besides a page; its default is twice top-k
     on_cpu: the CPU platform's miniature
     """
 
     contexts: tuple[int, ...]
-    lead: tuple[int, ...]
     ratio: float
+    ratio_at: int
     kv_gib_per_layer: float
     new_tokens: int
     dropped: int
@@ -74,7 +73,7 @@ class Grid:
     labels: dict[str, str]
     buffer: int
     on_cpu: bool = False
-    batches: tuple[int, ...] = (4, 16, 64)
+    batches: tuple[int, ...] = ()
 
     @property
     def windows(self) -> int:
@@ -86,19 +85,18 @@ class Grid:
 
     def hot_rows(self, context: int) -> int:
         """Hot rows of a request at the largest batch."""
-        return round(min(self.ratio * (self.lead[0] / context) ** 0.5, 1.0) * context)
+        return round(min(self.ratio * (self.ratio_at / context) ** 0.5, 1.0) * context)
 
 
 CUDA = Grid(
-    contexts=(8192, 32768, 65536, 131072), lead=(32768, 131072), ratio=0.2,
+    contexts=(32768, 131072), ratio=0.2, ratio_at=32768,
     kv_gib_per_layer=1.28,  # one-tier: 52.3 requests of 32K, ESS's baseline; 13.2 of 128K
     new_tokens=576, dropped=192, steps=32, labels=MODES, buffer=4096,
 )  # fmt: skip
 CPU = Grid(
-    contexts=(256, 512), lead=(512,), ratio=0.3,
+    contexts=(512,), ratio=0.3, ratio_at=512,
     kv_gib_per_layer=4.4 * 576 * CELL_BYTES / GIB,  # 4.4 requests of 512
     new_tokens=64, dropped=16, steps=8, labels={"off": "ess off"}, buffer=256, on_cpu=True,
-    batches=(),
 )  # fmt: skip
 
 
@@ -106,7 +104,6 @@ CPU = Grid(
 class Point:
     context: int
     batch: int
-    part: str = FIRST
 
 
 @dataclass(frozen=True)
@@ -133,10 +130,6 @@ class Engine:
     @property
     def is_ess(self) -> bool:
         return self.system in ESS_SYSTEMS
-
-    @property
-    def parts(self) -> set[str]:
-        return {point.part for point in self.points}
 
     def context_tokens(self, grid: Grid) -> int:
         """--context-length."""
@@ -224,88 +217,75 @@ def hisparse_size(grid: Grid, model: Model, context: int) -> tuple[int, int, int
 
 
 class Selection:
-    """Makes the engines of a run, the most important first. systems: those to measure."""
+    """Makes the engines of a run, the most important first. systems: those to measure"""
 
     def __init__(self, grid: Grid, model: Model, systems: Sequence[str] = SYSTEMS):
         self.grid, self.model, self.systems = grid, model, systems
-        self.lead = [c for c in grid.lead if c in grid.contexts] or [grid.contexts[0]]
-        self.others = [c for c in reversed(grid.contexts) if c not in self.lead]
 
     def engines(self) -> list[Engine]:
-        """One-tier is first, and last of what must be measured, to show the machine's drift."""
-        head, *tail = self.lead
+        """One-tier comes first, and again at the end, to show the machine's drift."""
+        head, *tail = self.grid.contexts
         found = [self.one_tier(), self.hisparse(head), self.ess(head)]
         found += [make(context) for context in tail for make in (self.ess, self.hisparse)]
-        found += [self.resident(), self.budgets(head)]
-        found += [self.budgets(context) for context in tail] + [self.one_tier(again=True)]
-        found += [make(context) for context in self.others for make in (self.ess, self.hisparse)]
+        found += [
+            self.resident(),
+            *map(self.budgets, self.grid.contexts),
+            self.one_tier(again=True),
+        ]
         return [engine for engine in found if engine is not None]
 
-    def _batches(self, context: int, largest: int, equal: Iterable[int] = ()) -> list[Point]:
-        """One request and the largest batch first, at the first lead; then what lies between,
-        and the batches of other systems."""
-        leads, is_head = context in self.lead, context == self.lead[0]
-        points = [Point(context, 1)] if is_head and largest > 1 else []
-        points.append(Point(context, largest, FIRST if leads else THEN))
-        between = [*equal, *(self.grid.batches if is_head else ()), 1]
-        points += [Point(context, batch, THEN) for batch in between if 0 < batch < largest]
-        unique: dict[tuple[int, int], Point] = {}
-        for point in points:
-            unique.setdefault((point.context, point.batch), point)
-        return list(unique.values())
+    def _points(self, context: int, largest: int) -> list[Point]:
+        """A single request at the first context, grid.batches that fit, the largest batch."""
+        batches = {1} if context == self.grid.contexts[0] else set()
+        batches |= {batch for batch in self.grid.batches if batch < largest} | {largest}
+        return [Point(context, batch) for batch in sorted(batches)]
 
-    def _all_contexts(self, largest: Callable[[int], int], equal: Callable) -> tuple[Point, ...]:
-        """Points of an engine that serves every context."""
-        contexts = [context for context in (*self.lead, *self.others) if largest(context)]
-        points = [p for c in contexts for p in self._batches(c, largest(c), equal(c))]
-        return tuple(sorted(points, key=lambda point: point.part == THEN))
+    def _engine(self, name: str, systems: dict[str, str], slots: int, points, **more):
+        """None if there is nothing to measure."""
+        if not points or not all(point.batch for point in points):
+            return None
+        return Engine(name, systems, slots, tuple(points), **more)
+
+    def _all_contexts(self, system: str, slots: int, largest: Callable[[int], int]):
+        """An engine with every row on the device, for the contexts that fit."""
+        contexts = [context for context in self.grid.contexts if largest(context)]
+        points = [p for context in contexts for p in self._points(context, largest(context))]
+        points = points if system in self.systems else []
+        return self._engine(system, {"off": system}, slots, points)
 
     def one_tier(self, again: bool = False) -> Engine | None:
-        batch = lambda context: one_tier_batch(self.grid, self.model, context)  # noqa: E731
-        points = self._all_contexts(batch, lambda context: ())
-        if ONE_TIER not in self.systems or not points:
-            return None
-        engine = Engine(ONE_TIER, {"off": ONE_TIER}, one_tier_slots(self.grid, self.model), points)
-        if not again:
+        engine = self._all_contexts(
+            ONE_TIER, one_tier_slots(self.grid, self.model),
+            lambda context: one_tier_batch(self.grid, self.model, context),
+        )  # fmt: skip
+        if not again or engine is None:
             return engine
-        points = tuple(point for point in points if point.part == FIRST)
-        return replace(engine, name=f"{ONE_TIER} again", points=points, round=1)
+        return replace(engine, name=f"{ONE_TIER} again", round=1)
 
     def resident(self) -> Engine | None:
-        batch = lambda context: ess_size(self.grid, self.model, context)[0]  # noqa: E731
-        points = self._all_contexts(
-            batch, lambda context: [one_tier_batch(self.grid, self.model, context)]
-        )
-        if RESIDENT not in self.systems or not points:
-            return None
-        slots = max(batch(p.context) * self.grid.request_tokens(p.context) for p in points)
-        return Engine(RESIDENT, {"off": RESIDENT}, slots, points)
+        sizes = {c: ess_size(self.grid, self.model, c) for c in self.grid.contexts}
+        slots = max(slots for _, slots, _ in sizes.values())
+        return self._all_contexts(RESIDENT, slots, lambda context: sizes[context][0])
 
     def hisparse(self, context: int) -> Engine | None:
-        batch, rows, ratio = hisparse_size(self.grid, self.model, context)
-        if HISPARSE not in self.systems or self.grid.on_cpu or not batch:
+        if HISPARSE not in self.systems or self.grid.on_cpu:
             return None
-        ours = ess_size(self.grid, self.model, context)[0]
-        equal = [one_tier_batch(self.grid, self.model, context), ours]
-        points = tuple(self._batches(context, batch, equal))
-        return Engine(f"{HISPARSE} {context}", {"off": HISPARSE}, rows, points, ratio=ratio)
+        batch, rows, ratio = hisparse_size(self.grid, self.model, context)
+        points = self._points(context, batch)
+        return self._engine(f"{HISPARSE} {context}", {"off": HISPARSE}, rows, points, ratio=ratio)
 
     def ess(self, context: int) -> Engine | None:
         labels = {k: system for k, system in self.grid.labels.items() if system in self.systems}
         batch, slots, rows = ess_size(self.grid, self.model, context)
-        if not labels or not batch:
-            return None
-        equal = [one_tier_batch(self.grid, self.model, context)]
-        points = tuple(self._batches(context, batch, equal))
-        return Engine(f"ess {context}", labels, slots, points, rows)
+        points = self._points(context, batch) if labels else []
+        return self._engine(f"ess {context}", labels, slots, points, hot_rows=rows)
 
     def budgets(self, context: int) -> Engine | None:
         batch, slots, rows = ess_size(self.grid, self.model, context, moves=True)
-        if BUDGETS not in self.systems or not batch:
-            return None
-        points = tuple(p for p in self._batches(context, batch) if p.batch in (1, batch))
+        points = self._points(context, batch) if BUDGETS in self.systems else []
         label = "off" if self.grid.on_cpu else "da"
-        return Engine(f"{BUDGETS} {context}", {label: BUDGETS}, slots, points, rows)
+        name = f"{BUDGETS} {context}"
+        return self._engine(name, {label: BUDGETS}, slots, points, hot_rows=rows)
 
 
 def server_args(engine: Engine, grid: Grid, model: Model) -> dict[str, Any]:

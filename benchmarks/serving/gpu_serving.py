@@ -20,10 +20,9 @@ overlapped scheduling on; it is what every request waits for its token (ITL). Mi
 own count; HiSparse has none.
 
 Order. One engine after another, the most important first; a start takes a minute or more. Each
-measures its first part (batch 1 at 32K, the largest batch at 32K and 128K), then the rest if that
-leaves time for the first parts of later engines. --seconds N: nothing starts that would not end by
-then; what was not reached is a failed row with the reason. --systems, --contexts and --only split
-the work over several calls. The JSON is written again after every point.
+measures batch 1 at 32K, and its largest batch at 32K and 128K. --seconds N: nothing starts that
+would not end by then; what was not reached is a failed row with the reason. --systems and
+--contexts split the work over several calls. The JSON is written again after every point.
 """
 
 from __future__ import annotations
@@ -57,11 +56,9 @@ from benchmarks.serving.gpu_grid import (
     AUTO_MODE,
     CPU,
     CUDA,
-    FIRST,
     MODES,
     RESIDENT,
     SYSTEMS,
-    THEN,
     Engine,
     Grid,
     Model,
@@ -86,8 +83,7 @@ ENGINE_METRICS = {"start": "s", "slots": "", "hot_rows": ""} | dict.fromkeys(
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that must be left: engine, for one from its start to the end of its first part;
-    point, for a batch. start: the most that a start may take."""
+    """Seconds that must be left to begin an engine, a point; the most that a start may take."""
 
     engine: float
     point: float
@@ -104,8 +100,8 @@ def parser():
     add("--model", type=Path, metavar="DIR", help="of sglang_ess.slice_model; cpu: writes its own")
     add("--seconds", type=float, default=1500, help="nothing that ends later is begun [1500]")
     add("--systems", type=_systems, default=SYSTEMS, help="some of: " + ", ".join(SYSTEMS))
-    add("--contexts", type=_counts, metavar="N,N", help="prompt tokens [8192,...,131072]")
-    add("--only", choices=(FIRST, THEN), help="the points that must be there, or the others")
+    add("--contexts", type=_counts, metavar="N,N", help="prompt tokens [32768,131072]")
+    add("--batches", type=_counts, default=(), metavar="N,N", help="more than 1 and the largest")
     add("--kv-gib-per-layer", type=float, help="device memory of the KV pool [1.28]")
     add("--topk-stream", metavar="SPEC", help=f"as --ess-topk-stream takes it [of {LOCALITY}]")
     add("--overlap-costs", type=Path, metavar="JSON", help="of benchmarks.kernels: ess auto too")
@@ -127,13 +123,10 @@ def _counts(text: str) -> tuple[int, ...]:
 def grid_of(options) -> Grid:
     """The platform's grid with the options' changes."""
     grid = CPU if options.platform == "cpu" else CUDA
-    changes: dict = {}
-    if options.quick:  # half the windows, and only the leading contexts
+    changes: dict = {"batches": options.batches, "contexts": options.contexts or grid.contexts}
+    if options.quick:  # half the windows
         tokens = grid.dropped + (grid.new_tokens - grid.dropped) // 2
-        changes = {"contexts": grid.lead, "batches": ()}
-        changes |= {"new_tokens": -(-tokens // PAGE_SLOTS) * PAGE_SLOTS}
-    if options.contexts:
-        changes["contexts"] = options.contexts
+        changes["new_tokens"] = -(-tokens // PAGE_SLOTS) * PAGE_SLOTS
     if options.kv_gib_per_layer is not None:
         changes["kv_gib_per_layer"] = options.kv_gib_per_layer
     if options.overlap_costs and not grid.on_cpu:
@@ -243,11 +236,8 @@ class Run:
     save: Callable[[], None]
     progress: Callable[[str], None]
 
-    def all(self, engines: Sequence[Engine], parts: Sequence[str]) -> None:
-        """parts: the points to measure, FIRST or THEN or both."""
-        engines = [engine for engine in engines if engine.parts & set(parts)]
-        for number, engine in enumerate(engines):
-            later = [one for one in engines[number + 1 :] if FIRST in one.parts and FIRST in parts]
+    def all(self, engines: Sequence[Engine]) -> None:
+        for engine in engines:
             worker, error = self.make(engine), None
             try:
                 sizes = self._start(engine, worker)
@@ -256,10 +246,8 @@ class Run:
             except TimeoutError as caught:
                 sizes, error = {}, str(caught)
             for point in engine.points:
-                if point.part in parts:
-                    keep = len(later) * self.pace.engine if point.part == THEN else 0
-                    error = self._point(engine, worker, point, sizes, keep, error)
-                    self.save()
+                error = self._point(engine, worker, point, sizes, error)
+                self.save()
             worker.close(grace=CLOSE_SECONDS)
 
     def _start(self, engine: Engine, worker: EngineWorker) -> dict[str, Any]:
@@ -292,18 +280,14 @@ class Run:
         return error
 
     def _point(
-        self, engine: Engine, worker: EngineWorker, point: Point, sizes: dict, keep: float,
-        lost: str | None,
-    ) -> str | None:  # fmt: skip
-        """Add a point's rows. Returns why the engine is lost, None while it serves.
-
-        keep: seconds that are not this point's to spend
-        """
+        self, engine: Engine, worker: EngineWorker, point: Point, sizes: dict, lost: str | None
+    ) -> str | None:
+        """Add a point's rows. Returns why the engine is lost, None while it serves."""
         config = {"context": point.context, "batch": point.batch, "layers": self.model.layers}
-        config |= {"engine": engine.name, "part": point.part, "round": engine.round}
+        config |= {"engine": engine.name, "round": engine.round}
         config |= {"topk_stream": self.stream, "slots": sizes.get("slots")}
         config |= {"hot_rows": sizes.get("hot_rows")}
-        error = lost or self._why_not(engine, sizes, keep)
+        error = lost or self._why_not(engine, sizes)
         if error is None:
             try:
                 self.report.add(*self._measure(engine, worker, point, config))
@@ -319,14 +303,13 @@ class Run:
         ])  # fmt: skip
         return lost
 
-    def _why_not(self, engine: Engine, sizes: dict, keep: float) -> str | None:
+    def _why_not(self, engine: Engine, sizes: dict) -> str | None:
         """A reason to leave a point out."""
         if sizes["device_bytes"] > sizes["budget_bytes"] and engine.system != RESIDENT:
             got, limit = sizes["device_bytes"], sizes["budget_bytes"]
             return f"the KV pool must take the compared device bytes: got {got}, limit {limit}"
-        if self.clock.left() - keep < self.pace.point:
-            kept = f", {keep:.0f} s kept for what comes first" if keep else ""
-            return f"out of time: {self.clock.left():.0f} s left{kept}"
+        if self.clock.left() < self.pace.point:
+            return f"out of time: {self.clock.left():.0f} s left"
         return None
 
     def _measure(self, engine: Engine, worker: EngineWorker, point: Point, config: dict):
@@ -387,20 +370,19 @@ def measure(options, directory: Path) -> Report:
     contexts = ",".join(map(str, sorted(grid.contexts)))
     spec = options.topk_stream or f"{LOCALITY}@{contexts}"
     stream = options.topk_stream or stream_file(directory, spec, model, options.seed)
-    selection = Selection(grid, model, options.systems)
-    engines = selection.engines()
+    engines = Selection(grid, model, options.systems).engines()
     facts = {
         "platform": options.platform, "grid": asdict(grid), "model": asdict(model),
         "topk_stream": spec, "kv_budget_bytes": budget_bytes(grid, model),
         "slice": slice_facts(model), "row_bytes": FP8_ROW_BYTES, "card": card_facts(),
         "engines": [engine.name for engine in engines],
-        "batch1_context": selection.lead[0], "seconds": options.seconds,
+        "batch1_context": grid.contexts[0], "seconds": options.seconds,
     }  # fmt: skip
     save = saver(report, options, facts)
     make = Maker(grid, model, directory, stream, str(options.overlap_costs or ""))
     pace = PACES[options.platform]
     run = Run(grid, model, spec, report, clock, pace, make, save, progress)
-    run.all(engines, (options.only,) if options.only else (FIRST, THEN))
+    run.all(engines)
     save()
     progress(f"done, {clock.left():.0f} s left")
     return report

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +18,10 @@ from benchmarks.serving.gpu_grid import (
     CPU,
     CUDA,
     ESS_SYSTEMS,
-    FIRST,
     HISPARSE,
     ONE_TIER,
     RESIDENT,
     SYSTEMS,
-    THEN,
     Engine,
     Model,
     Point,
@@ -112,38 +109,28 @@ class TestGrid:
             assert args.get("enable_hisparse", False) == (engine.system == HISPARSE)
         assert "load_format" not in server_args(engine, CPU, TINY)
 
-    def test_what_must_be_there_comes_first(self):
+    def test_every_system_has_one_request_and_its_largest_batches(self):
         engines = Selection(CUDA, SLICE).engines()
-        first = {
-            (system, point.context, "1" if point.batch == 1 else "largest")
+        found = {
+            (system, point.context, point.batch == 1)
             for engine in engines
             for system in engine.systems.values()
             for point in engine.points
-            if point.part == FIRST
         }
-        everybody = {ONE_TIER, HISPARSE, RESIDENT, *gpu_serving.CUDA.labels.values(), BUDGETS}
-        assert {one for one in first if one[1:] == (32768, "1")} == {
-            (system, 32768, "1") for system in everybody
+        everybody = {ONE_TIER, HISPARSE, RESIDENT, *CUDA.labels.values(), BUDGETS}
+        assert found == {
+            (system, context, single)
+            for system in everybody
+            for context, single in ((32768, True), (32768, False), (131072, False))
         }
-        assert {(one[0], one[1]) for one in first if one[2] == "largest"} >= {
-            (system, context) for system in everybody for context in (32768, 131072)
-        }
-        ranks = [FIRST in engine.parts for engine in engines]
-        assert ranks == sorted(ranks, reverse=True)
-        for engine in engines:
-            parts = [point.part for point in engine.points]
-            assert parts == sorted(parts, key=(FIRST, THEN).index)
-            assert len(set(engine.points)) == len(engine.points)
-        contexts = {point.context for engine in engines for point in engine.points}
-        assert contexts == set(CUDA.contexts)
+        assert [engine.system for engine in engines[:3]] == [ONE_TIER, HISPARSE, "ess off"]
+        assert engines[-1].round == 1 and engines[-1].points == engines[0].points
 
     def test_equal_batches_have_their_upper_bound(self):
         engines = {engine.name: engine for engine in Selection(CUDA, SLICE).engines()}
-        bound = {(point.context, point.batch) for point in engines[RESIDENT].points}
-        for name in (ONE_TIER, "ess 32768", "ess 131072", "ess 8192"):
-            assert {(p.context, p.batch) for p in engines[name].points} <= bound
-        assert any(point.batch == 52 for point in engines["ess 32768"].points)
-        assert any(point.batch == 52 for point in engines["hisparse 32768"].points)
+        bound = set(engines[RESIDENT].points)
+        for name in ("ess 32768", "ess 131072"):
+            assert set(engines[name].points) <= bound
 
     def test_systems_and_contexts_can_be_chosen(self):
         engines = Selection(CUDA, SLICE, ("ess da", ONE_TIER)).engines()
@@ -151,14 +138,16 @@ class TestGrid:
         options = gpu_serving.parser().parse_args(["--contexts", "8192", "--systems", "hisparse"])
         engines = Selection(gpu_serving.grid_of(options), SLICE, options.systems).engines()
         assert [engine.name for engine in engines] == ["hisparse 8192"]
-        assert FIRST in engines[0].parts
+        options = gpu_serving.parser().parse_args(["--batches", "4,400"])
+        engines = Selection(gpu_serving.grid_of(options), SLICE, (ONE_TIER,)).engines()
+        assert [point.batch for point in engines[0].points] == [1, 4, 52, 4, 13]
         with pytest.raises(SystemExit):
             gpu_serving.parser().parse_args(["--systems", "hispares"])
 
     def test_options_change_the_plan(self):
         parse = gpu_serving.parser().parse_args
         quick = gpu_serving.grid_of(parse(["--quick"]))
-        assert quick.contexts == CUDA.lead and quick.new_tokens < CUDA.new_tokens
+        assert quick.contexts == CUDA.contexts and quick.new_tokens < CUDA.new_tokens
         assert quick.windows >= 2 * len(quick.labels) and quick.new_tokens % 64 == 0
         more = gpu_serving.grid_of(parse(["--overlap-costs", "k.json", "--kv-gib-per-layer", "2"]))
         assert more.labels[AUTO] == "ess auto" and more.kv_gib_per_layer == 2
@@ -241,7 +230,7 @@ def a_run(tmp_path, seconds, fates=None, change=None):
 
 
 def engine(name, *points, system="ess off", **more):
-    points = tuple(Point(512, batch, part) for batch, part in points)
+    points = tuple(Point(512, batch) for batch in points)
     return Engine(name, {"off": system}, 64, points, 1, **more)
 
 
@@ -253,14 +242,14 @@ def outcomes(run):
 
 class TestRun:
     ENGINES = (
-        engine("a", (1, FIRST), (2, FIRST), (3, THEN)),
-        engine("b", (1, FIRST)),
-        engine("c", (4, FIRST)),
+        engine("a", 1, 2, 3),
+        engine("b", 1),
+        engine("c", 4),
     )
 
-    def test_first_things_first_and_saved_one_by_one(self, tmp_path):
+    def test_one_engine_after_another_and_saved_one_by_one(self, tmp_path):
         run, log, saved = a_run(tmp_path, 1000)
-        run.all(self.ENGINES, (FIRST, THEN))
+        run.all(self.ENGINES)
         kept = [line for line in log if line.startswith(("start ", "decode "))]
         assert kept == [
             "start a", "decode a 1", "decode a 2", "decode a 3", "start b", "decode b 1",
@@ -269,33 +258,20 @@ class TestRun:
         assert set(outcomes(run).values()) == {None} and len(outcomes(run)) == 5
         assert len(saved) == 3 + 5 and saved == sorted(set(saved))  # engines and points
 
-    def test_time_is_kept_for_what_comes_first(self, tmp_path):
-        run, _, _ = a_run(tmp_path, 66)  # of two later engines: 60
-        run.all(self.ENGINES, (FIRST, THEN))
-        found = outcomes(run)
-        assert re.match(r"out of time: 63 s left, 60 s kept", found.pop(("a", 3)))
-        assert set(found.values()) == {None}
-
     def test_nothing_starts_that_would_not_end(self, tmp_path):
-        run, log, _ = a_run(tmp_path, 34)
-        run.all(self.ENGINES, (FIRST, THEN))
+        run, log, _ = a_run(tmp_path, 35)
+        run.all(self.ENGINES)
         found = outcomes(run)
         assert found["c", 4].startswith("out of time: 29 s left for a start")
         assert "start c" not in log and found["b", 1] is None
         run, log, _ = a_run(tmp_path, 40, {("a", "decode"): 33})
-        run.all(self.ENGINES, (FIRST, THEN))
+        run.all(self.ENGINES)
         assert outcomes(run)["a", 1] is None and outcomes(run)["b", 1].startswith("out of time")
-
-    def test_one_part_alone(self, tmp_path):
-        run, log, _ = a_run(tmp_path, 1000)
-        run.all(self.ENGINES, (THEN,))
-        assert outcomes(run) == {("a", 3): None}
-        assert not any(line.startswith("start b") for line in log)
 
     def test_an_engine_that_does_not_start_leaves_the_others(self, tmp_path):
         died = WorkerError("the process died")
         run, _, _ = a_run(tmp_path, 1000, {("b", "wait"): died})
-        run.all(self.ENGINES, (FIRST, THEN))
+        run.all(self.ENGINES)
         found = outcomes(run)
         assert found.pop(("b", 1)) == "start: the process died | CUDA error: it broke"
         assert set(found.values()) == {None} and len(found) == 4
@@ -303,7 +279,7 @@ class TestRun:
     def test_a_death_ends_one_engine_only(self, tmp_path):
         died = WorkerError("the process died")
         run, log, _ = a_run(tmp_path, 1000, {("a", "decode"): [1, died]})
-        run.all(self.ENGINES, (FIRST, THEN))
+        run.all(self.ENGINES)
         found = outcomes(run)
         assert [found["a", n] for n in (2, 3)] == ["the process died | CUDA error: it broke"] * 2
         assert found["a", 1] is found["b", 1] is found["c", 4] is None
@@ -312,13 +288,13 @@ class TestRun:
     def test_what_hangs_is_given_up(self, tmp_path):
         hangs = WorkerError("TimeoutError: 2 requests must decode 64 tokens within 60 s: none did")
         run, log, _ = a_run(tmp_path, 1000, {("a", "decode"): [1, hangs]})
-        run.all(self.ENGINES, (FIRST, THEN))
+        run.all(self.ENGINES)
         assert "TimeoutError" in outcomes(run)["a", 3] and "decode a 3" not in log
 
     def test_other_errors_cost_their_point(self, tmp_path):
         refused = WorkerError("ValueError: too long")
         run, _, _ = a_run(tmp_path, 1000, {("a", "decode"): [refused, 1, 1]})
-        run.all(self.ENGINES, (FIRST, THEN))
+        run.all(self.ENGINES)
         found = outcomes(run)
         assert found["a", 1] == "ValueError: too long" and found["a", 2] is found["a", 3] is None
 
@@ -327,9 +303,9 @@ class TestRun:
             worker.sizes["index_bytes"] = budget_bytes(CPU, TINY)
 
         run, log, _ = a_run(tmp_path, 1000, change=grow)
-        wave = [engine("a", (1, FIRST)), engine("r", (1, FIRST), system=RESIDENT)]
+        wave = [engine("a", 1), engine("r", 1, system=RESIDENT)]
         wave.append(Engine("h", {"off": HISPARSE}, 64, (Point(512, 1),), ratio=2))
-        run.all(wave, (FIRST, THEN))
+        run.all(wave)
         found = outcomes(run)
         assert "must take the compared device bytes: got" in found["a", 1]
         assert found["r", 1] is None and "decode a 1" not in log
@@ -341,14 +317,14 @@ class TestRun:
 
         run, _, _ = a_run(tmp_path, 1000, change=fill)
         hisparse = Engine("h", {"off": HISPARSE}, 64, (Point(512, 1),), ratio=2)
-        run.all([hisparse, engine("a", (1, FIRST))], (FIRST, THEN))
+        run.all([hisparse, engine("a", 1)])
         assert outcomes(run)["h", 1] is None and outcomes(run)["a", 1]
 
     def test_one_tier_is_measured_again(self, tmp_path):
-        first = engine("one", (1, FIRST), system=ONE_TIER)
-        again = engine("again", (1, FIRST), system=ONE_TIER, round=1)
+        first = engine("one", 1, system=ONE_TIER)
+        again = engine("again", 1, system=ONE_TIER, round=1)
         run, log, _ = a_run(tmp_path, 1000)
-        run.all([first, engine("a", (1, FIRST)), again], (FIRST, THEN))
+        run.all([first, engine("a", 1), again])
         rounds = [r["config"]["round"] for r in run.report.rows if r["metric"] == "running"]
         assert rounds == [0, 0, 1] and "start again" in log
 
