@@ -4,9 +4,9 @@
 
 One run on a CUDA device, medians, each operation checked against its reference before it is timed
 (timing.py says how). Grid: batch 1, 16, 64, 160 x 2 to 2048 misses a request, top-k 2048, rows of
-656 B (and a few of 1152 B), DeepSeek-V3.2's 128 heads (and 16, a rank of tensor parallelism 8). An
-import or launch that fails is a failed row with its reason. SECTIONS are in the order in which they
-matter, so that --seconds cuts the least.
+656 B, DeepSeek-V3.2's 128 heads (and 16, a rank of tensor parallelism 8). An import or launch that
+fails is a failed row with its reason. SECTIONS are in the order in which they matter, so that
+--seconds cuts the least.
 
 Exit status: 0, 1 if a result was wrong, 2 without a CUDA device. --interpret runs a miniature of
 every section on the CPU under Triton's interpreter, to try the code: its rows give no figures.
@@ -25,7 +25,6 @@ from typing import Any
 from benchmarks.harness import Report, argument_parser, plot, print_failed
 
 DEFAULT_US = (400.0, 30.0)  # indexer, preattn: of a layer at batch 160; see arguments()
-ESS_POINT = (16, 64)  # batch, misses: the smallest for which fetch has a target
 
 
 def arguments():
@@ -51,11 +50,6 @@ def operations() -> SimpleNamespace:
     return SimpleNamespace(**{module.__name__.split(".")[-1]: module for module in modules})
 
 
-def fetch(run, ops) -> None:
-    ops.fetch.measure_fetch(run, run.points, run.host)
-    ops.fetch.measure_programs(run, ESS_POINT if ESS_POINT in run.points else run.points[-1])
-
-
 def steps(run, ops) -> None:
     for name in ops.step.step_kernels(run)[:1]:
         ops.step.measure_steps(run, name, run.step_points)
@@ -67,25 +61,13 @@ def other_steps(run, ops) -> None:
         ops.step.measure_steps(run, name, points)
 
 
-def bf16_rows(run, ops) -> None:
-    """A few points of rows of 1152 B: fetch, and every decode kernel that reads them."""
-    size, rows, batches = ops.points.BF16_ROW_BYTES, run.host.view(-1), run.sizes.batches
-    rows = rows[: rows.numel() // size * size].view(-1, size)
-    smaller = [point for point in run.some_points if point[0] < max(batches)]
-    ops.fetch.measure_fetch(run, smaller, rows)
-    ops.attention.measure_attention(run, size, (batches[0], batches[-1]))
-
-
 SECTIONS: dict[str, Callable[[Any, SimpleNamespace], None]] = {
     "pcie": lambda run, ops: ops.fetch.measure_peak(run),
-    "fetch": fetch,
+    "fetch": lambda run, ops: ops.fetch.measure_fetch(run),
     "swap": lambda run, ops: ops.plan.measure_plans(run),
-    "attention": lambda run, ops: ops.attention.measure_attention(
-        run, ops.points.FP8_ROW_BYTES, run.sizes.batches
-    ),
+    "attention": lambda run, ops: ops.attention.measure_attention(run),
     "steps": steps,
     "other_steps": other_steps,
-    "bf16_rows": bf16_rows,
 }
 
 

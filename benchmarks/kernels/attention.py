@@ -8,7 +8,7 @@ from benchmarks.kernels.points import PAGE, Run, Sizes, make_rows
 from benchmarks.kernels.timing import Subject, require
 from ess_kernels.sparse_mla import sparse_mla_reference
 from sglang_ess.attention.mla_kernels import KERNELS, Need
-from sglang_ess.layout import ROPE_DIM, ROW_DIM
+from sglang_ess.layout import FP8_ROW_BYTES, ROPE_DIM, ROW_DIM
 
 SM_SCALE = (128 + ROPE_DIM) ** -0.5  # of V3.2's heads before absorption
 CHECKED_QUERIES = 4  # against the float64 reference
@@ -37,10 +37,10 @@ def check_output(out, q, rows, indices, lengths=None) -> None:
 class Attention:
     """Attention with every row resident: `sets` lists of the rows of a hot tier."""
 
-    def __init__(self, sizes: Sizes, batch: int, heads: int, row_bytes: int, device, seed: int):
+    def __init__(self, sizes: Sizes, batch: int, heads: int, device, seed: int):
         generator = torch.Generator(device).manual_seed(seed)
         num_rows = -(-batch * sizes.buffer // PAGE) * PAGE
-        self.rows = make_rows(num_rows, row_bytes, device, generator)
+        self.rows = make_rows(num_rows, device, generator)
         shape = batch, heads, ROW_DIM
         self.q = torch.randn(shape, generator=generator, device=device).bfloat16()
         picks = torch.rand(
@@ -64,17 +64,17 @@ class Attention:
         return Subject([lambda i=i: op(i) for i in range(len(self.indices))], check=check)
 
 
-def measure_attention(run: Run, row_bytes: int, batches) -> None:
-    dtype = torch.uint8 if row_bytes % (2 * ROW_DIM) else torch.bfloat16
-    sizes, bench = run.sizes, run.bench
-    for batch in batches:
-        for heads in sizes.heads if batch in (batches[0], batches[-1]) else sizes.heads[:1]:
+def measure_attention(run: Run) -> None:
+    sizes, bench, row_bytes = run.sizes, run.bench, FP8_ROW_BYTES
+    ends = sizes.batches[0], sizes.batches[-1]
+    for batch in sizes.batches:
+        for heads in sizes.heads if batch in ends else sizes.heads[:1]:
             config = {"batch": batch, "heads": heads, "row_bytes": row_bytes, "topk": sizes.topk}
             bench.begin(f"attention {config}")
-            case = Attention(sizes, batch, heads, row_bytes, bench.device, run.seed)
+            case = Attention(sizes, batch, heads, bench.device, run.seed)
             for name in KERNELS:
                 bench.time(
                     "attention", {"kernel": name} | config,
                     lambda k=name, c=case, h=heads: c.subject(
-                        make_kernel(k, bench.device, dtype, h)),
+                        make_kernel(k, bench.device, torch.uint8, h)),
                 )  # fmt: skip

@@ -6,11 +6,11 @@ import functools
 
 import torch
 
-from benchmarks.kernels.points import POISON, Run, Sizes, as_bytes, row_bytes_of
+from benchmarks.kernels.points import POISON, Run, Sizes
 from benchmarks.kernels.timing import EVENTS, Subject, require
 from ess_kernels.fetch import fetch, fetch_reference
+from sglang_ess.layout import FP8_ROW_BYTES
 
-PROGRAMS = (4, 8, 12, 16, 24, 32, 48, 64, 96)  # of the sweep that shows what limits fetch
 MANY_ROWS = 1 << 16  # of 656 B: 43 MB, about the L2
 
 
@@ -49,7 +49,7 @@ class Fetches:
         return self.host, self.hot, self.slots[index], self.rows[index], self.num_misses
 
     def poison(self) -> None:
-        as_bytes(self.hot).fill_(POISON)
+        self.hot.fill_(POISON)
 
     def check(self, last: int) -> None:
         """All hot rows after sets 0 to `last`: those that no list names are still poison."""
@@ -58,33 +58,19 @@ class Fetches:
         for index in range(last + 1):
             fetch_reference(*self.arguments(index))
         got, self.hot = self.hot, got
-        require(torch.equal(as_bytes(got), as_bytes(self.hot)),
+        require(torch.equal(got, self.hot),
                 "fetched rows differ from their host rows, or others changed")  # fmt: skip
 
-    def subject(self, programs: int | None = None) -> Subject:
-        more = () if programs is None else (programs,)
-        ops = [lambda i=i: fetch(*self.arguments(i), *more) for i in range(self.sets)]
-        return Subject(ops, self.poison, self.check, self.count * row_bytes_of(self.host))
+    def subject(self) -> Subject:
+        ops = [lambda i=i: fetch(*self.arguments(i)) for i in range(self.sets)]
+        return Subject(ops, self.poison, self.check, self.count * FP8_ROW_BYTES)
 
 
-def _case(run: Run, point, host_rows) -> tuple[Fetches, dict]:
-    batch, misses = point
-    config = {"system": "triton", "batch": batch, "misses": misses}
-    config["row_bytes"] = row_bytes_of(host_rows)
-    run.bench.begin(f"fetch {config}")
-    return Fetches(host_rows, run.sizes, batch, misses, run.bench.device, run.seed), config
-
-
-def measure_fetch(run: Run, points, host_rows) -> None:
-    """Our fetch at the points (batch, misses)."""
-    for point in points:
-        case, config = _case(run, point, host_rows)
+def measure_fetch(run: Run) -> None:
+    """Our fetch at run.points (batch, misses)."""
+    for batch, misses in run.points:
+        config = {"system": "triton", "batch": batch, "misses": misses}
+        config["row_bytes"] = FP8_ROW_BYTES
+        run.bench.begin(f"fetch {config}")
+        case = Fetches(run.host, run.sizes, batch, misses, run.bench.device, run.seed)
         run.bench.time("fetch", config, case.subject)
-
-
-def measure_programs(run: Run, point) -> None:
-    """fetch by how many programs (SMs) it may take: is the link full, or too little in flight?"""
-    case, config = _case(run, point, run.host)
-    for programs in PROGRAMS[:2] if run.bench.quick else PROGRAMS:
-        at = config | {"programs": programs}
-        run.bench.time("fetch_programs", at, lambda n=programs: case.subject(n))

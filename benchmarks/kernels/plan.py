@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.kernels.points import PAGE, POISON, Run, Steady, as_bytes, row_bytes_of
+from benchmarks.kernels.points import PAGE, POISON, Run, Steady
 from benchmarks.kernels.timing import Subject, require
 from ess_kernels.fetch import fetch
 from ess_kernels.plan import plan
 from ess_kernels.rebuild_order import OrderScratch, rebuild_order
+from sglang_ess.layout import FP8_ROW_BYTES
 
 BLOCK_SIZE = 960  # HiSparse's default swap_in_block_size
 
@@ -48,19 +49,19 @@ class Swap:
                 rebuild_order(state, self.need, self.scratch)
 
         ops = [lambda i=i: op(i) for i in range(self.steady.sets)]
-        num_bytes = self.steady.num_misses * row_bytes_of(self.host)
+        num_bytes = self.steady.num_misses * FP8_ROW_BYTES
         return Subject(ops, self._before, self._check, num_bytes)
 
     def _before(self) -> None:
         self.steady.restore()
-        as_bytes(self.hot).fill_(POISON)
+        self.hot.fill_(POISON)
 
     def _check(self, last: int) -> None:
         self.steady.check_plan(last)
         b, n = self.steady.buffers, self.steady.num_misses
         got = self.hot[b.miss_rows[:n].long()]
         wanted = self.host[b.miss_slots[:n].long().to(self.host.device)].to(got.device)
-        require(torch.equal(as_bytes(got), as_bytes(wanted)), "a fetched row differs")
+        require(torch.equal(got, wanted), "a fetched row differs")
 
 
 def hisparse_kernel(device: torch.device):
@@ -109,7 +110,7 @@ class HiSparse:
 
     def subject(self) -> Subject:
         ops = [lambda i=i: self._swap(i) for i in range(self.steady.sets)]
-        num_bytes = self.steady.num_misses * row_bytes_of(self.host)
+        num_bytes = self.steady.num_misses * FP8_ROW_BYTES
         return Subject(ops, self._before, self._check, num_bytes)
 
     def _swap(self, index: int) -> None:
@@ -125,7 +126,7 @@ class HiSparse:
             req_pool_indices=self._requests,
             seq_lens=self._lengths,
             lru_slots=self._lru[index],
-            item_size_bytes=row_bytes_of(self.host),
+            item_size_bytes=FP8_ROW_BYTES,
             num_top_k=s.topk,
             hot_buffer_size=s.buffer,
             page_size=1,
@@ -137,7 +138,7 @@ class HiSparse:
         self._tokens.copy_(self._tokens_before)
         self._lru.copy_(self._lru_before)
         self._found.fill_(-7)
-        as_bytes(self._hot).fill_(POISON)
+        self._hot.fill_(POISON)
 
     def _check(self, last: int) -> None:
         """Each location holds its token now; the misses, which were in none, their host rows."""
@@ -153,7 +154,7 @@ class HiSparse:
         slots = self.steady.topk[last][missed].long().to(self.host.device)
         wanted = self.host[slots].to(self._hot.device)
         got = self._hot[found[missed]]
-        require(torch.equal(as_bytes(got), as_bytes(wanted)), "HiSparse copied another row")
+        require(torch.equal(got, wanted), "HiSparse copied another row")
 
 
 def measure_plans(run: Run) -> None:
@@ -164,7 +165,7 @@ def measure_plans(run: Run) -> None:
         steady = run.steady(batch, misses)
         at = {"system": "triton", "topk": run.sizes.topk} | config
         run.bench.time("plan", at, lambda s=steady: plan_subject(s))
-        config["row_bytes"] = row_bytes_of(run.host)
+        config["row_bytes"] = FP8_ROW_BYTES
         swap = Swap(steady, run.host)
         for whole in (False, True):
             at = {"system": "ours_triton", "reorder": whole} | config

@@ -17,7 +17,7 @@ from benchmarks.kernels.timing import Bench, require
 from ess_kernels import hot_state
 from ess_kernels.hot_state import HotState
 from ess_kernels.plan import PlanBuffers
-from sglang_ess.layout import FP8_ROW_BYTES, LATENT_DIM, ROPE_DIM, ROW_DIM, SCALE_GROUP
+from sglang_ess.layout import FP8_ROW_BYTES, LATENT_DIM, ROPE_DIM, SCALE_GROUP
 
 # How alike the lists of two successive steps are, the mean over layers: ESS figure 2.
 LAST_SHARE = 0.6
@@ -26,7 +26,6 @@ POISON = 0xEE
 CHUNK_ROWS = 1 << 18
 FEW_REQUESTS = 16
 PAGE = 64
-BF16_ROW_BYTES = 2 * ROW_DIM
 
 
 @dataclass(frozen=True)
@@ -58,35 +57,24 @@ MINIATURE = Sizes((1, 2), (2, 16), topk=16, context=64, buffer=32, heads=(3,),
                   peak_bytes=1 << 16, sets=2, few_sets=2)  # fmt: skip
 
 
-def row_bytes_of(rows: torch.Tensor) -> int:
-    return rows.shape[1] * rows.itemsize
-
-
-def as_bytes(rows: torch.Tensor) -> torch.Tensor:
-    """For comparing: NaN equals itself."""
-    return rows.view(torch.uint8)
-
-
-def make_rows(num_rows: int, row_bytes: int, device, generator) -> torch.Tensor:
-    """Valid random latent rows on the device: [n, 656] uint8 (fp8) or [n, 576] bfloat16."""
+def make_rows(num_rows: int, device, generator) -> torch.Tensor:
+    """[num_rows, 656] uint8 valid random latent rows (fp8) on the device."""
 
     def normal(columns):
         return torch.randn(num_rows, columns, generator=generator, device=device)
 
-    if row_bytes == BF16_ROW_BYTES:
-        return normal(ROW_DIM).bfloat16()
     latents = normal(LATENT_DIM).to(torch.float8_e4m3fn).view(torch.uint8)
     scales = normal(LATENT_DIM // SCALE_GROUP).abs().view(torch.uint8)
     return torch.cat([latents, scales, normal(ROPE_DIM).bfloat16().view(torch.uint8)], 1)
 
 
-def host_tier(num_slots: int, row_bytes: int, device, generator) -> torch.Tensor:
-    """[num_slots, row_bytes] uint8 pinned fp8 rows, valid random latents."""
+def host_tier(num_slots: int, device, generator) -> torch.Tensor:
+    """[num_slots, 656] uint8 pinned fp8 rows, valid random latents."""
     pinned = torch.device(device).type == "cuda"
-    rows = torch.empty(num_slots, row_bytes, dtype=torch.uint8, pin_memory=pinned)
+    rows = torch.empty(num_slots, FP8_ROW_BYTES, dtype=torch.uint8, pin_memory=pinned)
     for first in range(0, num_slots, CHUNK_ROWS):
         part = rows[first : first + CHUNK_ROWS]
-        part.copy_(make_rows(len(part), row_bytes, device, generator))
+        part.copy_(make_rows(len(part), device, generator))
     return rows
 
 
@@ -102,19 +90,12 @@ class Run:
         bench.progress("filling the host tier")
         generator = torch.Generator(bench.device).manual_seed(seed)
         slots = max(sizes.batches) * sizes.context
-        self.host = host_tier(slots, FP8_ROW_BYTES, bench.device, generator)
+        self.host = host_tier(slots, bench.device, generator)
 
     @property
     def points(self) -> list[tuple[int, int]]:
         """(batch, misses a request)."""
         return [(batch, misses) for batch in self.sizes.batches for misses in self.sizes.misses]
-
-    @property
-    def some_points(self) -> list[tuple[int, int]]:
-        """The ends and the middle of both axes."""
-        s = self.sizes
-        picks = [{line[0], line[len(line) // 2], line[-1]} for line in (s.batches, s.misses)]
-        return [(b, misses) for b, misses in self.points if b in picks[0] and misses in picks[1]]
 
     @property
     def step_points(self) -> list[tuple[int, int]]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 
 from benchmarks.kernels.attention import CHECKED_QUERIES, check_output, make_kernel
-from benchmarks.kernels.points import Run, Steady, row_bytes_of
+from benchmarks.kernels.points import Run, Steady
 from benchmarks.kernels.timing import Bench, Subject, nothing
 from ess_kernels.fetch import fetch
 from sglang_ess.attention.mla_kernels import PREFERRED
 from sglang_ess.attention.overlap import Mode
 from sglang_ess.attention.two_tier_decode import TwoTierDecode
-from sglang_ess.layout import ROW_DIM
+from sglang_ess.layout import FP8_ROW_BYTES, ROW_DIM
 from sglang_ess.tiers.hot_cache_cuda import DeviceTier
 from sglang_ess.tiers.transfer_stream import TransferStream
 
@@ -159,7 +159,7 @@ def measure_steps(run: Run, name: str, points) -> None:
     bench, heads, stand_ins = run.bench, run.sizes.heads[0], {}
     for batch, misses in points:
         config = {"kernel": name, "batch": batch, "misses": misses}
-        config["row_bytes"] = row_bytes_of(run.host)
+        config["row_bytes"] = FP8_ROW_BYTES
         bench.begin(f"layer steps {config}")
         try:
             if batch not in stand_ins:

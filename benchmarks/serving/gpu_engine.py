@@ -129,7 +129,7 @@ def _facts(scheduler: Any, pool: Any) -> dict[str, Any]:
     """What the KV pool really holds, counted by its buffers."""
     allocator = scheduler.token_to_kv_pool_allocator
     coordinator = getattr(scheduler, "hisparse_coordinator", None)
-    facts = {"slots": allocator.size} | memory_of(pool, coordinator) | _device_memory()
+    facts = {"slots": allocator.size} | memory_of(pool, coordinator)
     if coordinator is not None:
         facts["metadata_bytes"] += _nbytes(allocator)
     return facts
@@ -165,19 +165,6 @@ def _nbytes(owner: Any) -> int:
 
     tensors = [value for value in vars(owner).values() if isinstance(value, torch.Tensor)]
     return sum(tensor.nbytes for tensor in tensors if tensor.device.type != "cpu")
-
-
-def _device_memory() -> dict[str, int | None]:
-    """Bytes of this process by torch's count, and what the card has left; None without one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return dict.fromkeys(("allocated_bytes", "reserved_bytes", "free_bytes"))
-    return {
-        "allocated_bytes": torch.cuda.memory_allocated(),
-        "reserved_bytes": torch.cuda.memory_reserved(),
-        "free_bytes": torch.cuda.mem_get_info()[0],
-    }
 
 
 # --- in a Worker ------------------------------------------------------------------------

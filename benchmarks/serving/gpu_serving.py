@@ -78,7 +78,7 @@ CLOSE_SECONDS = 5
 DECODE_SECONDS = 60  # of a fill, at most
 ENGINE_METRICS = {"start": "s", "slots": "", "hot_rows": ""} | dict.fromkeys(
     ("device_bytes", "latent_bytes", "index_bytes", "metadata_bytes", "host_bytes",
-     "budget_bytes", "allocated_bytes", "reserved_bytes", "free_bytes"), "B")  # fmt: skip
+     "budget_bytes"), "B")  # fmt: skip
 
 
 @dataclass(frozen=True)

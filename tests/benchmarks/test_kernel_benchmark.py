@@ -66,7 +66,7 @@ class TestMiniature:
             *(("pcie_peak", way) for way in ("h2d", "d2h")),
             ("fetch", "triton"),
             *(("step", mode.value) for mode in Mode),
-            *((name, "triton") for name in ("fetch_programs", "plan", "attention", "empty")),
+            *((name, "triton") for name in ("plan", "attention", "empty")),
             *(("swap", "ours_triton"), ("indexer", None), ("preattn", None)),
         }
 
@@ -77,13 +77,13 @@ class TestMiniature:
             assert row["kind"] == ("failed" if gpu else "interpreted"), row
             assert bool(row.get("error")) == gpu
 
-    def test_both_row_formats_and_every_point(self, miniature):
+    def test_every_point(self, miniature):
         rows = [r["config"] for r in miniature[0]["rows"] if r["kind"] == "interpreted"]
-        triton = [c for c in rows if c.get("system") == "triton" and "programs" not in c]
+        triton = [c for c in rows if c.get("system") == "triton"]
         assert {(c["batch"], c["misses"]) for c in triton if "topk" in c} == {
             (batch, misses) for batch in MINIATURE.batches for misses in MINIATURE.misses
         }
-        assert {c["row_bytes"] for c in triton if "row_bytes" in c} == {656, 1152}
+        assert {c["row_bytes"] for c in triton if "row_bytes" in c} == {656}
         steps = {(c["mode"], c["batch"]) for c in rows if "mode" in c}
         assert steps == {(m.value, b) for m in Mode for b in (1, 2)} - {("dba", 1)}
 
@@ -123,7 +123,7 @@ def steady():
 
 @pytest.fixture
 def host_rows():
-    return host_tier(80, 656, DEVICE, torch.Generator(DEVICE).manual_seed(1))
+    return host_tier(80, DEVICE, torch.Generator(DEVICE).manual_seed(1))
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ class TestBench:
             fetch(host, hot, slots, rows, count - 1)
 
         monkeypatch.setattr(fetch_benchmark, "fetch", one_short)
-        fetch_benchmark.measure_fetch(run, [(2, 3)], run.host)
+        fetch_benchmark.measure_fetch(run)
         (row,) = bench.report.rows
         assert row["kind"] == "failed" and "WrongResult: fetched rows differ" in row["error"]
         assert len(bench.wrong) == 1
@@ -238,7 +238,7 @@ class TestBench:
             fetch(host, hot, slots, rows, count + 1)
 
         monkeypatch.setattr(fetch_benchmark, "fetch", one_more)
-        fetch_benchmark.measure_fetch(run, [(2, 3)], run.host)
+        fetch_benchmark.measure_fetch(run)
         assert "or others changed" in bench.report.rows[0]["error"]
 
     def test_what_cannot_be_made_is_a_failed_row(self, bench):
