@@ -62,25 +62,36 @@ def _run_scheduler(spent: dict[str, float], *args, **kwargs) -> None:
     run_scheduler_process(*args, **kwargs)
 
 
+def wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Replace a function of this process by make(function), which measures it.
+
+    owner: a module, or a class of SGLang's: neither offers a hook for the clock.
+    """
+    function = getattr(owner, name)
+    setattr(owner, name, functools.wraps(function)(make(function)))
+
+
 def _install_clocks(spent: dict[str, float]) -> None:
     """Two clock reads around each operation: microseconds in a step of milliseconds."""
     from sglang_ess.cpu import attention_backend, indexer
 
-    def clocked(function, name):
-        @functools.wraps(function)
-        def call(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[name] += time.perf_counter() - start
+    def clocked(part):
+        def make(function):
+            def call(*args, **kwargs):
+                start = time.perf_counter()
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    spent[part] += time.perf_counter() - start
 
-        return call
+            return call
 
-    indexer.index_scores_paged = clocked(indexer.index_scores_paged, "indexer")
-    indexer.index_scores_dense = clocked(indexer.index_scores_dense, "indexer")
-    indexer.topk_select = clocked(indexer.topk_select, "topk")
-    attention_backend.sparse_mla = clocked(attention_backend.sparse_mla, "attention")
+        return make
+
+    wrap(indexer, "index_scores_paged", clocked("indexer"))
+    wrap(indexer, "index_scores_dense", clocked("indexer"))
+    wrap(indexer, "topk_select", clocked("topk"))
+    wrap(attention_backend, "sparse_mla", clocked("attention"))
 
 
 def _install_record(path: str, spent: dict[str, float]) -> None:
@@ -89,45 +100,52 @@ def _install_record(path: str, spent: dict[str, float]) -> None:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
 
-    file = open(path, "a", buffering=1)
-    run_batch, retract_decode = Scheduler.run_batch, ScheduleBatch.retract_decode
-    retracted = 0
+    file, retracted = open(path, "a", buffering=1), 0
 
-    @functools.wraps(retract_decode)
-    def counted(self, *args, **kwargs):
-        nonlocal retracted
-        result = retract_decode(self, *args, **kwargs)
-        retracted += len(result[0])
-        return result
+    def counted(retract_decode):
+        def call(self, *args, **kwargs):
+            nonlocal retracted
+            result = retract_decode(self, *args, **kwargs)
+            retracted += len(result[0])
+            return result
 
-    @functools.wraps(run_batch)
-    def recorded(self, batch, *args, **kwargs):
-        spent.update(dict.fromkeys(spent, 0.0))
-        start = time.perf_counter()
-        result = run_batch(self, batch, *args, **kwargs)
-        line = {"start": start, "end": time.perf_counter(), "mode": batch.forward_mode.name}
-        line |= {"batch": batch.batch_size(), "tokens": batch.extend_num_tokens or 0}
-        line |= {"context_tokens": int(batch.seq_lens.sum())}
-        line |= {"retracted": retracted, "pid": os.getpid(), "threads": torch.get_num_threads()}
-        pool = self.token_to_kv_pool_allocator.get_kvcache()
-        file.write(json.dumps(line | _hot_tier(pool) | spent) + "\n")
-        return result
+        return call
 
-    ScheduleBatch.retract_decode, Scheduler.run_batch = counted, recorded
-    Scheduler.get_init_info = with_facts(Scheduler.get_init_info, lambda scheduler, pool: {
-        "slots": scheduler.max_total_num_tokens} | pool_bytes(pool))  # fmt: skip
+    def recorded(run_batch):
+        def call(self, batch, *args, **kwargs):
+            spent.update(dict.fromkeys(spent, 0.0))
+            start = time.perf_counter()
+            result = run_batch(self, batch, *args, **kwargs)
+            line = {"start": start, "end": time.perf_counter(), "mode": batch.forward_mode.name}
+            line |= {"batch": batch.batch_size(), "tokens": batch.extend_num_tokens or 0}
+            line |= {"context_tokens": int(batch.seq_lens.sum()), "retracted": retracted}
+            line |= {"threads": torch.get_num_threads()}
+            pool = self.token_to_kv_pool_allocator.get_kvcache()
+            file.write(json.dumps(line | _hot_tier(pool) | spent) + "\n")
+            return result
+
+        return call
+
+    def facts(scheduler, pool):
+        return {"slots": scheduler.max_total_num_tokens} | pool_bytes(pool)
+
+    wrap(ScheduleBatch, "retract_decode", counted)
+    wrap(Scheduler, "run_batch", recorded)
+    wrap(Scheduler, "get_init_info", with_facts(facts))
 
 
-def with_facts(get_init_info: Callable, facts: Callable[[Any, Any], dict]) -> Callable:
-    """The scheduler's handshake with a key "bench_pool": what facts(scheduler, pool) gives."""
+def with_facts(facts: Callable[[Any, Any], dict]) -> Callable:
+    """For the scheduler's handshake: adds a key "bench_pool", what facts(scheduler, pool) gives."""
 
-    @functools.wraps(get_init_info)
-    def call(self):
-        info = get_init_info(self)
-        pool = self.token_to_kv_pool_allocator.get_kvcache()
-        return {**info, "bench_pool": {"pid": os.getpid()} | facts(self, pool)}
+    def make(get_init_info):
+        def call(self):
+            pool = self.token_to_kv_pool_allocator.get_kvcache()
+            found = {"pid": os.getpid()} | facts(self, pool)
+            return {**get_init_info(self), "bench_pool": found}
 
-    return call
+        return call
+
+    return make
 
 
 def _hot_tier(pool: Any) -> dict[str, list[int]]:
@@ -172,7 +190,7 @@ class RecordedEngine:
 
         if fork:  # the Engine would choose to spawn
             multiprocessing.set_start_method("fork", force=True)
-            engine_module.mp.set_start_method = lambda *args, **kwargs: None
+            wrap(engine_module.mp, "set_start_method", lambda _: lambda *args, **kwargs: None)
 
         class Engine(engine_module.Engine):
             run_scheduler_process_func = staticmethod(scheduler)
@@ -182,7 +200,7 @@ class RecordedEngine:
         fixed = {"skip_tokenizer_init": True, "sleep_on_idle": True, "log_level": "error"}
         self._engine = Engine(**(fixed | {"watchdog_timeout": 3600} | server_args))
         self._record = open(record)
-        self._sizes = self._engine._scheduler_init_result.scheduler_infos[0]["bench_pool"]
+        self._sizes = self._engine.get_server_info()["bench_pool"]
 
     def sizes(self) -> dict[str, Any]:
         """What the scheduler's process said of its pool."""

@@ -15,14 +15,13 @@ one hot tier and one minute.
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.serving.engines import RECORD_VAR, RecordedEngine, greedy, with_facts
+from benchmarks.serving.engines import RECORD_VAR, RecordedEngine, greedy, with_facts, wrap
 from sglang_ess.cpu import set_thread_defaults
 
 FAKE_HOST = "2.2.2.2"  # sglang.srt.disaggregation.utils.FAKE_BOOTSTRAP_HOST; a test compares
@@ -60,9 +59,10 @@ def run_decode_scheduler(*args, **kwargs) -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    Scheduler.process_decode_queue = together(Scheduler.process_decode_queue)
-    Scheduler.run_batch = recorded(Scheduler.run_batch, os.environ[RECORD_VAR], _mode_switch())
-    Scheduler.get_init_info = with_facts(Scheduler.get_init_info, _facts)
+    record, force = os.environ[RECORD_VAR], _mode_switch()
+    wrap(Scheduler, "process_decode_queue", together)
+    wrap(Scheduler, "run_batch", lambda run_batch: recorded(run_batch, record, force))
+    wrap(Scheduler, "get_init_info", with_facts(_facts))
     run_scheduler_process(*args, **kwargs)
 
 
@@ -70,7 +70,6 @@ def together(process_decode_queue: Callable) -> Callable:
     """Keep a fill in the queue of arrivals until all of it is there."""
     released = -1
 
-    @functools.wraps(process_decode_queue)
     def call(self):
         nonlocal released
         waiting = self.disagg_decode_prealloc_queue.queue
@@ -90,7 +89,6 @@ def recorded(run_batch: Callable, record: str, force: Callable[[str, int], None]
     file = open(record, "a", buffering=1)
     fill, index = None, 0
 
-    @functools.wraps(run_batch)
     def call(self, batch, *args, **kwargs):
         nonlocal fill, index
         if not (batch.forward_mode.is_decode() and batch.reqs):
