@@ -22,19 +22,8 @@ import psutil
 
 from benchmarks.harness import OtherLoad, failed, finish, measured
 from benchmarks.processes import Worker, WorkerError
-from benchmarks.serving import shared
-from benchmarks.serving.cpu_figures import (
-    HEADLINE,
-    RATIOS,
-    SPLIT_BATCH,
-    WARMUP_STEPS,
-    Timing,
-    panels,
-    print_tables,
-    read_run,
-    summarise,
-    timing_rows,
-)
+from benchmarks.serving import cpu_figures, shared
+from benchmarks.serving.cpu_figures import HEADLINE, RATIOS, SPLIT_BATCH, WARMUP_STEPS, Timing
 from benchmarks.serving.engines import TheirModel, TimedEngine
 from benchmarks.serving.shared import end_on_sigterm, engine_env, parser_with_threads, prompts_of
 from sglang_ess.config import EssConfig
@@ -113,7 +102,9 @@ class Bench(shared.Bench):
     def ours(self, worker, batch, context, steps, salt=0, fresh=True) -> Timing:
         prompts = prompts_of(self.seed, batch, context, salt)
         new_tokens = steps + WARMUP_STEPS + 2  # the first comes from prefill; n passes, n-1 gaps
-        return read_run(worker.call("generate", prompts, new_tokens, fresh), batch, context, fresh)
+        return cpu_figures.read_run(
+            worker.call("generate", prompts, new_tokens, fresh), batch, context, fresh
+        )
 
     def point(self, worker: Worker, kv: str, batch: int, context: int) -> None:
         """Add the rows of a point of sglang-ess; a failure becomes a row."""
@@ -122,7 +113,7 @@ class Bench(shared.Bench):
         try:
             for salt in range(3 if batch * context <= REPEATED_TOKENS else 1):
                 timing += self.ours(worker, batch, context, self.grid.steps, salt)
-            rows = timing_rows(timing, config)
+            rows = cpu_figures.timing_rows(timing, config)
         except (WorkerError, ValueError) as error:
             rows = [failed("serving", config, "decode", "tokens/s", error)]
         self.add(rows, load)
@@ -186,7 +177,9 @@ def side_by_side(bench: Bench) -> None:
         "decode": bench.config("transformers", *HEADLINE),
         "prefill": bench.config("transformers", 1, HEADLINE[1]),
     }
-    rows = [row for name in configs for row in timing_rows(totals[name], configs[name])]
+    rows = []
+    for name, config in configs.items():
+        rows += cpu_figures.timing_rows(totals[name], config)
     rows += [measured(RATIOS[key], both, "speedup", "x", pairs[key]) for key in RATIOS]
     bench.add(rows, load)
 
@@ -260,10 +253,10 @@ def main(argv: list[str] | None = None) -> int:
         except RuntimeError as error:  # WorkerError is a RuntimeError
             print(f"cpu_serving: not timed: {error}", file=sys.stderr)
             return 1
-    summarise(bench.report, grid.growth)
-    print_tables(bench.report)
+    cpu_figures.summarise(bench.report, grid.growth)
+    cpu_figures.print_tables(bench.report)
     config = {"arch": options.arch, "threads": options.threads, "minutes": bench.minutes()}
-    finish(bench.report, options, *panels(bench.report), **config)
+    finish(bench.report, options, *cpu_figures.panels(bench.report), **config)
     return 0
 
 

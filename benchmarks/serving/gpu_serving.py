@@ -50,24 +50,9 @@ from benchmarks.harness import (
     print_summary,
 )
 from benchmarks.processes import Worker, WorkerError
+from benchmarks.serving import gpu_figures, gpu_grid
 from benchmarks.serving.gpu_engine import LEAVE_SECONDS, DecodeEngine
-from benchmarks.serving.gpu_figures import panels, point_rows, print_tables, summarise, windows_of
-from benchmarks.serving.gpu_grid import (
-    AUTO_MODE,
-    CPU,
-    CUDA,
-    MODES,
-    RESIDENT,
-    SYSTEMS,
-    Engine,
-    Grid,
-    Model,
-    Point,
-    Selection,
-    budget_bytes,
-    ess_options,
-    server_args,
-)
+from benchmarks.serving.gpu_grid import RESIDENT, SYSTEMS, Engine, Grid, Model, Point
 from benchmarks.serving.shared import end_on_sigterm, engine_env, run_module, write_tiny_model
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, PAGE_SLOTS
@@ -122,7 +107,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def grid_of(options) -> Grid:
     """The platform's grid with the options' changes."""
-    grid = CPU if options.platform == "cpu" else CUDA
+    grid = gpu_grid.CPU if options.platform == "cpu" else gpu_grid.CUDA
     changes: dict = {"batches": options.batches, "contexts": options.contexts or grid.contexts}
     if options.quick:  # half the windows
         tokens = grid.dropped + (grid.new_tokens - grid.dropped) // 2
@@ -130,7 +115,7 @@ def grid_of(options) -> Grid:
     if options.kv_gib_per_layer is not None:
         changes["kv_gib_per_layer"] = options.kv_gib_per_layer
     if options.overlap_costs and not grid.on_cpu:
-        changes["labels"] = grid.labels | AUTO_MODE
+        changes["labels"] = grid.labels | gpu_grid.AUTO_MODE
     return replace(grid, **changes)
 
 
@@ -166,13 +151,13 @@ class Maker:
 
     def __call__(self, engine: Engine) -> EngineWorker:
         stem = self.directory / engine.name.replace(" ", "-")
-        args = server_args(engine, self.grid, self.model)
+        args = gpu_grid.server_args(engine, self.grid, self.model)
         env = self.environment(engine)
         return EngineWorker(DecodeEngine, f"{stem}.jsonl", args, self.model.vocabulary,
                             self.grid.on_cpu, env=env, log=Path(f"{stem}.log"))  # fmt: skip
 
     def environment(self, engine: Engine) -> dict[str, str | None]:
-        options = ess_options(engine, self.grid, self.model)
+        options = gpu_grid.ess_options(engine, self.grid, self.model)
         options |= {"topk_stream": self.stream, "unsafe": True}
         if self.grid.on_cpu:
             # With one thread an engine never waits for a thread whose core another process has.
@@ -187,7 +172,7 @@ class Maker:
 
 def flat_costs(directory: Path) -> Path:
     """A cost table in which all modes cost the same: every mode is captured, none is preferred."""
-    us = {mode: [[1.0, 1.0]] for mode in MODES}
+    us = {mode: [[1.0, 1.0]] for mode in gpu_grid.MODES}
     table = {"batches": [1], "misses": [0, 1], "us": us, "empty_us": 0.0, "halving_us": 0.0}
     path = directory / "flat_costs.json"
     path.write_text(json.dumps({"overlap_costs": table | {"source": "none: flat"}}))
@@ -259,7 +244,7 @@ class Run:
         worker.start()
         worker.wait(max(min(self.pace.start, self.clock.left() - self.pace.point), 1))
         sizes = worker.call("sizes", timeout=60) | {"start": time.monotonic() - began}
-        sizes["budget_bytes"] = budget_bytes(self.grid, self.model)
+        sizes["budget_bytes"] = gpu_grid.budget_bytes(self.grid, self.model)
         sizes["device_bytes"] = sizes["latent_bytes"] + sizes["index_bytes"]
         if engine.ratio is None:  # HiSparse's tables come on top: see gpu_grid.py
             sizes["device_bytes"] += sizes["metadata_bytes"]
@@ -320,12 +305,12 @@ class Run:
             "decode", point.batch, point.context, grid.new_tokens, labels, grid.steps, seconds,
             timeout=seconds + LEAVE_SECONDS + 5,
         )  # fmt: skip
-        windows, rows = windows_of(passes, grid.dropped, grid.steps), []
+        windows, rows = gpu_figures.windows_of(passes, grid.dropped, grid.steps), []
         for label, system in engine.systems.items():
             mine = [window for window in windows if window.label == label]
             if not mine:
                 raise ValueError(f"a fill must have windows of {system}: got none")
-            rows += point_rows(mine, {"system": system} | config, self.model.layers)
+            rows += gpu_figures.point_rows(mine, {"system": system} | config, self.model.layers)
             self.progress(f"{system}, {mine[0].running} of {point.batch} x {point.context}: "
                           f"{1e3 * mine[-1].running / mine[-1].tokens_per_s:.2f} ms")  # fmt: skip
         return rows
@@ -353,7 +338,7 @@ def saver(report: Report, options, facts: dict) -> Callable[[], None]:
     """Writes the report as it stands; if it is killed meanwhile, the last one remains."""
 
     def save() -> None:
-        summarise(report, facts["batch1_context"])
+        gpu_figures.summarise(report, facts["batch1_context"])
         if options.json:
             draft = options.json.with_suffix(".draft")
             report.write(draft, options.seed, quick=options.quick, **facts)
@@ -370,10 +355,10 @@ def measure(options, directory: Path) -> Report:
     contexts = ",".join(map(str, sorted(grid.contexts)))
     spec = options.topk_stream or f"{LOCALITY}@{contexts}"
     stream = options.topk_stream or stream_file(directory, spec, model, options.seed)
-    engines = Selection(grid, model, options.systems).engines()
+    engines = gpu_grid.Selection(grid, model, options.systems).engines()
     facts = {
         "platform": options.platform, "grid": asdict(grid), "model": asdict(model),
-        "topk_stream": spec, "kv_budget_bytes": budget_bytes(grid, model),
+        "topk_stream": spec, "kv_budget_bytes": gpu_grid.budget_bytes(grid, model),
         "slice": slice_facts(model), "row_bytes": FP8_ROW_BYTES, "card": card_facts(),
         "engines": [engine.name for engine in engines],
         "batch1_context": grid.contexts[0], "seconds": options.seconds,
@@ -397,10 +382,10 @@ def main(argv: list[str] | None = None) -> int:
         directory = options.logs or Path(scratch)
         directory.mkdir(parents=True, exist_ok=True)
         report = measure(options, directory)
-    print_tables(report)
+    gpu_figures.print_tables(report)
     print_failed(report)
     print_summary(report)
-    if options.plot and (found := panels(report)):
+    if options.plot and (found := gpu_figures.panels(report)):
         plot(options.plot, *found)
     return 0 if report.select("decode", "step", "measured") else 1
 

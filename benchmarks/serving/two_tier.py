@@ -32,18 +32,10 @@ import numpy as np
 
 from benchmarks.harness import OtherLoad, finish, measured, ratios
 from benchmarks.processes import Worker
-from benchmarks.serving import shared
+from benchmarks.serving import shared, two_tier_figures
 from benchmarks.serving.engines import DROPPED_PASSES, HeldEngine
 from benchmarks.serving.shared import end_on_sigterm, engine_env, parser_with_threads, prompts_of
-from benchmarks.serving.two_tier_figures import (
-    ONE_TIER,
-    Window,
-    buys_rows,
-    panels,
-    prefill_tokens_per_s,
-    print_tables,
-    summarise,
-)
+from benchmarks.serving.two_tier_figures import ONE_TIER, Window, buys_rows, prefill_tokens_per_s
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, INDEX_KEY_BYTES
 from sglang_ess.layout import PAGE_SLOTS as PAGE
@@ -323,10 +315,10 @@ def main(argv: list[str] | None = None) -> int:
         grid = QUICK if options.quick else FULL
         bench = Bench(grid, options.seed, options.threads, Path(directory))
         bench.run((buys, costs))
-    summarise(bench.report)
-    print_tables(bench.report)
+    two_tier_figures.summarise(bench.report)
+    two_tier_figures.print_tables(bench.report)
     finish(
-        bench.report, options, *panels(bench.report), threads=options.threads, grid=asdict(grid),
+        bench.report, options, *two_tier_figures.panels(bench.report), threads=options.threads, grid=asdict(grid),
         buys_model=BUYS_MODEL, server_args=SERVER_ARGS, minutes=bench.minutes(),
     )  # fmt: skip
     return 0 if bench.report.summary else 1
