@@ -318,8 +318,8 @@ def main(argv: list[str] | None = None) -> int:
     two_tier_figures.summarise(bench.report)
     two_tier_figures.print_tables(bench.report)
     finish(
-        bench.report, options, *two_tier_figures.panels(bench.report), threads=options.threads, grid=asdict(grid),
-        buys_model=BUYS_MODEL, server_args=SERVER_ARGS, minutes=bench.minutes(),
+        bench.report, options, *two_tier_figures.panels(bench.report), threads=options.threads,
+        grid=asdict(grid), buys_model=BUYS_MODEL, server_args=SERVER_ARGS, minutes=bench.minutes(),
     )  # fmt: skip
     return 0 if bench.report.summary else 1
 
