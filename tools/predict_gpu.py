@@ -43,7 +43,6 @@ from benchmarks.harness import (
     print_table,
     simulated,
 )
-from benchmarks.validate_step_time import halves
 from sglang_ess.sim.inputs.specs import Calibration, Model, load, names
 from sglang_ess.sim.model.cost import CostModel
 from sglang_ess.sim.model.decode_tiers import measure
@@ -51,6 +50,7 @@ from sglang_ess.sim.model.miss_table import MissTable
 from sglang_ess.testing.topk_stream.spec import MAX_LAYERS, Profile
 from sglang_ess.testing.topk_stream.table import scaled
 from tools.predict_gpu_files import BUDGETS, FREE, OVERLAPS, RESIDENT, Host, Point, Served
+from tools.validate_step_time import halves
 
 NAME = "predict_gpu"
 QUICK_REQUESTS, QUICK_STEPS = 8, 20

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.harness import ROOT, Report
-from benchmarks.processes import WorkerError
 from benchmarks.serving import gpu_serving
 from benchmarks.serving.gpu_engine import AUTO
 from benchmarks.serving.gpu_grid import (
@@ -35,6 +34,7 @@ from benchmarks.serving.gpu_grid import (
     server_args,
 )
 from benchmarks.serving.gpu_serving import Clock, EngineWorker, Maker, Pace, Run
+from benchmarks.worker import WorkerError
 from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache import capacity
