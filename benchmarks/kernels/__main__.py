@@ -3,10 +3,8 @@
     python -m benchmarks.kernels [--quick] [--seconds N] [--only SECTION] [--json F] [--plot F]
 
 One run on a CUDA device, medians, each operation checked against its reference before it is timed
-(timing.py says how). Grid: batch 1, 16, 64, 160 x 2 to 2048 misses a request, top-k 2048, rows of
-656 B, DeepSeek-V3.2's 128 heads (and 16, a rank of tensor parallelism 8). An import or launch that
-fails is a failed row with its reason. SECTIONS are in the order in which they matter, so that
---seconds cuts the least.
+(timing.py). An import or launch that fails is a failed row with its reason. SECTIONS are in the
+order in which they matter, so that --seconds cuts the least.
 
 Exit status: 0, 1 if a result was wrong, 2 without a CUDA device. --interpret runs a miniature of
 every section on the CPU under Triton's interpreter, to try the code: its rows give no figures.

@@ -1,14 +1,9 @@
-"""The systems that the CPU benchmarks compare, each an object for a processes.Worker.
+"""The systems that the CPU benchmarks compare, each an object for a worker.Worker.
 
-SGLang runs as an sglang.Engine: the scheduler, radix cache, pool and model processes of the server
-without its HTTP and its text, which transformers' generate() lacks too. Its scheduler's process
-writes one line a pass: what ran, when, and what the hot tier counted (Engine lets its entry
-function be replaced). Each engine needs a process of its own: the platform and the thread waiting
-are read from the environment before torch and sglang are imported.
-
-A HeldEngine is stopped by SIGSTOP, so that systems take turns step by step: an engine that waits
-for its turn takes no core from the one that runs (SGLang's own pause polls at full speed) and
-keeps its requests in place.
+SGLang runs as an sglang.Engine: the server without its HTTP and its text, which transformers'
+generate() lacks too. Its scheduler's process writes one line a pass: what ran, when, and what the
+hot tier counted. Each engine needs a process of its own: the platform and the thread waiting are
+read from the environment before torch and sglang are imported.
 """
 
 from __future__ import annotations

@@ -3,26 +3,17 @@
     python -m benchmarks.serving.gpu_serving --model DIR [--seconds 560] [--json FILE] [--plot FILE]
     python -m benchmarks.serving.gpu_serving --platform cpu      # a miniature, here, in minutes
 
-DIR: a slice of `python -m sglang_ess.slice_model`: true layers, few of them, dummy weights.
-Systems: one-tier; hisparse (--enable-hisparse); ess off, ess da, ess dba (no overlap, DA, DBA; with
---overlap-costs also ess auto); ess budgets (hot rows move between layers; DA); resident (one tier
-with as much memory as it wants). The first three kinds get the same device bytes for the KV pool
-(gpu_grid.py); each engine's are counted in its process, and a point of one that took more is a
-failed row. All play one top-k stream (--topk-stream).
+DIR: a slice of `python -m sglang_ess.slice_model`. docs/gpu.md has the systems and the figures.
+Every engine is a decode server of PD with SGLang's fake transfer, and plays one top-k stream. A
+point is a batch of equal requests that join in one step and decode 576 tokens: 192 while the hot
+tiers fill, then windows of 32 steps. Modes of overlap take turns window by window on one batch, so
+they are paired; two engines are not: one-tier is measured again at the end (`drift`). A step's time
+is the distance between two launches in the scheduler's process, with SGLang's overlapped
+scheduling on. Misses are the pool's own count; HiSparse has none.
 
-What is measured. Every engine is a decode server of PD with SGLang's fake transfer: nothing is
-prefilled, a prompt's rows are what the slots held, and a step costs what it costs with true ones.
-A point is a batch of equal requests that join in one step and decode 576 tokens: 192 while the
-hot tiers fill, then windows of 32 steps. Modes of overlap take turns window by window on one
-batch, so they are paired; two engines are not: one-tier is measured again at the end (`drift`). A
-step's time is the distance between two launches in the scheduler's process, with SGLang's
-overlapped scheduling on; it is what every request waits for its token (ITL). Misses are the pool's
-own count; HiSparse has none.
-
-Order. One engine after another, the most important first; a start takes a minute or more. Each
-measures batch 1 at 32K, and its largest batch at 32K and 128K. --seconds N: nothing starts that
-would not end by then; what was not reached is a failed row with the reason. --systems and
---contexts split the work over several calls. The JSON is written again after every point.
+One engine after another, the most important first; a start takes a minute or more. --seconds N:
+nothing starts that would not end by then; what was not reached is a failed row with the reason.
+--systems and --contexts split the work over several calls. The JSON is written after every point.
 """
 
 from __future__ import annotations

@@ -3,26 +3,20 @@
     python -m benchmarks.serving.pd_serving [--quick] [--json FILE] [--plot FILE]
 
 Real processes and sockets: one prefill server, one decode server, sglang-router, Mooncake over
-TCP. bench_serving-style load: Poisson arrivals, token ids in and out, streamed, greedy.
- (A) Output: the decode server one-tier and with ESS, at the same --ess-device-gib. Tokens/s,
-     batch, inter-token latency and time to first token against request rate; saturation is all
-     requests at once. summary.output_ratio is ESS over one-tier there.
+TCP; Poisson arrivals, token ids in and out, streamed, greedy.
+ (A) Output: the decode server one-tier and with ESS, at the same --ess-device-gib, against request
+     rate; saturation is all requests at once. summary.output_ratio is ESS over one-tier there.
  (B) Thrash: ESS decode with a hot tier far below the sum of the working sets, admission off
      and on, up to 3x saturation (the model: SparseServe, figure 1 and its ablation).
  (C) Warm-up across the hand-over, on and off: misses in a request's first 8 decode steps, and
      inter-token latency while requests keep joining.
 
-One machine stands in for two. The decode server runs alone on the last core, its torch and
-numba with one thread; the prefill server (at a lower priority), the router and the client share
-the others. So that prefill does not bound what is measured, prompts are documents that the
-prefill server has in its radix cache: each request computes its last page there and transfers
-all its rows. No two requests that decode together have one document, and the decode server
-has no radix cache in either system.
-
-Both tiers are this machine's one DRAM, so a miss is nearly free. In (B) and (C) fetches are
-slowed (--ess-link-gib) to the share of one core's memory bandwidth, measured at start, that a
-H100's PCIe link is of its HBM's: 55 of 3350 GB/s. (A) has no such limit: its ratio is what freed
-memory buys here. (B) has one row without it.
+One machine stands in for two: the decode server has the last core, everything else the others. So
+that prefill limits nothing, prompts are documents in the prefill server's radix cache: each request
+computes its last page there and transfers all its rows. No two requests that decode together have
+one document, and the decode server has no radix cache. In (B) and (C) fetches are slowed
+(--ess-link-gib) to the share of a core's memory bandwidth, measured at start, that a H100's PCIe
+link is of its HBM's: 55 of 3350 GB/s.
 """
 
 from __future__ import annotations

@@ -2,22 +2,15 @@
 
     python -m benchmarks.serving.two_tier [--quick] [--json FILE] [--plot FILE]
 
-One run, one number of threads, fp8 rows (656 B); the systems take turns of a few decode steps.
- (a) What it buys: the same device bytes for both (--ess-device-gib counts latent rows, index
-     keys, maps, staging, everything; read back from the running pools), the same arguments and
-     more requests than either can run: unshared long prompts, then several questions on each
-     of several long documents. How many run together, decode tokens/s of full batches, hits.
+One run, one number of threads, fp8 rows; the systems take turns of a few decode steps.
+ (a) What it buys: the same device bytes for both, read back from the running pools, and more
+     requests than either can run: unshared long prompts, then several questions on each of several
+     long documents. How many run together, decode tokens/s of full batches, hits.
  (b) What it costs: equal batch, slots for all: a decode step at several hot ratios over the
-     one-tier step, and prefill of 8K prompts, cpu_serving's model shape and headline point.
+     one-tier step, and prefill of 8K prompts.
 
-The model of (a) has the balance of a real one: a step reads the weights once for any batch, so a
-larger batch gives more tokens (DeepSeek-V3.2: latent rows of 1.3 GB a request at 32K context,
-hundreds of GB of weights). A step of tiny_model's default shape costs mostly by the request.
-BUYS_MODEL has 205 MiB of weights: two of its four experts are active for a token, so prefill stays
-quick, and a batch of four or more reads nearly all of them. With six layers, ESS's two staging
-layers are small against the pool.
-Weights and prompts are random: how often decode finds its rows in the hot tier is the locality of
-these models, not of a trained one. The miss rate is reported with every figure.
+docs/benchmarking.md says why BUYS_MODEL is shaped as it is. It has 205 MiB of weights, nearly all
+of which a batch of four or more reads; with six layers ESS's two staging layers are small.
 """
 
 from __future__ import annotations
