@@ -92,19 +92,23 @@ def _add_split(split: dict[str, list[float]], passes: list[dict], total: float) 
 def timing_rows(timing: Timing, config: dict, **extra) -> list[dict]:
     """Rows of one point of one system: tokens/s, the step, and at batch 16 where the time goes."""
     batch, tokens = config["batch"], config["batch"] * config["context"]
-    prefill = [tokens / seconds for seconds in timing.prefill]
     rows = []
-    if prefill:
-        rows.append(measured("serving", config, "prefill", "tokens/s", prefill, **extra))
+
+    def add(name, metric, unit, samples, **more):
+        if samples:
+            rows.append(measured(name, config, metric, unit, samples, **more, **extra))
+
+    add("serving", "prefill", "tokens/s", [tokens / seconds for seconds in timing.prefill])
     if timing.steps:
         # By windows: a median of single steps would hide the rare long ones.
         decode = [batch / seconds for seconds in windows(timing.steps)]
         steps = [1e3 * seconds for seconds in timing.steps]
-        warm = {"warmup": WARMUP_STEPS} | extra
-        rows.append(measured("serving", config, "decode", "tokens/s", decode, **warm))
-        rows.append(measured("serving", config, "decode_step", "ms", steps, **warm))
-    if batch == SPLIT_BATCH:
-        rows += _split_rows(timing, config, **extra)
+        add("serving", "decode", "tokens/s", decode, warmup=WARMUP_STEPS)
+        add("serving", "decode_step", "ms", steps, warmup=WARMUP_STEPS)
+    for part in PARTS if batch == SPLIT_BATCH else ():
+        add("step_split", part, "ms", [1e3 * seconds for seconds in timing.split[part]])
+        shares = ratios(timing.prefill_split[part], timing.prefill)
+        add("prefill_split", part, "ratio", shares)
     return rows
 
 
@@ -112,16 +116,6 @@ def windows(steps: Sequence[float], size: int = WINDOW) -> list[float]:
     """Mean of each `size` steps in a row; fewer at the end are dropped, unless they are all."""
     last = max(len(steps) - size + 1, 1)
     return [float(np.mean(steps[i : i + size])) for i in range(0, last, size)]
-
-
-def _split_rows(timing: Timing, config: dict, **extra) -> list[dict]:
-    rows = []
-    for part in PARTS:
-        if values := [1e3 * seconds for seconds in timing.split[part]]:
-            rows.append(measured("step_split", config, part, "ms", values, **extra))
-        if shares := ratios(timing.prefill_split[part], timing.prefill):
-            rows.append(measured("prefill_split", config, part, "ratio", shares, **extra))
-    return rows
 
 
 def summarise(report: Report, growth: tuple[int, int]) -> None:

@@ -76,14 +76,6 @@ def ratio(above: float | None, below: float | None) -> float | None:
 
 def summarise(report: Report, itl_target_ms: float) -> None:
     """Fill report.summary."""
-    _summarise_output(report, itl_target_ms)
-    _summarise_thrash(report)
-    _summarise_warmup(report)
-    errors = [row["median"] for row in report.rows if row["metric"] == "errors"]
-    report.summarise("errors", sum(errors) if errors else None)
-
-
-def _summarise_output(report: Report, itl_target_ms: float) -> None:
     found = {}
     for system, suffix in ((ONE_TIER, "one_tier"), (ESS, "ess")):
         config = {"system": system, "rate": SATURATION}
@@ -98,6 +90,16 @@ def _summarise_output(report: Report, itl_target_ms: float) -> None:
     report.summarise("p99_itl_ms", report.summary.get("itl_p99_ess"))
     if "p99_itl_ms" in report.summary:
         report.summarise("itl_target_ms", itl_target_ms)
+    _summarise_thrash(report)
+    for metric, name, at in (
+        ("handover_misses", "warmup_first8_ratio", "mean"),
+        ("itl_p99", "warmup_itl_p99_ratio", "median"),
+    ):
+        rows = [find(report.rows, "warmup", metric, pd_warmup=value) for value in (ON, OFF)]
+        if all(rows):
+            report.summarise(name, ratio(rows[0][at], rows[1][at]))
+    errors = [row["median"] for row in report.select(metric="errors")]
+    report.summarise("errors", sum(errors) if errors else None)
 
 
 def curve(report: Report, name: str, metric: str, **config) -> list[tuple[float, float]]:
@@ -120,16 +122,6 @@ def _summarise_thrash(report: Report) -> None:
             report.summarise(name, ratio(points[-1][1], max(value for _, value in points)))
     if len(last) == 2 and last[ON][0] == last[OFF][0]:  # the same rate
         report.summarise("thrash_gain", ratio(last[ON][1], last[OFF][1]))
-
-
-def _summarise_warmup(report: Report) -> None:
-    for metric, name, at in (
-        ("handover_misses", "warmup_first8_ratio", "mean"),
-        ("itl_p99", "warmup_itl_p99_ratio", "median"),
-    ):
-        rows = [find(report.rows, "warmup", metric, pd_warmup=value) for value in (ON, OFF)]
-        if all(rows):
-            report.summarise(name, ratio(rows[0][at], rows[1][at]))
 
 
 # --- for people -------------------------------------------------------------------------

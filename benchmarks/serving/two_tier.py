@@ -133,28 +133,25 @@ def one_tier_slots(grid: Grid) -> int:
 
 def buys_engines(bench: Bench, model: str) -> dict[str, Worker]:
     """The systems of (a): one limit on device bytes for all of them."""
-    grid = bench.grid
-    total = device_bytes(grid)
-    args = {"context_length": grid.request_tokens + PAGE}
-    one_tier = {"enabled": False, "device_gib": total / GIB}
-    engines = {ONE_TIER: bench.engine("buys one tier", model, one_tier, **args)}
-    for ratio in grid.ratios:
-        ess = {"device_gib": total / GIB, "hot_ratio": ratio, "admission": "off"}
-        name = ess_name(ratio)
-        engines[name] = bench.engine(f"buys {name}", model, ess, **args)
-    return engines
+    gib = device_bytes(bench.grid) / GIB
+    args = {"context_length": bench.grid.request_tokens + PAGE}
+    options = {ONE_TIER: {"enabled": False, "device_gib": gib}}
+    for ratio in bench.grid.ratios:
+        options[ess_name(ratio)] = dict(device_gib=gib, hot_ratio=ratio, admission="off")
+    return {name: bench.engine(f"buys {name}", model, ess, **args) for name, ess in options.items()}
 
 
 def cost_engines(bench: Bench, model: str) -> dict[str, Worker]:
     """The systems of (b): slots for the batch in all of them."""
     slots = bench.grid.cost_slots
     args = {"max_total_tokens": slots, "context_length": PREFILL_CONTEXT + 4 * PAGE}
-    engines = {ONE_TIER: bench.engine("costs one tier", model, {"enabled": False}, **args)}
+    options = {ONE_TIER: {"enabled": False}}
     for ratio in bench.grid.cost_ratios:
-        ess = {"hot_ratio": ratio or MINIMUM_HOT_ROWS / slots, "admission": "off"}
-        name = ess_name(ratio)
-        engines[name] = bench.engine(f"costs {name}", model, ess, **args)
-    return engines
+        hot_ratio = ratio or MINIMUM_HOT_ROWS / slots
+        options[ess_name(ratio)] = {"hot_ratio": hot_ratio, "admission": "off"}
+    return {
+        name: bench.engine(f"costs {name}", model, ess, **args) for name, ess in options.items()
+    }
 
 
 def check(bench: Bench, engines: dict[str, Worker]) -> None:
@@ -217,10 +214,9 @@ def buys(bench: Bench) -> None:
         check(bench, engines)
         sizes = {name: engine.call("sizes") for name, engine in engines.items()}
         for name, size in sizes.items():
-            if size["device_bytes"] > device_bytes(grid):
-                raise RuntimeError(
-                    f"{name} must take {device_bytes(grid)} device bytes: {size['device_bytes']}"
-                )
+            took, limit = size["device_bytes"], device_bytes(grid)
+            if took > limit:
+                raise RuntimeError(f"{name} must take {limit} device bytes: got {took}")
         for workload, prompts in (
             ("unshared", prompts_of(bench.seed, SUBMITTED, grid.prompt)),
             ("shared", shared_prompts(bench.seed, grid.prompt)),

@@ -86,11 +86,12 @@ def buys_rows(
         return measured("buys", config | more, metric, unit, samples)
 
     batches = [window.batch for window in windows]
+    speeds = [window.tokens_per_s for window in windows]
     rows = [
         row("requests", "requests", batches),
         row("requests_ratio", "x", ratios(batches, [window.batch for window in one_tier])),
-        row("decode", "tokens/s", [window.tokens_per_s for window in windows]),
-        row("decode_ratio", "x", _tokens_ratios(windows, one_tier)),
+        row("decode", "tokens/s", speeds),
+        row("decode_ratio", "x", ratios(speeds, [window.tokens_per_s for window in one_tier])),
         row("decode_step", "ms", [1e3 * step for window in windows for step in window.steps]),
         row("retractions", "requests", [windows[-1].retracted - before]),
     ]
@@ -100,16 +101,9 @@ def buys_rows(
         rows.append(row("hit_rate", "ratio", [window.hit_rate for window in windows]))
         rows.append(row("misses", "rows/step", [window.misses_per_step for window in windows]))
         by_layer = np.array([window.hit_rates for window in windows])
-        rows += [
-            row("layer_hit_rate", "ratio", by_layer[:, layer], layer=layer)
-            for layer in range(by_layer.shape[1])
-        ]
+        for layer, rates in enumerate(by_layer.T):
+            rows.append(row("layer_hit_rate", "ratio", rates, layer=layer))
     return rows
-
-
-def _tokens_ratios(windows: Sequence[Window], one_tier: Sequence[Window]) -> list[float]:
-    mine, theirs = ([window.tokens_per_s for window in both] for both in (windows, one_tier))
-    return ratios(mine, theirs)
 
 
 def prefill_tokens_per_s(run: dict, context: int) -> float:
