@@ -1,4 +1,4 @@
-"""The operator's figures: the log line, SGLang's /metrics, and that both tell the truth."""
+"""The operator's figures: the log line and SGLang's /metrics are right."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ def make_pool(num_layers=2, num_rows=4, requests=5):
 
 
 def decode(pool, *slots_of_layers):
-    """One step of one request: the slots each layer selects."""
+    """Plan one step of one request. slots_of_layers: the slots that each layer selects"""
     for cache, slots in zip(pool.hot_caches, slots_of_layers, strict=True):
         cache.plan(torch.tensor([slots], dtype=torch.int32))
 
@@ -113,7 +113,7 @@ def test_sizes(num_bytes, text):
 
 
 def test_rows_that_move_between_layers():
-    """Counted since the last snapshot; each layer's gauge says what it has now."""
+    """Moves count since the last snapshot; each layer's gauge shows its rows now."""
     pool, taken = make_pool(), Metrics()
     assert taken.snapshot(pool, 0).rebalances == 0
     pool.rebalancer = SimpleNamespace(rebalances=2, rows_moved=30)
@@ -148,7 +148,7 @@ exporter.observe_request(5)
 
 
 def test_prometheus_in_several_processes(tmp_path):
-    """As SGLang has it: the scheduler writes, the HTTP process gathers what is on disk."""
+    """As in SGLang, the scheduler writes files and the HTTP process collects them."""
     done = subprocess.run(
         [sys.executable, "-c", WRITER],
         env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": "."},
@@ -184,7 +184,7 @@ def test_prometheus_in_several_processes(tmp_path):
 
 
 class Requests:
-    """SGLang's ReqToTokenPool, as far as the metrics see it."""
+    """The part of SGLang's ReqToTokenPool that the metrics use."""
 
     def __init__(self, free):
         self.free_slots, self.callback = free, None
@@ -274,7 +274,7 @@ def test_prometheus_follows_sglangs_own_publishing(reporter):
 
 
 def test_a_devices_figures_come_from_its_mirror(reporter):
-    """A GPU's counters are copied to the host now and then; nobody waits for them here."""
+    """A GPU copies its counters to the host now and then; the metrics do not wait for it."""
     layers = len(reporter.pool.hot_caches)
     one = {"lookups": 8, "misses": 2, "evictions": 0, "evicted_age": 0, "installs": 0, "short": 0}
     figures = [{**one, "steps": 4, "occupied": 3}] * layers
@@ -331,7 +331,7 @@ PROMPTS, OUTPUT = (600, 700, 800), 20
 
 @pytest.mark.slow
 def test_a_server_counts_what_it_serves(tiny_v32, tmp_path):
-    """Lookups are as many as the requests' lengths say; the rest adds up from there."""
+    """The lengths of the requests determine the lookups; the other figures follow from them."""
     flags = ["--enable-metrics", "--decode-log-interval", "1", "--max-total-tokens", "8192"]
     flags += ["--ess-hot-ratio", "0.02", "--disable-overlap-schedule", "--disable-radix-cache"]
     with Server(tiny_v32, *flags, log=tmp_path / "log") as server:
@@ -357,7 +357,7 @@ def scrape(server):
 
 
 def check_counters(found, before, ess):
-    """found, before: scrapes around the requests; ess: the server's facts."""
+    """found, before: metrics after and before the requests; ess: the server's facts."""
 
     def since(name, *labels):
         key = (f"sglang:ess_{name}", *labels)
@@ -385,7 +385,7 @@ def check_counters(found, before, ess):
 
 
 def check_lines(log):
-    """Our line comes right after SGLang's decode line."""
+    """Our line follows SGLang's decode line."""
     found = [line for line in log.splitlines() if "Decode batch" in line or "ESS: hot rows" in line]
     assert len(found) >= 2 * len(PROMPTS) * (OUTPUT - 1)
     for theirs, ours in zip(found[::2], found[1::2], strict=True):
@@ -396,7 +396,7 @@ def check_lines(log):
 
 
 def test_admission_is_exported_as_it_stands():
-    """Gauges as they are, counters by what came since the last time."""
+    """Gauges show the value; counters grow by what came since the last update."""
     registry = CollectorRegistry()
     exporter = Exporter({"model_name": "m"}, range(1), registry)
     admission = Admission(AdmissionLimits(hot_rows=100, topk=10, layers=1, row_bytes=656), 5e9)

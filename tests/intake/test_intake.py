@@ -1,4 +1,4 @@
-"""No body ends a server or goes unanswered: one case for each kind, then a walk of all routes."""
+"""No body ends a server or stays unanswered: one case of each kind, then all routes."""
 
 import asyncio
 import json
@@ -124,13 +124,13 @@ def test_more_tokens_than_the_context_holds(server, lives_on):
 
 
 def test_a_failing_scheduler_answers(server, lives_on):
-    """expert_distribution is not recorded here, which upstream's recorder says by an exception."""
+    """This server records no expert distribution; SGLang's recorder raises an exception."""
     status, text = server.post("/start_expert_distribution_record", {})
     assert status == 400 and "must be able to take in" in text, (status, text)
 
 
 class Scheduler:
-    """What guard.py uses of one."""
+    """The part of a scheduler that guard.py uses."""
 
     def __init__(self):
         self.waiting_queue, self.sent = [SimpleNamespace(rid="a"), SimpleNamespace(rid="b")], []
@@ -149,7 +149,7 @@ def io():
 
 
 def message(io, rid):
-    """A tokenized request as the scheduler gets it."""
+    """A tokenized request as the scheduler receives it."""
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     return io.TokenizedGenerateReqInput(
@@ -174,7 +174,7 @@ def failing(recv_req):
 
 @pytest.fixture
 def parallel(monkeypatch):
-    """What the guard asks SGLang's context for: one rank, one tokenizer worker."""
+    """SGLang's context for the guard: one rank, one tokenizer worker."""
     context = SimpleNamespace(tp_size=1, pp_size=1, tokenizer_worker_num=1)
     for name in ("get_parallel", "get_serving"):
         monkeypatch.setattr(f"sglang.srt.runtime_context.{name}", lambda: context)
@@ -208,7 +208,7 @@ def test_a_request_id_of_another_worker(io, parallel, workers, sent):
 
 
 def test_a_control_request_of_several_ranks_still_ends_the_server(io, parallel):
-    """Ranks that exchange messages must not go on one by one."""
+    """Ranks that exchange messages must not continue separately."""
     parallel.tp_size = 2
     take_in = guard.guarded(failing, Scheduler())
     with pytest.raises(KeyError):
@@ -217,7 +217,7 @@ def test_a_control_request_of_several_ranks_still_ends_the_server(io, parallel):
 
 
 def test_every_control_request_has_an_answer_that_says_it_failed(io):
-    """All that SGLang's tokenizer process waits for, made and read back over its own wire."""
+    """Every answer that SGLang's tokenizer process waits for survives SGLang's encoding."""
     from sglang.srt.managers.tokenizer_control_mixin import _COMMUNICATOR_SPECS
 
     waited_for = {spec[1].__name__ for spec in _COMMUNICATOR_SPECS}
@@ -315,7 +315,7 @@ def test_a_walk_of_all_routes(tiny_v32, tmp_path, flags):
 
 @pytest.mark.slow
 def test_one_request_id_at_two_tokenizer_workers(tiny_v32, tmp_path):
-    """Each worker knows its own requests only; the scheduler and the detokenizer know all."""
+    """Each worker knows only its own requests; the scheduler and the detokenizer know all."""
     with http_fuzz.start(tiny_v32, tmp_path, "--tokenizer-worker-num", "2") as server:
         server.wait_ready()
         expected = greedy(server)

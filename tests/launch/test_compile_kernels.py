@@ -14,7 +14,7 @@ DENSE = {"architectures": ["LlamaForCausalLM"]}
 
 
 def test_compiled_equals_loaded_bit_for_bit(kernel_runs):
-    """Fails without forceinline in cpu/ops/_numba.py: two of three results differ then."""
+    """Without forceinline in cpu/ops/_numba.py two of three results differ."""
     compiled, loaded = (dict(np.load(file)) for file in kernel_runs())
     assert compiled.pop("compiled") == 3 and loaded.pop("compiled") == 0
     assert len(compiled) == 68

@@ -13,7 +13,7 @@ GOOD = Hook("os.path.join", "call", signature_text("os.path.join"), "us", "It is
 
 @pytest.fixture(autouse=True)
 def rows(monkeypatch):
-    """rows(*hooks) sets the contract; the CPU platform is asked for, so no GPU matters."""
+    """rows(*hooks) sets the contract. The CPU platform is chosen, so a GPU changes nothing."""
     monkeypatch.setenv(ENV_VAR, EssConfig(platform="cpu").to_env()[ENV_VAR])
 
     def put(*hooks):

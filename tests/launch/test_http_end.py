@@ -46,7 +46,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(params=[1, 2], ids=["one worker", "two"])
 def served(request, tmp_path):
-    """(its process, ask(path) -> a connection with that request sent)."""
+    """(the server's process, ask(path) which sends a request and returns the connection)."""
     (tmp_path / "served.py").write_text(APP)
     port, log = free_port(), tmp_path / "log"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}

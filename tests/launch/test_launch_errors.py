@@ -122,7 +122,7 @@ def test_a_port_in_use(launch, host):
 
 
 def test_a_port_just_closed_can_be_taken_again(launch, port):
-    """SO_REUSEADDR: a connection in TIME_WAIT does not hold the port."""
+    """A connection in TIME_WAIT does not block the port, because of SO_REUSEADDR."""
     with socket.create_server(("127.0.0.1", port)) as server:
         client = socket.create_connection(("127.0.0.1", port))
         connection, _ = server.accept()
@@ -243,7 +243,7 @@ SGLANG_CHECKS = (
 
 
 def check_no_traceback(result, *parts):
-    """Refused with one line of ours and no traceback at all."""
+    """The launcher refuses with one line of ours and without a traceback."""
     status, text = result
     lines = [line for line in text.splitlines() if line.startswith("sglang-ess: ")]
     refused((status, lines), *parts)
@@ -316,7 +316,7 @@ SIZES = {
 
 
 def check_refused_by_the_scheduler(status, log, parts):
-    """It ended by itself, with one line of ours and no traceback at all."""
+    """It ended by itself, with one line of ours and without a traceback."""
     text = log.read_text()
     lines = [line for line in text.splitlines() if line.startswith("sglang-ess: ")]
     refused((status, lines), *parts)
@@ -325,7 +325,7 @@ def check_refused_by_the_scheduler(status, log, parts):
 
 @pytest.mark.parametrize("what", SIZES)
 def test_sizes_that_only_the_scheduler_can_judge(tiny_v32, tmp_path, what):
-    """The whole launcher and its scheduler, in processes that need not import SGLang again."""
+    """Run the launcher and its scheduler in processes that need not import SGLang again."""
     (flags, parts), log = SIZES[what], tmp_path / "log"
     given = ["--model-path", str(tiny_v32), "--port", str(free_port()), *flags]
     check_refused_by_the_scheduler(run_launcher(given, log), log, parts)
@@ -341,7 +341,7 @@ def test_sizes_that_only_the_scheduler_can_judge_by_command(tiny_v32, tmp_path, 
 
 
 def test_a_bad_path_is_refused_in_a_moment_without_a_traceback():
-    """The whole command, and before SGLang is imported."""
+    """The command refuses before it imports SGLang."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "sglang_ess.launch_server"]
         + ["--model-path", str(Path("/nowhere/model"))],

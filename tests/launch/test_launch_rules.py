@@ -1,4 +1,4 @@
-"""What the launcher refuses to serve: models, platforms, features that two tiers lack."""
+"""The launcher refuses models, platforms and features that two tiers do not serve."""
 
 import json
 
@@ -143,7 +143,7 @@ RULE_CASES = {
 
 @pytest.mark.parametrize(("name", "flag", "allowed"), option_rules.ESS_RULES)
 def test_what_two_tiers_do_not_serve(launch, name, flag, allowed):
-    """One line each, also where the CPU platform has a rule of its own for it."""
+    """The launcher prints one line for each, even if the CPU platform has a rule for it too."""
     given = RULE_CASES[name]
     assert given[0] == flag
     refused(launch(*given), f"{flag} must be ")

@@ -1,4 +1,4 @@
-"""sglang_ess.engine: SGLang's offline engine with ESS, and what a plain one says without."""
+"""sglang_ess.engine, SGLang's offline engine with ESS; and what SGLang's own engine prints."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ REFUSED = {
 
 
 def run(model, configs):
-    """Tokens of the PROMPTS by an engine of each config, then the message of each of REFUSED."""
+    """The tokens of PROMPTS from an engine of each config, and the message for each of REFUSED."""
     fork_children()
     tokens = []
     for ess in configs:

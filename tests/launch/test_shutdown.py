@@ -27,7 +27,7 @@ SOON = 20.0  # seconds that what takes a moment may take on a busy machine; less
 
 
 class StandIn(leftovers.Marked):
-    """A process of tests.support.stand_in with this behaviour."""
+    """Start tests.support.stand_in with this behaviour."""
 
     def __init__(self, log: Path, behaviour: str, grace: float = GRACE):
         super().__init__()
@@ -53,7 +53,7 @@ class StandIn(leftovers.Marked):
         poll(lambda: "serving" in self.text() and self.named(SCHEDULER))
 
     def status(self) -> int:
-        """Of its end, within the bound that any has; nothing is left then."""
+        """Its exit status. It must end in time and leave nothing behind."""
         status = self.process.wait(GRACE + BOUND + SOON)
         assert self.remains() == []
         return status
@@ -61,7 +61,7 @@ class StandIn(leftovers.Marked):
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """stand_in(behaviour, grace): one that serves; its rest is ended after the test."""
+    """stand_in(behaviour, grace) starts one that serves; what is left ends after the test."""
     started = []
 
     def start(behaviour, grace=GRACE, ready=True):
@@ -77,12 +77,12 @@ def stand_in(tmp_path):
 
 
 def to_group(server, number):
-    """As a terminal's Ctrl-C."""
+    """Signal the group, as a terminal does at Ctrl-C."""
     os.killpg(server.process.pid, number)
 
 
 def to_every_process(server, number):
-    """As systemd."""
+    """Signal every process, as systemd does."""
     for pid in server.processes():
         os.kill(pid, number)
 
@@ -143,7 +143,7 @@ def test_a_process_that_left_its_parent_and_session_is_found(stand_in):
 
 
 def test_all_end_with_a_launcher_that_is_killed(stand_in):
-    """Their files stay: nobody is left to remove them."""
+    """Their files stay, because no process is left to remove them."""
     server = stand_in("idle")
     server.process.kill()
     main = [pid for pid in server.processes() if pid != server.named(SCHEDULER)[0]]
@@ -175,7 +175,7 @@ def test_an_end_by_itself(stand_in, behaviour, status, part):
 
 
 def test_a_scheduler_that_has_died_before_it_was_seen_is_noticed():
-    """It waits to be reaped, without a command line."""
+    """A zombie has no command line."""
     pid = os.fork()
     if pid == 0:
         ctypes.CDLL(None).prctl(15, b"sglang::scheduler")  # PR_SET_NAME

@@ -37,12 +37,12 @@ def until_ready(server: MarkedServer) -> MarkedServer:
 
 @pytest.fixture(scope="module")
 def server(starting_pair):
-    """Of two tokenizer workers; the last test of the file's fast ones ends it."""
+    """A server with two tokenizer workers; the last fast test of this file ends it."""
     return until_ready(starting_pair)
 
 
 def generate(server, prompt: int, output: int, **more) -> tuple[int, dict]:
-    """(status, meta_info or the error) of one request of as many tokens, none of them cached."""
+    """(status, meta_info or the error) of a request with this many tokens, none of them cached."""
     sampling = {"temperature": 0, "max_new_tokens": output, "ignore_eos": True}
     ids = [random.randrange(3, 250) for _ in range(prompt)]
     body = {"input_ids": ids, "sampling_params": sampling, **more}
@@ -80,7 +80,7 @@ def test_a_request_has_what_the_limits_say(server):
 
 
 class Requests:
-    """Requests of as many tokens, all at once; what each client got, as a status or in words."""
+    """Send requests of this many tokens at once. What each client got: a status or a word."""
 
     def __init__(self, server, count, prompt, output, **more):
         self.pool = ThreadPoolExecutor(count)
@@ -96,7 +96,7 @@ class Requests:
             return "cut off"
 
     def got(self) -> list:
-        """Each has its answer, or none will come."""
+        """Wait until each client has its answer or an error."""
         with self.pool:
             return [future.result(SLACK) for future in self.futures]
 
@@ -128,7 +128,7 @@ class Nothing:
 
 
 class Stopped(Nothing):
-    """The scheduler hangs."""
+    """Stop the scheduler, so that it hangs."""
 
     def __init__(self, server):
         os.kill(server.named("sglang::scheduler")[0], signal.SIGSTOP)
@@ -146,7 +146,7 @@ ANSWERS = {200, 503, "cut off"}  # in time; after the grace period; then, or not
 
 
 def busy(server):
-    """Requests run, or wait while one is in its prefill, which does not count as running."""
+    """Wait until requests run, or wait while a prefill runs, which does not count as running."""
     loads = server.get("/v1/loads")["loads"]
     return any(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
 
@@ -168,7 +168,7 @@ def ended(server, state, number=TERM, group=False) -> tuple[float, int, Counter]
 
 
 def test_in_the_middle_of_a_prefill_all_end_and_every_request_is_answered(server):
-    """With two tokenizer workers; it ends the server."""
+    """A server with two tokenizer workers; this test ends it."""
     assert len(server.note_segments()) > 0 and len(server.remains()) > 8
     _, status, got = ended(server, "prefill")
     assert status == 0
@@ -251,7 +251,7 @@ def test_while_it_starts(tiny_v32, tmp_path, words, workers):
 @pytest.mark.parametrize("prefill_flags", [(), ("--disable-ess",)], ids=["both", "one-tier"])
 @pytest.mark.parametrize("requests", [0, 24])
 def test_prefill_and_decode_servers(tiny_v32, tmp_path, requests, prefill_flags):
-    """Both nodes are signalled at once: the one has prompts left, the other tokens."""
+    """Both nodes are signalled at once: one still has prompts, the other tokens."""
     marked = Marked()
     with PdCluster(tiny_v32, tmp_path, FLAGS, prefill_flags, env=marked.env) as cluster:
         cluster.wait_ready()

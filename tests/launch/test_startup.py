@@ -101,7 +101,7 @@ def test_the_facts_are_in_server_info_too(server, tiny_v32):
 
 
 def test_shared_index_layers_fp8_rows_and_one_tier(tmp_path):
-    """GLM keeps no index keys for layers that share a top-k; --disable-ess says as much."""
+    """GLM keeps no index keys for layers that reuse a top-k; --disable-ess shows that too."""
     config = TinyModelConfig(arch="glm")
     model = write_tiny_model(tmp_path / "glm", config)
     full = config.indexer_types.count("full")
@@ -128,7 +128,7 @@ def test_shared_index_layers_fp8_rows_and_one_tier(tmp_path):
 
 
 def test_nothing_is_printed_when_ess_was_not_asked_for(monkeypatch, capfd):
-    """Where SGLang has a platform; tests/launch/test_offline.py has the line for none."""
+    """SGLang has a platform here; test_offline.py tests the line printed without one."""
     import sglang.srt.platforms
     from sglang.srt.platforms.cpu import CpuSRTPlatform
     from sglang.srt.plugins.hook_registry import HookRegistry
@@ -182,7 +182,7 @@ class HttpServer:
 
 @pytest.fixture
 def web():
-    """A server on a port of its own; statuses: what it answers, the last one from then on."""
+    """A server on its own port. It answers with statuses in order, then with the last one."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -211,7 +211,7 @@ READY = SimpleNamespace(is_ready=lambda: True)
 
 
 def test_no_block_without_a_hook_on_the_scheduler_but_the_address(monkeypatch, capsys, web):
-    """An accelerator."""
+    """The test has an accelerator."""
     monkeypatch.setitem(sys.modules, startup.HTTP_SERVER, HttpServer(READY, {}))
     serving = threading.Event()
     with startup.announced(args(web.url), time.monotonic(), serving.set):
@@ -225,7 +225,7 @@ def test_no_block_without_a_hook_on_the_scheduler_but_the_address(monkeypatch, c
 
 
 def test_it_is_ready_only_once_the_url_answers(monkeypatch, capsys, web):
-    """SGLang's manager is so a moment before its HTTP server is."""
+    """SGLang's manager is ready a moment before its HTTP server."""
     monkeypatch.setitem(sys.modules, startup.HTTP_SERVER, HttpServer(READY, {}))
     web.statuses = [503, 503, 200]
     with startup.announced(args(web.url, api_key="secret"), time.monotonic()):

@@ -1,4 +1,4 @@
-"""The wheel: it holds the whole source tree, and works where nothing else of the checkout is.
+"""The wheel contains the whole source tree, and works without the rest of the checkout.
 
 The environment of these tests has the packages of this one (SGLang above all), except for the
 editable install of this checkout: a path in a .pth file does not run the .pth files in it.
@@ -68,9 +68,9 @@ def site_packages(root):
 
 
 def reuse_machine_code(packages):
-    """Let numba find what it has compiled for the checkout: compiling takes 20 s.
+    """Let numba use what it compiled for the checkout, because compiling takes 20 s.
 
-    Its cache lies in __pycache__, and is valid for a source file of the same time and size.
+    Its cache is in __pycache__, and is valid for a source file of the same time and size.
     """
     for package, folder in ROOTS.items():
         for source in (REPO / folder / package).rglob("*.py"):
@@ -136,7 +136,7 @@ def test_plan_outside_the_checkout(installed, tmp_path):
 
 
 def test_numba_caches_elsewhere_if_the_packages_are_read_only(installed, tmp_path):
-    """A file in the place of __pycache__ stops root too. This module compiles at its import."""
+    """A file named __pycache__ stops even root. The module compiles at its import."""
     copy, packages = tmp_path / "packages", site_packages(installed.parent)
     shutil.copytree(packages, copy, ignore=shutil.ignore_patterns("__pycache__", "*.pth"))
     (copy / "sglang_ess" / "trace" / "__pycache__").touch()
