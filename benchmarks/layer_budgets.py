@@ -32,12 +32,12 @@ from benchmarks.harness import (
     simulated,
 )
 from sglang_ess.sim.model.locality import Locality, TopkStream
-from sglang_ess.tiers import HotCache, PlanBuffers, lru
+from sglang_ess.tiers import HotCache, HotLayers, PlanBuffers, lru
 from sglang_ess.tiers.balance import budgets as layer_budgets
 from sglang_ess.tiers.balance import rebalance
 from sglang_ess.tiers.balance.ghost_cache import GhostCache
 from sglang_ess.tiers.balance.rebalance import AgeRebalancer, AgeSchedule, Rebalancer, Schedule
-from sglang_ess.tiers.balance.row_ages import AgeSnapshot
+from sglang_ess.tiers.contract import AgeSnapshot
 from sglang_ess.tiers.hot_arena import HotArena
 
 PROFILE = "deepseek-v3.2"
@@ -84,29 +84,28 @@ def _ages_of(cache: HotCache) -> np.ndarray:
 
 
 class ByAge:
-    """An AgeRebalancer over the HotCaches of an arena, as a CUDA pool runs one over its tier."""
+    """An AgeRebalancer over HotLayers, as a CUDA pool has one over a DeviceTier."""
 
-    def __init__(self, arena: HotArena, demand: int, least: int, schedule: AgeSchedule):
-        rows, slots = arena.caches[0].num_rows, arena.caches[0].num_slots
-        self.decides = AgeRebalancer(len(arena.caches), rows, slots - 1, least, schedule)
-        self._arena, self._demand, self._steps = arena, min(demand, rows), 0
+    def __init__(self, layers: HotLayers, demand: int, least: int, schedule: AgeSchedule):
+        rows, slots = layers.caches[0].num_rows, layers.caches[0].num_slots
+        self.decides = AgeRebalancer(len(layers.caches), rows, slots - 1, least, schedule)
+        self._layers, self._demand, self._steps = layers, min(demand, rows), 0
 
     def step(self) -> None:
         snapshot, self._steps = None, self._steps + 1
         if self._steps % LOOK_STEPS == 0:
-            snapshot = age_snapshot_of(self._arena.caches)
+            snapshot = age_snapshot_of(self._layers.caches)
         if (budgets := self.decides.step(self._demand, snapshot)) is not None:
-            self._arena.resize(list(budgets.rows))
+            self._layers.resize(budgets.rows)
 
 
 class Side:
     """The hot tiers of all layers in one arena, filled with the rows selected last."""
 
     def __init__(self, layers: int, rows: int, num_slots: int, buffers: PlanBuffers):
-        self.arena = HotArena(layers * rows)
-        self.caches = [
-            HotCache(None, rows, num_slots, buffers, arena=self.arena) for _ in range(layers)
-        ]
+        arena = HotArena(layers * rows)
+        self.caches = [HotCache(None, rows, num_slots, buffers, arena=arena) for _ in range(layers)]
+        self.layers = HotLayers(self.caches)
         self.rebalancer: Rebalancer | ByAge | None = None
         self.phase = Phase()
 
@@ -182,7 +181,7 @@ def measure(report: Report, point: dict, num_layers: int, seed: int) -> None:
     stage.run(FILL_STEPS)
     auto, by_age = stage.sides["auto"], stage.sides["ages"]
     topk = Locality.load(PROFILE).topk
-    auto.rebalancer = Rebalancer(auto.arena, topk, schedule)
+    auto.rebalancer = Rebalancer(auto.layers, topk, schedule)
     for side in stage.sides.values():
         side.begin()
     stage.ghost_seconds.clear()
@@ -190,7 +189,7 @@ def measure(report: Report, point: dict, num_layers: int, seed: int) -> None:
     # One round too, that ends with the other's.
     age_schedule = AgeSchedule(warmup_steps=watched - AgeSchedule.counted)
     demand = point["requests"] * (topk + 1)
-    by_age.rebalancer = ByAge(by_age.arena, demand, topk, age_schedule)
+    by_age.rebalancer = ByAge(by_age.layers, demand, topk, age_schedule)
     stage.run(watched)
     before = {name: side.begin() for name, side in stage.sides.items()}
     stage.run(1 + num_layers)  # decides, and moves the rows
@@ -202,7 +201,7 @@ def measure(report: Report, point: dict, num_layers: int, seed: int) -> None:
     stage.run(AFTER_STEPS)
     after = {name: side.begin() for name, side in stage.sides.items()}
     for side in stage.sides.values():
-        side.arena.check_integrity()
+        side.layers.check_integrity()
     config = point | {"layers": num_layers}
     for when, phases in (("before", before), ("after", after)):
         for name, phase in phases.items():

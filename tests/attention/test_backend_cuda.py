@@ -27,7 +27,7 @@ from sglang_ess.attention.two_tier_decode import TwoTierDecode
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache import pool_cuda
 from sglang_ess.platforms import cuda as cuda_hooks
-from sglang_ess.tiers.hot_cache import RowCorruption
+from sglang_ess.tiers.contract import RowCorruption
 from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
 from tests.support.device_tier import launches_are_late
 
@@ -503,7 +503,7 @@ def test_the_canary_stops_a_hot_row_that_differs(build):
     run.decode([1])
     for rows in backend.token_to_kv_pool.tier.rows:
         rows += 1
-    with pytest.raises(RowCorruption, match="invariant 2"):
+    with pytest.raises(RowCorruption, match="hot row must equal its host row"):
         run.decode([1])
 
 

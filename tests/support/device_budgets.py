@@ -14,15 +14,15 @@ def _moves() -> None:
     from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache, DeviceTier
 
     capacity.CPU_TIER = capacity.GPU_TIER_THAT_MOVES
-    counters, move = DeviceHotCache.counters.fget, DeviceTier.move
+    counters, move = DeviceHotCache.counters.fget, DeviceTier.resize
     found = {"moves": -1, "rows_moved": 0}  # the first is the tier's own
 
     def counted(tier, sizes):
         found["moves"] += 1
         found["rows_moved"] += int(np.maximum(np.subtract(sizes, tier.sizes), 0).sum())
-        move(tier, sizes)
+        return move(tier, sizes)
 
-    DeviceTier.move = counted
+    DeviceTier.resize = counted
     DeviceHotCache.counters = property(
         lambda cache: counters(cache) | found | {"rows": cache.num_rows}
     )

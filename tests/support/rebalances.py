@@ -26,7 +26,7 @@ def at_random() -> None:
     step = rebalance.Rebalancer.step
 
     def checked(rebalancer):
-        rebalancer.arena.check_integrity()
+        rebalancer.layers.check_integrity()
         return step(rebalancer)
 
     rebalance.rebalanced = draw
@@ -58,7 +58,7 @@ def _rounds(counted: int) -> None:
             "rebalances": pool.rebalancer.rebalances,
             "rows_moved": pool.rebalancer.rows_moved,
             "rows": [cache.num_rows for cache in pool.hot_caches],
-            "spare": pool.arena.spare,
+            "spare": pool.tier.arena.spare,
         }
         return answer
 

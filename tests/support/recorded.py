@@ -3,9 +3,8 @@
 import numpy as np
 import torch
 
-from sglang_ess.trace.format import STATE_PLACES
 from sglang_ess.trace.trace import Kind
-from sglang_ess.trace.trace_recorder import TraceRecorder
+from sglang_ess.trace.trace_recorder import STATE_PLACES, TraceRecorder
 
 NO_ROWS = torch.empty(0)
 
@@ -20,9 +19,9 @@ def move_rows() -> None:
         nonlocal steps
         steps += 1
         if steps % 4 == 0:
-            first, second, *others = (cache.num_rows for cache in rebalancer.arena.caches)
+            first, second, *others = rebalancer.layers.sizes
             moved = 16 if steps % 8 else -16
-            rebalancer.arena.resize([first + moved, second - moved, *others])
+            rebalancer.layers.resize([first + moved, second - moved, *others])
 
     Rebalancer.step = trading
 

@@ -9,9 +9,9 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from sglang_ess.tiers import HostTier, HotCache, PlanBuffers, lru
+from sglang_ess.tiers import HostTier, HotCache, HotLayers, PlanBuffers, lru
+from sglang_ess.tiers.contract import COUNTERS
 from sglang_ess.tiers.hot_arena import HotArena
-from sglang_ess.tiers.lru import COUNTERS
 
 
 class Model:
@@ -156,6 +156,7 @@ class Driver:
         self.caches = [
             HotCache(rows, count, buffers=buffers, arena=self.arena) for rows, count in pairs
         ]
+        self.layers = HotLayers(self.caches)
         self.models = [Model(count) for count in layer_rows]
         for cache, model in zip(self.caches, self.models, strict=True):
             cache.state[lru.STEP] = model.step = first_step
@@ -238,7 +239,7 @@ class Driver:
         cache.resize(num_rows)
         model.resize(num_rows)
         assert cache.num_rows == num_rows
-        self.arena.check_integrity()
+        self.layers.check_integrity()
         self.check(layer)
 
     def clear(self) -> None:

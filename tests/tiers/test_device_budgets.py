@@ -26,7 +26,7 @@ def move(served):
     sizes = np.minimum(sizes, tier.max_rows)
     while (left := sum(before) - sizes.sum()) > 0:
         sizes[sizes.argmin()] += left
-    tier.move(sizes.tolist())
+    tier.resize(sizes.tolist())
     return int(np.maximum(sizes - before, 0).sum())
 
 
@@ -94,7 +94,7 @@ def test_a_row_that_moved_never_hits_its_former_slot(monkeypatch):
     topk = torch.arange(18, dtype=torch.int32).view(3, 6)
     served.decode(2, topk)
     served.decode(2, topk + 18)
-    served.tier.move([21, 21, 48])
+    served.tier.resize([21, 21, 48])
     served.decode(2, topk + 40)
     served.decode(0, topk)
 
@@ -107,7 +107,7 @@ def test_a_row_that_moved_never_hits_its_former_slot(monkeypatch):
 
     monkeypatch.setattr(device_hot_cache, "resize_layers", keeps_the_map)
     monkeypatch.setattr(served, "check_states", lambda: None)
-    served.tier.move([48, 21, 21])
+    served.tier.resize([48, 21, 21])
     served.decode(0, topk + 30)
     with pytest.raises(AssertionError):
         served.decode(2, topk)
@@ -118,7 +118,7 @@ def test_batches_are_cut_by_what_a_layer_has_when_rows_do_not_move():
     served = built()
     cache, tier = served.tier.caches[0], served.tier
     before = cache.passes(3, 6), cache.has_room_for_writes(3, 6), tier.demand(3)
-    tier.move([24, 24, 42])
+    tier.resize([24, 24, 42])
     assert (cache.passes(3, 6), cache.has_room_for_writes(3, 6), tier.demand(3)) == before
     assert before[1:] == (True, 21) and cache.num_rows == 24
     assert built(8).tier.demand(2) == 8 > built(8).tier.demand(3)  # whose writes find no room
@@ -142,7 +142,7 @@ def test_figures_and_ages_follow_the_rows():
     assert snapshot.evictions.tolist() == [0] * 3 and snapshot.steps.tolist() == [3] * 3
     assert (ages[:, 0] == 18).all() and (ages[:, 1] == 6).all() and ages.sum() == 3 * 24
     assert tier.age_snapshot() is None  # given before
-    tier.move([40, 20, 30])
+    tier.resize([40, 20, 30])
     tier.mirror()
     assert [layer["occupied"] for layer in tier.figures()] == [24, 20, 24]
     assert [cache.num_rows for cache in tier.caches] == [40, 20, 30]
@@ -153,7 +153,7 @@ def test_figures_and_ages_follow_the_rows():
 def test_sizes_beyond_what_there_is_are_refused():
     served = built()
     with pytest.raises(ValueError, match="got 90 rows of 3 layers to 91 of 3"):
-        served.tier.move([30, 30, 31])
+        served.tier.resize([30, 30, 31])
     assert served.tier.max_rows == SLOTS and served.tier.sizes == (30, 30, 30)
 
 

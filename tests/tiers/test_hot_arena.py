@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_ess.tiers import HotCache, PlanBuffers, lru
+from sglang_ess.tiers import HotCache, HotLayers, PlanBuffers, lru
 from sglang_ess.tiers.hot_arena import HotArena
 
 
@@ -16,12 +16,15 @@ def host_rows(seed, num_slots=20):
 
 
 def make(*sizes, spare=0):
-    """An arena and a cache of each size."""
+    """Layers of one arena, and their caches, one of each size."""
     arena, buffers = HotArena(sum(sizes) + spare, host_rows(0)), PlanBuffers()
     caches = [
         HotCache(host_rows(i), size, buffers=buffers, arena=arena) for i, size in enumerate(sizes)
     ]
-    return arena, caches
+    layers = HotLayers(caches)
+    for cache in caches:
+        cache.layers = layers  # for use()
+    return layers, caches
 
 
 def use(cache, *slots):
@@ -29,20 +32,20 @@ def use(cache, *slots):
     cache.fetch(plan)
     assert plan.stop is None
     assert torch.equal(cache.rows[plan.rows.long()[0]], cache.host_rows[list(slots)])
-    cache.arena.check_integrity()
+    cache.layers.check_integrity()
     return plan.miss_slots.tolist()
 
 
 class TestResize:
     def test_the_least_recently_used_rows_go(self):
-        arena, (one, two) = make(6, 2)
+        layers, (one, two) = make(6, 2)
         use(one, 1, 2, 3, 4)
         use(one, 2)
         one.resize(3)  # two free rows, and those of 1
-        assert one.slots_by_recency().tolist() == [3, 4, 2] and arena.spare == 3
+        assert one.slots_by_recency().tolist() == [3, 4, 2] and layers.arena.spare == 3
         assert one.counters["evictions"] == 1 and one.counters["evicted_age"] == 1
         two.resize(5)
-        assert arena.spare == 0 and (one.num_rows, two.num_rows) == (3, 5)
+        assert layers.arena.spare == 0 and (one.num_rows, two.num_rows) == (3, 5)
         assert use(two, 5, 6, 7, 8, 9) == [5, 6, 7, 8, 9] and use(one, 2, 3, 4) == []
         assert use(one, 11) == [11] and use(two, 5, 9) == []
 
@@ -58,49 +61,49 @@ class TestResize:
         assert use(one, 8, 9) == [8, 9] and one.counters["evictions"] == 3
 
     def test_pairs_at_once(self):
-        arena, caches = make(4, 4, 4)
+        layers, caches = make(4, 4, 4)
         for cache in caches:
             use(cache, 1, 2, 3, 4)
-        assert arena.resize([2, 6, 4]) == 2
-        assert [cache.num_rows for cache in caches] == [2, 6, 4] and arena.spare == 0
+        assert layers.resize([2, 6, 4]) == 2
+        assert [cache.num_rows for cache in caches] == [2, 6, 4] and layers.arena.spare == 0
         assert [use(cache, 3, 4) for cache in caches] == [[], [], []]
-        assert arena.resize([7, 1, 4]) == 5
+        assert layers.resize([7, 1, 4]) == 5
         assert [use(cache, 4) for cache in caches] == [[], [], []]
 
     def test_bytes_move_with_the_rows(self):
-        arena, caches = make(4, 4)
+        layers, caches = make(4, 4)
         before = [cache.nbytes for cache in caches]
-        arena.resize([1, 7])
+        layers.resize([1, 7])
         after = [cache.nbytes for cache in caches]
         assert sum(after) == sum(before) and after[1] - before[1] == 3 * (24 + 30)
 
     def test_cleared_it_keeps_its_size_and_leaves_others_alone(self):
-        arena, (one, two) = make(4, 4)
+        layers, (one, two) = make(4, 4)
         use(one, 1, 2, 3)
         use(two, 5, 6)
-        arena.resize([2, 6])
+        layers.resize([2, 6])
         one.clear()
-        arena.check_integrity()
+        layers.check_integrity()
         assert one.num_rows == 2 and one.occupied == 0 and use(two, 5, 6) == []
         assert use(one, 2, 3) == [2, 3]
 
     def test_from_a_row_for_every_slot_and_back(self):
-        arena, (one, _) = make(20, 5)
+        layers, (one, _) = make(20, 5)
         use(one, *range(20))
-        arena.resize([15, 10])
+        layers.resize([15, 10])
         assert one.occupied == 15
-        arena.resize([20, 5])
+        layers.resize([20, 5])
         use(one, *range(20))
         assert one.occupied == 20
 
     @pytest.mark.parametrize("rows, text", [(0, "1 to 20"), (21, "1 to 20"), (8, "limit 3 spare")])
     def test_refusals(self, rows, text):
-        arena, (one, _) = make(4, 4, spare=3)
+        layers, (one, _) = make(4, 4, spare=3)
         with pytest.raises(ValueError, match=text):
             one.resize(rows)
-        arena.check_integrity()
+        layers.check_integrity()
         with pytest.raises(ValueError, match="got 4, limit 3"):
-            HotCache(host_rows(3), 4, arena=arena)
+            HotCache(host_rows(3), 4, arena=layers.arena)
 
 
 def test_a_cache_with_an_arena_of_its_own_is_gone_at_once():
@@ -128,12 +131,12 @@ def test_the_canary_passes_over_other_layers_rows():
 class TestFaults:
     def handed_over(self, monkeypatch, broken):
         """Two full layers, of which one gives up rows by a broken release."""
-        arena, (one, two) = make(4, 2)
+        layers, (one, two) = make(4, 2)
         use(one, 1, 2, 3, 4)
         use(two, 1, 2)
         monkeypatch.setattr(lru, "release", broken)
-        arena.resize([2, 4])
-        return arena
+        layers.resize([2, 4])
+        return layers
 
     def test_a_row_handed_over_while_still_mapped(self, monkeypatch):
         release = lru.release
@@ -158,11 +161,11 @@ class TestFaults:
             self.handed_over(monkeypatch, leaves_it).check_integrity()
 
     def test_a_row_given_twice(self):
-        arena, (one, two) = make(4, 2)
+        layers, (one, two) = make(4, 2)
         two.free[0] = one.free[0]
         with pytest.raises(RuntimeError, match="free or owned"):
-            arena.check_integrity()
-        arena, (one, two) = make(4, 2)
-        arena.owner[0] = two.number
+            layers.check_integrity()
+        layers, (one, two) = make(4, 2)
+        layers.arena.owner[0] = two.number
         with pytest.raises(RuntimeError, match=r"owners of \[0, 3, 3\].*caches of \[0, 4, 2\]"):
-            arena.check_integrity()
+            layers.check_integrity()

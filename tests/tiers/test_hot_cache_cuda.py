@@ -240,7 +240,7 @@ def test_ticks_that_outgrow_int32_change_nothing(first_tick, moves):
                 served.tier.caches[1].invalidate(slots.to(DEVICE))
         if moves and step == 10:
             for served in (young, old):
-                served.tier.move((18, 30))
+                served.tier.resize((18, 30))
         assert torch.equal(plans[0].rows, plans[1].rows)
         assert torch.equal(plans[0].query_misses, plans[1].query_misses)
         for name in ("slot_row", "row_slot", "counters"):

@@ -371,7 +371,7 @@ def test_bytes_per_index(tmp_path):
 
 
 def test_the_documented_format(tmp_path):
-    """Read by hand, as trace_format.py's docstring says."""
+    """Read by hand, as format.py's docstring says."""
     recorder = TraceRecorder(tmp_path / "t", 1, 4, 500, {"page": 64})
     cache = recorder.hot_cache(None, 400, 500)
     table = np.arange(100, 401, dtype=np.int32)[None]

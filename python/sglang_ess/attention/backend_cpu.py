@@ -10,7 +10,7 @@ from sglang_ess.config import EssConfig
 from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend, attend_rows
 from sglang_ess.layout import PLAN_QUERIES_CPU
 from sglang_ess.mem_cache.pool import IDLE_STEPS
-from sglang_ess.tiers.hot_cache import CANARY_ROWS
+from sglang_ess.tiers.contract import CANARY_ROWS
 from sglang_ess.tiers.warmup_window import warm_spans
 
 

@@ -29,7 +29,7 @@ from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
 from sglang_ess.attention.two_tier_decode import Planned, TwoTierDecode
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
-from sglang_ess.tiers.hot_cache import CANARY_ROWS
+from sglang_ess.tiers.contract import CANARY_ROWS
 from sglang_ess.tiers.warmup_window import warm_spans
 
 logger = logging.getLogger(__name__)

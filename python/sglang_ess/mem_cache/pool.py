@@ -16,10 +16,11 @@ from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, unwrap_write_loc
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import GIB, PLAN_QUERIES_CPU
 from sglang_ess.mem_cache import capacity
-from sglang_ess.tiers import HostTier, HotCache, PlanBuffers, lru
+from sglang_ess.tiers import HostTier, HotCache, HotLayers, PlanBuffers, lru
 from sglang_ess.tiers import throttled_link as link
 from sglang_ess.tiers.balance.budgets import Budgets
 from sglang_ess.tiers.balance.rebalance import AgeRebalancer, Rebalancer
+from sglang_ess.tiers.contract import HotTiers
 from sglang_ess.tiers.hot_arena import HotArena
 from sglang_ess.tiers.row_words import as_words
 from sglang_ess.tiers.staging import Staging
@@ -68,19 +69,21 @@ class EssTokenToKVPool(DSATokenToKVPool):
         self._link = throttled
         new_cache = hot_cache_factory(config.trace if config else "", *self._trace_facts())
         hot_rows, layers = self.capacity.hot_rows, self.layer_num
-        self.arena = HotArena(layers * hot_rows, self.kv_buffer[0].squeeze(1))
-        self.hot_caches = [
+        arena = HotArena(layers * hot_rows, self.kv_buffer[0].squeeze(1))
+        caches = [
             new_cache(
                 rows.squeeze(1),
                 hot_rows,
                 buffers=self.plan_buffers,
                 link=throttled,
-                arena=self.arena,
+                arena=arena,
             )
             for rows in self.kv_buffer
         ]
+        self.tier: HotTiers = HotLayers(caches)
+        self.hot_caches = self.tier.caches
         if self.capacity.geometry.ghosts:
-            self.rebalancer = Rebalancer(self.arena, self.capacity.geometry.topk)
+            self.rebalancer = Rebalancer(self.tier, self.capacity.geometry.topk)
         self.sample = TopkSample(self.layer_num, self.capacity.geometry.topk)
         self.staging = Staging(
             [rows.squeeze(1) for rows in self.kv_buffer], self.capacity.staging_rows
@@ -114,11 +117,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
         """Rows fetched, rows evicted and their ages (sum, in steps), of all layers since the
         start; None where the device has not reported since the last call.
         """
-        states = [cache.state for cache in self.hot_caches]
-        return tuple(
-            sum(int(state[counter]) for state in states)
-            for counter in (lru.MISSES, lru.EVICTIONS, lru.EVICTED_AGE)
-        )
+        return self.tier.totals()
 
     def measure_link(self) -> float:
         """Bytes per second of a fetch of scattered rows from the host tier, measured now."""
@@ -143,9 +142,10 @@ class EssTokenToKVPool(DSATokenToKVPool):
     def device_bytes(self) -> int:
         """All that the pool holds on the device: index keys, hot rows, maps, staging, plans."""
         index_keys = sum(buffer.nbytes for buffer in self.index_k_with_scale_buffer)
-        hot = sum(cache.nbytes for cache in self.hot_caches)
         ghosts = self.rebalancer.nbytes if self.rebalancer is not None else 0
-        return index_keys + hot + ghosts + self.staging.nbytes + self.plan_buffers.nbytes
+        return (
+            index_keys + self.tier.nbytes + ghosts + self.staging.nbytes + self.plan_buffers.nbytes
+        )
 
     def write(self, layer, loc, cache_k_nope, cache_k_rope, min_age: int) -> None:
         """set_mla_kv_buffer that leaves the slots loc [n] int64 hot where there is room.
@@ -195,8 +195,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
 
     def invalidate_slots(self, loc: torch.Tensor) -> None:
         """For whoever writes host rows of the slots loc without SGLang's setters."""
-        for cache in self.hot_caches:
-            cache.invalidate(loc.view(-1).long())
+        self.tier.invalidate(loc.view(-1).long())
 
     def empty_hot_tier(self) -> None:
         """No slot is hot any more; counters go on."""

@@ -69,11 +69,8 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         budgets = self.rebalancer.step(tier.demand(num_queries), tier.age_snapshot())
         if budgets is not None:
             with self.transfer.on_transfer_stream():
-                tier.move(budgets.rows)
+                tier.resize(budgets.rows)
         return budgets
-
-    def totals(self) -> tuple[int, int, int] | None:
-        return self.tier.totals()
 
     def measure_link(self) -> float:
         return self._probe.bytes_per_second()

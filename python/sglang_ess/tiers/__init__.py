@@ -1,9 +1,13 @@
-"""The two tiers of latent rows and the policy between them. No SGLang here.
+"""The two tiers of latent rows: HostTier has every slot's row, hot tiers have copies of some.
 
-HostTier holds every slot's row; one HotCache a layer holds copies of the rows in use.
+contract.py lists what a hot tier promises.
 """
 
+from sglang_ess.tiers.contract import RowCorruption
 from sglang_ess.tiers.host_tier import HostTier, free_host_bytes
-from sglang_ess.tiers.hot_cache import HotCache, Plan, PlanBuffers, RowCorruption
+from sglang_ess.tiers.hot_cache import HotCache, Plan, PlanBuffers
+from sglang_ess.tiers.hot_layers import HotLayers
 
-__all__ = ["HostTier", "HotCache", "Plan", "PlanBuffers", "RowCorruption", "free_host_bytes"]
+__all__ = [
+    "HostTier", "HotCache", "HotLayers", "Plan", "PlanBuffers", "RowCorruption", "free_host_bytes",
+]  # fmt: skip

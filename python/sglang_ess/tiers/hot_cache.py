@@ -1,34 +1,28 @@
-"""One layer's hot tier: device copies of host rows, keyed by slot, shared by all requests."""
+"""One layer's hot tier on the CPU: copies of host rows, keyed by slot, shared by all requests."""
 
 from __future__ import annotations
 
 import time
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from sglang_ess.tiers import lru
-from sglang_ess.tiers.balance.ghost_cache import GhostCache
+from sglang_ess.tiers.contract import COUNTERS, LookupObserver, RowCorruption
 from sglang_ess.tiers.hot_arena import ARENA_ROW_BYTES, HotArena
 from sglang_ess.tiers.row_words import as_words
 from sglang_ess.tiers.throttled_link import ThrottledLink
 
-# Per hot row: what the arena has of it, its entry in the free list, and two entries of the queue
-# with their steps; 4 B each. Per slot: its row.
+# Per hot row: its part of the arena, its entry in the free list, and two entries of the queue with
+# their steps (4 B each).
 HOT_ROW_OVERHEAD_BYTES = ARENA_ROW_BYTES + 20
-CANARY_ROWS = 16  # that one check_rows of the canary compares
-
-
-class RowCorruption(RuntimeError):
-    """A hot row that differs from its host row: invariant 2 is broken."""
 
 
 class PlanBuffers:
-    """Scratch of plan and install, shared by the layers, which use it one after another.
+    """Scratch of plan and install. Layers share it and use it one after another.
 
-    Grows to the largest request seen and keeps that size: `nbytes` of device memory.
+    It grows to the largest plan seen and keeps that size.
     """
 
     def __init__(self, num_lookups: int = 0):
@@ -40,7 +34,7 @@ class PlanBuffers:
         self.miss_rows = np.empty(num_lookups, np.int32)
 
     def reserve(self, num_lookups: int) -> None:
-        """Effect: what an earlier plan handed out is no longer valid."""
+        """Make room for a plan of num_lookups. Effect: earlier Plans may become invalid."""
         if num_lookups > len(self.rows):
             self._allocate(num_lookups)
 
@@ -51,15 +45,15 @@ class PlanBuffers:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one pass of attention reads, and what has to be fetched before it.
+    """The hot rows that one pass of attention reads, and the rows to fetch before it.
 
-    first, queries: the pass covers top-k rows [first, first + queries)
-    column      of the first query: the columns before it were in an earlier pass
-    rows        [queries, K] int32 hot rows; -1 for a pad and for what another pass covers
-    miss_slots  [misses] int32: host rows to fetch, each once
-    miss_rows   [misses] int32: the hot rows that take them
+    first       the pass covers the batch's queries [first, first + len(rows))
+    column      column of the first query where the pass begins; an earlier pass has the others
+    rows        [queries, K] int32 hot rows; -1 for a pad and for a slot that another pass covers
+    miss_slots  [misses] int32 host rows to fetch, each once
+    miss_rows   [misses] int32 the hot rows that take them
     stop        (query, column) where the next pass begins; None after the last
-    Views of PlanBuffers: valid until the next plan or install of any layer.
+    The arrays are views of PlanBuffers, valid until the next plan or install of any layer.
     """
 
     first: int
@@ -75,24 +69,25 @@ class Plan:
 
 
 class HotCache:
-    """Copies of one layer's host rows, least recently used out first.
+    """An LRU cache of one layer's host rows. Implements contract.HotTier.
 
-    A slot is *hot* (it has a hot row, equal to its host row) or not; a hot row is free or
-    belongs to one slot. plan and warm make slots hot, install may, invalidate ends it, and
-    so does eviction. There is no dirty state: whoever writes a host row calls install or
-    invalidate for its slot before the next plan (invariants 1 to 3). A plan whose slots all
-    fit is one pass, in which no miss evicts a slot of this plan, looked up already or not
-    (invariant 4). Otherwise a pass ends where no row is left that it does not use itself, and
-    the next one goes on (invariant 5).
+    plan and warm make slots hot, install may, invalidate and eviction end it. After writing a
+    host row, call install or invalidate for its slot before the next plan. A plan whose slots all
+    fit is one pass, and no miss of it evicts a slot that the plan looks up, earlier or later.
+    Otherwise a pass ends when every row left is in use by the pass, and Plan.stop says where the
+    next pass goes on.
 
-    host_rows  [slots, ...] one layer of the host tier, or None to run the policy alone
-    num_rows   hot rows, at least 1 and no more than slots
-    link       how fast rows come from the host tier; None: as fast as they can
-    arena      where its rows are, shared with other layers' caches; None: one of its own
-    ghost      is told what this cache is asked, while there is one
-    With as many rows as slots nothing is ever evicted, and no order of use is kept.
-    counters: since the start; misses of the last step, by query, are in query_misses.
-    Raises: ValueError for a num_rows outside its limits, or rows not of 8-byte words or not there.
+    host_rows  [slots, ...] one layer of the host tier; None to run the policy without rows
+    num_rows   hot rows, 1 to the number of slots
+    num_slots  slots of the host tier, where host_rows is None
+    buffers    scratch shared with other layers; None: its own
+    link       delays each copy from the host tier; None: no delay
+    arena      has the hot rows, shared with other layers' caches; None: an arena of its own
+    ghost      optional observer of the same lookups; set it and reset it at any time
+    query_misses [queries] int64: misses of the last step, by query
+    With as many rows as slots nothing is evicted, and no order of use is kept.
+    Raises: ValueError for a num_rows outside its limits or rows not of 8-byte words, RuntimeError
+    for rows whose strides would take a copy.
     """
 
     def __init__(
@@ -117,9 +112,8 @@ class HotCache:
             self._hot_words = as_words(self.rows)
         self.buffers = buffers or PlanBuffers()
         self.query_misses = np.zeros(0, np.int64)
-        self.ghost: GhostCache | None = None
-        # Its own arena does not know it: a cycle would keep the arrays until a collection.
-        self.number = 0 if arena is None else arena.add(self)
+        self.ghost: LookupObserver | None = None
+        self.number = self.arena.next_number()
         self._use_arrays(lru.new_state(self.num_slots, self.arena.take(self.number, num_rows)))
 
     def _check_size(self, num_rows: int) -> None:
@@ -140,11 +134,12 @@ class HotCache:
     def plan(
         self, topk: torch.Tensor, start: tuple[int, int] = (0, 0), same_step: bool = False
     ) -> Plan:
-        """Give every slot of topk [queries, K] int32 a hot row, from start as far as they go.
+        """Give the slots of topk [queries, K] int32 hot rows, from start as far as rows suffice.
 
-        Effect: the misses' rows are theirs already; fetch has to fill them before anything
-        reads them. start (0, 0) clears query_misses and begins a step, the unit of ages,
-        unless same_step says that this is more queries of the step before.
+        start: (query, column) where the pass begins. (0, 0) clears query_misses and begins a
+            step, the unit of ages, unless same_step is true
+        same_step: these are more queries of the step before
+        Effect: the missed slots own their rows from now on; call fetch before anything reads them.
         """
         topk = topk.contiguous()
         if self.ghost is not None and start == (0, 0):
@@ -187,11 +182,11 @@ class HotCache:
     # --- writes -------------------------------------------------------------------------
 
     def install(self, slots: torch.Tensor, rows: torch.Tensor, min_age: int = 0) -> int:
-        """Make the slots just written hot, where there is room. Returns how many are.
+        """Make the slots just written hot where there is room. Returns how many are hot.
 
-        slots [n] int64, rows [n, ...] their values as the host tier has them
-        A slot that is hot is updated. Another takes a free row, or the least recently used
-        if that was last used min_age steps ago or more.
+        slots [n] int64; rows [n, ...] their values as the host tier has them
+        A hot slot is updated. Another takes a free row, or the least recently used one if that
+        is at least min_age steps old.
         """
         if self.ghost is not None:
             self.ghost.install(slots, min_age)
@@ -205,7 +200,7 @@ class HotCache:
         return count
 
     def invalidate(self, slots: torch.Tensor) -> None:
-        """The slots [n] int64 are not hot any more; their rows are free."""
+        """Free the hot rows of slots [n] int64."""
         if self.ghost is not None:
             self.ghost.invalidate(slots)
         lru.invalidate(
@@ -213,9 +208,9 @@ class HotCache:
         )
 
     def warm(self, topk: torch.Tensor) -> int:
-        """Make the slots of topk [queries, K] int32 hot, in order. Returns rows filled.
+        """Make the slots of topk [queries, K] int32 hot, in order. Returns the rows filled.
 
-        ESS's LRU-warmup (papers.md 1.5): as if each query were a decode step, uncounted.
+        ESS's LRU-warmup: as if each query were a decode step, but lookups are not counted.
         """
         if self.ghost is not None:
             self.ghost.warm(topk)
@@ -228,7 +223,7 @@ class HotCache:
         return count
 
     def clear(self) -> None:
-        """Every row free; the counters start again."""
+        """Free every row and reset the counters."""
         rows = self.arena.rows_of(self.number)
         self.row_slot[rows] = self.row_place[rows] = -1
         self._use_arrays(lru.new_state(self.num_slots, rows))
@@ -238,11 +233,11 @@ class HotCache:
     # --- size ---------------------------------------------------------------------------
 
     def resize(self, num_rows: int) -> None:
-        """Have num_rows hot rows: give some up to the arena, or take spare ones. Between steps.
+        """Give rows up to the arena, or take spare ones. Call it between steps.
 
-        Fewer: free rows go first, then the least recently used, which are evicted. What stays
-        keeps its row and its order of use.
-        Raises: ValueError for a num_rows outside its limits, or more than are spare.
+        Free rows go first, then the least recently used ones, which are evicted. Slots that stay
+        hot keep their rows and their order of use.
+        Raises: ValueError for a num_rows outside its limits, or more rows than are spare.
         """
         self._check_size(num_rows)
         more = num_rows - self.num_rows
@@ -264,20 +259,18 @@ class HotCache:
 
     @property
     def counters(self) -> dict[str, int]:
-        """lookups, misses (rows fetched), evictions, evicted_age (sum, in steps), installs,
-        skipped (written slots that got no row).
-        """
+        """contract.COUNTERS since the start."""
         values = self.state[lru.LOOKUPS : lru.STATE_SIZE].tolist()
-        return dict(zip(lru.COUNTERS, values, strict=True))
+        return dict(zip(COUNTERS, values, strict=True))
 
     @property
     def steps(self) -> int:
-        """Plans so far: the unit of ages."""
+        """Steps planned since the start: the unit of ages."""
         return int(self.state[lru.STEP])
 
     @property
     def num_rows(self) -> int:
-        """Hot rows it has now."""
+        """Hot rows that the layer has now."""
         return int(self.state[lru.ROWS])
 
     @property
@@ -287,7 +280,7 @@ class HotCache:
 
     @property
     def nbytes(self) -> int:
-        """Device bytes: its rows, maps and queue, without the shared buffers and the ghost."""
+        """Device bytes of rows, maps and queue, without the shared buffers and the ghost."""
         row_bytes = ARENA_ROW_BYTES + (self.rows[0].nbytes if self.rows is not None else 0)
         return self.num_rows * row_bytes + sum(array.nbytes for array in self._arrays.values())
 
@@ -297,30 +290,27 @@ class HotCache:
         places = np.arange(self.state[lru.HEAD], self.state[lru.TAIL])
         return self.row_slot[rows[self.row_place[rows] == places]]
 
-    def check_rows(self, picks: np.ndarray, name: str) -> None:
-        """Compare hot rows, picked by number modulo the arena's rows, with their host rows.
+    def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0) -> None:
+        """Compare a sample of hot rows with their host rows.
 
-        picks [n] int64; name: of the layer, for the message
+        picks [n] int64: rows of the arena, each taken modulo its size; free rows and those of
+            other layers pass
+        name: of the layer, for the message; first_slot: lower slots pass
         Raises: RowCorruption with the slot and both checksums.
         """
-        if self.rows is None:
+        if self._host_words is None or self._hot_words is None:
             return
         row = lru.first_difference(
-            self._host_words, self._hot_words, self.slot_row, self.row_slot, picks
+            self._host_words, self._hot_words, self.slot_row, self.row_slot, picks, first_slot
         )
-        if row < 0:
-            return
-        slot = int(self.row_slot[row])
-        pair = self._host_words[slot], self._hot_words[row]
-        host, hot = (zlib.crc32(words.tobytes()) for words in pair)
-        raise RowCorruption(
-            f"hot row must equal its host row (invariant 2): got {name}, slot {slot}, hot row "
-            f"{row}: crc32 {hot:08x}, host row crc32 {host:08x}. Stop this server, keep its log "
-            "and report it; --disable-ess serves without hot rows."
-        )
+        if row >= 0:
+            slot = int(self.row_slot[row])
+            raise RowCorruption.of(
+                name, slot, int(row), self._hot_words[row], self._host_words[slot]
+            )
 
     def check_integrity(self) -> None:
-        """Every row against every invariant a state can show. Raises: RuntimeError."""
+        """Check the state of every row and that hot rows equal host rows. Raises: RuntimeError."""
         own = self.arena.rows_of(self.number)
         rows = own[self.row_slot[own] >= 0]
         slots = np.flatnonzero(self.slot_row >= 0)
@@ -347,7 +337,7 @@ class HotCache:
             raise RuntimeError("; ".join(broken))
 
     def _load(self, slots: np.ndarray, rows: np.ndarray) -> None:
-        """Copy host rows of the slots into hot rows, over the link."""
+        """Copy the slots' host rows into hot rows, delayed by the link."""
         since = time.perf_counter()
         self._copy(self._host_words, slots, rows)
         if self._link is not None and self.rows is not None:

@@ -1,14 +1,12 @@
-"""The hot tier on a CUDA device: all layers' rows and state, one DeviceHotCache a layer.
+"""The hot tier on a CUDA device: rows and state of all layers, and one DeviceHotCache a layer.
 
-The same tier as hot_cache.py's, with the same verbs, for callers that may not ask the device
-anything: shapes are static, counts stay on the device, and a batch that one plan cannot hold
-is cut into passes beforehand (invariants 5 and 7). Kernels: ess_kernels. They also run on CPU
-tensors under Triton's interpreter, which is how they are tested without a GPU.
+Shapes are static, counts stay on the device, and a batch that one plan cannot hold is cut into
+passes beforehand, so that decode never waits for the device and can be captured. The kernels
+(ess_kernels) also run on CPU tensors under Triton's interpreter; the tests use that.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,30 +23,30 @@ from ess_kernels.rebuild_order import OrderScratch, Owned, rebuild_order
 from ess_kernels.resize_layers import resize_layers, resize_table
 from ess_kernels.scatter import scatter_rows
 from sglang_ess.layout import PAGE_SLOTS
-from sglang_ess.tiers.balance.row_ages import AgeSnapshot
-from sglang_ess.tiers.hot_cache import RowCorruption
+from sglang_ess.tiers.contract import AgeSnapshot, RowCorruption
 
 MAX_LAYER_SHARE = 8  # a layer may grow to 8x its equal share; the scratch is sized for it
 
 
 def whole_pages(num_rows: int) -> int:
-    """Rows to allocate for num_rows."""
+    """num_rows rounded up to whole pages of rows."""
     return -(-num_rows // PAGE_SLOTS) * PAGE_SLOTS
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Lookups of one plan: rows and columns of a batch's top-k."""
+    """The part of a batch's top-k that one plan resolves."""
 
     queries: slice
     columns: slice
 
 
 def passes(num_queries: int, width: int, num_rows: int, max_queries: int) -> list[Pass]:
-    """Cut top-k [num_queries, width] into plans that a tier of num_rows can always hold.
+    """Cut a top-k [num_queries, width] into plans that num_rows hot rows can always hold.
 
-    The union of a pass is at most its lookups, so shapes decide and nothing is asked of the
-    device. A query wider than the tier is cut by columns, its parts merged by log-sum-exp.
+    max_queries: of one plan
+    A pass selects at most as many slots as it has lookups, so shapes alone decide. A query wider
+    than the tier is cut by columns; attention merges its parts by log-sum-exp.
     """
     columns = min(width, num_rows, MAX_WIDTH)
     queries = 1 if columns < width else min(max_queries, num_rows // columns)
@@ -60,16 +58,17 @@ def passes(num_queries: int, width: int, num_rows: int, max_queries: int) -> lis
 
 
 class DeviceTier:
-    """Hot rows, state and scratch of every layer.
+    """Hot rows, state and scratch of every layer. Implements contract.HotTiers.
 
     host_rows  per layer [slots, ...]: the host tier, pinned where the device is a GPU
-    num_rows   hot rows a layer, by which batches are cut; max_queries, topk: the largest plan
-    moves      rows may change their layer: all are in one arena
-    rows       per layer [num_rows rounded up to a page, ...] on the device, or the arena
-    sizes      hot rows that each layer has now; their sum never changes
-    Layers use the scratch one after another; both halves of a DBA batch are live at a time.
-    A step whose passes look up more rows than a layer has now must not be planned: demand() says
-    how many that is, and whoever moves rows leaves each layer as many (rebalance.AgeRebalancer).
+    num_rows   hot rows of each layer at the start; batches are cut by it at any time
+    topk, max_queries: width and queries of the largest plan
+    moves      all rows are in one arena, and resize may move them between layers
+    rows       per layer [num_rows rounded up to a page, ...] on the device; the arena if moves
+    sizes      hot rows of each layer now; their sum never changes
+    caches     by layer_index
+    Layers use the scratch one after another; both halves of a two-batch overlap are live at once.
+    A step may only be planned while each layer has demand() rows, so resize must leave as many.
     Raises: ValueError for a num_rows outside [1, slots].
     """
 
@@ -81,7 +80,7 @@ class DeviceTier:
         self.num_rows, self.num_slots, self.topk = num_rows, len(first), topk
         self.max_queries = max_queries
         self.sizes = (num_rows,) * layers
-        # Asked for before the next rebuild_order, at most: a plan and one written row a query.
+        # Rows taken at most before the next rebuild_order: a plan's, and one written row per query.
         self.need = min(num_rows, max_queries * (topk + 1))
         self.state = HotState.new(layers, self.num_slots, num_rows, device, shared=moves)
         self.owned = Owned.new(layers, num_rows, device) if moves else None
@@ -92,7 +91,7 @@ class DeviceTier:
 
         self.rows = [zeros(layers * paged)] * layers if moves else [zeros(paged) for _ in host_rows]
         self.buffers = PlanBuffers.new(max_queries, topk, device)
-        # Of the step's writes, whose rows are filled after the plan has used the ones above.
+        # The step's written rows; they are filled after the plan has used the buffers above.
         self.reserved = PlanBuffers.new(1, max_queries, device)
         self._num_misses = torch.zeros(self.HALVES, dtype=torch.int32, device=device)
         self.scratch = OrderScratch.new(num_rows * (MAX_LAYER_SHARE if moves else 1), device)
@@ -103,11 +102,11 @@ class DeviceTier:
         self._copied: torch.cuda.Event | None = None
         self._snapshot_given = False
         if moves:
-            self.move(self.sizes)  # compiles what a later one launches
+            self.resize(self.sizes)  # compiles the kernels of later calls
             self.owned.ages.fill_(-1)
 
     def buffers_for(self, queries: int, width: int, first: int = 0, half: int = 0) -> PlanBuffers:
-        """Buffers of a plan [queries, width] that starts at query `first` of the batch."""
+        """Buffers for a plan [queries, width] that starts at query `first` of the batch."""
         start, stop = first * self.topk, first * self.topk + queries * width
         b, rows = self.buffers, slice(first, first + queries)
 
@@ -127,11 +126,14 @@ class DeviceTier:
         )
 
     def invalidate(self, slots: torch.Tensor) -> None:
-        """The slots [n] are hot in no layer any more."""
+        """Free the hot rows of slots [n] int64 in every layer."""
         invalidate(self.state, slots)
 
     def set_split(self, split: np.ndarray) -> None:
-        """Whether each layer [layers] bool lists hits and misses apart, from its next plan on."""
+        """Set whether each layer lists hits and misses apart, from its next plan on.
+
+        split: [layers] bool
+        """
         if np.array_equal(split, self._split):
             return
         self._split = split.copy()
@@ -144,37 +146,42 @@ class DeviceTier:
 
     @property
     def max_rows(self) -> int:
-        """Rows that one layer may have."""
+        """Hot rows that one layer may have at most."""
         return min(self.num_slots, len(self.scratch.rank))
 
     def demand(self, num_queries: int) -> int:
-        """Rows of one layer that a pass of a decode step may need at the same time, at most.
+        """Hot rows of one layer that a pass of a decode step may need at once.
 
-        More queries may need fewer: where their writes find no room, they ask for none.
+        More queries may need fewer rows: when their writes find no room, they take none.
         """
         first = passes(num_queries, self.topk, self.num_rows, self.max_queries)[:1]
         lookups = sum(_lookups(part) for part in first)
         return lookups + num_queries if self.has_room(lookups, num_queries) else lookups
 
     def has_room(self, lookups: int, writes: int) -> bool:
-        """Whether a pass of so many lookups leaves room for the rows that its step writes."""
+        """Return whether a pass of `lookups` leaves room for the `writes` of its step."""
         return writes <= self.max_queries and lookups + writes <= self.num_rows
 
-    def move(self, sizes: Sequence[int]) -> None:
-        """Each layer has so many hot rows from now on, free ones and the most recently used of
-        its own. Between steps, on the stream of the tiers.
-        Raises: ValueError as ess_kernels.resize_layers.
+    def resize(self, sizes: Sequence[int]) -> int:
+        """Give each layer sizes[layer_index] hot rows. Returns the rows that moved.
+
+        A layer that shrinks gives up free rows first, then its least recently used ones. Call it
+        between steps, on the transfer stream.
+        Raises: ValueError unless sizes has a row for each layer and the same sum as before.
         """
         table = resize_table(self.sizes, sizes)
         if self._pinned:
             table = table.pin_memory()
         table = table.to(self.state.words.device, non_blocking=True)
         resize_layers(self.state, self.owned, self.scratch, table, max(sizes))
+        moved = sum(max(0, new - old) for new, old in zip(sizes, self.sizes, strict=True))
         self.sizes = tuple(sizes)
+        return moved
 
     def age_snapshot(self) -> AgeSnapshot | None:
-        """What the last mirror() shows; None where that is under way, was given before, or came
-        before any plan. Its ages are a view, valid until the next mirror().
+        """Return the ages as of the last mirror(), valid until the next one.
+
+        None if the copy is still under way, was returned before, or precedes every plan.
         """
         if self._snapshot_given or not self.is_mirrored():
             return None
@@ -195,9 +202,9 @@ class DeviceTier:
         return self._mirror is not None and (self._copied is None or self._copied.query())
 
     def mirror(self) -> None:
-        """Start a copy of counters and words to the host; what read() gives is the last done."""
+        """Start a copy of counters, words and ages to the host, unless one is under way."""
         if self._copied is not None and not self._copied.query():
-            return  # the one before is under way
+            return
         figures = self._figures_on_device()
         if self._mirror is None:
             self._mirror = tuple(
@@ -211,7 +218,9 @@ class DeviceTier:
             self._copied.record()
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """(counters [layers, NUM_COUNTERS], words [layers, NUM_WORDS]) of the last mirror()."""
+        """Wait for the last mirror(). Returns counters [layers, NUM_COUNTERS] int64 and words
+        [layers, NUM_WORDS] int32.
+        """
         if self._mirror is None:
             self.mirror()
         if self._copied is not None:
@@ -219,8 +228,9 @@ class DeviceTier:
         return tuple(tensor.numpy().copy() for tensor in self._mirror[:2])
 
     def totals(self) -> tuple[int, int, int] | None:
-        """misses, evictions and evicted_age of all layers, as of the last mirror(); None while
-        that is under way: nobody waits.
+        """misses, evictions and evicted_age of all layers, as of the last mirror().
+
+        None while the copy is under way; nobody waits for it.
         """
         if not self.is_mirrored():
             return None
@@ -231,20 +241,21 @@ class DeviceTier:
         )
 
     def figures(self) -> list[dict[str, int]]:
-        """Each layer's counters, steps and rows in use, as of the last mirror()."""
+        """For each layer, as of the last mirror(): its counters, "steps", "occupied", "rows"."""
         counters, words = self.read()
         return [
             {
                 **dict(zip(hot_state.COUNTERS, layer.tolist(), strict=True)),
                 "steps": int(hot_state.steps(word.astype(np.int64))),
                 "occupied": int(word[hot_state.ROWS] - word[hot_state.NUM_FREE]),
+                "rows": int(word[hot_state.ROWS]),
             }
             for layer, word in zip(counters, words, strict=True)
         ]
 
     @property
     def nbytes(self) -> int:
-        """Device bytes of all layers, scratch included."""
+        """Device bytes of all layers, including scratch."""
         rows = self.rows[0].nbytes + self.owned.nbytes if self.owned is not None else sum(
             rows.nbytes for rows in self.rows
         )  # fmt: skip
@@ -258,10 +269,10 @@ def _lookups(part: Pass) -> int:
 
 
 class DeviceHotCache:
-    """One layer of a DeviceTier; see HotCache for what the verbs promise.
+    """One layer of a DeviceTier. Implements contract.HotTier.
 
-    The caller keeps the order of a step on one stream, or by events: reserve or invalidate,
-    then for each pass plan, fetch, [attention], rebuild_order.
+    The caller orders a step on one stream, or by events: reserve or invalidate, then for each
+    pass plan, fetch, attention, rebuild_order.
     """
 
     def __init__(self, tier: DeviceTier, index: int, host_rows):
@@ -272,12 +283,14 @@ class DeviceHotCache:
 
     @property
     def num_rows(self) -> int:
-        """Hot rows it has now."""
+        """Hot rows that the layer has now."""
         return self._tier.sizes[self._index]
 
     def passes(self, num_queries: int, width: int) -> list[Pass]:
-        """Of a decode step: by what each layer has where rows do not move, so that it is the
-        same for a graph whenever it is replayed.
+        """The passes of a decode step.
+
+        The tier's num_rows decides and not the layer's present size, so that the passes of a
+        captured graph stay valid when rows move.
         """
         return passes(num_queries, width, self._tier.num_rows, self._tier.max_queries)
 
@@ -289,46 +302,51 @@ class DeviceHotCache:
         advance: bool = True,
         written: torch.Tensor | None = None,
     ) -> PlanBuffers:
-        """Hot rows for topk [queries, K] int32; see ess_kernels.plan for written.
+        """Give the slots of topk [queries, K] int32 hot rows; ess_kernels.plan describes written.
 
-        first: the pass's first query in the batch; half, advance: of a batch in two halves
-        Effect: what an earlier plan of these queries handed out is overwritten.
+        first: first query of the pass in the batch
+        half: 0 or 1, which half of a batch planned in two; advance: whether the step's tick ends
+        Effect: overwrites the buffers of an earlier plan of these queries.
         """
         buffers = self._tier.buffers_for(*topk.shape, first=first, half=half)
         plan(self.state, topk.contiguous(), buffers, advance, written=written)
         return buffers
 
     def fetch(self, planned: PlanBuffers) -> None:
-        """Copy the plan's missed rows from the host tier."""
+        """Copy the plan's missed rows from the host tier to the device."""
         fetch(self.host_rows, self.rows, planned.miss_slots, planned.miss_rows, planned.num_misses)
 
     def rebuild_order(self) -> None:
-        """After each plan that advanced: the installs and the plan to come will find rows."""
+        """Have rows ready for the next plan and its writes. Call it after each advancing plan."""
         rebuild_order(self.state, self._tier.need, self._tier.scratch, self._owned)
 
     def has_room_for_writes(self, num_queries: int, width: int) -> bool:
-        """Whether a step may reserve a row a query and still be sure of its first plan.
+        """Return whether a step may reserve a row per query and its first plan still fits.
 
-        Where it may not, the new rows are invalidated and fetched like any other.
+        If not, the caller invalidates the written slots, and plan fetches them like others.
         """
         first = self.passes(num_queries, width)[0]
         return self._tier.has_room(_lookups(first), num_queries)
 
     def reserve(self, slots: torch.Tensor, first_slot: int = 0) -> torch.Tensor:
-        """Rows for the slots [n] that a decode step writes, one a query, safe from its plan.
+        """Give hot rows to slots [n], which a decode step writes, one per query.
 
-        Returns targets [n] int32, -1 for slots below first_slot (a batch's padding), where
-        scatter_rows has to put the values; valid until the next reserve of any layer.
+        The step's plan does not evict them. Returns targets [n] int32, the rows that scatter_rows
+        fills; -1 for slots below first_slot (padding). Valid until any layer's next reserve.
         """
         return install(self.state, slots, self._tier.reserved, first_slot=first_slot)
 
     def install(
         self, slots: torch.Tensor, rows: torch.Tensor, min_age: int = 0, first_slot: int = 0
     ) -> None:
-        """Make slots [n] of a prompt hot where there is room; rows [n, ...] are their values."""
-        most = min(self._tier.buffers.rows.numel(), self.num_rows)
-        for start in range(0, len(slots), most):
-            part = slice(start, start + most)
+        """Make slots [n] int64, just written, hot where there is room.
+
+        rows [n, ...]: their values; a slot takes the least recently used row only if that is at
+        least min_age steps old; slots below first_slot (padding) are left out
+        """
+        limit = min(self._tier.buffers.rows.numel(), self.num_rows)
+        for start in range(0, len(slots), limit):
+            part = slice(start, start + limit)
             targets = install(
                 self.state, slots[part], self._tier.buffers, min_age, True, first_slot
             )
@@ -336,10 +354,11 @@ class DeviceHotCache:
             self.rebuild_order()
 
     def invalidate(self, slots: torch.Tensor) -> None:
+        """Free the hot rows of slots [n] int64."""
         invalidate(self.state, slots)
 
     def warm(self, topk: torch.Tensor) -> None:
-        """Make the slots of topk [queries, K] hot, the last query's the most recently used."""
+        """Make the slots of topk [queries, K] int32 hot, the last query's most recently used."""
         for part in passes(*topk.shape, self.num_rows, self._tier.max_queries):
             lookups = topk[part.queries, part.columns].contiguous()
             buffers = self._tier.buffers_for(*lookups.shape)
@@ -347,11 +366,11 @@ class DeviceHotCache:
             self.fetch(buffers)
             self.rebuild_order()
 
-    # --- figures and checks: these wait for the device ------------------------------------
+    # --- figures and checks; they wait for the device ---------------------------------------
 
     @property
     def counters(self) -> dict[str, int]:
-        """As HotCache's, and "short": lookups that found no row, which must stay 0."""
+        """contract.COUNTERS and "short": lookups that found no row, which must stay 0."""
         return dict(zip(hot_state.COUNTERS, self.state.counters.tolist(), strict=True))
 
     @property
@@ -363,9 +382,10 @@ class DeviceHotCache:
         return self.num_rows - int(self.state.words[hot_state.NUM_FREE])
 
     def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0) -> None:
-        """Compare hot rows, picked by place among the layer's, modulo num_rows, with host rows.
+        """Compare a sample of hot rows with their host rows.
 
-        first_slot: slots below it take the writes of padding and are not compared
+        picks [n] int: rows of the layer, each taken modulo num_rows; free rows pass
+        name: of the layer, for the message; first_slot: lower slots take padding's writes and pass
         Raises: RowCorruption with the slot and both checksums.
         """
         rows = torch.from_numpy(np.unique(np.asarray(picks) % self.num_rows))
@@ -380,9 +400,4 @@ class DeviceHotCache:
         if not len(differ):
             return
         i = int(differ[0])
-        sums = [zlib.crc32(part[i].numpy().tobytes()) for part in (hot, host)]
-        raise RowCorruption(
-            f"hot row must equal its host row (invariant 2): got {name}, slot {int(slots[i])}, "
-            f"hot row {int(rows[i])}: crc32 {sums[0]:08x}, host row crc32 {sums[1]:08x}. Stop "
-            "this server, keep its log and report it; --disable-ess serves without hot rows."
-        )
+        raise RowCorruption.of(name, int(slots[i]), int(rows[i]), hot[i].numpy(), host[i].numpy())

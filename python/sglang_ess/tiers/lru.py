@@ -25,7 +25,6 @@ STATE_SIZE = 11
 # second). An age is a difference, so those bits are enough for rows unused for less than 2^32.
 STEP_MASK = 0xFFFFFFFF
 BLOCK = 512  # lookups of which _use_hits keeps slots and rows in the first-level cache
-COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs", "skipped")
 
 
 def queue_length(num_rows: int) -> int:
@@ -453,15 +452,16 @@ def copy_rows(source, target, source_rows, target_rows, count):
 
 
 @jit
-def first_difference(host_rows, hot_rows, slot_row, row_slot, picks):
-    """The first picked row that differs from its slot's host row, or -1.
+def first_difference(host_rows, hot_rows, slot_row, row_slot, picks, first_slot):
+    """Return the first picked row that differs from its slot's host row, or -1.
 
-    picks are places: each is taken modulo the row count. Free rows and other layers' pass.
+    Each pick is taken modulo the row count. Free rows, other layers' rows and slots below
+    first_slot pass.
     """
     for i in range(picks.shape[0]):
         row = picks[i] % row_slot.shape[0]
         slot = row_slot[row]
-        if slot < 0 or slot >= slot_row.shape[0] or slot_row[slot] != row:
+        if slot < first_slot or slot >= slot_row.shape[0] or slot_row[slot] != row:
             continue
         for w in range(hot_rows.shape[1]):
             if hot_rows[row, w] != host_rows[slot, w]:

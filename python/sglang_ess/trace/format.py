@@ -58,8 +58,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_ess.tiers import lru
-from sglang_ess.trace import codec as trace_kernels
+from sglang_ess.tiers.contract import COUNTERS
+from sglang_ess.trace import codec
 
 MAGIC, VERSION = b"ESSTRACE", 2
 PREFIX = struct.Struct("<8sII")
@@ -69,8 +69,7 @@ EVENT_COLUMNS = ("<u1", "<u2", "<u4", "<u4")  # kinds, layers, arguments, sizes
 RECORD_COLUMNS = ("<u4", "<u4", "<u4", "<u4")  # ids, rows, lengths, counts
 MAX_ID_BYTES = 65535  # of a request id, which the client may choose; the rest is cut off
 
-STATE = ("steps", *lru.COUNTERS)
-STATE_PLACES = np.array([lru.STEP, *(getattr(lru, name.upper()) for name in lru.COUNTERS)])
+STATE = ("steps", *COUNTERS)
 
 
 class Kind(IntEnum):
@@ -157,7 +156,7 @@ class TraceFrame:
         # Each begins `gap` after the end of the one before.
         firsts = np.cumsum(unsigned(runs[:, 0])) + np.cumsum(counts) - counts
         slots = np.empty(counts.sum(), np.int64)
-        trace_kernels.decode_runs(firsts, counts, slots)
+        codec.decode_runs(firsts, counts, slots)
         return slots
 
     def start(self, event: int) -> int:
@@ -195,8 +194,8 @@ class Packer:
 
         Raises: ValueError for positions that do not ascend and queries without an id.
         """
-        size = sum(trace_kernels.LEB_BYTES * entry.data.size for entry in entries)
-        counters_bytes = (1 + len(STATE)) * trace_kernels.COUNTER_BYTES
+        size = sum(codec.LEB_BYTES * entry.data.size for entry in entries)
+        counters_bytes = (1 + len(STATE)) * codec.COUNTER_BYTES
         out = np.empty(size + len(entries) * counters_bytes, np.uint8)
         events, records, end = [], [], 0
         ids: dict[str, int] = {}
@@ -205,19 +204,19 @@ class Packer:
             kind, layer, data = entry.kind, entry.layer, entry.data
             events.append((kind, layer, entry.argument, len(data)))
             if entry.counters is not None:
-                end = trace_kernels.encode_signed(entry.counters - self._last[layer], out, end)
+                end = codec.encode_signed(entry.counters - self._last[layer], out, end)
                 self._last[layer] = entry.counters
             if kind == Kind.PLAN:
                 counts = np.zeros(len(data), np.uint32)
-                end = trace_kernels.encode_positions(data, counts, out, end)
+                end = codec.encode_positions(data, counts, out, end)
                 records.append(_record_columns(entry, ids, counts, end))
             elif kind in HAS_TOPK:
-                end = trace_kernels.encode_slots(data, out, end)
+                end = codec.encode_slots(data, out, end)
             elif kind in HAS_RUNS:
                 if kind == Kind.SLOTS:
-                    end = trace_kernels.encode_number(entry.start, out, end)
+                    end = codec.encode_number(entry.start, out, end)
                     self._learn(entry)
-                end = trace_kernels.encode_runs(data, out, end)
+                end = codec.encode_runs(data, out, end)
         names = [name.encode(errors="replace")[:MAX_ID_BYTES] for name in ids]
         raw = [
             struct.pack("<I", len(names)),
@@ -240,7 +239,7 @@ class Packer:
             table[:rows, :length] = self._table
             self._table = table
         slots = np.empty(end - entry.start, np.int64)
-        trace_kernels.decode_runs(entry.data[:, 0].astype(np.int64), counts, slots)
+        codec.decode_runs(entry.data[:, 0].astype(np.int64), counts, slots)
         self._table[row, entry.start : end] = slots
 
     def _as_positions(self, entry: Entry) -> Entry:
@@ -249,8 +248,8 @@ class Packer:
             return entry
         _, rows, lengths = entry.queries
         table = rows, lengths, self._table
-        positions = trace_kernels.slots_to_positions(entry.data, *table, self._marks)
-        if trace_kernels.positions_give(entry.data, rows, self._table, positions):
+        positions = codec.slots_to_positions(entry.data, *table, self._marks)
+        if codec.positions_give(entry.data, rows, self._table, positions):
             return entry._replace(kind=Kind.PLAN, data=positions)
         return entry
 
@@ -304,7 +303,7 @@ def unpack(payload: bytes, raw_bytes: int, num_records: int, last: np.ndarray) -
 
 def _numbers(data: np.ndarray) -> np.ndarray:
     numbers = np.empty(np.count_nonzero(data < 128), np.int64)
-    if not trace_kernels.decode(data, numbers):
+    if not codec.decode(data, numbers):
         raise ValueError("numbers must end with a byte below 128, after 9 at most")
     return numbers
 
@@ -330,10 +329,10 @@ def _frame(names, columns, numbers, last) -> TraceFrame:
     places = ends - num_data
     counters = np.zeros((len(kinds), len(STATE)), np.int64)
     counters[of_layer] = unsigned(numbers[places[of_layer, None] + np.arange(-len(STATE), 0)])
-    trace_kernels.accumulate(counters, of_layer, layers, last)
+    codec.accumulate(counters, of_layer, layers, last)
     of_plan = np.repeat(places[plans] - offsets[starts[:-1]], sizes[plans])
     positions = np.empty(offsets[-1], np.int32)
-    fits = trace_kernels.decode_positions(numbers, of_plan + offsets[:-1], counts, positions)
+    fits = codec.decode_positions(numbers, of_plan + offsets[:-1], counts, positions)
     _expect(fits, "its positions must be below 2**31")
     of_record = np.repeat(np.flatnonzero(plans), sizes[plans])
     return TraceFrame(

@@ -3,7 +3,7 @@
 It serves two uses. Records: one decode query of one layer each, which positions of its
 request it attended to; for studies of locality. Events: all that happened to each layer's
 HotCache, in order and in slots, with the counters after each; for exact replay (sim/replay.py),
-at the recorded size or any other. trace_format.py says what is in the file.
+at the recorded size or any other. format.py says what is in the file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from sglang_ess.layout import MIB
-from sglang_ess.trace import format as trace_format
 from sglang_ess.trace.codec import slots_to_positions
 from sglang_ess.trace.format import (
     FRAME,
@@ -34,7 +33,10 @@ from sglang_ess.trace.format import (
     VERSION,
     Entry,
     Kind,
+    Packer,
     TraceFrame,
+    frame_bytes,
+    unpack,
 )  # fmt: skip
 
 __all__ = [
@@ -87,7 +89,7 @@ class TraceWriter:
         self.path, self.limit_bytes = Path(path), limit_bytes
         self.records = self.events = self.dropped = self.written_bytes = 0
         self._gap = 0  # events dropped since the last one that was not
-        self._packer = trace_format.Packer(layers, slots)
+        self._packer = Packer(layers, slots)
         self._queue: deque[Entry] = deque()
         self._queued_bytes = 0
         self._closing = False
@@ -193,7 +195,7 @@ class TraceWriter:
     def _end(self, how: str) -> None:
         facts = {"records": self.records, "events": self.events}
         payload = json.dumps(facts | {"dropped": self.dropped, "end": how}).encode()
-        self._write(trace_format.frame_bytes(TRAILER_TAG, payload, self.records))
+        self._write(frame_bytes(TRAILER_TAG, payload, self.records))
         (logger.warning if how == "limit" or self.dropped else logger.info)(
             "ESS: trace %s has ended (%s): %d records, %d bytes of at most %d, %d events dropped",
             self.path,
@@ -236,7 +238,7 @@ class Event(NamedTuple):
 
     slots: PLAN, WARM: the top-k [queries, width] int32, -1 pads; INSTALL, INVALIDATE: [n] int64
     argument: PLAN: same_step; INSTALL: min_age; RESIZE: hot rows; GAP: events that are missing
-    counters [7] int64: STATE (trace_format.py) after it; of no meaning for a GAP
+    counters [7] int64: format.STATE after it; of no meaning for a GAP
     """
 
     kind: Kind
@@ -296,7 +298,7 @@ class Trace:
                     self.trailer = json.loads(payload)
                     return
                 try:
-                    yield trace_format.unpack(payload, raw_bytes, num_records, last)
+                    yield unpack(payload, raw_bytes, num_records, last)
                 except ValueError as error:
                     raise ValueError(f"{self.path} has a frame of another kind: {error}.") from None
                 progress(len(head) + len(payload))

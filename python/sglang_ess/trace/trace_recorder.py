@@ -8,10 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sglang_ess.tiers import lru
+from sglang_ess.tiers.contract import COUNTERS
 from sglang_ess.tiers.hot_cache import HotCache, Plan
-from sglang_ess.trace import codec as trace_kernels
-from sglang_ess.trace.format import NO_DATA, STATE_PLACES, Entry, Kind, Queries
+from sglang_ess.trace.codec import first_changes, runs_of
+from sglang_ess.trace.format import NO_DATA, Entry, Kind, Queries
 from sglang_ess.trace.trace import TraceWriter
+
+# Where format.STATE's figures are in HotCache.state.
+STATE_PLACES = np.array([lru.STEP, *(getattr(lru, name.upper()) for name in COUNTERS)])
 
 
 class TraceRecorder:
@@ -64,15 +69,13 @@ class TraceRecorder:
             self._known = np.zeros(req_to_token.shape, np.int32)
             self._known_lengths = np.zeros(len(req_to_token), np.int64)
         firsts = np.empty(len(req_rows), np.int64)
-        trace_kernels.first_changes(
-            req_to_token, self._known, self._known_lengths, req_rows, lengths, firsts
-        )
+        first_changes(req_to_token, self._known, self._known_lengths, req_rows, lengths, firsts)
         triples = zip(req_rows.tolist(), firsts.tolist(), lengths.tolist(), strict=True)
         for row, first, length in triples:
             if first == length:
                 continue
             new = req_to_token[row, first:length]
-            runs = trace_kernels.runs_of(new.astype(np.int64))
+            runs = runs_of(new.astype(np.int64))
             if not self.writer.put(Entry(Kind.SLOTS, 0, row, data=runs, start=first)):
                 return False
             self._known[row, first:length], self._known_lengths[row] = new, length
@@ -121,7 +124,7 @@ class RecordedHotCache(HotCache):
 
     def _log_slots(self, kind: Kind, slots: torch.Tensor, argument=0) -> None:
         if self.recorder.writer.recording:
-            self.recorder.event(self, kind, argument, trace_kernels.runs_of(slots.numpy()))
+            self.recorder.event(self, kind, argument, runs_of(slots.numpy()))
 
     def plan(
         self, topk: torch.Tensor, start: tuple[int, int] = (0, 0), same_step: bool = False

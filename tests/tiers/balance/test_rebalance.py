@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_ess.tiers import HotCache, PlanBuffers
+from sglang_ess.tiers import HotCache, HotLayers, PlanBuffers
 from sglang_ess.tiers.balance import rebalance
 from sglang_ess.tiers.balance.ghost_cache import GhostCache
 from sglang_ess.tiers.balance.rebalance import Rebalancer, Schedule
@@ -19,12 +19,13 @@ class Stage:
     """Layers of one arena; in each step, layer i selects 16 of its first widths[i] slots."""
 
     def __init__(self, widths, schedule=QUICK, **options):
-        self.arena, buffers = HotArena(EVEN * len(widths)), PlanBuffers()
+        arena, buffers = HotArena(EVEN * len(widths)), PlanBuffers()
         self.caches = [
-            HotCache(None, EVEN, NUM_SLOTS, buffers, arena=self.arena) for _ in widths
+            HotCache(None, EVEN, NUM_SLOTS, buffers, arena=arena) for _ in widths
         ]  # fmt: skip
+        self.arena, self.layers = arena, HotLayers(self.caches)
         self.widths, self._random = list(widths), np.random.default_rng(0)
-        self.rebalancer = Rebalancer(self.arena, schedule=schedule, rate=1.0, **options)
+        self.rebalancer = Rebalancer(self.layers, schedule=schedule, rate=1.0, **options)
 
     def run(self, steps, queries=2, moves=True):
         """Returns the misses of these steps."""
@@ -54,7 +55,7 @@ def test_rows_go_where_they_save_misses():
     before = stage.run(200, moves=False)
     stage.run(3 * ROUND)
     assert stage.rows[0] >= 60 and stage.rows[1] >= 230 and sum(stage.rows) == 2 * EVEN
-    stage.arena.check_integrity()
+    stage.layers.check_integrity()
     assert stage.run(200, moves=False) < 0.1 * before
     assert stage.rebalancer.rebalances == 1  # what is left to gain is no reason to move
     assert stage.rebalancer.rows_moved == stage.rows[1] - EVEN
@@ -125,7 +126,7 @@ def test_large_moves_take_several_steps():
     changed = np.count_nonzero(np.diff(sizes, axis=0), axis=1)
     assert changed.max() == rebalance.LAYERS_A_STEP and changed.sum() == 12
     assert max(spare) > 0 and spare[-1] == 0
-    stage.arena.check_integrity()
+    stage.layers.check_integrity()
 
 
 def test_rows_on_their_way_are_shared_out_too():

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from benchmarks.layer_budgets import age_snapshot_of
-from sglang_ess.tiers import HotCache, PlanBuffers
+from sglang_ess.tiers import HotCache, HotLayers, PlanBuffers
 from sglang_ess.tiers.balance import rebalance
 from sglang_ess.tiers.balance.ghost_cache import GhostCache
 from sglang_ess.tiers.balance.rebalance import AgeRebalancer, AgeSchedule
-from sglang_ess.tiers.balance.row_ages import GROWTH, AgeSnapshot, age_curve
+from sglang_ess.tiers.balance.row_ages import GROWTH, age_curve
+from sglang_ess.tiers.contract import AgeSnapshot
 from sglang_ess.tiers.hot_arena import HotArena
 
 NUM_SLOTS, EVEN = 6000, 1200
@@ -25,10 +26,9 @@ class Stage:
     """
 
     def __init__(self, exponents, min_rows=1):
-        self.arena, buffers = HotArena(EVEN * len(exponents)), PlanBuffers()
-        self.caches = [
-            HotCache(None, EVEN, NUM_SLOTS, buffers, arena=self.arena) for _ in exponents
-        ]
+        arena, buffers = HotArena(EVEN * len(exponents)), PlanBuffers()
+        self.caches = [HotCache(None, EVEN, NUM_SLOTS, buffers, arena=arena) for _ in exponents]
+        self.layers = HotLayers(self.caches)
         self.exponents, self._random = list(exponents), np.random.default_rng(0)
         self.rebalancer = AgeRebalancer(len(exponents), EVEN, NUM_SLOTS, min_rows, QUICK)
         self.found = []  # budgets
@@ -48,7 +48,7 @@ class Stage:
             if moves:
                 snapshot = age_snapshot_of(self.caches)
                 if (budgets := self.rebalancer.step(demand, snapshot)) is not None:
-                    self.arena.resize(list(budgets.rows))
+                    self.layers.resize(budgets.rows)
                     self.found.append(budgets)
             for cache, exponent in zip(self.caches, self.exponents, strict=True):
                 topk = self.topk(exponent)
@@ -109,7 +109,7 @@ def test_rows_go_where_they_save_misses():
     before = stage.run(150, moves=False)
     stage.run(4 * ROUND)
     assert stage.rows[1] > 1.3 * EVEN and sum(stage.rows) == 2 * EVEN
-    stage.arena.check_integrity()
+    stage.layers.check_integrity()
     assert stage.run(150, moves=False) < 0.95 * before
     rebalancer = stage.rebalancer
     assert rebalancer.rows == stage.rows == rebalancer.budgets.rows

@@ -18,8 +18,9 @@ from sglang_ess.tiers.balance.budgets import Budgets, allot
 from sglang_ess.tiers.balance.ghost_cache import MissCurve
 from sglang_ess.tiers.hot_arena import HotArena
 from sglang_ess.tiers.hot_cache import HotCache, PlanBuffers
-from sglang_ess.trace.format import STATE, STATE_PLACES
+from sglang_ess.trace.format import STATE
 from sglang_ess.trace.trace import Event, Kind, Trace
+from sglang_ess.trace.trace_recorder import STATE_PLACES
 
 SCALES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # of the recorded hot rows
 NO_ROWS = torch.empty(0)  # a HotCache without rows reads none

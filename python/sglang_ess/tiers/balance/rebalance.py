@@ -23,9 +23,10 @@ from sglang_ess.tiers.balance.budgets import (
     uniform,
 )
 from sglang_ess.tiers.balance.ghost_cache import GhostCache, MissCurve
-from sglang_ess.tiers.balance.row_ages import AgeSnapshot, age_curve
-from sglang_ess.tiers.hot_arena import HotArena
+from sglang_ess.tiers.balance.row_ages import age_curve
+from sglang_ess.tiers.contract import AgeSnapshot
 from sglang_ess.tiers.hot_cache import HotCache
+from sglang_ess.tiers.hot_layers import HotLayers
 
 # Sampled slots of a host tier, and the rates that may give them: about 400 sampled rows at a hot
 # ratio of 0.2, which gives a layer's misses to some per cent (benchmarks/layer_budgets.py; SHARDS
@@ -106,25 +107,25 @@ class Rebalancer:
 
     def __init__(
         self,
-        arena: HotArena,
+        layers: HotLayers,
         min_rows: int = 1,
         schedule: Schedule | None = None,
         rate: float | None = None,
     ):
-        self.arena, self._min_rows = arena, min_rows
+        self.layers, self._min_rows = layers, min_rows
         self._schedule = schedule or Schedule()
         self.budgets: Budgets | None = None
         self.curves: list[MissCurve] | None = None
         self.rebalances = self.rows_moved = 0
-        num_slots = arena.caches[0].num_slots
-        self._total = sum(cache.num_rows for cache in arena.caches)
-        even = self._even = self._total // len(arena.caches)
+        num_slots = layers.caches[0].num_slots
+        self._total = sum(layers.sizes)
+        even = self._even = self._total // len(layers.caches)
         sizes = [
             min(num_slots, max(1, round(even * MIN_SHARE * SIZE_STEP**i)))
             for i in range(NUM_SIZES)
         ]  # fmt: skip
         rate = ghost_rate(num_slots) if rate is None else rate
-        self._ghosts = [GhostCache(num_slots, rate, sizes) for _ in arena.caches]
+        self._ghosts = [GhostCache(num_slots, rate, sizes) for _ in layers.caches]
         self._pending: list[HotCache] = []
         self._position = 0  # in the round
         _compile()
@@ -154,12 +155,12 @@ class Rebalancer:
         return found
 
     def _seed(self, first: int) -> None:
-        for cache in self.arena.caches[first : first + LAYERS_A_STEP]:
+        for cache in self.layers.caches[first : first + LAYERS_A_STEP]:
             cache.ghost = self._ghosts[cache.number]
             cache.ghost.seed(cache.slots_by_recency())
 
     def _decide(self) -> Budgets | None:
-        caches = self.arena.caches
+        caches = self.layers.caches
         for cache in caches:
             cache.ghost = None
         self.curves = [ghost.curve() for ghost in self._ghosts]
@@ -190,7 +191,7 @@ class Rebalancer:
     def _resize(self) -> None:
         """The next few: who takes most, as soon as that is there, else who gives up most."""
         for _ in range(min(LAYERS_A_STEP, len(self._pending))):
-            takes = 0 < self._change(self._pending[-1]) <= self.arena.spare
+            takes = 0 < self._change(self._pending[-1]) <= self.layers.arena.spare
             cache = self._pending.pop(-1 if takes else 0)
             cache.resize(self.budgets.rows[cache.number])
 

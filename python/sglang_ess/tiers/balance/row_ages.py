@@ -10,8 +10,6 @@ T that it was among the older rows, and only so far as the next round can look a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from sglang_ess.tiers.balance.ghost_cache import MissCurve
@@ -22,19 +20,6 @@ FIT_FROM, FIT_TO = 0.4, 0.9
 GROWTH = 1.5  # of a layer's rows in one round: as far as a curve is continued
 AGE_STEP = 1.1  # between two points of a curve
 MAX_DECAY = 4.0  # of the fitted power: a tier that has turned over in a few steps shows no more
-
-
-@dataclass(frozen=True)
-class AgeSnapshot:
-    """What a tier shows of its layers at some step.
-
-    ages       [layers, ages] rows that were last used 0, 1, ... steps ago, the oldest together
-    evictions  [layers] since the start; steps [layers] of each layer since the start
-    """
-
-    ages: np.ndarray
-    evictions: np.ndarray
-    steps: np.ndarray
 
 
 def age_curve(counts: np.ndarray, rows: int, steps: int = 1) -> MissCurve:
