@@ -6,7 +6,8 @@ import torch
 
 from ess_kernels import hot_state
 from sglang_ess.tiers import hot_cache_cuda as device_hot_cache
-from tests.tiers.test_hot_cache_cuda import DEVICE, Served
+from tests.support.served_tier import DEVICE
+from tests.support.served_tier import CudaServed as Served
 
 SLOTS, TOPK, QUERIES = 64, 6, 3
 
@@ -176,7 +177,7 @@ def test_a_graph_captured_before_rows_move_is_replayed_after():
     for _ in range(20):
         topk.copy_(served.draw(3, 6, SLOTS))
         graph.replay()
-        served.check_rows(0, topk.cpu(), planned.rows.cpu())
+        served.check_read(0, topk.cpu(), planned.rows.cpu())
         served.check_states()
         move(served)
     assert cache.counters["short"] == 0
