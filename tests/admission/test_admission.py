@@ -16,8 +16,8 @@ from sglang_ess.admission.policy import (
     Candidate,
     Decision,
     Step,
-    StepFit,
 )
+from sglang_ess.admission.step_fit import StepFit
 
 # Prior: 300 rows a request, so 20 fill the hot tier. A cold joiner fetches 100 rows, 10 ms.
 LIMITS = AdmissionLimits(hot_rows=6000, topk=100, layers=1, row_bytes=1000)

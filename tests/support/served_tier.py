@@ -72,7 +72,7 @@ class Served:
 
 class CpuServed(Served):
     def _new_tier(self, rows, topk, max_queries, moves):
-        arena, buffers = HotArena(rows * len(self.host), self.host[0]), PlanBuffers()
+        arena, buffers = HotArena(max(0, rows) * len(self.host), self.host[0]), PlanBuffers()
         return HotLayers([HotCache(one, rows, None, buffers, None, arena) for one in self.host])
 
     def _write(self, layer, slots, values, width):

@@ -1,22 +1,25 @@
-"""Admission: how many requests the hot tier and the host link carry at once. Policy only.
+"""Admission: how many requests may decode at once, given the hot tier and the host link.
 
-A hot tier smaller than the working sets of what runs misses more with each request, and past
-some batch one more lowers the throughput (papers.md 2.1: batch 6 -> 12, down 1.73x).
-So the head of the queue joins while
-  hot tier  sharing x (sum of working sets) <= hot rows of a layer, and
-  link      compute(n) + bytes(n) / bandwidth <= tokens of a request in a step
-            x the inter-token-latency target, if one is set.
-The first does not bind where fetching all that a step selects would take less than MISS_SHARE
-of its computing, nor where a larger batch is worth its misses: of all batches that the queue
-makes, the least that brings nearly the most  n / (compute(n) + misses(n) / bandwidth). What n
-requests miss follows from how their working sets grew step by step (WorkingSets.missed).
-No figure is exact, so each has its feedback: sizes are measured again in every window,
-compute(n) is fitted to observed steps, and a hot tier that thrashes all the same (rows evicted
-a few steps after their use, and fewer requests would bring more) sheds requests and caps the
-batch until it has been healthy.
-First come, first served, with no overtaking; alone, a request always runs: so none starves.
+A hot tier smaller than the running working sets misses more with each request, and past some
+batch size one more request lowers the throughput (SparseServe, section 2.3: batch 6 to 12 lowers
+it 1.73x). The head of the queue joins while both limits hold:
 
-Nothing here knows of SGLang: the scheduler and the simulator drive the same object.
+  hot tier  sharing x (sum of working sets) <= hot rows of a layer
+  link      compute(n) + bytes(n) / bandwidth <= tokens per request and step x the
+            inter-token-latency target, if one is set
+
+The hot-tier limit does not bind while fetching everything that a step selects takes less than
+MISS_SHARE of its compute time. It may also be exceeded when a larger batch is worth its misses:
+the policy picks the smallest batch whose predicted n / (compute(n) + misses(n) / bandwidth) is
+near the best. WorkingSets.missed predicts misses(n) from the growth of the working sets.
+
+Every estimate has a feedback loop. Working sets are measured again in each window. compute(n) is
+fitted to observed steps. When the hot tier thrashes all the same (rows are evicted a few steps
+after their use, and a smaller batch is predicted to be faster), the policy preempts requests and
+caps the batch until the tier has been healthy for a while.
+
+Requests are admitted first come, first served. A request that runs alone always runs, so none
+starves. The scheduler and the simulator drive the same object.
 """
 
 from __future__ import annotations
@@ -28,41 +31,47 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sglang_ess.admission.step_fit import StepFit
 from sglang_ess.admission.working_set import WorkingSets, blend
 
-# Without a source of their own: chosen, see benchmarks/serving/pd_serving.py.
-REOPEN = 0.9  # of a limit, below which a refusal ends
-FIT_DECAY = 0.98  # per step, of older steps in compute(n)
-FIT_SPREAD = 0.1  # standard deviation of n / mean n, at which the fit is half proportional
-MISS_DECAY = 0.9  # per step, of older steps in the steady misses
-SLOW_START = 2  # times the batch last observed: compute(n) is not extrapolated beyond
-# ESS, papers.md 1.5: a joiner's misses decay to steady state "within a handful of steps".
+# Chosen by measurement (benchmarks/serving/pd_serving.py) unless a source is named.
+REOPEN = 0.9  # share of a limit below which a refusal ends
+MISS_DECAY = 0.9  # weight of older steps in the steady misses, per step
+SLOW_START = 2  # compute(n) is not extrapolated beyond this multiple of the last batch
+# Steps until a new request's misses are steady: ESS, "within a handful of steps".
 JOIN_STEPS = 4
-JOIN_BUDGET = 32  # steps in a row so passed over: where joins never pause, half still count
-THRASH_STEPS = 8  # settled steps that a verdict takes
-# Steps, mean eviction age: a third of a window, whose union is under two thirds of a working
-# set. By the curve at PRIOR_TOPKS that is 1.7 top-k's a request; HiSparse ships with 2 and 3.
+# Consecutive steps that may be ignored because of joins. Without pauses between joins, half of the
+# steps still count.
+JOIN_BUDGET = 32
+THRASH_STEPS = 8  # settled steps before the tier is judged
+# Mean eviction age in steps. It is a third of a window, whose union is less than two thirds of a
+# working set: by the growth at PRIOR_TOPKS, 1.7 top-k's a request. HiSparse ships with 2 and 3.
 THRASH_AGE = 4
-THRASH_MISSES = 1 / 8  # of a top-k, per request, step and layer: fewer cost nothing
-COOLDOWN_STEPS = 24  # two windows of working sets: what was preempted shows in their means
-MAX_PATIENCE = 32 * COOLDOWN_STEPS  # healthy steps before the cap rises, at most
-MISS_SHARE = 1 / 4  # of a step's computing: what fetching may add before it counts
-PREEMPT_FRACTION = 8  # 1 / of the batch is preempted at once, one request at least
-NEAR_BEST = 0.98  # of the most tokens a second: beyond, the least batch that comes so near
-WORTH = 0.95  # of its tokens a second is more than those of a batch that fits
-LOOK_AHEAD = 256  # of the queue: SGLang's largest batches
+THRASH_MISSES = 1 / 8  # of a top-k per request, step and layer; fewer misses cost nothing
+COOLDOWN_STEPS = 24  # two windows, after which preempted requests no longer show in the means
+MAX_PATIENCE = 32 * COOLDOWN_STEPS  # healthy steps before the cap rises
+MISS_SHARE = 1 / 4  # fetching may add this share of a step's compute time before it counts
+PREEMPT_FRACTION = 8  # 1/8 of the batch is preempted at once, one request at least
+NEAR_BEST = 0.98  # take the smallest batch that reaches this share of the best tokens/s
+# Exceed the working-set limit only if this share of the larger batch's predicted tokens/s still
+# beats the largest batch that fits.
+WORTH = 0.95
+LOOK_AHEAD = 256  # queued requests considered: SGLang's largest batches
 
 REASONS = HOT_TIER, LINK, THRASH = "hot tier", "link", "thrash"
 
 
 @dataclass(frozen=True)
 class AdmissionLimits:
-    """What a decode server has.
+    """The size of a decode server, and its latency target.
 
-    hot_rows     per layer; num_slots: of the host tier: with no fewer hot rows, none is evicted
-    topk         slots of one query; layers: with rows; row_bytes: of one row
-    itl_seconds  inter-token-latency target, or None for no limit on the link
-    Raises: ValueError for one that is not positive.
+    hot_rows     hot rows per layer
+    topk         slots that one query selects
+    layers       layers with latent rows
+    row_bytes    bytes of one row
+    itl_seconds  inter-token-latency target; None: no limit on the link
+    num_slots    slots of the host tier; with as many hot rows no row is ever evicted
+    Raises: ValueError for a value that is not positive.
     """
 
     hot_rows: int
@@ -80,11 +89,13 @@ class AdmissionLimits:
 
 @dataclass(frozen=True)
 class Step:
-    """What happened since the last observe.
+    """Decode steps since the last observe, all of one batch size.
 
-    steps        decode steps; running: requests in them; seconds: wall time of one
-    missed_rows  fetched, evictions and evicted_age (in steps): sums over steps and layers
-    tokens       that a request got in a step, on average: more than one if drafts were accepted
+    steps        number of decode steps
+    running      requests in each
+    seconds      wall time of one step
+    missed_rows  rows fetched, summed over steps and layers; evictions, evicted_age (in steps): too
+    tokens       mean tokens per request and step; above 1 if drafts were accepted
     """
 
     steps: int
@@ -100,7 +111,9 @@ class Step:
 class Candidate:
     """A waiting request.
 
-    working_set: rows a layer that it has at least, if known (warm-up ids); cold: none hot
+    tokens       context length
+    working_set  lower bound of its working set in rows per layer, if known (warm-up ids)
+    cold         whether none of its rows is hot
     """
 
     tokens: int
@@ -110,62 +123,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision:
-    """count: of the head of the queue may join now; reason: why the next may not, or None."""
+    """The first `count` queued requests may join; `reason` names what stops the next, if any."""
 
     count: int
     reason: str | None
 
 
-class StepFit:
-    """compute(n) = a + b n seconds, a and b >= 0: exponentially weighted least squares.
-
-    Steps of one n alone say nothing of b. compute(n) = b n then is the cautious end of what
-    they allow; the ridge draws b there, the more the less n varied.
-    """
-
-    def __init__(self):
-        self._sums = np.zeros(5)
-        self.last = 0  # n of the newest step
-
-    def add(self, n: int, seconds: float, steps: int) -> None:
-        self._sums *= FIT_DECAY**steps
-        self._sums += steps * np.array([1, n, n * n, seconds, n * seconds])
-        self.last = n
-
-    def _moments(self) -> tuple[float, float, float, float]:
-        """Mean of n and of seconds, variance of n, and their covariance."""
-        n, nn, seconds, n_seconds = self._sums[1:] / self._sums[0]
-        return n, seconds, max(0.0, nn - n * n), n_seconds - n * seconds
-
-    @property
-    def has_varied(self) -> bool:
-        """Whether the slope is measured rather than assumed."""
-        if not self.last:
-            return False
-        mean, _, variance, _ = self._moments()
-        return variance > (FIT_SPREAD * mean) ** 2
-
-    def seconds(self, n, is_hopeful: bool = False):
-        """Of a step of n requests, a number or an array; 0 before the first observed.
-
-        is_hopeful: a slope that is not measured is taken as none
-        """
-        if not self.last:
-            return 0.0 * n
-        mean, seconds, variance, covariance = self._moments()
-        if is_hopeful and not self.has_varied:
-            return seconds + 0.0 * n
-        proportional, ridge = seconds / mean, (FIT_SPREAD * mean) ** 2
-        slope = (covariance + ridge * proportional) / (variance + ridge)
-        return seconds + min(max(slope, 0.0), proportional) * (n - mean)
-
-
 class Admission:
-    """The decisions, and what they rest on. The caller runs one step between two of them.
+    """Decides how many requests join and how many go on; the caller runs a step in between.
 
-    A refusal lasts until the load of what ran out is below REOPEN of its limit. Preempting sets
-    `cap`; it rises by one after `patience` healthy steps, which doubles each time and
-    halves when two rises follow each other: so a cap that is right is seldom tried.
+    A refusal lasts until the load on the exhausted resource is below REOPEN of its limit.
+    Preemption sets a cap on the batch. The cap rises by one after `patience` healthy steps;
+    patience doubles with each preemption and halves when two rises follow each other, so that a
+    correct cap is rarely exceeded.
+
+    retractions  requests preempted since the start
+    deferred     rounds in which a waiting request could not join, by reason
     """
 
     def __init__(self, limits: AdmissionLimits, link_bytes_per_second: float):
@@ -188,7 +161,7 @@ class Admission:
     # --- what is observed ---------------------------------------------------------------
 
     def link(self, bytes_per_second: float) -> None:
-        """The host-to-device bandwidth, measured anew. Raises: ValueError if not positive."""
+        """Set the measured host-to-device bandwidth. Raises: ValueError unless it is positive."""
         if not bytes_per_second > 0:
             raise ValueError(f"link bandwidth must be positive: got {bytes_per_second} B/s.")
         self.link_bytes_per_second = bytes_per_second
@@ -199,11 +172,15 @@ class Admission:
         sharing: float,
         growth: Sequence[int] = (),
     ) -> None:
-        """A window of sampled requests: (tokens, distinct rows) of each; WindowCounts' others."""
+        """Take a window of sampled requests.
+
+        tokens_and_rows: of each, its context length and its distinct rows; sharing, growth: as
+            in WindowCounts
+        """
         self._sets.observe(tokens_and_rows, sharing, self._running, growth)
 
     def observe(self, step: Step) -> None:
-        """The steps since the last call. Those in which joiners are cold count for nothing."""
+        """Take the steps since the last call. Steps with cold new requests are ignored."""
         if step.steps < 1 or step.running < 1:
             return
         rose = step.running > self._observed_running
@@ -241,12 +218,12 @@ class Admission:
     def admit(
         self, running: int, waiting: Iterable[Candidate], within: int = LOOK_AHEAD
     ) -> Decision:
-        """How many of the head of the queue may join the running requests in the next step.
+        """Decide how many requests at the head of the queue join in the next step.
 
-        running counts those admitted before that have not had a step yet (PD transfers).
-        waiting: of the queue's head as many as have a place in the batch: while they are admitted
-        they are walked, and those that could not join would only blur what is known of the batch
-        within: as many of the queue as may find slots; only so many make a larger batch
+        running: requests in decode, including admitted ones without a step yet (PD transfers)
+        waiting: the head of the queue, as many requests as the batch has places for; iterated
+            only as far as requests are admitted or a larger batch is considered
+        within: queued requests that may find slots; no larger batch is considered
         """
         self._running = running
         waiting, ahead = itertools.tee(waiting)
@@ -269,7 +246,7 @@ class Admission:
                 break
             rows, count, cold, self._closed = more_rows, count + 1, more_cold, None
         if count:
-            # The joiners are in no window yet.
+            # No window has measured the new requests yet.
             self._sets.mean = rows / (running + count)
         return Decision(count, reason)
 
@@ -277,8 +254,10 @@ class Admission:
         return self._sets.estimate(candidate.tokens, candidate.working_set)
 
     def _refusal(self, running: int, has_hot_rows: bool, cold: int, misses: float) -> str | None:
-        """Why a request may not join `running` others: `cold` of the joiners have no hot row, and
-        then each misses so many times what was observed.
+        """Return why a request may not join `running` others, or None.
+
+        cold: of the joining requests, this one included, that have no hot row
+        misses: rows that each request will miss, relative to those observed
         """
         if running == 0:
             return None
@@ -291,13 +270,13 @@ class Admission:
     # --- tokens a second ----------------------------------------------------------------
 
     def _rate(self, batch: np.ndarray, rows: np.ndarray, hot_rows: float) -> np.ndarray:
-        """Requests that a step serves per second, in batches whose working sets sum to rows."""
+        """Predict requests served per second, for batches whose working sets sum to `rows`."""
         missed = self.limits.layers * self._sets.missed(rows, hot_rows)
         seconds = self._fit.seconds(batch, is_hopeful=True) + self._copy_seconds(missed)
         return batch / np.maximum(seconds, 1e-9)
 
     def _misses_against(self, rows: float, batch: int, old_rows: float, old_batch: int) -> float:
-        """What a request of a larger batch misses, in misses of a smaller one's: 1 or more."""
+        """Return the misses of a request in a larger batch relative to a smaller one: >= 1."""
         hot_rows = self.limits.hot_rows
         if not old_batch:
             return 1.0
@@ -306,8 +285,9 @@ class Admission:
         return max(1.0, of_one / max(of_old, 1e-9))
 
     def best_batch(self, running: int, rows: float, waiting: Iterable[Candidate]) -> int:
-        """The least batch among the fastest of those that the queue's head makes, for all its
-        misses; this one, if they are not faster than one whose working sets fit.
+        """Return the smallest of the fastest batches that the head of the queue can make.
+
+        The present batch, if none is faster than the largest batch whose working sets fit.
         """
         if not self._fit.last:
             return running
@@ -318,11 +298,11 @@ class Admission:
         if WORTH * rates.max() <= fitting:
             return running
         best = running + int(np.argmax(rates >= NEAR_BEST * rates.max()))
-        # One more shows the slope, where it is not known.
+        # While the slope is unknown, grow by one to measure it.
         return best if self._fit.has_varied else min(best, self._fit.last + 1)
 
     def best_to_keep(self, running: int) -> int:
-        """The largest batch, up to this one, that is among the fastest as rows are evicted now."""
+        """Return the largest near-fastest batch, up to this one, at the present eviction age."""
         rows = self._sets.mean * np.arange(1, running + 1)
         hot_rows = self.limits.hot_rows
         if (age := self.eviction_age) is not None:
@@ -348,7 +328,7 @@ class Admission:
         return self._copy_seconds(missed) >= MISS_SHARE * self._fit.seconds(running)
 
     def _hot_tier_holds(self, running: int, rows: float, new_rows: float) -> bool:
-        """Whether one more has its rows hot too, or can do without."""
+        """Return whether one more request finds hot rows, or does not need them."""
         hot_rows, num_slots = self.limits.hot_rows, self.limits.num_slots
         if num_slots is not None and hot_rows >= num_slots:
             return True
@@ -359,23 +339,22 @@ class Admission:
         return self._demand(new_rows) <= hot_rows
 
     def _demand(self, rows: float) -> float:
-        """Hot rows that working sets of this sum take: what requests share counts once."""
+        """Return the hot rows for working sets that sum to `rows`; shared rows count once."""
         return self._sets.sharing * rows
 
     def _link_carries(self, running: int, cold: int, misses: float) -> bool:
-        """Whether a step of one more keeps the latency target, `cold` of them joining now."""
+        """Return whether a step with one more request, `cold` of them new, meets the target."""
         if self.limits.itl_seconds is None:
             return True
-        target = self.limits.itl_seconds * self._tokens  # of a step, whose tokens share it
+        target = self.limits.itl_seconds * self._tokens  # seconds of a step
         if self._closed == LINK and self._step_seconds(running) >= REOPEN * target:
             return False
         if running >= SLOW_START * self._fit.last:
             return False
         if self._step_seconds(running + 1, cold, misses) <= target:
             return True
-        # Assumed proportional, a step of 30 ms at n = 1 would keep a target of 50 ms at n = 1
-        # for ever: one more shows the slope, if it fits should the slope be none. One, for
-        # with it the assumed step is past REOPEN.
+        # With an assumed slope, a 30 ms step at n = 1 and a 50 ms target would stay at n = 1 for
+        # ever. So admit one more if it fits with a slope of 0; that step measures the slope.
         fetch_seconds = self._fetch_seconds(running + 1, cold, misses)
         flat_seconds = self._fit.seconds(running) + fetch_seconds
         return not self._fit.has_varied and flat_seconds <= REOPEN * target
@@ -390,11 +369,11 @@ class Admission:
         return self._fit.seconds(running) + self._fetch_seconds(running, cold, misses)
 
     def keep(self, running: int) -> int:
-        """How many of the running requests should go on: all, unless the hot tier thrashes."""
+        """Return how many running requests should go on: all, unless the hot tier thrashes."""
         self._running = running
         if running <= 1 or self._cooldown > 0 or not self.is_thrashing:
             return running
-        # What fits by the working sets; if that is all of them, they are under-estimated.
+        # The working sets say what fits. If all do, they are under-estimated.
         fitting = int(self.limits.hot_rows / max(1.0, self._demand(self._sets.mean)))
         fitting = max(fitting, self.best_to_keep(running))
         kept = max(1, min(running - max(1, running // PREEMPT_FRACTION), fitting))
@@ -412,28 +391,28 @@ class Admission:
 
     @property
     def working_set_rows(self) -> float:
-        """Rows a layer, mean per running request."""
+        """Mean working set of a running request, in rows per layer."""
         return self._sets.mean
 
     @property
     def hot_tier_demand(self) -> float:
-        """Rows a layer that the running requests want hot."""
+        """Hot rows per layer that the running requests need."""
         return self._demand(self._running * self._sets.mean)
 
     @property
     def step_seconds(self) -> float:
-        """Predicted for the requests that run now."""
+        """Predicted seconds of a step of the running requests."""
         return self._step_seconds(self._running)
 
     @property
     def eviction_age(self) -> float | None:
-        """Steps, mean of the recent evictions; None without any."""
+        """Mean age of the recent evictions in steps; None without any."""
         evictions = sum(step.evictions for step in self._recent)
         return sum(step.evicted_age for step in self._recent) / evictions if evictions else None
 
     @property
     def is_thrashing(self) -> bool:
-        """Whether recent rows were evicted when just used, at a rate of misses that hurts."""
+        """Whether rows are evicted soon after their use and the misses slow decode down."""
         age = self.eviction_age
         if age is None or age >= THRASH_AGE or self._recent_steps < THRASH_STEPS:
             return False
