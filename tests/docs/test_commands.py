@@ -28,7 +28,7 @@ SERVE = (("sglang-ess", "serve"), ("python", "-m", "sglang_ess.launch_server"))
 def module_of(words) -> tuple[str, list[str]]:
     """(module, arguments) of `sglang-ess NAME ...` or `python -m MODULE ...`."""
     if words[0] == "sglang-ess":
-        return COMMANDS[words[1]], list(words[2:])
+        return COMMANDS[words[1]][0], list(words[2:])
     assert words[:2] == ("python", "-m"), words
     return words[2], list(words[3:])
 
