@@ -129,6 +129,7 @@ class PlanBuffers:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on the device."""
         return self.bytes_for(*self.rows.shape)
 
 

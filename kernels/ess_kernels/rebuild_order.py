@@ -78,6 +78,7 @@ class OrderScratch:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on the device."""
         return int(self.rank.nbytes + self.counts.nbytes + self.active.nbytes)
 
 
@@ -109,6 +110,7 @@ class Owned:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on the device."""
         return int(self.rows.nbytes + self.ages.nbytes)
 
 
@@ -266,3 +268,29 @@ def rebuild_order(
         AGES=ages, PROGRAMS=tile, STEP=min(ages, COUNTS_PER_STEP // tile), IN_ARENA=in_arena,
     )  # fmt: skip
     _list_kernel[grid](own, s.row_stamp, s.order, s.words, c.rank, c.counts, c.active, **options)
+
+
+def rebuild_order_reference(
+    state: HotState, need: int, owned: Owned | None = None, max_age: int = MAX_AGE
+) -> None:
+    """The same for one layer on the host. The kernels may order rows of equal age otherwise."""
+    words = state.words
+    tick, start, count = (int(words[i]) for i in (hot_state.TICK, hot_state.START, hot_state.ROWS))
+    ends = tick > hot_state.EPOCH_TICKS
+    if int(words[hot_state.NUM_FREE] + words[hot_state.VALID]) >= need and not ends:
+        return
+    rows = torch.arange(count) if owned is None else owned.rows[start : start + count].long()
+    rows = rows[state.row_stamp[rows] != hot_state.FREE_STAMP]
+    if ends:
+        tick -= hot_state.EPOCH_TICKS
+        stamps = state.row_stamp[rows] - hot_state.EPOCH_TICKS
+        state.row_stamp[rows] = stamps.clamp(min=hot_state.OLDEST_STAMP)
+    rows = rows[state.row_stamp[rows] < tick]
+    ages = (tick - 1 - state.row_stamp[rows].long()).clamp(max=max_age - 1)
+    state.order[start : start + len(rows)] = rows[(-ages).argsort(stable=True)].int()
+    if owned is not None:
+        owned.ages.copy_(ages.bincount(minlength=max_age))
+    words[hot_state.TICK], words[hot_state.BUILT] = tick, tick - 1
+    words[hot_state.EPOCH] += int(ends)
+    words[hot_state.CURSOR] = 0
+    words[hot_state.LENGTH] = words[hot_state.VALID] = len(rows)

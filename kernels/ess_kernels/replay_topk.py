@@ -50,6 +50,7 @@ class ReplayTable:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on the device."""
         tensors = (self.contexts, self.steps, self.seams, self.seam_starts)
         return sum(tensor.nbytes for tensor in tensors)
 

@@ -387,39 +387,17 @@ def sparse_mla(
     fp8 = rows.dtype == torch.uint8
     block_h = block_heads(num_heads)
     emulate = interpreted() and q.dtype == torch.bfloat16
+    scales, ropes = (rows.view(torch.float32), rows.view(torch.bfloat16)) if fp8 else (rows, rows)
     _sparse_mla_kernel[(num_queries, triton.cdiv(num_heads, block_h), num_splits)](
-        q,
-        rows,
-        rows.view(torch.float32) if fp8 else rows,
-        rows.view(torch.bfloat16) if fp8 else rows,
-        indices,
-        lengths,
-        part,
-        part_lse,
-        sm_scale * LOG2_E,
-        q.stride(0),
-        q.stride(1),
-        num_heads,
-        num_columns,
-        HAS_LENGTHS=lengths is not None,
-        FP8=fp8,
-        IEEE=q.dtype == torch.float32,
-        EMULATE=emulate,
-        SPLITS=num_splits,
-        BLOCK_H=block_h,
-        BLOCK_K=BLOCK_K,
-        num_warps=WARPS[block_h],
-        num_stages=NUM_STAGES,
-    )
+        q, rows, scales, ropes, indices, lengths, part, part_lse, sm_scale * LOG2_E,
+        q.stride(0), q.stride(1), num_heads, num_columns,
+        HAS_LENGTHS=lengths is not None, FP8=fp8, IEEE=q.dtype == torch.float32, EMULATE=emulate,
+        SPLITS=num_splits, BLOCK_H=block_h, BLOCK_K=BLOCK_K,
+        num_warps=WARPS[block_h], num_stages=NUM_STAGES,
+    )  # fmt: skip
     if num_splits > 1:
         _combine_kernel[(num_queries, num_heads)](
-            part,
-            part_lse,
-            out,
-            lse,
-            num_heads,
-            SPLITS=num_splits,
-            SPLITS_POW2=triton.next_power_of_2(num_splits),
-            EMULATE=emulate,
-        )
+            part, part_lse, out, lse, num_heads,
+            SPLITS=num_splits, SPLITS_POW2=triton.next_power_of_2(num_splits), EMULATE=emulate,
+        )  # fmt: skip
     return out, lse

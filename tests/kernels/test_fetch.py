@@ -50,7 +50,7 @@ def pinned(rows: torch.Tensor) -> torch.Tensor:
 
 
 def miss_list(case: Case, generator, device):
-    """Slots with duplicates and the last one, distinct rows; past the count, entries that harm."""
+    """Slots with duplicates and the last slot, distinct rows; bad entries after the count."""
     slots = torch.randint(0, case.slots, (case.capacity,), generator=generator)
     rows = torch.randperm(case.hot, generator=generator)[: case.capacity]
     slots[:1] = case.slots - 1

@@ -13,10 +13,10 @@ from ess_kernels.install import install
 from ess_kernels.invalidate import invalidate, invalidate_reference
 from ess_kernels.plan import PlanBuffers, plan, plan_reference
 from ess_kernels.rebuild_order import OrderScratch, rebuild_order
-from tests.support.hot_state import check_state, victims
+from tests.support.hot_state import check_state, rebuild_checked, victims
 from tests.support.triton_compile import compile_for_hopper
 
-# By name: the functions of these names hide the modules.
+# Functions of the same names hide these modules, so they are imported by name.
 plan_module, order_module, invalidate_module, resize_module = (
     importlib.import_module(f"ess_kernels.{name}")
     for name in ("plan", "rebuild_order", "invalidate", "resize_layers")
@@ -36,7 +36,7 @@ def poisoned(queries, width, device):
 
 
 def draw(generator, queries, width, universe, pads=0.2):
-    """top-k lists as an indexer gives them: distinct within a query, shared between queries."""
+    """Top-k lists like an indexer's: distinct within a query, partly shared between queries."""
     lists = [torch.randperm(universe, generator=generator)[:width] for _ in range(queries)]
     topk = torch.stack(lists).int()
     topk[torch.rand(queries, width, generator=generator) < pads] = -1
@@ -44,7 +44,7 @@ def draw(generator, queries, width, universe, pads=0.2):
 
 
 class Pair:
-    """A tier on the device and its reference on the host, driven alike."""
+    """A tier on the device and its reference on the host; both get the same operations."""
 
     def __init__(self, device, slots, rows, max_age=AGES):
         self.device = device
@@ -56,7 +56,7 @@ class Pair:
         before = self.state.cpu()
         buffers = poisoned(*topk.shape, self.device)
         plan(self.state, topk.to(self.device), buffers, advance)
-        self.model = before.cpu()  # the list's order among equal ages is the device's
+        self.model = before.cpu()  # rows of equal age stand in the device's order
         rows, pairs = plan_reference(self.model, topk, advance)
         after = self.state.cpu()
         self.check_plan(topk, buffers, before, after, rows, pairs)
@@ -106,7 +106,7 @@ class Pair:
         assert torch.equal(buffers.query_misses.cpu().long(), charged)
 
     def rebuild_order(self, need):
-        rebuild_order(self.state, need, self.scratch)
+        rebuild_checked(self.state, need, self.scratch)
         check_state(self.state)
         assert words(self.state)[hot_state.NUM_FREE] + words(self.state)[hot_state.VALID] >= need
 
@@ -134,7 +134,7 @@ def test_plans_one_after_another(device, queries, width, slots, rows, universe, 
 
 
 def test_the_list_serves_many_plans_without_a_reorder(device):
-    """Entries used since the list was made are passed over, the rest stays in LRU order."""
+    """Plans skip entries used since the list was made; the others stay in LRU order."""
     tier = Pair(device, 500, 60)
     generator = torch.Generator().manual_seed(3)
     for _ in range(12):
@@ -154,7 +154,7 @@ def test_empty_lists_and_one_slot_in_every_lookup(device, queries, width):
 
 
 def test_halves_of_a_tick_do_not_evict_each_others_rows(device):
-    """DBA: the second half of a batch is planned while the first half's rows are awaited."""
+    """Overlap mode DBA plans the second half of a batch while the first half's rows arrive."""
     tier = Pair(device, 100, 16)
     tier.plan(torch.arange(16, dtype=torch.int32).view(2, 8))
     tier.rebuild_order(16)
@@ -169,7 +169,7 @@ def test_halves_of_a_tick_do_not_evict_each_others_rows(device):
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("split", [1, 0])
 def test_a_row_that_is_being_written_is_read_late(device, queries, split):
-    """Its slot is hot, or was its former owner's, but the values are still on their way."""
+    """The slot is hot, or was hot for its former owner, but the new values are not there yet."""
     state = HotState.new(1, 100, 40, device).layer(0)
     state.words[hot_state.SPLIT] = split
     topk = torch.arange(queries * 6, dtype=torch.int32, device=device).view(queries, 6)
@@ -191,7 +191,7 @@ def test_a_row_that_is_being_written_is_read_late(device, queries, split):
 
 
 def test_running_short_is_counted_not_hidden(device):
-    """Two plans without a rebuild_order between them: -1 rows and the counter say so."""
+    """Two plans without a rebuild_order between them give rows -1 and count as short."""
     state = HotState.new(1, 100, 8, device).layer(0)
     for first in (0, 10):
         buffers = PlanBuffers.new(1, 8, device)
@@ -293,7 +293,7 @@ def test_reorder_is_a_sort_by_age_and_runs_only_when_short(device):
     rebuild_order(state, len(free) + 1, scratch)
     got = state.order[: words(state)[hot_state.LENGTH]].cpu().long()
     assert torch.equal(got.sort().values, owned)
-    clamped = stamps[got].clamp(min=1000 - AGES)  # rows as old as that count as equally old
+    clamped = stamps[got].clamp(min=1000 - AGES)  # older rows count as equally old
     assert torch.equal(clamped, clamped.sort().values)
     assert words(state)[hot_state.BUILT] == 999 and words(state)[hot_state.VALID] == len(owned)
 
@@ -314,7 +314,7 @@ def test_a_plan_refuses_what_it_cannot_hold(device):
 
 
 def test_a_lost_claim_is_noticed(device):
-    """The checks can fail: a map entry that points to another slot's row."""
+    """check_state fails on a map entry that points to another slot's row."""
     tier = Pair(device, 60, 20)
     tier.plan(torch.arange(12, dtype=torch.int32).view(2, 6))
     tier.state.slot_row[3] = tier.state.slot_row[4]

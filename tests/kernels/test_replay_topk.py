@@ -20,7 +20,7 @@ ROUNDS = 2**POWERS
 
 
 def table(device, contexts=CONTEXTS) -> ReplayTable:
-    """Random: seams are any permutations, their powers as they should be."""
+    """A random table: seams are arbitrary permutations, with their true powers."""
     random = np.random.default_rng(0)
     steps, seams, starts = [], [], [0]
     for context in contexts:
@@ -77,7 +77,7 @@ def test_matches_the_reference(device, name, as_slots):
 
 
 def test_later_steps_and_rounds_match_the_reference(device):
-    """Lengths over every step of several rounds, begun again too."""
+    """Lengths that cover every step of several rounds of the stream."""
     rows = table(device)
     lengths = [400 + step for step in range(0, STEPS * ROUNDS + 40, 5)]
     topk, lengths, pages = queries(lengths, device)
@@ -127,7 +127,7 @@ def test_short_requests_and_padding_stay():
 
 
 def test_a_step_is_the_next_row_and_a_round_goes_on_under_the_seam():
-    """One request, token by token: the table's own definition, from wherever its hash begins."""
+    """One request, token by token, follows the table from the step where its hash begins."""
     rows, context = table("cpu"), CONTEXTS[-1]
     count = 2 * STEPS * ROUNDS
     lengths = [context + step for step in range(count)]
@@ -156,7 +156,7 @@ def test_a_step_is_the_next_row_and_a_round_goes_on_under_the_seam():
 
 @pytest.mark.parametrize("stride", [1, 513, 2056])
 def test_requests_have_streams_and_steps_of_their_own(stride):
-    """Evenly spaced first pages, as a batch of one length has them."""
+    """Evenly spaced first pages, as in a batch of requests of one length."""
     pages = 1 + stride * torch.arange(64, dtype=torch.int32)[:, None].repeat(1, 8)
     topk, _ = replayed([400] * 64, pages=pages)
     bins = STREAMS * STEPS * ROUNDS

@@ -9,7 +9,7 @@ from ess_kernels.invalidate import invalidate
 from ess_kernels.plan import PlanBuffers, plan
 from ess_kernels.rebuild_order import OrderScratch, Owned, rebuild_order
 from ess_kernels.resize_layers import resize_layers, resize_table
-from tests.support.hot_state import check_state
+from tests.support.hot_state import check_state, rebuild_checked
 
 AGES = 64
 QUERIES, WIDTH = 2, 6
@@ -17,7 +17,7 @@ LOOKUPS = QUERIES * WIDTH
 
 
 class Arena:
-    """Layers of one arena; a step plans for each of them."""
+    """Layers that share one arena."""
 
     def __init__(self, device, layers, even, slots, seed=0):
         self.device, self.sizes, self.slots = device, [even] * layers, slots
@@ -35,7 +35,7 @@ class Arena:
         topk = self.draw(universe).to(self.device)
         plan(state, topk, self.buffers)
         assert torch.equal(state.row_slot[self.buffers.rows.long()], topk)
-        rebuild_order(state, LOOKUPS, self.scratch, self.owned.layer(layer))
+        rebuild_checked(state, LOOKUPS, self.scratch, self.owned.layer(layer))
         self.check()
 
     def resize(self, sizes):
@@ -45,7 +45,7 @@ class Arena:
         self.check()
 
     def check(self):
-        """Each layer's state, and each row one layer's."""
+        """Check each layer's state, and that each row belongs to one layer."""
         for layer, size in enumerate(self.sizes):
             check_state(self.state.layer(layer), self.owned)
             assert self.state.words[layer, hot_state.ROWS] == size
@@ -54,7 +54,7 @@ class Arena:
         )
 
     def hot(self, layer):
-        """slot -> (row, stamp) of a layer."""
+        """The hot slots of a layer: slot -> (row, stamp)."""
         state = self.state.layer(layer).cpu()
         slots = (state.slot_row >= 0).nonzero().flatten().tolist()
         rows = state.slot_row[slots].tolist()
@@ -62,7 +62,7 @@ class Arena:
         return dict(zip(slots, zip(rows, stamps, strict=True), strict=True))
 
     def random_sizes(self, least):
-        """The same sum, at least so many each."""
+        """Random sizes with the same sum, at least `least` each."""
         weights = torch.rand(len(self.sizes), generator=self.generator) ** 3
         spread = sum(self.sizes) - least * len(self.sizes)
         rows = least + (weights / weights.sum() * spread).int()
@@ -71,7 +71,7 @@ class Arena:
 
 
 def check_moved(arena, before, sizes_before):
-    """What stayed hot kept its row and stamp, and nothing younger left instead of it."""
+    """A slot that stayed hot kept its row and stamp, and no younger slot left in its place."""
     for layer, (old, new) in enumerate(zip(sizes_before, arena.sizes, strict=True)):
         was, now = before[layer], arena.hot(layer)
         assert now.items() <= was.items()
@@ -114,7 +114,7 @@ def test_a_layer_may_give_all_but_one_row_and_get_them_back(device):
 
 
 def test_more_rows_than_a_program_takes(device):
-    """Several programs a layer, the last one ragged."""
+    """A layer takes several programs, of which the last is not full."""
     arena = Arena(device, 2, 1500, slots=2000)
     free = arena.state.words[:, hot_state.NUM_FREE]
     arena.step(0, 2000)
@@ -141,7 +141,7 @@ def test_ages_of_a_layers_rows(device):
 
 
 def test_a_plan_that_never_ended_loses_no_row(device):
-    """A step that was given up between claim and plan: its rows are listed like others."""
+    """The lists contain the rows of a step that stopped between reserve and plan."""
     arena = Arena(device, 2, 20, slots=60)
     topk = torch.arange(12, dtype=torch.int32, device=device).view(2, 6)
     plan(arena.state.layer(0), topk, arena.buffers, advance=False)
@@ -168,7 +168,7 @@ def test_a_layer_may_not_outgrow_the_scratch(device):
 
 
 def test_a_kept_map_entry_is_noticed(device):
-    """The checks can fail: the former owner still finds the row that it gave up."""
+    """The checks fail if the former owner still finds the row that it gave."""
     arena = Arena(device, 2, 20, slots=60)
     arena.step(0, 60)
     kept = arena.state.slot_row.clone()

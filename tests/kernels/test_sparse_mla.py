@@ -51,7 +51,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """What the op allocates holds NaN: a hole in the output cannot pass for an old answer."""
+    """Fill what the operation allocates with NaN, so that unwritten output cannot pass."""
     new_empty = torch.Tensor.new_empty
 
     def poisoned(self, *size, **options):
@@ -62,7 +62,7 @@ def poison(monkeypatch):
 
 
 def inputs(case, kind, device, num_rows=90, seed=0):
-    """(q, rows, indices, lengths); row 0, what pads might read, is NaN."""
+    """(q, rows, indices, lengths); row 0, which a pad might read, is NaN."""
     g = torch.Generator().manual_seed(seed)
     latent = torch.randn(num_rows, 512, generator=g) * case.magnitude
     rope = torch.randn(num_rows, 64, generator=g) * case.magnitude
@@ -76,7 +76,7 @@ def inputs(case, kind, device, num_rows=90, seed=0):
 
 
 def tolerances(q, rows, expected_out, expected_lse):
-    """(out, lse): what the arithmetic may be off by.
+    """Tolerances of (out, lse), from the arithmetic.
 
     float32: sums of 576 products and of the list, relative to the values. bfloat16: the products
     are exact in float32, so lse is off by no more than that; out has its weights rounded once
@@ -128,7 +128,7 @@ def test_matches_the_cpu_platforms_kernel(kind, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_e4m3_value_is_read_right(dtype, device):
-    """Each finite byte, subnormals and both zeros: one row alone comes out as itself."""
+    """Attention to a single row returns that row, for each finite e4m3 byte."""
     bytes_ = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
     rows = pack_fp8_rows(torch.zeros(4, 512), torch.zeros(4, 64))
     rows[:, :512] = bytes_.repeat(3)[:512]
@@ -144,7 +144,7 @@ def test_every_e4m3_value_is_read_right(dtype, device):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}".lower())
 def test_parts_merged_by_sglang_are_the_whole(kind, device):
-    """Dual attention: hits and misses apart, merged by upstream's kernel."""
+    """Dual attention: SGLang's kernel merges the attention to hits with that to misses."""
     merge_state = pytest.importorskip("sglang.kernels.ops.attention.merge_state")
     merge_state_triton = merge_state.merge_state_triton
     case = Case(4, 8, 70, pads=0.3)
@@ -155,9 +155,9 @@ def test_parts_merged_by_sglang_are_the_whole(kind, device):
     hits[:, 35:], misses[:, :35] = -1, -1
     parts = [sparse_mla(q, rows, part, case.scale) for part in (hits, misses)]
     (out_a, lse_a), (out_b, lse_b) = parts
-    # The interpreter knows no bfloat16 arithmetic: upstream's kernel gets what it would read.
+    # The interpreter has no bfloat16 arithmetic, so SGLang's kernel gets float32.
     out, lse = merge_state_triton(out_a.float(), lse_a, out_b.float(), lse_b)
-    if q.dtype == torch.bfloat16:  # each part was rounded once more than the whole
+    if q.dtype == torch.bfloat16:  # each part is rounded once more than the whole
         values = module.unpack_rows(rows[1:])[:, :512].abs().max()
         assert ((out - whole[0]).abs() <= 2.1 * HALF_BF16_STEP * values).all()
         assert ((lse - whole[1]).abs() <= 1e-5 * whole[1].abs().max()).all()

@@ -4,7 +4,7 @@ import torch
 
 from ess_kernels import hot_state
 from ess_kernels.hot_state import FREE_STAMP, HotState
-from ess_kernels.rebuild_order import Owned
+from ess_kernels.rebuild_order import OrderScratch, Owned, rebuild_order, rebuild_order_reference
 
 
 def rows_of(state: HotState, owned: Owned | None = None) -> torch.Tensor:
@@ -46,3 +46,24 @@ def victims(before: HotState, after: HotState) -> torch.Tensor:
     """Rows that changed their slot and had one, sorted."""
     changed = (before.row_slot >= 0) & (before.row_slot != after.row_slot)
     return changed.nonzero().flatten()
+
+
+def rebuild_checked(
+    state: HotState, need: int, scratch: OrderScratch, owned: Owned | None = None
+) -> None:
+    """rebuild_order of one layer, compared with its reference."""
+    model, ages = state.cpu(), scratch.counts.shape[1]
+    model_owned = owned and Owned(owned.rows.cpu().clone(), owned.ages.cpu().clone())
+    rebuild_order(state, need, scratch, owned)
+    rebuild_order_reference(model, need, model_owned, ages)
+    got, start = state.cpu(), int(model.words[hot_state.START])
+    assert torch.equal(got.words, model.words)
+    assert torch.equal(got.row_stamp, model.row_stamp)
+    if owned is not None:
+        assert torch.equal(owned.ages.cpu(), model_owned.ages)
+    length, built = (int(model.words[i]) for i in (hot_state.LENGTH, hot_state.BUILT))
+    listed = [s.order[start : start + length].long() for s in (got, model)]
+    assert torch.equal(listed[0].sort().values, listed[1].sort().values)
+    if int(model.words[hot_state.CURSOR]) == 0:  # else rows were used since the list was made
+        old = [(built - model.row_stamp[rows].long()).clamp(max=ages - 1) for rows in listed]
+        assert torch.equal(*old), "rows of equal age alone may change places"
