@@ -1,1 +1,1 @@
-"""Triton kernels of the two tiers: one operation a file, its reference in torch beside it."""
+"""Triton kernels of the two tiers. Each file holds one operation and its reference in torch."""

@@ -1,4 +1,4 @@
-"""The contract with SGLang: it holds on the pinned version, and a broken one stops a process."""
+"""The contract holds on the pinned SGLang, and a broken contract stops a process."""
 
 import functools
 import importlib.metadata
@@ -27,7 +27,7 @@ def hook(target, signature, kind="around", **more):
 
 @pytest.fixture
 def upstream(monkeypatch):
-    """A module `fake_upstream` as a stand-in for SGLang's."""
+    """A module `fake_upstream` that stands for one of SGLang's."""
     module = types.ModuleType("fake_upstream")
 
     def plan(a: int, b: "str" = "x", *rest, flag=False, **more) -> int:
@@ -74,7 +74,7 @@ def test_the_hooks_are_one_sorted_table_and_no_target_is_in_it_twice():
 
 
 def test_every_body_exists_and_takes_the_original_first():
-    """Bodies are imported at registration only; here a missing one shows."""
+    """Bodies are imported only at registration; this test finds a missing one earlier."""
     for row in all_hooks():
         if not row.is_registered:
             continue
@@ -128,7 +128,7 @@ def test_mismatches(upstream, name, signature, kind, state, found):
     assert f"fake_upstream.{name}" in line and found in line and "sglang==0.5.23" in line
 
 
-BROKEN = {  # a module's source: what the operator reads of it
+BROKEN = {  # source of a module that fails to import: what the operator reads
     "raise OSError('libcuda.so.1: cannot\\nopen')": "OSError: libcuda.so.1: cannot open",
     "import package_that_is_not_there": "No module named 'package_that_is_not_there'",
     "raise PermissionError(13, 'Permission denied', '/home/me/.triton')": "'/home/me/.triton'",
@@ -142,7 +142,7 @@ BROKEN = {  # a module's source: what the operator reads of it
 
 @pytest.fixture(params=BROKEN)
 def broken(request, tmp_path, monkeypatch):
-    """What an operator reads of broken_module.py, which SGLang's names here need."""
+    """What an operator reads about broken_module.py, which 20 hooked names need."""
     (tmp_path / "broken_module.py").write_text(request.param)
     (tmp_path / "user_of_it.py").write_text("import broken_module")
     monkeypatch.syspath_prepend(tmp_path)
@@ -349,7 +349,7 @@ def test_when_the_cpu_platform_is_taken(monkeypatch, config, sglang_platform, ac
 
 
 def test_a_broken_contract_stops_the_process(tmp_path):
-    """Both breakages at once, by a sitecustomize of ours: production code has no back door."""
+    """A sitecustomize breaks version and signature: production code has no switch for it."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.metadata as m; real = m.version\n"
         "m.version = lambda name: '0.5.22' if name == 'sglang' else real(name)\n"

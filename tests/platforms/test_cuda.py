@@ -1,4 +1,4 @@
-"""The hooks' bodies, and that SGLang has what their rows name."""
+"""The bodies of the CUDA hooks, and that SGLang has the names in their rows."""
 
 from types import SimpleNamespace
 
@@ -52,7 +52,7 @@ def registry(monkeypatch):
 
 @pytest.fixture
 def role(monkeypatch):
-    """role(mode, enabled): what this process is, and whether ESS is on."""
+    """role(mode, enabled) sets this process's disaggregation mode and whether ESS is on."""
 
     def put(mode, enabled=True):
         disagg = SimpleNamespace(disaggregation_mode=mode)
@@ -110,7 +110,7 @@ def test_the_allocator_over_it_is_ours(role, mode, enabled, ours):
 
 @pytest.fixture
 def active(monkeypatch):
-    """A backend in this process, of which the hooks see chosen, the modes and select()."""
+    """active(...) puts a backend in this process with the given modes, choice and select()."""
 
     def put(modes=tuple(Mode), chosen=Mode.OFF, select=None):
         backend = SimpleNamespace(policy=SimpleNamespace(modes=modes), chosen=chosen, select=select)
