@@ -2,8 +2,8 @@
 
 Life of a row. A free row is in the stack `free` and has the stamp FREE_STAMP. `plan` and `install`
 pop it for a slot and stamp it with the *tick*, which is the number of the current plan. Each later
-hit stamps it again. `invalidate` pushes it back. A row without a free one to pop takes the place of
-the least recently used row.
+hit stamps it again. `invalidate` pushes it back. When no row is free, `plan` and `install` take the
+least recently used row from its slot.
 
 Order of use. `order` lists the rows by stamp, oldest first, as of the tick words[BUILT], when
 `rebuild_order` made the list. A row used since then has a stamp above words[BUILT], and plans skip
