@@ -1,9 +1,9 @@
 """Admission in SGLang's scheduler, colocated and in disaggregated decode.
 
-Both schedulers fill a batch from the head of their waiting queue. So both hooks do the same:
-tell the policy (admission.py) what the last steps did, and keep the tail of the queue out of
-sight for this round. What SGLang decides about slots and rows of the request table stays its
-own, and comes after: a request joins when both agree.
+Both schedulers fill a batch from the head of their waiting queue, so both hooks do the same: they
+report the last step to the policy (admission/policy.py), and hide the tail of the queue from SGLang
+for one round. SGLang then decides about slots and rows of the request table as always. A request
+joins when both agree.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sglang_ess.tiers.topk_sample import SAMPLES
 logger = logging.getLogger(__name__)
 
 LINK_SECONDS = 30  # between two measurements of the link
-PREEMPTION_LOG_SECONDS = 10
+PREEMPTION_LOG_SECONDS = 10  # between two warnings of a thrashing hot tier
 
 
 def prefill_round(original: Any, scheduler: Any, running_batch: Any) -> Any:
@@ -39,7 +39,7 @@ def prefill_round(original: Any, scheduler: Any, running_batch: Any) -> Any:
     if gate is None:
         return original(scheduler, running_batch)
     if (keep := gate.keep(running_batch)) is not None:
-        # Until it is done: this round may run a prompt instead of a decode step.
+        # It stays set until a decode step; this round may run a prompt instead.
         scheduler.token_to_kv_pool_allocator.keep_running = keep
     return gate.round(original, running_batch)
 
@@ -63,7 +63,7 @@ def prebuilt_round(original: Any, scheduler: Any, running_batch: Any) -> Any:
 
 
 def holds_slots(scheduler: Any, running_batch: Any) -> bool:
-    """Whether a request of a decode server has slots; those that were retracted have none."""
+    """Whether any request of a decode server holds slots. Retracted requests hold none."""
     transfers = scheduler.disagg_decode_transfer_queue
     return bool(
         running_batch.reqs
@@ -75,33 +75,33 @@ def holds_slots(scheduler: Any, running_batch: Any) -> bool:
 
 
 def park(scheduler: Any, running_batch: Any, keep: int) -> list[Any]:
-    """Take requests out of the running batch with all they hold; returns them, oldest first.
+    """Take all but `keep` requests out of the running batch. Returns them, the oldest first.
 
-    A retraction would copy their rows out of the host tier and back, and let no transfer
-    proceed meanwhile. A request whose rows have arrived and that waits to join is all that
-    they need to be, so that is what they become.
+    They keep their slots and become like requests whose rows have arrived and that wait to join.
+    A retraction would copy their rows out of the host tier and back, and block all transfers
+    meanwhile.
     """
     _finish_step_under_way(scheduler)
     reqs = running_batch.reqs
-    # Upstream's order of retraction: those that have the least to lose go.
+    # In upstream's order of retraction: requests that lose least go first.
     order = running_batch._get_decode_retraction_order(reqs)
     live = [i for i in order if not reqs[i].finished()]
     kept, gone = set(order) - set(live[keep:]), sorted(live[keep:])
     parked = [reqs[i] for i in gone]
     for req in parked:
-        req.retracted_stain = True  # its cached tokens are counted
+        req.retracted_stain = True  # its cached tokens are counted already
     if parked:
         running_batch.batch_is_full = False
-        # Last: once they are out of the batch, nothing may fail before the caller has them.
+        # Last, because nothing may fail between here and the caller's having them.
         running_batch.filter_batch(keep_indices=sorted(kept))
     return parked
 
 
 def _finish_step_under_way(scheduler: Any) -> None:
-    """Take in the step whose result the overlapped loop would process after the next launch.
+    """Process the result that the overlapped loop would process after the next launch.
 
-    A request that is out of the batch must not be finished by it: whoever aborts a waiting
-    request frees what it holds. Upstream's own pause_generation does the same.
+    That result must not finish a request which is out of the batch by then: aborting a waiting
+    request frees what it holds. Upstream's pause_generation does the same.
     """
     if scheduler.enable_overlap and scheduler.last_batch is not None and scheduler.result_queue:
         scheduler.process_batch_result(*scheduler.result_queue.popleft())
@@ -113,13 +113,14 @@ def gate_of(scheduler: Any) -> SchedulerGate | None:
     if "ess_gate" not in vars(scheduler):
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         config = EssConfig.from_env()
-        two_tiers = config is not None and isinstance(pool, EssTokenToKVPool)
-        scheduler.ess_gate = SchedulerGate(scheduler, pool, config) if two_tiers else None
+        scheduler.ess_gate = None
+        if config is not None and isinstance(pool, EssTokenToKVPool):
+            scheduler.ess_gate = SchedulerGate(scheduler, pool, config)
     return scheduler.ess_gate
 
 
 class SchedulerGate:
-    """One scheduler's admission: feeds the policy, and hides what may not join from SGLang.
+    """The admission of one scheduler: feeds the policy, and hides requests that may not join.
 
     admission: the policy, or None with --ess-admission off
     """
@@ -149,13 +150,13 @@ class SchedulerGate:
         self._round_began = self._link_measured = time.perf_counter()
         self._preemption_logged = 0.0
         self._is_decode_server = buffers is not None
-        # Colocated, a prompt's own pass warms the tier.
+        # In colocated serving a prompt's own pass warms the hot tier.
         self._arrives_cold = self._is_decode_server or config.warmup == "off"
 
-    # --- what the policy is told --------------------------------------------------------
+    # --- reports to the policy ------------------------------------------------------------
 
     def keep(self, running_batch: Any) -> int | None:
-        """Take note of the last step; how many may go on if not all of running_batch."""
+        """Report the last step. Returns how many requests may go on; None if all may."""
         if self.admission is None:
             return None
         now = time.perf_counter()
@@ -168,7 +169,8 @@ class SchedulerGate:
             self._link_measured = now
             self.admission.link(self._pool.measure_link())
         running = len(running_batch.reqs)
-        # Only then, because ranks count steps alike, and to agree costs a message each.
+        # Ranks count steps alike, so all of them agree at the same step, and seldom: each
+        # agreement costs a message.
         keep = self._agreed(self.admission.keep(running)) if policy_updated else running
         if keep >= running:
             return None
@@ -182,9 +184,9 @@ class SchedulerGate:
         return keep
 
     def _last_step(self, reqs: list[Any], seconds: float) -> LastStep:
-        """One decode step of these requests, so many seconds after the round before."""
+        """The decode step of these requests; seconds: since the round before."""
         requests, sampled, topk = [hash(req.rid) for req in reqs], reqs[:SAMPLES], None
-        if len(set(requests[:SAMPLES])) == len(sampled):  # the window's owners are distinct
+        if len(set(requests[:SAMPLES])) == len(sampled):  # the window needs distinct owners
             topk = self._pool.sample.rows[self._feed.layer, : len(sampled)].numpy()
         return LastStep(requests, seconds, self._totals, topk, [req.seqlen for req in sampled])
 
@@ -195,7 +197,7 @@ class SchedulerGate:
     # --- the round ----------------------------------------------------------------------
 
     def round(self, original: Any, running_batch: Any) -> Any:
-        """SGLang's own round, over the part of the waiting queue that may join."""
+        """Run SGLang's own round over the part of the waiting queue that may join."""
         scheduler, count = self._scheduler, len(self._scheduler.waiting_queue)
         if self.admission is not None and count:
             if scheduler.enable_priority_scheduling:
@@ -211,10 +213,10 @@ class SchedulerGate:
 
     @contextmanager
     def _hiding_all_but(self, count: int) -> Iterator[None]:
-        """Meanwhile the waiting queue is its head alone; then it is whole again, whatever happens.
+        """Show SGLang only the first `count` requests of the waiting queue meanwhile.
 
-        What SGLang adds to the queue meanwhile comes last, as if it had seen all of it. The rest
-        of the queue is neither walked nor copied, however long.
+        Afterwards the queue is whole again, even after an error. What SGLang added meanwhile comes
+        last. The hidden part is neither walked nor copied, however long it is.
         """
         scheduler, queue = self._scheduler, self._scheduler.waiting_queue
         if count >= len(queue):
@@ -231,22 +233,22 @@ class SchedulerGate:
             scheduler.waiting_queue = queue
 
     def _reach(self, running: int) -> int:
-        """Of the queue's head: as many as one round of SGLang's can take."""
+        """How many requests at the head of the queue one round of SGLang can take."""
         scheduler = self._scheduler
         places = max(0, scheduler.max_running_requests - running)
         if self._is_decode_server:
             return places
         if self._passes_over:
             return len(scheduler.waiting_queue)
-        # One at least is shown, so that SGLang takes note that the batch is full.
+        # SGLang must see at least one, to notice that the batch is full.
         return max(1, places)
 
     @property
     def _passes_over(self) -> bool:
-        """Whether a prompt round takes requests from anywhere in the queue, or places of others.
+        """Whether a prompt round may take requests from anywhere in the queue, or others' places.
 
-        Its policy may sort the whole queue; it skips requests whose adapter or stored prefix is
-        not there yet; and with preemption a place need not be free.
+        The schedule policy may sort the whole queue. SGLang skips requests whose adapter or stored
+        prefix is not loaded yet. With preemption a place need not be free.
         """
         scheduler = self._scheduler
         return (
@@ -258,10 +260,13 @@ class SchedulerGate:
         )
 
     def _max_joining(self, running: int) -> int:
-        """Of the queue's head: those that have a place in the batch, and slots, if none share."""
+        """How many requests at the head of the queue have a place in the batch, and slots.
+
+        Slots are counted as if no request shared a prefix.
+        """
         scheduler = self._scheduler
         places = max(0, scheduler.max_running_requests - running)
-        if self._is_decode_server:  # who waits has slots
+        if self._is_decode_server:  # every waiting request has its slots
             return places
         free = scheduler.token_to_kv_pool_allocator.available_size()
         free += scheduler.tree_cache.evictable_size()
@@ -269,7 +274,7 @@ class SchedulerGate:
         return sum(1 for _ in itertools.takewhile(lambda need: need <= free, needs))
 
     def _agreed(self, number: int) -> int:
-        """The least of all ranks that run one batch: their clocks and links differ."""
+        """The smallest number of all ranks that run one batch. Their clocks and links differ."""
         group = self._scheduler.attn_tp_cpu_group
         return all_reduce_flags([number], group, torch.distributed.ReduceOp.MIN)[0]
 

@@ -1,1 +1,1 @@
-"""Attention over two tiers: decode from the hot tier, prefill through a staging buffer."""
+"""Attention over two tiers: decode reads the hot tier, prefill reads staging buffers."""

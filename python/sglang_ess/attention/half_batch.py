@@ -1,4 +1,4 @@
-"""A decode batch's indexer metadata, cut along the batch: what DBA hands to the indexer."""
+"""Cuts a decode batch's indexer metadata along the batch, for the halves of DBA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-# Of DSAMetadata, what decode reads of one row a query; the rest is prefill's or shared.
+# The fields of DSAMetadata with a row for each query of a decode step. The others belong to
+# prefill or to the whole batch.
 PER_QUERY = (
     "cache_seqlens_int32",
     "page_table_1",
@@ -20,11 +21,11 @@ PER_QUERY = (
 
 
 def slice_metadata(metadata: Any, queries: slice) -> Any:
-    """DSAIndexerMetadata of the queries alone. DeepGEMM's schedule of the whole batch is left
-    out: the indexer makes one for what it gets.
+    """DSAIndexerMetadata of the queries [start, stop) alone.
 
-    queries: with start and stop. None where the last of them have no metadata: data-parallel
-    padding, which the indexer knows only behind a whole batch.
+    It has no DeepGEMM schedule: the whole batch's does not fit, and the indexer makes one itself.
+    Returns None where the last queries have no metadata: data-parallel padding, which the indexer
+    only knows at the end of a whole batch.
     """
     whole = metadata.attn_metadata
     if queries.stop > len(whole.cache_seqlens_int32):

@@ -1,15 +1,16 @@
-"""The decode kernels behind one call: attend(q_all, rows, indices, lengths) -> (out, lse).
+"""Decode kernels behind one signature: attend(q_all, rows, indices, lengths) -> (out, lse).
 
     q_all    [T, H, 576] bfloat16: 512 absorbed latents, 64 rope
     rows     [N, 656] uint8 (fp8) or [N, 576] bfloat16: one layer's hot rows
     indices  [T, K] int32 hot rows, -1 pads; columns from lengths[t] on are not attended
     lengths  [T] int32 on the device
-    out      [T, H, 512] bfloat16, lse [T, H] float32, natural logarithm, both contiguous (SGLang's
-             merge_state_triton indexes them as such); a query without rows gets 0 and -inf
+    out      [T, H, 512] bfloat16, lse [T, H] float32, natural logarithm; contiguous, as SGLang's
+             merge_state_triton requires. A query without rows gets 0 and -inf.
 
-All but FlashInferMla run in a CUDA graph: shapes are static and the host reads nothing. What each
-one cannot do, `refusals` says in words, without importing it: `choose` takes the first that fits.
-A kernel that stops_early spends little on columns from lengths[t] on; the others compute them.
+All but FlashInferMla can be captured in a CUDA graph: shapes are static and the host reads nothing.
+`refusals` says in words what a kernel cannot do, without importing it; `choose` takes the first
+kernel that fits. A kernel that stops_early spends little on columns from lengths[t] on; the others
+compute them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,21 +26,21 @@ from ess_kernels.checks import interpreted
 from ess_kernels.sparse_mla import sparse_mla
 from sglang_ess.layout import LATENT_DIM, PAGE_SLOTS, ROPE_DIM
 
-# SGLang's dsa_dcp.trtllm_rows_per_call: 256 float2 of softmax state for each query and head, and
-# 128 MiB of the kernel's own.
+# The workspace as SGLang's dsa_dcp.trtllm_rows_per_call sizes it: 256 float2 of softmax state for
+# each query and head, and 128 MiB for the kernel itself.
 TRTLLM_STATE_BYTES, TRTLLM_SCRATCH_BYTES = 256 * 8, 128 << 20
-FLASHINFER_WORKSPACE_BYTES = 128 << 20  # "the usual starting point": its wrapper's docstring
+FLASHINFER_WORKSPACE_BYTES = 128 << 20  # as the docstring of FlashInfer's wrapper recommends
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a decode kernel is chosen for.
+    """The rows, device and lists that a decode kernel must handle.
 
-    rows_dtype: uint8 for fp8 rows, bfloat16 (or float32, interpreted) for plain ones
-    capability: the device's, or None where Triton's interpreter plays the device
-    split_lists: lists come in parts (hits, misses) merged by log-sum-exp; a part may be empty and
-        its length is known on the device alone
-    pads_anywhere: -1 may come before a row, not only behind the last
+    rows_dtype: uint8 for fp8 rows, bfloat16 for plain ones (or float32, interpreted)
+    capability: the device's compute capability; None under Triton's interpreter
+    split_lists: lists come in parts (hits, misses) that are merged by log-sum-exp. A part may be
+        empty, and only the device knows its length.
+    pads_anywhere: -1 may come before a row, not only after the last one
     """
 
     rows_dtype: torch.dtype
@@ -60,7 +62,7 @@ def _flash_mla_refusals(need: Need, dtype: torch.dtype, name: str) -> list[str]:
 
 
 def _pad_heads(q_all: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """q_all with zeros for heads up to num_heads: what they attend is thrown away."""
+    """q_all with zero heads up to num_heads. Their results are thrown away."""
     have = q_all.shape[1]
     if have == num_heads:
         return q_all
@@ -70,7 +72,7 @@ def _pad_heads(q_all: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def _masked(indices: torch.Tensor, lengths: torch.Tensor, multiple: int) -> torch.Tensor:
-    """indices with -1 from lengths[t] on, and columns of -1 up to a multiple."""
+    """indices with -1 from lengths[t] on, padded by columns of -1 to a multiple of `multiple`."""
     columns = torch.arange(indices.shape[1], dtype=torch.int32, device=indices.device)
     masked = indices.masked_fill(columns >= lengths[:, None], -1)
     missing = -indices.shape[1] % multiple
@@ -78,7 +80,7 @@ def _masked(indices: torch.Tensor, lengths: torch.Tensor, multiple: int) -> torc
 
 
 def _without_heads(out, lse, num_heads, log_unit=1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlashMLA's results for the real heads; it calls the lse of no rows +inf."""
+    """FlashMLA's results for the real heads. Its lse of no rows, +inf, becomes -inf."""
     lse = lse[:, :num_heads] * log_unit
     return out[:, :num_heads].contiguous(), lse.masked_fill(lse == math.inf, -math.inf).contiguous()
 
@@ -93,14 +95,14 @@ def _pages(rows: torch.Tensor) -> torch.Tensor:
 
 
 class FlashMlaFp8:
-    """FlashMLA's sparse decode over fp8 rows, as `_forward_flashmla_kv` of SGLang's backend.
+    """FlashMLA's sparse decode over fp8 rows, called as SGLang's `_forward_flashmla_kv` does.
 
     Source: flash_mla_interface.flash_mla_with_kvcache (q [batch, 1, 64 or 128 heads, 576], rows
     [pages, 64, 1, 656], indices [batch, 1, K], lse [batch, heads, 1] natural logarithm), and
     sgl-project/FlashMLA csrc/kernels/sm90/decode/sparse/splitkv_mla.cuh: the V3.2 format refuses
-    topk_length, K must be a multiple of 64, no rows give +inf. So lengths become -1 pads; the
-    blocks behind them are computed all the same. The schedule then depends on shapes alone; each
-    call makes its own (one small launch), as a kept one would belong to the graph that made it.
+    topk_length, K must be a multiple of 64, no rows give +inf. So lengths become -1 pads, and the
+    blocks of pads are computed too. The schedule depends on shapes only. Each call makes its own
+    (one small launch), because a kept schedule would belong to the graph that made it.
     """
 
     name = "flashmla_fp8"
@@ -134,12 +136,12 @@ class FlashMlaFp8:
 
 
 class FlashMlaBf16:
-    """FlashMLA's sparse prefill kernel on bfloat16 rows, as `_forward_flashmla_sparse` of SGLang.
+    """FlashMLA's sparse prefill kernel on bfloat16 rows, as SGLang's `_forward_flashmla_sparse`.
 
-    Source: flash_mla_interface.flash_mla_sparse_fwd (statistics in base 2 from the legacy kernels,
-    which SGLang calls), its docstring (a row behind topk_length that holds NaN may reach the
-    output: hence -1 there too) and csrc/kernels/sm90/prefill/sparse: K a multiple of 128, no rows
-    give +inf. Heads are padded to 64, on Blackwell to 128, as SGLang does.
+    Source: flash_mla_interface.flash_mla_sparse_fwd. The legacy kernels, which SGLang calls, give
+    statistics in base 2. A row after topk_length that holds NaN may reach the output, so those
+    indices are -1 too. csrc/kernels/sm90/prefill/sparse: K is a multiple of 128, no rows give
+    +inf. Heads are padded to 64, on Blackwell to 128, as SGLang does.
     """
 
     name = "flashmla_bf16"
@@ -150,7 +152,8 @@ class FlashMlaBf16:
 
         self._flash_mla = flash_mla_interface
         self._sm_scale = sm_scale
-        self._num_heads = 64 if need.num_heads <= 64 and need.capability[0] < 10 else 128
+        blackwell = need.capability is not None and need.capability[0] >= 10
+        self._num_heads = 64 if need.num_heads <= 64 and not blackwell else 128
 
     @staticmethod
     def refusals(need: Need) -> list[str]:
@@ -169,12 +172,12 @@ class FlashMlaBf16:
 
 
 class TrtllmSparseMla:
-    """TRTLLM-GEN's sparse decode on Blackwell, bfloat16 rows, as `_forward_trtllm` of SGLang.
+    """TRTLLM-GEN's sparse decode on Blackwell over bfloat16 rows, as SGLang's `_forward_trtllm`.
 
-    Source: flashinfer.decode.trtllm_batch_decode_with_kv_cache_mla with sparse_mla_top_k: K a
-    multiple of 4, token indices in block_tables [T, 1, K], packed before any -1. It returns the
-    lse, in the base asked for; SGLang's dsa_dcp merges parts with it and fixes up the queries of
-    length 0 afterwards, as done here.
+    Source: flashinfer.decode.trtllm_batch_decode_with_kv_cache_mla with sparse_mla_top_k: K is a
+    multiple of 4, token indices are in block_tables [T, 1, K], packed before any -1. It returns
+    the lse in the requested base. Queries of length 0 are corrected afterwards, as SGLang's
+    dsa_dcp does.
     """
 
     name = "trtllm"
@@ -233,12 +236,12 @@ class TrtllmSparseMla:
 
 
 class FlashInferMla:
-    """FlashInfer's BatchMLAPagedAttentionWrapper at page size 1, index lists as kv_indices.
+    """FlashInfer's BatchMLAPagedAttentionWrapper at page size 1, with index lists as kv_indices.
 
-    Its plan() wants each request's length on the host, so it serves whole lists only, packed and
-    of a length the scheduler knows: not dual attention, whose parts have lengths that only the
-    device knows. Call plan() once a step, outside the CUDA graph; attend() may then be captured
-    (the wrapper keeps its buffers) and ignores `lengths`, which must equal the planned ones.
+    Its plan() needs each request's length on the host. So it serves whole, packed lists whose
+    length the scheduler knows, not dual attention, whose parts have lengths that only the device
+    knows. Call plan() once a step, outside the CUDA graph. attend() can then be captured, because
+    the wrapper keeps its buffers. It ignores `lengths`, which must equal the planned ones.
     Source: flashinfer.mla._batch_mla._wrapper (plan, run; lse_mode "basee" is the natural
     logarithm) and _planning (the page counts in kv_indptr must equal the lengths).
     """
@@ -254,7 +257,7 @@ class FlashInferMla:
         self._backend = "fa3" if need.capability == (9, 0) else "fa2"
         self._num_heads = need.num_heads
         self._sm_scale = sm_scale
-        self._wrapper = None
+        self._wrapper: Any = None
         self._shape: tuple[int, int] | None = None
 
     @staticmethod
@@ -336,7 +339,7 @@ class FlashInferMla:
 
 
 class TritonMla:
-    """ess_kernels' own kernel: every list, every row format, any head count."""
+    """The kernel of ess_kernels: any list, any row format, any number of heads."""
 
     name = "triton"
     stops_early = True
@@ -358,7 +361,7 @@ class TritonMla:
         return sparse_mla(q_all, rows, indices, self._sm_scale, lengths)
 
 
-# In order of preference. FlashInferMla wants its plan() called, so it is taken on request only.
+# In order of preference. FlashInferMla needs a call of plan(), so it is taken on request only.
 PREFERRED = (FlashMlaFp8, TrtllmSparseMla, FlashMlaBf16, TritonMla)
 KERNELS = {kernel.name: kernel for kernel in (*PREFERRED, FlashInferMla)}
 
@@ -370,10 +373,10 @@ def choose(
     requested: str | None = None,
     short_lists: bool = False,
 ):
-    """The decode kernel for this need: the requested one, or the first preferred that fits.
+    """Make the requested decode kernel, or the first of PREFERRED that fits the need.
 
-    short_lists: one that stops early, for lists that fill few of their columns
-    Raises: ValueError if the name is unknown, or with each candidate's reasons if none fits.
+    short_lists: take one that stops early, for lists that fill few of their columns
+    Raises: ValueError for an unknown name, or with each candidate's reasons if none fits.
     """
     if requested is not None and requested not in KERNELS:
         raise ValueError(

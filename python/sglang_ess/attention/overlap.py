@@ -1,10 +1,10 @@
 """Which overlap a decode step uses: off, DA or DBA, from live misses and measured costs.
 
-A cost table holds, for each mode, the microseconds that one layer's transfer and attention
-take at (batch, misses a query), as `benchmarks/kernels` measured them on this card. A step
-takes the mode whose layers cost least in sum; inside it a layer that would lose by listing
-hits and misses apart does not (words[SPLIT] of its state). ESS chooses by an offline profile of
-each layer (section 3.3); here the misses are the ones of the last steps.
+A cost table holds, for each mode, the microseconds that transfer and attention of one layer take
+at (batch, misses per query), as the kernel benchmark measured them on this GPU. A step takes the
+mode with the smallest sum over its layers. A layer that would lose by listing hits and misses
+apart does not (words[SPLIT] of its state). ESS chooses by an offline profile of each layer
+(section 3.3); this policy uses the misses of the last steps.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 
 from ess_kernels import hot_state
 
-SMOOTHING = 0.2  # weight of the newest figure: about the last ten of them count
-# A mode must be this much cheaper than the one in use: graphs differ, their figures are noisy.
+SMOOTHING = 0.2  # weight of the newest figure: about the last ten count
+# A mode replaces the one in use only if it is cheaper by this share: the figures are noisy.
 GAIN = 0.03
 
 
 class Mode(enum.Enum):
-    """How one decode step orders transfer and attention."""
+    """How a decode step orders transfer and attention; two_tier_decode.py describes them."""
 
     OFF = "off"
     DA = "da"
@@ -35,10 +35,11 @@ class Mode(enum.Enum):
 
 @dataclass(frozen=True)
 class CostTable:
-    """us[mode][i][j]: of one layer at batches[i] and misses[j] a query; both ascending.
+    """Microseconds of one layer: us[mode][i][j] at batches[i] and misses[j] per query.
 
-    empty_us: what attention to no row and a merge add where a layer of a DA graph does not split
-    halving_us: what two launches of the indexer add to one, per layer
+    batches, misses: ascending
+    empty_us: added where a layer of a DA graph does not split: attention to no row, and a merge
+    halving_us: added per layer where the indexer is launched twice
     source: where it was measured
     """
 
@@ -64,9 +65,9 @@ class CostTable:
 
     @classmethod
     def read(cls, path: Path | str) -> CostTable:
-        """From the JSON of benchmarks/kernels, key "overlap_costs".
+        """The table under key "overlap_costs" in the kernel benchmark's JSON.
 
-        Raises: ValueError if the file has none, or a malformed one.
+        Raises: ValueError if the file has no table, or a malformed one.
         """
         try:
             table = json.loads(Path(path).read_text())["overlap_costs"]
@@ -85,7 +86,7 @@ class CostTable:
             ) from None
 
     def as_dict(self) -> dict:
-        """What read() reads."""
+        """The table as read() reads it."""
         return {
             "batches": self.batches,
             "misses": self.misses,
@@ -96,7 +97,9 @@ class CostTable:
         }
 
     def cost(self, mode: Mode, batch: float, misses: np.ndarray) -> np.ndarray:
-        """us of layers with `misses` [layers] a query: linear between points, flat outside."""
+        """Microseconds of each layer at `misses` [layers] per query: linear between points, flat
+        outside.
+        """
         low, high, share = _between(self.batches, batch)
         rows = (np.interp(misses, self.misses, self.us[mode][i]) for i in (low, high))
         below, above = rows
@@ -114,20 +117,21 @@ def _between(points: Sequence[int], value: float) -> tuple[int, int, float]:
 
 @dataclass(frozen=True)
 class Choice:
-    """mode of a step, and per layer whether it lists hits and misses apart."""
+    """The mode of a step. split [layers] bool: the layers that list hits and misses apart."""
 
     mode: Mode
     split: np.ndarray
 
 
 class OverlapPolicy:
-    """Follows the misses of each layer and chooses for the next steps.
+    """Follows the misses of each layer and chooses the mode of the next steps.
 
-    modes: what may be chosen
+    table: None if nothing was measured: then the policy does not choose between modes
+    modes: the modes that it may choose
     """
 
     def __init__(self, layers: int, table: CostTable | None, modes: Sequence[Mode] = tuple(Mode)):
-        # Without a table the choice is the operator's, or off: nothing says what is faster.
+        # Without a table nothing says which mode is faster: take the operator's, or OFF.
         modes = tuple(modes) if table is not None or len(modes) == 1 else (Mode.OFF,)
         self._table, self.modes = table, modes
         self._misses = np.zeros(layers)
@@ -139,11 +143,11 @@ class OverlapPolicy:
 
     @property
     def misses(self) -> np.ndarray:
-        """Misses a query and step of each layer, smoothed: [layers]."""
+        """Misses per query and step of each layer, smoothed: [layers]."""
         return self._misses
 
     def observe(self, counters: np.ndarray, topk: int) -> None:
-        """Take in counters [layers, NUM_COUNTERS] as they stand; topk: lookups a query."""
+        """Take in the counters [layers, NUM_COUNTERS] since the start. topk: lookups per query."""
         now = counters[:, [hot_state.LOOKUPS, hot_state.MISSES]].astype(float)
         before, self._counted = self._counted, now
         if before is None:
@@ -158,14 +162,15 @@ class OverlapPolicy:
         self._seen = True
 
     def choose(self, batch: int) -> Choice:
-        """For a step of `batch` queries."""
+        """The mode for a step of `batch` queries."""
         apart = np.ones(self.layers, bool)
         if self.forced is not None:
             return Choice(self.forced, apart)
         if self._table is None:
             return Choice(self.modes[0], apart)
         off = self._table.cost(Mode.OFF, batch, self._misses)
-        costs, splits = {}, {}
+        costs: dict[Mode, float] = {}
+        splits: dict[Mode, np.ndarray] = {}
         for mode in self.modes:
             if mode is Mode.OFF:
                 costs[mode], splits[mode] = off.sum(), apart
@@ -175,7 +180,7 @@ class OverlapPolicy:
             split = self._table.cost(mode, batch, self._misses)
             costs[mode] = np.minimum(split, together).sum() + extra * self.layers
             splits[mode] = split <= together
-        best = min(costs, key=costs.get)
+        best = min(costs, key=costs.__getitem__)
         used = self._mode.get(batch)
         if used in costs and costs[best] > (1 - GAIN) * costs[used]:
             best = used

@@ -1,7 +1,7 @@
 """The KV pool of the CPU platform: SGLang's DSA pool with its write paths in torch.
 
-Addressing, allocation, copies and PD registration stay SGLang's. Only what upstream
-writes by CUDA or Triton kernel is overridden: a latent row and an index key.
+Addressing, allocation, copies and PD registration stay SGLang's. Only the writes that upstream
+does by CUDA or Triton kernels are overridden: of a latent row and of an index key.
 """
 
 import torch
@@ -14,10 +14,10 @@ from sglang_ess.layout import index_page_bytes
 
 
 class _CpuIndexKeyCache(IndexKeyCache):
-    """IndexKeyCache whose copies for a retracted request wait for no CUDA stream."""
+    """IndexKeyCache whose copies for retracted requests need no CUDA stream."""
 
     def cpu_copy(self, indices: torch.Tensor) -> list[torch.Tensor]:
-        """The pages of the slots indices [n], of each layer."""
+        """Copy the pages of the slots indices [n], layer by layer."""
         pages = indices[:: self.pool.page_size] // self.pool.page_size
         return [buffer[pages if len(buffer) else pages[:0]] for buffer in self.buffer]
 
@@ -29,7 +29,7 @@ class _CpuIndexKeyCache(IndexKeyCache):
 
 
 class _Float32IndexKeyCache(_CpuIndexKeyCache):
-    """Index keys in float32, 512 B each: the reference that fp8 is measured against."""
+    """Index keys in float32, 512 B each: the reference for fp8 keys."""
 
     def _buffer_shape(self, num_pages: int) -> tuple[int, int]:
         return num_pages, index_page_bytes(fp32=True)
@@ -49,7 +49,7 @@ class CpuDsaTokenToKVPool(DSATokenToKVPool):
         return (_Float32IndexKeyCache if exact else _CpuIndexKeyCache)(self, self.index_buf_size)
 
     def get_cpu_copy(self, indices, mamba_indices=None, req_pool_index=None) -> dict:
-        """A retracted request's rows and index keys. Upstream's ends with a wait for CUDA."""
+        """Copy a retracted request's rows and index keys. Upstream's waits for CUDA at its end."""
         rows = MLATokenToKVPool.get_cpu_copy(self, indices)
         return {"kv": rows, "index_k": self.index_key_cache.cpu_copy(indices)}
 
@@ -58,7 +58,7 @@ class CpuDsaTokenToKVPool(DSATokenToKVPool):
         self.index_key_cache.load_cpu_copy(kv_cache_cpu["index_k"], indices)
 
     def latent_rows(self, layer_id: int) -> torch.Tensor:
-        """Latent rows of one layer as the kernels take them: [slots, row width]."""
+        """Latent rows of one layer, [slots, row width], as the kernels take them."""
         return self.kv_buffer[layer_id - self.start_layer].squeeze(1)
 
     def _write_mla_kv_buffer(self, dst_buffer, loc, cache_k_nope, cache_k_rope) -> None:
@@ -71,5 +71,5 @@ class CpuDsaTokenToKVPool(DSATokenToKVPool):
         dst_buffer.squeeze(1).index_copy_(0, loc, rows)  # indexing wakes threads for a few rows
 
     def store_index_k(self, layer_id: int, loc: torch.Tensor, keys: torch.Tensor) -> None:
-        """Write the index keys [T, 128] of the slots loc [T], quantising if fp8."""
+        """Write the index keys [T, 128] of the slots loc [T]; fp8 pages quantise them."""
         store_index_keys(self.get_index_k_with_scale_buffer(layer_id), loc, keys)

@@ -1,4 +1,4 @@
-"""The DSA indexer on the CPU: keys into the pool, scores over the context, top-k slots."""
+"""The DSA indexer on the CPU: stores index keys, scores the context, selects the top-k slots."""
 
 from functools import cache
 
@@ -19,7 +19,7 @@ from sglang_ess.cpu.ops.rows import quantize_index
 from sglang_ess.cpu.ops.topk_select import topk_select
 from sglang_ess.layout import INDEX_DIM, index_page_bytes
 
-# Floats of intermediate products in prefill: 16 MiB, half of this class of machine's L3.
+# Floats of intermediate products in prefill: 16 MiB, which fit into the L3 cache of a server CPU.
 PREFILL_PRODUCTS = 4 << 20
 
 
@@ -33,24 +33,24 @@ def _hadamard() -> torch.Tensor:
 
 
 def _rotate(x: torch.Tensor) -> torch.Tensor:
-    """Spread outliers before quantising, as SGLang's rotate_activation: same dtype out."""
+    """Spread outliers before quantising, as SGLang's rotate_activation does. Same dtype out."""
     return (x.float() @ _hadamard()).to(x.dtype)
 
 
 def _project(indexer, x, q_lora, positions):
-    """(query [T, H, 128], key [T, 128]) after norm and rope, in the model's dtype."""
+    """Query [T, H, 128] and key [T, 128] after norm and rope, in the model's dtype."""
     query = indexer.wq_b(q_lora)[0].view(-1, indexer.n_heads, indexer.head_dim)
     key = indexer.k_norm(indexer.wk(x)[0])
     rope = indexer.rope_head_dim
     q_rope, k_rope = indexer.rotary_emb(positions, query[..., :rope], key[..., :rope].unsqueeze(1))
-    # SGLang's torch-native yarn rope puts a dimension of 1 in front of half-split results.
+    # SGLang's torch-native yarn rope adds a leading dimension of 1 to half-split results.
     query = torch.cat([q_rope.view(-1, indexer.n_heads, rope), query[..., rope:]], dim=-1)
     key = torch.cat([k_rope.view(-1, rope), key[..., rope:]], dim=-1)
     return query, key
 
 
 def _prefill_slots(layer_id, metadata, query, weights, topk) -> torch.Tensor:
-    """Top-k slots of an extend batch [T, topk]: by request, in blocks of queries."""
+    """Top-k slots [T, topk] of a prefill batch, request by request in blocks of queries."""
     pages = get_token_to_kv_pool().get_index_k_with_scale_buffer(layer_id)
     out = torch.empty(query.shape[0], topk, dtype=torch.int32)
     start = 0
@@ -91,10 +91,10 @@ def decode_slots(layer_id, metadata, query, weights, topk) -> torch.Tensor:
 def indexer_forward(
     indexer, x, q_lora, positions, forward_batch, layer_id, return_indices=True
 ) -> torch.Tensor | None:
-    """Forward of SGLang's Indexer on this platform (its forward_native raises).
+    """The forward of SGLang's Indexer on this platform; upstream's forward_native raises.
 
     x [T, hidden], q_lora [T, q_lora_rank], positions [T]
-    Effect: the T new index keys are in the pool.
+    Effect: the T new index keys are stored in the pool.
     Returns [T, index_topk] int32 slots, -1 pads; None if return_indices is False.
     Source: DeepSeek-V3.2-Exp's indexer; quantisation as SGLang does it on CUDA.
     """
@@ -102,7 +102,7 @@ def indexer_forward(
     metadata = get_attn_backend().get_indexer_metadata(layer_id, forward_batch)
     pages = pool.get_index_k_with_scale_buffer(layer_id)
     query, key = _project(indexer, x, q_lora, positions)
-    # float32 out, as CUDA's torch.mm(out_dtype=float32); the weight is bf16 in any model.
+    # In float32, as torch.mm(out_dtype=float32) on CUDA. The weight is bf16 in every model.
     gates = F.linear(x.float(), indexer.weights_proj.weight.float())
     weights = gates * (indexer.n_heads**-0.5 * indexer.softmax_scale)
     if pages.shape[1] == index_page_bytes(fp32=True):

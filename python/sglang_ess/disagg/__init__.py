@@ -1,1 +1,1 @@
-"""Prefill-decode disaggregation: what the two nodes tell each other besides the rows."""
+"""Prefill-decode disaggregation: the warm-up ids that a prefill node sends besides the rows."""

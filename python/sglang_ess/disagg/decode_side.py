@@ -1,4 +1,4 @@
-"""On a decode node: the warm-up ids of requests that have arrived, and their way into the tier."""
+"""On a decode node: takes the warm-up ids of arriving requests and warms the hot tier with them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from sglang_ess.tiers.warmup_window import WARMUP_QUERIES
 
 logger = logging.getLogger(__name__)
 
-IDS = "ess_warm_up_ids"  # attribute of a request: Groups, or None where nobody said
-# Of a layer, oldest use first.
+IDS = "ess_warm_up_ids"  # attribute of a request: Groups, or None where no payload came
+# For each layer: groups of positions, the oldest use first.
 Groups = list[list[np.ndarray]]
 
 
 class RequestWarmup:
-    """Takes each request's payload when it is first asked for, and warms once.
+    """Decodes each request's payload once, and warms the hot tier with it once.
 
-    What was taken stays on the request (IDS) until then, so that it goes with one that never
-    starts: nobody has to look through the queue for those.
+    In between, the decoded ids are an attribute of the request (IDS), so that they disappear with a
+    request that never starts.
     buffers: the scheduler's EssMetadataBuffers
+    refused: payloads that broke the format
     """
 
     def __init__(self, pool: EssTokenToKVPool, buffers: Any):
@@ -32,10 +33,10 @@ class RequestWarmup:
         self.refused = 0
 
     def working_set(self, req: Any) -> int | None:
-        """Rows that the request has at least in its largest layer; None if nobody said.
+        """Rows that the request needs in its largest layer, at least; None without a payload.
 
-        Of the last 16 positions, near the window that working sets are measured in; a payload
-        leaves out what exceeds its size.
+        Counted over the prompt's last 16 queries, close to the window that working sets are
+        measured in. A payload omits what exceeds its size, so the true number may be larger.
         """
         ids = self._take(req)
         if ids is None:
@@ -44,9 +45,9 @@ class RequestWarmup:
         return max(sum(map(len, groups)) for groups in recent)
 
     def warm(self, req: Any, req_to_token: torch.Tensor) -> None:
-        """Make the request's rows hot, those of its last query the most recently used.
+        """Make the request's rows hot, those of its last query as the most recently used.
 
-        req_to_token: SGLang's table; the request's row is brought to the host if it is needed
+        req_to_token: SGLang's table; the request's row of it is copied to the host
         """
         ids = self._take(req)
         delattr(req, IDS)
@@ -73,14 +74,13 @@ class RequestWarmup:
             self.refused += 1
             if self.refused == 1:
                 logger.warning(
-                    "ESS: warm-up ids of a prefill node are ignored, here and from now on without "
-                    "a line: %s", error,
+                    "ESS: warm-up ids of a prefill node are ignored (logged once): %s", error,
                 )  # fmt: skip
             return None
 
 
 def _as_queries(groups: list[torch.Tensor], width: int) -> torch.Tensor:
-    """Slots of each group as rows of a top-k [queries, width] int32, -1 pads, in order."""
+    """The slots of the groups, in order, as a top-k [queries, width] int32, -1 pads."""
     rows = [part for group in groups for part in group.split(width)]
     topk = torch.full((len(rows), width), -1, dtype=torch.int32)
     for row, part in zip(topk, rows, strict=True):

@@ -1,8 +1,9 @@
-"""SGLang's metadata of a transferred request, with one buffer more: the warm-up payload.
+"""SGLang's metadata buffers of a transferred request, and one more for the warm-up payload.
 
-SGLang pairs the buffers of two nodes by their place and sends as many as both have, so a buffer
-at the end leaves a plain peer alone: what it does not send stays zero here, and what it does
-not have it does not get. (It logs an error line once per peer that the numbers differ.)
+SGLang pairs the buffers of two nodes by their index and sends as many as both have. A buffer at
+the end therefore does not disturb a plain peer: what a plain prefill node does not send stays zero
+here, and a plain decode node is sent nothing more. SGLang logs one error line per peer whose number
+of buffers differs.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from sglang_ess.disagg.payload import HEADER, ITEM_BYTES
 
 
 class EssMetadataBuffers(MetadataBuffers):
-    """MetadataBuffers with warmup [size, ITEM_BYTES] uint8, an item of warmup_payload each.
+    """MetadataBuffers with warmup [size, ITEM_BYTES] uint8, one item of payload.py each.
 
-    arrived: of requests that have come and not started, by bootstrap room; the oldest go
-    first when there are more than the buffers could hold.
+    arrived: items of requests that have arrived and not started, by bootstrap room. When there
+        are more than the buffers hold, the oldest is dropped.
     """
 
     def __init__(self, size: int, *args, **kwargs):
         super().__init__(size, *args, **kwargs)
-        # On the host, as all of them are but on an NPU; pages are taken when they are written.
+        # On the host, as all buffers are except on an NPU. Unwritten pages take no memory.
         self.warmup = torch.zeros(size, ITEM_BYTES, dtype=torch.uint8)
         self.arrived: OrderedDict[int, np.ndarray] = OrderedDict()
 
@@ -38,14 +39,14 @@ class EssMetadataBuffers(MetadataBuffers):
         return pointers, lengths, item_lengths
 
     def set_buf(self, req) -> None:
-        """Prefill: fill the request's items."""
+        """Prefill: fill the request's items, warm-up payload included."""
         super().set_buf(req)
         item = self.warmup[req.metadata_buffer_index].numpy()
         item[: HEADER.size] = 0
         prefill_side.write(req, item)
 
     def get_buf(self, idx: int):
-        """Decode: what has arrived for the request of the items idx."""
+        """Decode: take what has arrived in the items idx."""
         item = self.warmup[idx].numpy()
         if item[: HEADER.size].any():
             self.arrived[int(self.bootstrap_room[idx, 0])] = item.copy()
@@ -54,6 +55,6 @@ class EssMetadataBuffers(MetadataBuffers):
         return super().get_buf(idx)
 
     def clear_slot(self, idx: int) -> None:
-        """The next owner's prefill may be a plain one, which writes nothing here."""
+        """As upstream's, and no payload: the next owner's prefill node may not write one."""
         super().clear_slot(idx)
         self.warmup[idx, : HEADER.size] = 0

@@ -1,10 +1,10 @@
-"""Wire format of the warm-up across prefill and decode nodes: what a prompt's end selected.
+"""Wire format of the warm-up payload: the positions that the end of a prompt selected.
 
-One payload says, for each layer, which positions of the prompt the last 32 queries selected
-and roughly when each was last used, which is all that warming a hot tier needs. It travels
-in a fixed-size item of SGLang's metadata buffers; the decode node computes the items'
-addresses from the prefill node's item size, so ITEM_BYTES may never change. An item that a
-plain prefill node left alone is zero: no payload.
+For each layer a payload holds the positions of the prompt that its last 32 queries selected, and
+roughly when each was last used. The decode node warms its hot tier with them. A payload travels in
+a fixed-size item of SGLang's metadata buffers. The decode node computes the items' addresses from
+the prefill node's item size, so ITEM_BYTES must never change. An item that a plain prefill node
+did not write is zero: no payload.
 
 All integers are little-endian. Varints are LEB128 of at most 5 bytes. Header, 32 bytes:
 
@@ -27,10 +27,10 @@ The body is one record per layer, first layer first, each of at most
     group   varint: number of positions; then the positions, ascending, each as the varint
             position - previous - 1, where the first one's previous is -1
 
-An age counts queries back from the prompt's last. A position is in the group of its newest
-use only, so no position occurs twice in a layer. What exceeds the budget is left out from
-the oldest end: of the first group that does not fit, its lowest positions (the end of a
-prompt is selected again most), and all groups older than it.
+An age counts queries back from the prompt's last one. A position is only in the group of its
+newest use, so no position occurs twice in a layer. What exceeds the budget is omitted from the
+oldest end: the lowest positions of the first group that does not fit (the end of a prompt is
+selected again most often), and all older groups.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ MIN_LAYER_BYTES = 2 + VARINT_BYTES  # a number of groups, a count and any one po
 MAX_LAYERS = (ITEM_BYTES - HEADER.size) // MIN_LAYER_BYTES
 MAX_TOKENS = 2**31 - 1  # positions are int32
 
-# What _parse found wrong in a layer.
+# The faults that _parse finds in a layer.
 SOUND, TOO_MANY_GROUPS, PAST_END, TOO_LARGE, REPEATED, TRAILING = 0, 1, 2, 3, 4, 5
 RULES = {
     TOO_MANY_GROUPS: f"have at most {NUM_CLASSES} groups",
@@ -71,11 +71,11 @@ jit = numba.njit(cache=True, nogil=True)
 
 
 class PayloadError(ValueError):
-    """An item that holds no payload for this request, though something wrote it."""
+    """An item that was written, but holds no payload for this request."""
 
 
 def layer_budget(layers: int) -> int:
-    """Bytes of the body that each layer may take."""
+    """Bytes of the body that one layer may take."""
     return (ITEM_BYTES - HEADER.size) // layers
 
 
@@ -86,9 +86,9 @@ def encode(topk: Sequence[np.ndarray], tokens: int, room: int, out: np.ndarray) 
             negative ones are pads. An array of size 0, of any shape, is an empty layer
     tokens  length of the prompt, to which the positions refer
     room    the request's bootstrap room
-    out     [ITEM_BYTES] uint8, contiguous; written. No payload (header zero) after an error
+    out     [ITEM_BYTES] uint8, contiguous; written. After an error its header is zero: no payload
     Raises: ValueError for arrays of another dtype or shape, positions outside the prompt, more
-    queries than 32, more layers than MAX_LAYERS, tokens or a room that the header cannot hold.
+    than 32 queries, more than MAX_LAYERS layers, tokens or a room that the header cannot hold.
     """
     _check_item(out)
     out[: HEADER.size] = 0
@@ -100,7 +100,7 @@ def encode(topk: Sequence[np.ndarray], tokens: int, room: int, out: np.ndarray) 
     kept = np.empty(budget, np.int32)
     end = HEADER.size
     for selected in topk:
-        if selected.size:  # one type for numba, whatever the caller's array is
+        if selected.size:  # numba compiles for one type, whatever the caller's array is
             positions = np.require(selected, np.int32, ["C", "W"])
             end = _write_layer(positions, seen, fresh, kept, out, end, end + budget)
         else:
@@ -115,13 +115,13 @@ def encode(topk: Sequence[np.ndarray], tokens: int, room: int, out: np.ndarray) 
 def decode(item: np.ndarray, layers: int, tokens: int, room: int) -> list[list[np.ndarray]] | None:
     """The positions to warm, per layer; None if the item holds no payload.
 
-    item    [bytes] uint8, as it arrived: nothing in it is trusted
-    layers, tokens, room  of the request that the item belongs to
-    Returns per layer the groups that are not empty, each [n] int32 ascending and in
-    [0, tokens), OLDEST group first: warmed in this order, the newest ends up most recent. No
-    position twice in a layer. The arrays are views of one buffer that is not the item.
-    Raises: PayloadError for an item that breaks the format or is another request's; nothing
-    else, whatever its bytes are. Time is bounded by the item's bytes, memory by them and tokens.
+    item    [bytes] uint8, as it arrived. Nothing in it is trusted.
+    layers, tokens, room  those of the request that the item belongs to
+    Returns per layer the groups that are not empty, each [n] int32 ascending and in [0, tokens),
+    the OLDEST group first: warmed in this order, the newest use ends up most recent. No position
+    occurs twice in a layer. The arrays are views of one buffer, which is not the item.
+    Raises: PayloadError for an item that breaks the format or belongs to another request; nothing
+    else, whatever its bytes are. The item's bytes bound the time, and with tokens the memory.
     """
     body = _checked_body(item, layers, tokens, room)
     if body is None:
@@ -149,7 +149,7 @@ def _check_item(out: np.ndarray) -> None:
 
 
 def _check_numbers(layers: int, tokens: int, room: int) -> None:
-    """Raises: PayloadError, a ValueError, for what the header cannot hold."""
+    """Raises: PayloadError for a number that the header cannot hold."""
     for what, value, least, most in (
         ("layers", layers, 1, MAX_LAYERS),
         ("tokens", tokens, 0, MAX_TOKENS),
@@ -179,7 +179,7 @@ def _check_topk(layer: int, selected: np.ndarray, tokens: int) -> None:
 
 
 def _checked_body(item: np.ndarray, layers: int, tokens: int, room: int) -> np.ndarray | None:
-    """A copy of the body, its header and crc checked. None: the item holds no payload."""
+    """A copy of the body after checking its header and crc; None if the item holds no payload."""
     if item.dtype != np.uint8 or item.ndim != 1 or len(item) < HEADER.size:
         raise PayloadError(
             f"a warm-up item must be uint8 of at least {HEADER.size} bytes: "

@@ -1,8 +1,7 @@
 """SGLang's paged allocator over a two-tier pool.
 
-SGLang asks the allocator whether the next decode step fits, and tells it which slots are owned
-by nobody any more. Both questions have a second half under ESS: whether the hot tier can serve
-the step, and which hot rows are of no use.
+SGLang asks the allocator whether the next decode step fits, and returns slots to it. Under ESS the
+allocator also asks whether the hot tier can serve the step, and drops the hot rows of freed slots.
 """
 
 from __future__ import annotations
@@ -17,41 +16,41 @@ class RefusingPagedAllocator(PagedTokenToKVPoolAllocator):
     """PagedTokenToKVPoolAllocator that refuses a prompt which leaves no slot for its output."""
 
     def max_new_tokens_for_memory(self, input_tokens, max_new_tokens, **limits) -> int | None:
-        """Upstream's; None, which is refused with status 400, for a prompt that leaves no token.
+        """As upstream's, but None for a prompt that leaves no token. SGLang refuses that with 400.
 
-        Upstream serves such a prompt with nothing, or has it wait for ever.
+        Upstream returns an empty output for such a prompt, or lets it wait for ever.
         """
         fits = super().max_new_tokens_for_memory(input_tokens, max_new_tokens, **limits)
         return fits or (0 if max_new_tokens == 0 else None)
 
 
 class EssPagedAllocator(RefusingPagedAllocator):
-    """RefusingPagedAllocator that keeps the hot tier to slots in use.
+    """RefusingPagedAllocator that drops the hot rows of freed slots.
 
-    A slot that is freed is not hot any more. So whoever gets it finds it cold, whatever path
-    writes its rows: a peer's transfer engine tells nobody when it does (invariant 3).
+    The next owner of a slot therefore finds it cold, whatever path writes its rows. A peer's
+    transfer engine, for one, does not report its writes.
 
-    is_idle: nobody else holds a slot that an eviction would not free, so that the next request
-    needs no room beside its own; set by the scheduler's round in disaggregated decode
-    keep_running: requests that the next decode step may have at most, None for any number;
-    admission sets it where the hot tier thrashes, and SGLang's own retraction does the rest.
+    is_idle: no other request holds slots, so the next one needs no room beside its own. The
+        scheduler's round in disaggregated decode sets it.
+    keep_running: how many requests the next decode step may have; None for any number. Admission
+        sets it where the hot tier thrashes, and SGLang then retracts the others.
     """
 
     is_idle = False
     keep_running: int | None = None
 
     def prealloc_fits(self, tree_cache, full_tokens, swa_tokens, **budgets) -> bool:
-        """Upstream's, but alone a request fits.
+        """As upstream's, but a request that is alone always fits.
 
-        Upstream keeps room for 512 tokens more of each request, and so waits for ever, with all
-        that queue behind it, for a prompt within that of all the slots.
+        Upstream reserves 512 further tokens for each request. A prompt that leaves fewer slots
+        than that would wait for ever, and so would every request behind it.
         """
         fits = super().prealloc_fits(tree_cache, full_tokens, swa_tokens, **budgets)
-        alone, self.is_idle = self.is_idle, False  # the next one is not alone
+        alone, self.is_idle = self.is_idle, False  # the next request is not alone any more
         return fits or alone
 
     def check_decode_capacity(self, *, num_tokens, tree_cache, requests=None, **kwargs) -> bool:
-        """Upstream's, and no more requests than may go on."""
+        """As upstream's, and at most keep_running requests."""
         if self.keep_running is not None and requests is not None:
             if len(requests) > self.keep_running:
                 return False
@@ -61,7 +60,7 @@ class EssPagedAllocator(RefusingPagedAllocator):
         )
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
-        """Every way of freeing ends here, in whole pages."""
+        """Drop the pages' hot rows. Every way of freeing slots ends here, in whole pages."""
         super()._release_page_ids(*page_ids)
         pool = self.get_kvcache()
         if isinstance(pool, EssTokenToKVPool):

@@ -1,9 +1,10 @@
-"""How many slots and hot rows fit: design.md's byte budget, decided where SGLang sizes its pool.
+"""How many slots and hot rows fit into device and host memory.
 
     device bytes = slots x (index keys + maps) + hot rows x (layers x row) + staging + plan + ghosts
     host bytes   = slots x layers x row
 
-SGLang asks for a number of slots once, with the device bytes it has left for KV.
+SGLang sizes its pool once, with the device bytes that it has left for KV. The numbers are chosen
+then, and the pool is built by them.
 """
 
 from __future__ import annotations
@@ -37,28 +38,28 @@ from sglang_ess.tiers.throttled_link import probe_bytes
 
 logger = logging.getLogger(__name__)
 
-# A pass needs somewhere to put rows; below top-k every query takes several passes.
+# The smallest hot tier of a layer. Below top-k rows every query takes several passes.
 MIN_HOT_ROWS = 64
-# ESS's operating point: misses are stable above ratio 0.2 and climb below (papers.md 1.6).
+# ESS's operating point: misses are stable above a hot ratio of 0.2 and climb below it.
 AUTO_HOT_RATIO = 0.2
-# Of the host memory that is free; the rest is the process's own and the page cache.
+# The host tier's share of free host memory. The rest is for the process and the page cache.
 AUTO_HOST_SHARE = 0.6
-STATE_BYTES = STATE_SIZE * 8  # of one layer's hot tier: its counters
+STATE_BYTES = STATE_SIZE * 8  # counters of one layer's hot tier
 
 
 def size(num_bytes: int) -> str:
-    """Bytes for a reader: GiB, or MiB where that would be a small fraction."""
+    """num_bytes as text: in GiB, or in MiB below one GiB."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / GIB * 1024:.2f} MiB"
 
 
 @dataclass(frozen=True)
 class TierBytes:
-    """What a hot tier takes on the device beside its rows.
+    """Device bytes of a hot tier without its rows.
 
-    row_state    per hot row and layer; row_shared: per hot row, once
-    layer_state  per layer
+    row_state    bytes per hot row and layer; row_shared: bytes per hot row, once for all layers
+    layer_state  bytes per layer
     page_rows    rows are allocated in multiples of this
-    moves        rows change their layer by the tier's own figures (DeviceTier)
+    moves        a CUDA tier whose rows may move between layers
     """
 
     row_state: int
@@ -68,12 +69,12 @@ class TierBytes:
     moves: bool = False
 
     def shared(self, topk: int, row_bytes: int) -> int:
-        """Buffers that the layers use one after another, but for row_shared."""
+        """Bytes of the buffers that layers use one after another, without row_shared."""
         return PLAN_QUERIES_CPU * topk * PLAN_LOOKUP_BYTES_CPU
 
 
 class GpuTierBytes(TierBytes):
-    """DeviceTier's."""
+    """TierBytes of a DeviceTier."""
 
     def shared(self, topk: int, row_bytes: int) -> int:
         plans = DevicePlanBuffers.bytes_for(PLAN_QUERIES_CUDA, topk)
@@ -99,10 +100,12 @@ class CapacityError(Refusal):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a slot and a hot row cost.
+    """The bytes that a slot and a hot row cost.
 
-    index_bytes  of one slot, all layers
-    ghosts       whether layers have ghost caches, by which hot rows move between them
+    row_bytes    one latent row
+    index_bytes  index keys of one slot, all layers
+    page_slots   slots of a page
+    ghosts       layers have ghost caches, by which hot rows move between them
     """
 
     layers: int
@@ -116,28 +119,28 @@ class Geometry:
 
     @property
     def slot_device_bytes(self) -> int:
-        """Index keys, the slot's entry in each layer's map and in the staging map."""
+        """Bytes of a slot: index keys, and its entry in each layer's map and in the staging map."""
         return self.index_bytes + (self.layers + 1) * MAP_BYTES
 
     @property
     def hot_row_bytes(self) -> int:
-        """One hot row in every layer."""
+        """Bytes of one hot row in every layer."""
         return self.layers * (self.row_bytes + self.tier.row_state) + self.tier.row_shared
 
     def paged(self, rows: int) -> int:
-        """Rows that are allocated for so many."""
+        """Rows that are allocated for `rows` rows: whole pages."""
         return -(-rows // self.tier.page_rows) * self.tier.page_rows
 
     def staging_rows(self, slots: int) -> int:
-        """Rows of one staging buffer: the longest request there can be."""
+        """Rows of one staging buffer: those of the longest request."""
         return min(self.context_tokens, slots) + self.page_slots
 
     def staging_bytes(self, slots: int) -> int:
         return STAGING_BUFFERS * self.paged(self.staging_rows(slots)) * self.row_bytes
 
     def device_bytes(self, slots: int, hot_rows: int) -> int:
-        """Everything the pool allocates on the device."""
-        padded = slots + self.page_slots  # SGLang's page 0 takes the writes of padding
+        """Bytes of everything that the pool allocates on the device."""
+        padded = slots + self.page_slots  # SGLang's page 0 takes padding's writes
         return (
             padded * self.slot_device_bytes
             + hot_rows * self.hot_row_bytes
@@ -153,7 +156,10 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What was decided. hot_rows: per layer; device_limit_bytes: what SGLang had to give."""
+    """The sizes of a pool.
+
+    hot_rows: per layer, on average; device_limit_bytes: what SGLang left for KV
+    """
 
     geometry: Geometry
     slots: int
@@ -170,9 +176,9 @@ class Capacity:
 
 
 def max_slots(config: EssConfig, geometry: Geometry, device_bytes: int, host_bytes: int) -> int:
-    """The largest number of slots, in whole pages, that both memories allow.
+    """The largest number of slots, in whole pages, that fits into both memories.
 
-    Raises: CapacityError if not even one page fits, with the bytes it takes.
+    Raises: CapacityError if not even one page fits, with the bytes that it takes.
     """
     page = geometry.page_slots
 
@@ -193,16 +199,16 @@ def max_slots(config: EssConfig, geometry: Geometry, device_bytes: int, host_byt
                 "platform)" + (" or lower --ess-hot-gib" if config.hot_gib is not None else "")
             )
         if host_need > host_bytes:
-            # Unset, it is a share of what is free.
+            # Unset, the limit is a share of the free memory.
             verb = "raise" if config.host_gib is not None else "free host memory or set"
             advice.append(f"{verb} --ess-host-gib")
-        advice = " and ".join(advice)
+        remedy = " and ".join(advice)
         raise CapacityError(
             f"memory must hold one page of {page} slots and the hot tier: got {size(device_bytes)} "
             f"of device and {size(host_bytes)} of host memory, limits {size(need)} and "
             f"{size(host_need)} ({geometry.layers} layers x {geometry.row_bytes} "
             f"B rows, {size(geometry.staging_bytes(page))} of staging). "
-            f"{advice[0].upper()}{advice[1:]}."
+            f"{remedy[0].upper()}{remedy[1:]}."
         )
     low, high = 1, 2
     while fits(high):
@@ -214,7 +220,7 @@ def max_slots(config: EssConfig, geometry: Geometry, device_bytes: int, host_byt
 
 
 def _min_hot_rows(config: EssConfig, geometry: Geometry, slots: int) -> int:
-    """Hot rows that have to be there before a slot is worth having."""
+    """Hot rows of a layer that a pool of this many slots must have at least."""
     if config.hot_gib is not None:
         return min(int(config.hot_gib * GIB) // geometry.hot_row_bytes, slots + geometry.page_slots)
     ratio = config.hot_ratio if config.hot_ratio is not None else AUTO_HOT_RATIO
@@ -222,7 +228,7 @@ def _min_hot_rows(config: EssConfig, geometry: Geometry, slots: int) -> int:
 
 
 def hot_rows_at(ratio: float, geometry: Geometry, slots: int) -> int:
-    """Rows of a layer's hot tier at a ratio; at 1.0 every slot's, SGLang's padding included."""
+    """Hot rows of a layer at a hot ratio; at 1.0 one for every slot, SGLang's padding included."""
     if ratio == 1.0:
         return slots + geometry.page_slots
     return max(1, round(ratio * slots))
@@ -231,10 +237,10 @@ def hot_rows_at(ratio: float, geometry: Geometry, slots: int) -> int:
 def choose_capacity(
     config: EssConfig, geometry: Geometry, slots: int, device_bytes: int, host_bytes: int
 ) -> Capacity:
-    """The hot tier for the slots that SGLang settled on.
+    """Size the hot tier for the number of slots that SGLang chose.
 
-    With neither --ess-hot-ratio nor --ess-hot-gib it takes the device memory that is left.
-    Raises: CapacityError for a hot tier below the minimum or a host tier that cannot be.
+    Without --ess-hot-ratio and --ess-hot-gib the hot tier takes the device memory that is left.
+    Raises: CapacityError for a hot tier below the minimum, or a host tier that does not fit.
     """
     rows = _min_hot_rows(config, geometry, slots)
     if (config.hot_gib, config.hot_ratio) == (None, None):
@@ -243,7 +249,7 @@ def choose_capacity(
         rows = min(max(rows, left // geometry.hot_row_bytes), slots + geometry.page_slots)
     least = min(MIN_HOT_ROWS, slots)
     if rows < least:
-        # The two flags exclude each other: the one that was given is the one to raise.
+        # The two flags exclude each other. Advise the one that was given.
         flag, value = "--ess-hot-ratio", least / slots
         if config.hot_gib is not None:
             flag, value = "--ess-hot-gib", least * geometry.hot_row_bytes / GIB
@@ -257,19 +263,19 @@ def choose_capacity(
             f"host tier must fit into host memory: got {size(geometry.host_bytes(slots))} "
             f"for {slots} slots, limit {size(host_bytes)}. Lower --max-total-tokens."
         )
-    if rows == slots + geometry.page_slots:  # all is hot: no layer wants more
+    if rows == slots + geometry.page_slots:  # every row is hot: no layer needs more
         tier = GPU_TIER if geometry.tier.moves else geometry.tier
         geometry = replace(geometry, ghosts=False, tier=tier)
     return Capacity(geometry, slots, rows, device_bytes)
 
 
 def _rounded_up(value: float) -> str:
-    """Four digits that are enough: an advice that is refused in its turn is none."""
+    """Round up to four decimals, so that the suggested value is itself accepted."""
     return f"{math.ceil(value * 10_000) / 10_000:.4f}"
 
 
 def host_limit_bytes(config: EssConfig) -> int:
-    """Bytes the host tier may take. Raises: CapacityError if that is more than is free."""
+    """Bytes that the host tier may take. Raises: CapacityError if fewer are free."""
     free = free_host_bytes()
     if config.host_gib is None:
         return int(free * AUTO_HOST_SHARE)
@@ -285,8 +291,8 @@ def host_limit_bytes(config: EssConfig) -> int:
 def serves_two_tiers(config: EssConfig | None) -> bool:
     """Whether this SGLang process has ESS's pool.
 
-    A prefill server has SGLang's own: each of its rows is read once by every query, so that
-    there is nothing to keep hot. Its peer's transfer finds them where it looks for them.
+    A prefill server has SGLang's own: every query reads each row once, so no row is worth keeping
+    hot. The transfer to its peer finds the rows where SGLang has them.
     """
     from sglang.srt.runtime_context import get_disagg
 
@@ -297,7 +303,7 @@ _decided: Capacity | None = None
 
 
 def decided() -> Capacity:
-    """This process's capacity. Raises: RuntimeError before SGLang has sized its pool."""
+    """The capacity of this process. Raises: RuntimeError before SGLang has sized its pool."""
     if _decided is None:
         raise RuntimeError("capacity must be decided before the pool is built: got none.")
     return _decided
@@ -306,9 +312,9 @@ def decided() -> Capacity:
 def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kwargs: Any) -> Any:
     """Body of the AROUND hook on KVCacheConfigurator.config_from_budget.
 
-    Under ESS the budget buys index keys and hot rows, not latent rows; one-tier on the CPU
-    platform counts --ess-device-gib as its device memory. Effect: decided() is set.
-    Raises: CapacityError, for which the scheduler ends with one line (errors.make_scheduler).
+    Under ESS the budget buys index keys and hot rows instead of latent rows. With one tier, the
+    CPU platform takes --ess-device-gib for its device memory. Effect: decided() is set.
+    Raises: CapacityError, which ends the scheduler with one line (errors.make_scheduler).
     """
     global _decided
     config = EssConfig.from_env() or EssConfig(enabled=False)
@@ -321,7 +327,7 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
     cell_bytes, geometry = _geometry(configurator, config)
     host_bytes = host_limit_bytes(config)
     slots = max_slots(config, geometry, budget_bytes, host_bytes)
-    # SGLang divides by what a token costs one-tier, then applies its own constraints.
+    # SGLang divides by the bytes of a token in one tier, then applies its own constraints.
     result = original(configurator, slots * cell_bytes, **kwargs)
     slots = result.max_total_num_tokens
     _decided = choose_capacity(config, geometry, slots, budget_bytes, host_bytes)
@@ -331,10 +337,10 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
 
 
 def graph_advice(capacity: Capacity, largest: int | None) -> str | None:
-    """What to say where decode batches outgrow the captured graphs; None where they do not.
+    """The warning for decode batches that outgrow the captured graphs; None where none does.
 
-    largest: requests of the largest decode graph, None without graphs. SGLang chooses it by the
-    size of the GPU's memory, for batches that one tier can hold, and keeps memory for it.
+    largest: requests of the largest decode graph; None without graphs. SGLang chooses it by the
+    size of the GPU's memory, for the batches that one tier can hold.
     """
     requests = capacity.slots // capacity.geometry.context_tokens
     if largest is None or requests <= largest:
@@ -355,13 +361,13 @@ def _largest_graph() -> int | None:
 
 
 def moves_rows(config: EssConfig, layers: int, on_cpu: bool = True) -> bool:
-    """Whether layers share out their hot rows anew: not if all are hot."""
+    """Whether hot rows may move between layers. Pointless with one layer or with every row hot."""
     wanted = config.layer_budgets or ("auto" if on_cpu else "uniform")
     return wanted == "auto" and config.hot_ratio != 1.0 and layers > 1
 
 
 def _padding_bytes(configurator: Any) -> int:
-    """SGLang's page 0, which it allocates and does not count: --ess-device-gib is a cap."""
+    """Bytes of SGLang's page 0. SGLang does not count them, but --ess-device-gib is a cap."""
     from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
 
     cell_bytes = create_memory_pool_configurator(configurator)._cell_size
@@ -369,7 +375,7 @@ def _padding_bytes(configurator: Any) -> int:
 
 
 def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
-    """(SGLang's bytes per token, geometry) of a KVCacheConfigurator for sparse attention."""
+    """(SGLang's bytes per token, geometry) from a KVCacheConfigurator for sparse attention."""
     from sglang.srt.mem_cache.kv_cache_configurator import calculate_mla_kv_cache_dim
     from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
 
@@ -382,7 +388,7 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
     moves = moves_rows(config, layers, on_cpu)
     gpu_tier = GPU_TIER_THAT_MOVES if moves else GPU_TIER
     index_bytes = cell_bytes - layers * row_bytes
-    if config.index_dtype == "float32":  # which SGLang does not know of
+    if config.index_dtype == "float32":  # SGLang counts fp8 keys
         index_bytes = index_bytes * index_page_bytes(fp32=True) // index_page_bytes(fp32=False)
     return cell_bytes, Geometry(
         layers=layers,

@@ -1,4 +1,4 @@
-"""Bodies of the hooks that make SGLang's CUDA platform build and use the two tiers."""
+"""Hook bodies that make SGLang's CUDA platform build and use the two tiers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def kv_pool_class(pool_class: type, configurator: Any, *, kind: str, default: ty
     from sglang_ess.attention.backend_cuda import EssDsaBackend
     from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
 
-    # The pool is built before the backend. Same names, so that every "dsa" rule holds.
+    # The pool is built before the backend. The names stay, so that every "dsa" rule applies.
     for name in ("dsa", "nsa"):
         register_attention_backend(name)(EssDsaBackend)
     return CudaEssTokenToKVPool
 
 
 def paged_allocator_class(allocator_class: type | None, platform: Any) -> type | None:
-    """AFTER SRTPlatform.get_paged_allocator_cls: ours over our pool."""
+    """AFTER SRTPlatform.get_paged_allocator_cls: our allocator where the pool is ours."""
     from sglang_ess.mem_cache.capacity import serves_two_tiers
 
     if allocator_class is not None or not serves_two_tiers(EssConfig.from_env()):
@@ -38,21 +38,23 @@ def paged_allocator_class(allocator_class: type | None, platform: Any) -> type |
 
 
 class OverlapVariants:
-    """A decode graph for each mode of overlap; a step takes the one that is chosen for it."""
+    """A decode graph for each overlap mode. A step replays the graph of its mode."""
 
     def __init__(self, modes: tuple[Mode, ...]):
         self.capture_labels: tuple[str, ...] = tuple(mode.value for mode in modes)
 
     def select(self, forward_batch: Any) -> str:
-        """The label for this batch; no device is asked."""
+        """The label of this batch's graph. Does not ask the device."""
         from sglang_ess.attention import backend_cuda
 
-        label = backend_cuda.active.chosen.value
+        backend = backend_cuda.active
+        assert backend is not None, "graph_variants has seen it"
+        label = backend.chosen.value
         return label if label in self.capture_labels else self.capture_labels[0]
 
 
 def graph_variants(variants: Any, hf_config: Any) -> Any:
-    """AFTER create_attention_graph_variants: None upstream on CUDA with sparse attention."""
+    """AFTER create_attention_graph_variants, which returns None on CUDA with sparse attention."""
     from sglang_ess.attention import backend_cuda
 
     backend = backend_cuda.active

@@ -1,5 +1,5 @@
-"""The CPU platform's operations: torch tensors in and out, no sglang.
+"""The CPU platform's operations: torch tensors in and out, without SGLang.
 
-One operation a file, its plain-torch reference beside it. They are what every GPU
-kernel of this project is checked against.
+One operation a file, next to its reference in plain torch. The tests check every GPU kernel of
+this project against them.
 """

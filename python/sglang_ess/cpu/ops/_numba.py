@@ -1,7 +1,7 @@
-"""Pieces the numba kernels share: the decorator and the row decoders.
+"""What the numba kernels share: their decorators and the row decoders.
 
-A format's bits become float32 by shifting them into place and multiplying once, which
-LLVM turns into vector code; a 256-entry table would be a gather per byte.
+The bits of a format are shifted into place and multiplied once. LLVM turns that into vector code;
+a table of 256 entries would need a gather per byte.
 """
 
 import numba
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numba.extending import overload
 
-# Cached beside the sources (or in numba's user cache), so only a machine's first start
-# compiles. fastmath without nnan/ninf: -inf marks masked scores and must survive.
+# Kernels are cached next to the sources, or in numba's user cache, so only the first start on a
+# machine compiles them. fastmath without nnan and ninf: -inf marks masked scores and must survive.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
-# For functions that kernels call. Numba compiles each alone and once more inside every kernel,
-# where LLVM may sum in another order: without forceinline the process that compiles runs the
-# first of the two and a process that loads the kernel from the cache the second.
+# For functions that kernels call. Numba compiles each one alone, and again inside every kernel,
+# where LLVM may sum in another order. Without forceinline, the process that compiles would run
+# the first version and a process that loads the kernel from the cache the second.
 jit = numba.njit(cache=True, fastmath=FASTMATH, nogil=True, forceinline=True)
 parallel_jit = numba.njit(cache=True, fastmath=FASTMATH, nogil=True, parallel=True)
 

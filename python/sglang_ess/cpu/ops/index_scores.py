@@ -1,7 +1,7 @@
 """Indexer scores: s[t, j] = sum_h w[t, h] * relu(q[t, h] . k[j]) over a query's context.
 
-The lightning indexer of DeepSeek-V3.2. Every decode step scans every index key of a
-context (132 B each in fp8), so this is the part of attention that grows with context.
+The lightning indexer of DeepSeek-V3.2. Every decode step scans all index keys of a context (132 B
+each in fp8), so this part of attention grows with the context.
 """
 
 import numpy as np
@@ -74,7 +74,7 @@ def _index_scores_kernel(q, weights, pages, page_table, lengths, out):
 
 
 def index_scores_reference(q, weights, keys) -> torch.Tensor:
-    """float64 definition for one context: q [T, H, 128], weights [T, H], keys [L, 128]."""
+    """The scores in float64: q [T, H, 128], weights [T, H], keys [L, 128] of one context."""
     products = torch.einsum("thd,jd->thj", q.double(), keys.double()).relu()
     return torch.einsum("th,thj->tj", weights.double(), products)
 
@@ -86,12 +86,12 @@ def index_scores_paged(
     page_table: torch.Tensor,
     lengths: torch.Tensor,
 ) -> torch.Tensor:
-    """Scores of one query a request over the request's pages: the decode form.
+    """Decode: the scores of one query a request over the request's pages.
 
     q [B, H, 128] float32; weights [B, H] float32
     pages [num_pages, page bytes] uint8: 8448 B fp8 or 32768 B fp32
     page_table [B, P] int32, the pages of each request in order
-    lengths [B] int32, valid keys of each request; at most P * 64
+    lengths [B] int32, valid keys of each request, at most P * 64
     Returns [B, P * 64] float32; columns at and past a request's length are unspecified.
     """
     scores = torch.empty(q.shape[0], page_table.shape[1] * PAGE_SLOTS)
@@ -107,10 +107,10 @@ def index_scores_paged(
 
 
 def index_scores_dense(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Scores of a block of queries over one context's keys: the prefill form, by GEMM.
+    """Prefill: the scores of a block of queries over one context's keys, by GEMM.
 
     q [T, H, 128], weights [T, H], keys [L, 128] (scale applied), all float32
-    Returns [T, L] float32, not causally masked. Holds T * H * L floats meanwhile.
+    Returns [T, L] float32 without a causal mask. Needs T * H * L floats of memory meanwhile.
     """
     num_tokens, num_heads, _ = q.shape
     products = torch.mm(q.reshape(-1, INDEX_DIM), keys.T).relu_()

@@ -26,7 +26,7 @@ _FORMAT_OF_DTYPE = {
 
 
 def row_format(rows: torch.Tensor) -> int:
-    """Format code of a latent row tensor; TypeError for a dtype no format has."""
+    """The format code of a latent row tensor. Raises: TypeError for a dtype without a format."""
     try:
         return _FORMAT_OF_DTYPE[rows.dtype]
     except KeyError:
@@ -60,7 +60,7 @@ def pack_fp8_rows(latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Any row format -> [T, 576] float32, exactly. Reference for the kernels."""
+    """Rows of any format as [T, 576] float32, exactly. The reference for the kernels."""
     if row_format(rows) != FORMAT_FP8:
         return rows.float()
     num_tokens = rows.shape[0]
@@ -74,8 +74,8 @@ def unpack_rows(rows: torch.Tensor) -> torch.Tensor:
 def quantize_index(x: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Index keys or queries [..., 128] -> (e4m3 of the same shape, fp32 scale [...]).
 
-    power_of_two rounds the scale up to one (DeepSeek's ue8m0): SGLang on CUDA does that
-    to queries (act_quant) and not to keys (fused_store_indexer_cache).
+    power_of_two: round the scale up to a power of two (DeepSeek's ue8m0). SGLang on CUDA does so
+    for queries (act_quant) and not for keys (fused_store_indexer_cache).
     """
     values = x.float()
     scale = values.abs().amax(dim=-1).clamp_min(MIN_AMAX) / FP8_MAX

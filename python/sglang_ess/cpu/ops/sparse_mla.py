@@ -21,8 +21,8 @@ from sglang_ess.cpu.ops._numba import (
 from sglang_ess.cpu.ops.rows import FORMAT_BF16, FORMAT_FP8, row_format, unpack_rows
 from sglang_ess.layout import FP8_ROW_BYTES, LATENT_DIM, ROW_DIM, SCALE_GROUP
 
-# Rows decoded at a time: 16 x 576 floats (36 KiB) leave room in a 48 KiB L1 for the
-# query; the dot products then run four rows abreast.
+# Rows that are decoded at a time. 16 x 576 floats (36 KiB) leave room for the query in a 48 KiB
+# L1 cache. The dot products run four rows abreast.
 BLOCK = 16
 
 
@@ -108,7 +108,7 @@ def _fold_block(q, keys, count, scale, peak, total, acc, scores):
 
 
 def _signature(value):
-    """Declared, so that no layout of a later batch compiles in the middle of serving."""
+    """The kernel's signature. It is declared, so that no batch layout compiles while serving."""
     rows, slots, lse = numba.uint8[:, ::1], numba.int32[:, ::1], numba.float32[:, ::1]
     queries, out = value[:, :, :], value[:, :, ::1]
     return numba.void(queries, queries, rows, numba.int64, slots, numba.float32, out, lse)
@@ -158,7 +158,7 @@ def _sparse_mla_kernel(q_nope, q_rope, rows, fmt, slots, scale, out, lse):
 
 
 def sparse_mla_reference(q_nope, q_rope, rows, slots, scale):
-    """float64 definition of sparse_mla; same arguments and results."""
+    """sparse_mla in float64, with the same arguments and results."""
     q = torch.cat([q_nope, q_rope], dim=-1)
     valid = slots >= 0
     keys = unpack_rows(rows[slots.clamp_min(0).long().flatten()].contiguous())

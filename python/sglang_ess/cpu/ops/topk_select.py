@@ -1,8 +1,8 @@
 """Top-k of each row of scores, returned as slots in context order.
 
-Exact selection by radix: three histograms over the scores' ordered bits find the k-th
-largest value, one more pass emits. Linear in the context, where a sort is not. Among
-equal scores the earliest position wins, so the result is a function of the scores.
+The selection is exact: three histograms over the scores' ordered bits find the k-th largest
+value, and one more pass emits the slots. That is linear in the context, unlike a sort. Among equal
+scores the earliest position wins, so the result depends on the scores alone.
 """
 
 import numpy as np
@@ -74,7 +74,7 @@ def _topk_select_kernel(score_bits, lengths, req_rows, req_to_token, out):
 
 
 def topk_select_reference(scores, lengths, req_rows, req_to_token, k) -> torch.Tensor:
-    """Stable sort in torch; same arguments and result as topk_select."""
+    """topk_select by a stable sort in torch, with the same arguments and result."""
     out = torch.full((scores.shape[0], k), -1, dtype=torch.int32)
     for t, length in enumerate(lengths.tolist()):
         order = torch.sort(scores[t, :length], descending=True, stable=True).indices
