@@ -17,22 +17,29 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_ess import metrics
 from sglang_ess.admission.policy import HOT_TIER, Admission, AdmissionLimits
+from sglang_ess.mem_cache.pool import EssTokenToKVPool
 from sglang_ess.metrics import Exporter, Metrics, Watch, log_line
-from sglang_ess.tiers import HotCache
+from sglang_ess.tiers import HotCache, HotLayers
 from tests.support.server import Server
 
 ROW_BYTES, SLOTS = 656, 40
 LABELS = {"model_name": "tiny", "tp_rank": 0}
 
 
-def make_pool(num_layers=2, num_rows=4, requests=5):
+class Pool:
     """What of EssTokenToKVPool the metrics read."""
-    return SimpleNamespace(
-        hot_caches=[HotCache(None, num_rows, SLOTS) for _ in range(num_layers)],
-        host_tier=SimpleNamespace(row_bytes=ROW_BYTES, num_slots=SLOTS),
-        start_layer=3,
-        request_misses=np.zeros(requests, np.int64),
-    )
+
+    hot_caches, figures = EssTokenToKVPool.hot_caches, EssTokenToKVPool.figures
+    start_layer, rebalancer = 3, None
+    host_tier = SimpleNamespace(row_bytes=ROW_BYTES, num_slots=SLOTS)
+
+    def __init__(self, num_layers, num_rows, requests):
+        self.tier = HotLayers([HotCache(None, num_rows, SLOTS) for _ in range(num_layers)])
+        self.request_misses = np.zeros(requests, np.int64)
+
+
+def make_pool(num_layers=2, num_rows=4, requests=5):
+    return Pool(num_layers, num_rows, requests)
 
 
 def decode(pool, *slots_of_layers):
@@ -137,6 +144,7 @@ def test_rows_that_move_between_layers():
 
 WRITER = """
 from tests.test_metrics import LABELS, decode, make_pool
+from sglang_ess.mem_cache.pool import EssTokenToKVPool
 from sglang_ess.metrics import Exporter, Metrics
 pool, taken, exporter = make_pool(), Metrics(), Exporter(LABELS, [3, 4])
 for slots in ([1, 2, 3, 4], [5, 6, 7, 8]):
@@ -254,7 +262,7 @@ def test_without_enable_metrics_there_is_the_line_only(reporter, caplog):
 
 def test_one_tier_is_left_alone(reporter, caplog):
     caplog.set_level(logging.INFO)
-    del reporter.pool.hot_caches
+    reporter.scheduler.token_to_kv_pool_allocator.get_kvcache = SimpleNamespace
     reporter.forward_ct_decode = 4
     metrics.decode_reported(None, reporter)
     metrics.stats_published(None, reporter.metrics_collector, None)
@@ -277,8 +285,8 @@ def test_a_devices_figures_come_from_its_mirror(reporter):
     """A GPU copies its counters to the host now and then; the metrics do not wait for it."""
     layers = len(reporter.pool.hot_caches)
     one = {"lookups": 8, "misses": 2, "evictions": 0, "evicted_age": 0, "installs": 0, "short": 0}
-    figures = [{**one, "steps": 4, "occupied": 3}] * layers
-    reporter.pool.tier = SimpleNamespace(figures=lambda: figures)
+    figures = [{**one, "steps": 4, "occupied": 3, "rows": 4}] * layers
+    reporter.pool.tier = SimpleNamespace(figures=lambda: figures, caches=reporter.pool.hot_caches)
     reporter.pool.request_misses = None  # not counted on a device
     metrics.decode_reported(None, reporter)
     reporter.scheduler.req_to_token_pool.callback([1])

@@ -120,17 +120,18 @@ class Step:
 
     def _run(self, layer: int, mode: Mode, around: bool) -> None:
         topk, batch = self.steady.topk[layer], self.steady.batch
+        step = self._decode.layer(layer)
         if mode is Mode.DBA:
             for first, last in ((0, batch // 2), (batch // 2, batch)):
                 if around:
                     self._indexer.run(first, last)
-                self._decode.plan_half(layer, topk[first:last], first, batch)
+                self._decode.plan_half(step, topk[first:last], first, batch)
         elif around:
             self._indexer.run(0, batch)
-        planned = self._decode.start(layer, topk)
+        self._decode.start(step, topk)
         if around:
             self._preattn.run(0, batch)
-        self.out = self._decode.finish(self.q, planned, mode)
+        self.out = self._decode.finish(self.q, step, mode)
         if layer == self.steady.sets - 1:
             self._transfer.join()
 

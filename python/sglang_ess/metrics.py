@@ -89,9 +89,9 @@ class Metrics:
         self._moved_before = (0, 0)
 
     def snapshot(self, pool: Any, used_slots: int) -> Snapshot:
-        """pool: with hot_caches, host_tier, start_layer, and rebalancer if it has one."""
-        layers = []
-        for layer, figures in enumerate(_figures(pool), pool.start_layer):
+        """pool: an EssTokenToKVPool"""
+        found, layers = pool.figures(), []
+        for layer, figures in enumerate(found.layers, pool.start_layer):
             now = {name: figures[name] for name in (*COUNTERS, "steps")}
             before = self._before.get(layer, {})
             if any(now[name] < value for name, value in before.items()):
@@ -101,7 +101,7 @@ class Metrics:
             layers.append(
                 LayerSnapshot(
                     layer=layer,
-                    hot_rows=pool.hot_caches[layer - pool.start_layer].num_rows,
+                    hot_rows=figures["rows"],
                     hot_rows_used=figures["occupied"],
                     steps=since["steps"],
                     lookups=since["lookups"],
@@ -112,25 +112,10 @@ class Metrics:
                     evicted_age=since["evicted_age"],
                 )
             )
-        before, self._moved_before = self._moved_before, _moved(pool)
+        before = self._moved_before
+        self._moved_before = found.rebalances, found.rows_moved
         moved = (now - then for now, then in zip(self._moved_before, before, strict=True))
         return Snapshot(tuple(layers), pool.host_tier.num_slots, used_slots, *moved)
-
-
-def _moved(pool: Any) -> tuple[int, int]:
-    """Rebalances since the start, and the rows they moved; zeros where layers keep theirs."""
-    rebalancer = getattr(pool, "rebalancer", None)
-    return (rebalancer.rebalances, rebalancer.rows_moved) if rebalancer is not None else (0, 0)
-
-
-def _figures(pool: Any) -> list[dict[str, int]]:
-    """Each layer's COUNTERS, steps and rows in use; a device's as it last copied them here."""
-    if (tier := getattr(pool, "tier", None)) is not None:
-        return tier.figures()
-    return [
-        {**cache.counters, "steps": cache.steps, "occupied": cache.occupied}
-        for cache in pool.hot_caches
-    ]
 
 
 def log_line(snapshot: Snapshot) -> str:
@@ -403,7 +388,7 @@ def stats_published(result: None, collector: Any, stats: Any) -> None:
 def _watch(reporter: Any) -> Watch | None:
     """A scheduler's Watch; None for a pool without a hot tier, or if the set-up fails."""
     pool = reporter.scheduler.token_to_kv_pool_allocator.get_kvcache()
-    if not hasattr(pool, "hot_caches"):
+    if not hasattr(pool, "figures"):
         return None
     try:
         return Watch(reporter)

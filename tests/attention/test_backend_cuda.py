@@ -212,7 +212,7 @@ class Run:
             out = self.backend.forward_decode(*args, **given)
             assert out.shape == (len(topk), HEADS, NOPE) and out.dtype == torch.float32
             torch.testing.assert_close(out[:real], wanted[:real], **TOLERANCE)
-        assert not self.backend._started and not self.backend.token_to_kv_pool._reading
+        assert not self.backend.step.layer and not self.backend.token_to_kv_pool._reading
 
     def _select(self, batch, i, topk):
         """The indexer, as the hook calls it: the metadata's rows say which queries it gets."""
@@ -306,7 +306,7 @@ def test_prompts_in_several_staging_groups_and_warmup(build, late):
     run.prefill({1: 12, 2: 4, 3: 6})
     run.prefill({1: 5, 2: 1})
     assert backend.in_upstream == ["extend"] * LAYERS * (2 + 2)
-    assert backend._warm_spans == [(2, 5), (5, 6)]
+    assert backend.step.warm_spans == [(2, 5), (5, 6)]
     run.decode([1, 2, 3])
     assert (backend.token_to_kv_pool.tier.state.slot_row[:, :PAGE] < 0).all()  # padding's
 
@@ -317,7 +317,7 @@ def test_a_chunk_in_the_middle_of_a_prompt_warms_nothing(build):
     for last, spans in ((False, []), (True, [(40 - WARMUP_QUERIES, 40)])):
         batch.contains_last_prefill_chunk = last
         backend.init_forward_metadata(batch)
-        assert backend._warm_spans == spans
+        assert backend.step.warm_spans == spans
 
 
 def test_dense_mha_of_a_prompt_takes_no_staging(build):
@@ -367,7 +367,6 @@ def claim_after_write(monkeypatch):
 
     def later(decode, *args):
         waiting.append(args)
-        decode._targets = None
         return True
 
     def write_first(decode, *args):
@@ -468,7 +467,7 @@ def test_a_graph_has_the_order_it_is_captured_for(build, monkeypatch):
     monkeypatch.setattr(capture_mode, "_capture_attention_variant", "dba")
     steps = backend._steps
     backend.init_forward_metadata_out_graph(batch, in_capture=True)
-    assert backend.mode is Mode.DBA and backend.chosen is Mode.OFF
+    assert backend.step.mode is Mode.DBA and backend.chosen is Mode.OFF
     assert backend._steps == steps
     cut, calls = half_batch.slice_metadata, []
     monkeypatch.setattr(
@@ -492,7 +491,7 @@ def test_a_step_takes_the_mode_chosen_in_the_step_before(build, monkeypatch):
     modes = []
     for _ in range(3):
         run.decode([1, 2])
-        modes.append(backend.mode)
+        modes.append(backend.step.mode)
     assert modes == [Mode.OFF, Mode.OFF, Mode.DBA]
 
 

@@ -1,6 +1,7 @@
 """Attention in passes over a hot tier of any size, against one softmax over the whole top-k."""
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sglang_ess.cpu.ops.sparse_mla import sparse_mla, sparse_mla_reference
 from sglang_ess.tiers import HotCache
 
 SLOTS, HEADS, SCALE = 60, 3, 0.1
+LAYER = SimpleNamespace(layer_id=0, scaling=SCALE)  # of SGLang's, what attention reads
 FORMATS = {
     "fp8": lambda latent, rope: pack_fp8_rows(latent, rope),
     "bf16": lambda latent, rope: torch.cat([latent, rope], -1).bfloat16(),
@@ -42,7 +44,7 @@ def hot_tier(rows, num_rows):
 
 @dataclass
 class Run:
-    """attend_hot over sparse_mla; `plans` holds (query, column, queries, stop) of each pass."""
+    """attend_hot; `plans` holds (query, column, queries, stop) of each pass."""
 
     cache: HotCache
     plans: list
@@ -50,15 +52,11 @@ class Run:
     def __call__(self, q, topk):
         self.plans.clear()
 
-        def attend(part, rows, dtype):
-            parts = (given[part].to(dtype) for given in q)
-            return sparse_mla(*parts, self.cache.rows, rows, SCALE)
+        return passes.attend_hot(self.cache, LAYER, *q, topk, canary=self)
 
-        return passes.attend_hot(self.cache, topk, attend, self.check, q[0].dtype)
-
-    def check(self, plan):
+    def check(self, cache, plan, layer_id):
         """As a canary would: the rows are there, and they are those of the host."""
-        self.cache.check_integrity()
+        cache.check_integrity()
         self.plans.append((plan.first, plan.column, len(plan.rows), plan.stop))
 
 
@@ -299,7 +297,7 @@ def test_faults_are_noticed(monkeypatch, fmt, fault):
     """The tolerance above tells a right answer from each of these."""
     rows, q, topk = host_rows(fmt), queries(3), topk_of(3, 24)
     run = Run(hot_tier(rows, 8), [])
-    run.check = lambda plan: None  # or the integrity check would notice first
+    run.check = lambda *_: None  # or the integrity check would notice first
     fault(monkeypatch, run.cache)
     out = run(q, topk)
     with pytest.raises(AssertionError):

@@ -85,14 +85,14 @@ def expected(q, host, topk):
 
 
 def run(decode, layer, q, topk, mode):
+    step = decode.layer(layer)
     if mode is Mode.DBA and decode.can_halve(layer, *topk.shape):
         half = len(topk) // 2
-        decode.plan_half(layer, topk[:half], 0, len(topk))
-        decode.plan_half(layer, topk[half:], half, len(topk))
-    planned = decode.start(layer, topk)
-    if planned is None:
-        return decode.in_passes(layer, q, topk)
-    return decode.finish(q, planned, mode)
+        decode.plan_half(step, topk[:half], 0, len(topk))
+        decode.plan_half(step, topk[half:], half, len(topk))
+    if not decode.start(step, topk):
+        return decode.in_passes(step, q, topk)
+    return decode.finish(q, step, mode)
 
 
 @pytest.mark.parametrize("mode", Mode)
@@ -117,8 +117,9 @@ def test_a_tier_smaller_than_the_batchs_union(decode, rows, width):
     random = np.random.default_rng(2)
     for _ in range(2):
         q, topk = torch.randn(3, HEADS, 576), draw(random, 3, width, 60)
-        assert two_tier.start(0, topk) is None
-        out = two_tier.in_passes(0, q, topk)
+        step = two_tier.layer(0)
+        assert not two_tier.start(step, topk)
+        out = two_tier.in_passes(step, q, topk)
         torch.testing.assert_close(out, expected(q, host[0], topk), atol=2e-6, rtol=1e-5)
 
 
@@ -138,7 +139,7 @@ def test_bfloat16_parts_are_merged_in_float32(decode, num_parts):
 
     two_tier.attend = attend
     topk = torch.stack([torch.arange(32), torch.arange(100, 132)]).int()
-    out = two_tier.in_passes(0, q, topk)
+    out = two_tier.in_passes(two_tier.layer(0), q, topk)
     exact = sparse_mla_reference(q, rows, topk, SCALE)[0]
     of_one = sparse_mla(q, rows.bfloat16(), topk, SCALE)[0]
 
@@ -191,10 +192,12 @@ def test_halves_of_a_pass_that_failed_are_not_taken_for_the_next_ones(decode):
     two_tier, host = decode(rows=90, topk=12)
     random, q = np.random.default_rng(6), torch.randn(4, HEADS, 576)
     failed, topk = draw(random, 4, 12), draw(random, 4, 12)
-    two_tier.plan_half(0, failed[:2], 0, 4)
-    two_tier.plan_half(0, failed[2:], 2, 4)
-    two_tier.begin_pass()
-    out = two_tier.finish(q, two_tier.start(0, topk), Mode.DA)
+    step = two_tier.layer(0)
+    two_tier.plan_half(step, failed[:2], 0, 4)
+    two_tier.plan_half(step, failed[2:], 2, 4)
+    step = two_tier.layer(0)
+    assert two_tier.start(step, topk)
+    out = two_tier.finish(q, step, Mode.DA)
     torch.testing.assert_close(out, expected(q, host[0], topk), atol=2e-6, rtol=1e-5)
 
 
@@ -208,13 +211,14 @@ def test_a_row_written_in_this_step_is_read(decode, rows):
         topk = draw(random, 3, 10)
         topk[:, 0] = written.int()
         topk[:, 1:][torch.isin(topk[:, 1:], written.int())] = -1
-        early = two_tier.reserve(0, written, topk.shape[1]) and rows == 90
-        planned = two_tier.start(0, topk, written) if early else None
-        two_tier.write(0, written, values)
+        step = two_tier.layer(0, written)
+        early = two_tier.reserve(step, topk.shape[1]) and rows == 90
+        planned = early and two_tier.start(step, topk)
+        two_tier.write(step, values)
         assert torch.equal(host[0][written], values)
         q = torch.randn(3, HEADS, 576)
-        planned = planned or two_tier.start(0, topk, written)
-        out = two_tier.finish(q, planned, Mode.DA) if planned else two_tier.in_passes(0, q, topk)
+        planned = planned or two_tier.start(step, topk)
+        out = two_tier.finish(q, step, Mode.DA) if planned else two_tier.in_passes(step, q, topk)
         torch.testing.assert_close(out, expected(q, host[0], topk), atol=2e-6, rtol=1e-5)
     two_tier.tier.caches[0].check_rows(np.arange(rows), "layer 0")
 

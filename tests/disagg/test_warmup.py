@@ -12,6 +12,7 @@ from sglang_ess.disagg import decode_side, prefill_side
 from sglang_ess.disagg.metadata import EssMetadataBuffers
 from sglang_ess.disagg.payload import HEADER, ITEM_BYTES, encode
 from sglang_ess.disagg.prefill_side import PromptEndRecorder
+from sglang_ess.tiers.topk_observer import PassQueries
 
 LAYERS, TOPK, SLOTS, ROOM = 2, 4, 256, 99
 
@@ -48,11 +49,11 @@ def active(monkeypatch):
 def record(active, table, positions, prefix=36, rid="a"):
     """One pass: the last four queries of a prompt of 40 select these positions, in each layer."""
     topk = 100 - np.array(positions, np.int32)
-    for layer in range(LAYERS):
-        active.record(
-            layer, [rid], [(1, prefix, len(topk))], topk,
-            np.arange(prefix, prefix + len(topk), dtype=np.int32) + 1, table,
-        )  # fmt: skip
+    lengths = torch.arange(prefix, prefix + len(topk), dtype=torch.int32) + 1
+    rows, spans = torch.ones(len(topk), dtype=torch.int64), ((1, prefix, len(topk)),)
+    active.begin_pass([rid], PassQueries(torch.from_numpy(table), rows, lengths, spans))
+    for layer_index in range(LAYERS):
+        active.prefill_topk(layer_index, torch.from_numpy(topk))
 
 
 POSITIONS = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [0, 12, 13, 14]]

@@ -347,8 +347,8 @@ def check_two_tier(facts, device_gib):
     assert (facts["slots"], facts["hot_rows"]) == (decided.slots, decided.hot_rows)
     assert facts["staging_rows"] == decided.staging_rows
     assert {name.split(".")[0] for name in facts["buffers"]} == {
-        "index_key_cache", "arena", "rebalancer", "staging", "plan_buffers",
-    }  # fmt: skip  # hot_caches too, by way of the arena
+        "index_key_cache", "tier", "rebalancer", "staging", "plan_buffers",
+    }  # fmt: skip
 
 
 def test_a_real_two_tier_pool_takes_what_was_decided(model):

@@ -273,11 +273,11 @@ def backend_class() -> type:
             return attend_rows(layer, q, q_rope, rows, indices)[0]
 
     class InterpretedBackend(EssDsaBackend, CpuUpstream):
-        def _with_lse(self, index, layer, heads, q_rope, topk, planned):
+        def _with_lse(self, layer, *args):
             self._layer = layer
-            return super()._with_lse(index, layer, heads, q_rope, topk, planned)
+            return super()._with_lse(layer, *args)
 
-        def _attend_rows(self, q_all, rows, indices, lengths):
+        def _attend_rows(self, short_lists, q_all, rows, indices, lengths):
             beyond = torch.arange(indices.shape[1]) >= lengths[:, None]
             nope, rope = q_all[..., :LATENT_DIM], q_all[..., LATENT_DIM:]
             indices = indices.masked_fill(beyond, -1)
@@ -291,7 +291,7 @@ def triton_attention() -> None:
     from ess_kernels.sparse_mla import sparse_mla
     from sglang_ess.attention import backend_cpu
 
-    def attend(backend, q_all, rows, indices, lengths):
+    def attend(backend, short_lists, q_all, rows, indices, lengths):
         return sparse_mla(q_all, rows, indices, backend._layer.scaling, lengths)
 
     backend_cpu.CpuTwoTierBackend._attend_rows = attend

@@ -1,10 +1,10 @@
 """SGLang's DSA backend over two tiers.
 
-Upstream asks `hisparse_coordinator.swap_in_selected_pages` in decode and the pool's
-`translate_loc_to_hisparse_device` in extend for the rows to read, and reads them from the pool's
-get_key_buffer: those three are answered from the hot tier and from staging, so its own kernels
-run unchanged. Only a decode step that overlaps, or one that takes several passes, is computed
-here, since it needs log-sum-exps.
+SGLang asks `hisparse_coordinator.swap_in_selected_pages` in decode and the pool's
+`translate_loc_to_hisparse_device` in prefill which rows to read, and reads them from the pool's
+get_key_buffer. The hot tier and the staging buffers answer all three, so SGLang's own kernels run
+unchanged. This module computes attention itself only where it needs log-sum-exps: in a decode
+step that overlaps fetch and attention, or that takes several passes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_atte
 from sglang_ess.attention import half_batch
 from sglang_ess.attention.mla_kernels import Need, choose
 from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
-from sglang_ess.attention.two_tier_decode import Planned, TwoTierDecode
+from sglang_ess.attention.two_tier_decode import LayerStep, TwoTierDecode
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
 from sglang_ess.tiers.contract import CANARY_ROWS
@@ -36,18 +38,44 @@ logger = logging.getLogger(__name__)
 
 MIRROR_STEPS = 8  # steps between two copies of the counters to the host
 
-active: EssDsaBackend | None = None  # this process's, for the hooks
+active: EssDsaBackend | None = None  # this process's backend, for the hooks
 
 
-class _RowsOfThePlan:
-    """What upstream knows as the HiSparse coordinator."""
+@dataclass
+class StepState:
+    """What one forward pass leaves for SGLang's later calls in it. Each pass replaces it.
+
+    A captured decode graph holds the tensors of the state that it was captured with.
+
+    mode        how a decode step orders transfer and attention
+    warm_spans  (first, end) of the queries that warm the hot tier in prefill
+    halves      (queries, the indexer's metadata of these queries) of a DBA batch, the same for
+                every layer; None until a layer asks
+    layer       the layer whose top-k is known and whose attention is not done
+    """
+
+    mode: Mode
+    warm_spans: list[tuple[int, int]] = field(default_factory=list)
+    halves: list[tuple[slice, Any]] | None = None
+    layer: LayerStep | None = None
+
+    def take_layer(self, layer_index: int, shape: torch.Size) -> LayerStep | None:
+        """The layer that select() started, if it is this one and its top-k has this shape."""
+        step, self.layer = self.layer, None
+        if step is None or step.layer_index != layer_index or step.topk is None:
+            return None
+        return step if step.topk.shape == shape else None
+
+
+class _PlannedRows:
+    """Minimal stand-in for HiSparseCoordinator: hands upstream the hot rows of the current plan."""
 
     def __init__(self, backend: EssDsaBackend):
         self._backend = backend
 
     def swap_in_selected_pages(self, req_pool_indices, seq_lens, topk_indices, layer_id):
-        """Hot rows [T, K] int32 of the step's plan, once they are filled."""
-        return self._backend.rows_of_plan
+        """Hot rows [T, K] int32 of the layer under way; they are filled."""
+        return self._backend.step.layer.buffers.rows
 
 
 class EssDsaBackend(DeepseekSparseAttnBackend):
@@ -64,28 +92,24 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         config = EssConfig.from_env()
         self._warms, self._canary_rate = config.warmup == "on", config.canary_rate
         self._random = np.random.default_rng(0)
-        # Of short lists or not, chosen at the first use: then the softmax scale is known.
-        self._kernels: dict[bool, object] = {}
-        self._short_lists = False
-        self.decode = TwoTierDecode(
-            pool.tier, pool.transfer, self._attend_rows, merge_state, self._attend_late
-        )
+        self._observers = pool.topk_observers
+        # Kernels for whole lists and for short ones; the softmax scale is known at the first use.
+        self._kernels: dict[bool, Any] = {}
+        self._scale = 0.0
+        attend, attend_short = (partial(self._attend_rows, short) for short in (False, True))
+        self.decode = TwoTierDecode(pool.tier, pool.transfer, attend, merge_state, attend_short)
         modes = tuple(Mode) if config.overlap == "auto" else (Mode(config.overlap),)
         table = CostTable.read(config.overlap_costs) if config.overlap_costs else None
         self.policy = OverlapPolicy(pool.layer_num, table, modes)
-        # chosen: for the steps to come; mode: of the one that is being issued or captured
-        self.chosen = self.mode = self.policy.choose(1).mode
-        self.rows_of_plan: torch.Tensor | None = None
-        self._started: dict[int, Planned] = {}  # layer -> what select() set off
-        self._halves: list[tuple[slice, object]] = []  # queries, the indexer's metadata of them
-        self._warm_spans: list[tuple[int, int]] = []
+        self.chosen = self.policy.choose(1).mode  # for the steps to come
+        self.step = StepState(self.chosen)
         self._steps = 0
-        # Ranks that must agree on top-k get rank 0's behind the indexer: too late for select().
+        # With this option ranks get rank 0's top-k after the indexer: too late for select().
         self._selects = not envs.SGLANG_DSA_TOPK_BROADCAST.get()
-        self.hisparse_coordinator = _RowsOfThePlan(self)
-        pool.tier.mirror()  # so that no step is the first to wait for one
+        self.hisparse_coordinator = _PlannedRows(self)
+        pool.tier.mirror()  # so that no step has to wait for the first one
         if self.dsa_kv_cache_store_fp8:
-            self.dsa_prefill_impl = "flashmla_kv"  # the one that reads fp8 rows by index
+            self.dsa_prefill_impl = "flashmla_kv"  # the only one that reads fp8 rows by index
             self.enable_auto_select_prefill_impl = False
         active = self
         logger.info("ESS: overlap %s, costs %s", config.overlap, table and table.source)
@@ -93,17 +117,17 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
     # --- metadata -------------------------------------------------------------------------
 
     def get_topk_transform_method(self, forward_mode=None) -> TopkTransformMethod:
-        """Slots, not offsets into a flattened prefix: they are what the tiers are keyed by."""
+        """Top-k as slots, by which the tiers are keyed, not as offsets into a flattened prefix."""
         return TopkTransformMethod.PAGED
 
     def get_indexer_metadata(self, layer_id, forward_batch):
-        """Fused top-k, whose indices are slots; upstream unfuses it for its own coordinator."""
+        """Metadata with fused top-k, whose indices are slots. Upstream unfuses it for HiSparse."""
         metadata = super().get_indexer_metadata(layer_id, forward_batch)
         return replace(metadata, force_unfused_topk=False)
 
     @contextmanager
     def _as_one_tier(self) -> Iterator[None]:
-        """Upstream decides as if it had no coordinator: it has what it would look for."""
+        """Have upstream decide as if it had no coordinator."""
         coordinator, self.hisparse_coordinator = self.hisparse_coordinator, None
         try:
             yield
@@ -111,14 +135,14 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             self.hisparse_coordinator = coordinator
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Without the table of every slot of every request, which HiSparse needs translated."""
+        """As upstream's without HiSparse, which would keep a table of all slots of all requests."""
         with self._as_one_tier():
             super().init_cuda_graph_state(max_bs, max_num_tokens)
 
     def set_dsa_prefill_impl(self, forward_batch=None) -> None:
-        """Dense MHA only for prompts without a prefix: it would read one from the host tier.
+        """Allow dense MHA for prompts without a prefix. A prefix would be read from the host tier.
 
-        Upstream takes none where it has a coordinator.
+        Upstream never uses it where it has a coordinator.
         """
         prefix = None if forward_batch is None else forward_batch.extend_prefix_lens_cpu
         with nullcontext() if prefix is None or any(prefix) else self._as_one_tier():
@@ -127,33 +151,24 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
     def init_forward_metadata(self, forward_batch) -> None:
         _check_mode(forward_batch.forward_mode)
         super().init_forward_metadata(forward_batch)
-        self._forget_pass()
-        self._warm_spans = []
+        self.step = StepState(self.chosen)
         if forward_batch.forward_mode.is_extend_without_speculative():
             self._begin_prompts(forward_batch)
         elif forward_batch.forward_mode.is_decode():
-            self.mode = self.chosen
             self.next_step(forward_batch.batch_size)
 
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False) -> None:
         _check_mode(forward_batch.forward_mode)
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
         if in_capture:
-            self._forget_pass()
-            self.mode = Mode(get_capture_attention_variant() or self.chosen.value)
+            self.step = StepState(Mode(get_capture_attention_variant() or self.chosen.value))
         else:
             self.next_step(forward_batch.batch_size)
 
-    def _forget_pass(self) -> None:
-        """Nothing of the pass before, which may have ended in an error, is taken for this one's."""
-        self._started.clear()
-        self._halves.clear()
-        self.decode.begin_pass()
-
     def next_step(self, batch: int) -> None:
-        """Once a decode step, on the host: read the counters, choose for the steps to come.
+        """Read the counters and choose the mode of the next steps: once a decode step, on the host.
 
-        The counters are a copy that set off steps ago; where it is not there yet nobody waits.
+        The counters come from a copy that began some steps ago. If it is not done, nobody waits.
         """
         tier = self.token_to_kv_pool.tier
         self.token_to_kv_pool.transfer.begin_step()
@@ -186,9 +201,9 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         requests = forward_batch.req_pool_indices.long()
         tables = self.req_to_token[:, : max(prefix, default=0)].index_select(0, requests)
         self.token_to_kv_pool.staging.begin(prefix, new, tables, forward_batch.out_cache_loc)
-        # The rows that a chunk in the middle of a prompt selects are not what decode wants.
+        # Decode does not want the rows that a chunk in the middle of a prompt selects.
         if self._warms and forward_batch.contains_last_prefill_chunk:
-            self._warm_spans = warm_spans(new)
+            self.step.warm_spans = warm_spans(new)
 
     # --- prefill --------------------------------------------------------------------------
 
@@ -208,63 +223,65 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         rows = pool.pack(k, k_rope)
         if save_kv_cache:
             pool.write_prompt(layer.layer_id, forward_batch.out_cache_loc, rows)
-        index, outs = layer.layer_id - pool.start_layer, []
+        outs = []
         for queries, staged in pool.staged(layer.layer_id, rows):
             with pool.reading(staged):
                 outs.append((queries, upstream(False)))
-        self._warm(index, topk_indices)
+        self._warm(layer.layer_id, topk_indices)
         out = outs[0][1]
-        for queries, part in outs[1:]:  # each pass gives all queries, its own rightly
+        for queries, part in outs[1:]:  # each call answers all queries, its own group's rightly
             out[queries] = part[queries]
         return out
 
-    def _warm(self, index: int, topk: torch.Tensor) -> None:
-        pool = self.token_to_kv_pool
-        if not self._warm_spans:
+    def _warm(self, layer_id: int, topk: torch.Tensor) -> None:
+        """Warm a layer with the last queries of each prompt that ends in this batch."""
+        pool, spans = self.token_to_kv_pool, self.step.warm_spans
+        if not spans:
             return
         # Copies: a prefill graph has one top-k buffer for all layers, and nobody waits for this.
-        parts = [topk[first:end].clone() for first, end in self._warm_spans]
+        parts = [topk[first:end].clone() for first, end in spans]
         with pool.transfer.on_transfer_stream():
             for part in parts:
-                pool.hot_caches[index].warm(part)
+                pool.hot_cache(layer_id).warm(part)
             pool.transfer.record_stream(*parts)
 
     # --- decode ---------------------------------------------------------------------------
 
     def select(self, get_topk, forward_batch, layer_id, q_fp8, weights, metadata):
-        """The indexer's top-k; plan and fetch set off at once, behind what precedes attention.
+        """The indexer's top-k. Plan and fetch start at once, behind what precedes attention.
 
-        get_topk(q_fp8, weights, metadata): upstream's, of the whole batch or of a half
+        get_topk(q_fp8, weights, metadata): upstream's, for the whole batch or a half of it
+        Effect: step.layer is the layer's step, which forward_decode goes on with.
         """
-        index = layer_id - self.token_to_kv_pool.start_layer
-        slots, width = forward_batch.out_cache_loc, self.dsa_index_topk
-        batch = len(q_fp8)
-        cache = self.token_to_kv_pool.hot_caches[index]
+        pool, slots, width = self.token_to_kv_pool, forward_batch.out_cache_loc, self.dsa_index_topk
+        index, batch = layer_id - pool.start_layer, len(q_fp8)
+        cache = pool.hot_caches[index]
         if not self._selects or not batch or len(slots) != batch:
             return get_topk(q_fp8, weights, metadata)
         if len(cache.passes(batch, width)) > 1 or not cache.has_room_for_writes(batch, width):
             return get_topk(q_fp8, weights, metadata)
-        self.decode.reserve(index, slots, width, self.token_to_kv_pool.page_size)
-        cuts = []
-        if self.mode is Mode.DBA and self.decode.can_halve(index, batch, width):
-            cuts = self._cut(metadata, batch)
+        step = self.decode.layer(index, slots)
+        self.decode.reserve(step, width, pool.page_size)
+        halves = []
+        if self.step.mode is Mode.DBA and self.decode.can_halve(index, batch, width):
+            halves = self._halves(metadata, batch)
         parts = []
-        for queries, cut in cuts:
-            part = get_topk(q_fp8[queries], weights[queries], cut)
-            self.decode.plan_half(index, part, queries.start, batch, slots[queries])
+        for queries, half in halves:
+            part = get_topk(q_fp8[queries], weights[queries], half)
+            self.decode.plan_half(step, part, queries.start, batch)
             parts.append(part)
         topk = torch.cat(parts) if parts else get_topk(q_fp8, weights, metadata)
-        self._started[layer_id] = self.decode.start(index, topk, slots)
+        self.decode.start(step, topk)
+        self.step.layer = step
         return topk
 
-    def _cut(self, metadata, batch: int) -> list[tuple[slice, object]]:
-        """The indexer's metadata for each half; none where it has no row for each query."""
-        if not self._halves:  # the same for every layer of a step
+    def _halves(self, metadata, batch: int) -> list[tuple[slice, Any]]:
+        """The indexer's metadata for each half; empty where it has no row for each query."""
+        if self.step.halves is None:
             parts = slice(0, batch // 2), slice(batch // 2, batch)
-            self._halves = [
-                (queries, half_batch.slice_metadata(metadata, queries)) for queries in parts
-            ]
-        return [] if any(cut is None for _, cut in self._halves) else self._halves
+            halves = [(part, half_batch.slice_metadata(metadata, part)) for part in parts]
+            self.step.halves = [] if any(half is None for _, half in halves) else halves
+        return self.step.halves
 
     def forward_decode(
         self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None,
@@ -276,67 +293,65 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         if not len(heads):
             return heads.new_empty(0, layer.tp_q_head_num, layer.v_head_dim)
         topk = self._pad_topk_indices(topk_indices, len(heads))
-        pool.sample.take(index, topk)
-        slots = forward_batch.out_cache_loc
-        planned = self._started.pop(layer.layer_id, None)
-        if planned is not None and planned.topk.shape != topk.shape:
-            planned = None
-        if planned is None and save_kv_cache:
-            self.decode.reserve(index, slots, topk.shape[1], pool.page_size)
-        if save_kv_cache:
-            self.decode.write(index, slots, pool.pack(k, k_rope))
-        if planned is None:
-            planned = self.decode.start(index, topk, slots if len(slots) == len(topk) else None)
-        if planned is not None and self.mode is Mode.OFF:
-            self.decode.wait(planned)
-            self.rows_of_plan = planned.buffers.rows
-            with pool.reading(planned.cache.rows):
+        for observer in self._observers:
+            observer.decode_topk(index, topk)
+        new = (k, k_rope) if save_kv_cache else None
+        self.step.layer = step = self._write_and_start(index, forward_batch, topk, new)
+        if step.buffers is not None and self.step.mode is Mode.OFF:
+            self.decode.wait(step)
+            with pool.reading(step.cache.rows):
                 out = super().forward_decode(
                     q, None, None, layer, forward_batch, False, q_rope=q_rope,
                     topk_indices=topk, **kwargs,
                 )  # fmt: skip
         else:
-            if kwargs.get("attn_sink") is not None:
-                way = "--ess-overlap off"
-                if planned is None:  # several passes, whatever overlaps
-                    way = "a larger hot tier (--ess-hot-ratio or --ess-hot-gib)"
-                raise RuntimeError(
-                    f"attention in parts must have no sink: got one. Add {way}, or --disable-ess."
-                )
-            out = self._with_lse(index, layer, heads, q_rope, topk, planned)
+            _check_no_sink(kwargs.get("attn_sink"), step)
+            out = self._with_lse(layer, heads, q_rope, topk, step)
+        self.step.layer = None  # in a capture it would keep the layer's buffers from the next one
         if index == pool.layer_num - 1:
-            pool.transfer.join()  # what is left of the step: a capture must end in one stream
-            # What a warm-up cut is not refreshed when the graph that follows it is replayed.
-            self._halves.clear()
+            pool.transfer.join()  # a capture must end in one stream
+            # A warm-up and the capture after it are one pass for SGLang. The capture must make
+            # what it reads, or a replay would read the warm-up's metadata.
+            self.step = StepState(self.step.mode)
         return out
 
-    def _with_lse(self, index, layer, heads, q_rope, topk, planned) -> torch.Tensor:
+    def _write_and_start(self, index, forward_batch, topk, new) -> LayerStep:
+        """The layer's step with its plan under way, started by select() or here.
+
+        new: (latents [T, 1, 512], rope keys [T, 1, 64]) to save; None where the step writes none
+        """
+        step = self.step.take_layer(index, topk.shape)
+        selected = step is not None
+        if not selected:
+            step = self.decode.layer(index, forward_batch.out_cache_loc)
+            if new is not None:
+                self.decode.reserve(step, topk.shape[1], self.token_to_kv_pool.page_size)
+        if new is not None:
+            self.decode.write(step, self.token_to_kv_pool.pack(*new))
+        if not selected:
+            self.decode.start(step, topk)
+        return step
+
+    def _with_lse(self, layer, heads, q_rope, topk, step: LayerStep) -> torch.Tensor:
+        """Attention in parts: a step that overlaps, or that takes several passes."""
         q_all = heads if q_rope is None else torch.cat(
             [heads, q_rope.view(len(heads), layer.tp_q_head_num, -1)], dim=-1
         )  # fmt: skip
         self._scale = layer.scaling
-        if planned is None:
-            return self.decode.in_passes(index, q_all, topk)
-        return self.decode.finish(q_all, planned, self.mode)
+        if step.buffers is None:
+            return self.decode.in_passes(step, q_all, topk)
+        return self.decode.finish(q_all, step, self.step.mode)
 
-    def _attend_rows(self, q_all, rows, indices, lengths):
-        short = self._short_lists
-        if short not in self._kernels:
+    def _attend_rows(self, short_lists: bool, q_all, rows, indices, lengths):
+        """short_lists: the lists are few of many columns"""
+        if short_lists not in self._kernels:
             need = Need(rows.dtype, self.device_capability, q_all.shape[1], True, True)
             device = torch.device(self.device)
-            self._kernels[short] = choose(need, self._scale, device, short_lists=short)
-        return self._kernels[short].attend(q_all, rows, indices, lengths)
-
-    def _attend_late(self, *args):
-        """_attend_rows of the rows that came late: few of many columns."""
-        self._short_lists = True
-        try:
-            return self._attend_rows(*args)
-        finally:
-            self._short_lists = False
+            self._kernels[short_lists] = choose(need, self._scale, device, short_lists=short_lists)
+        return self._kernels[short_lists].attend(q_all, rows, indices, lengths)
 
     def _canary(self) -> None:
-        """Now and then compare hot rows with their host rows (invariant 2); waits for both."""
+        """Now and then compare hot rows with their host rows. Waits for the device."""
         if not self._canary_rate or self._random.random() >= self._canary_rate:
             return
         pool = self.token_to_kv_pool
@@ -377,6 +392,18 @@ def _check(backend: EssDsaBackend, pool, index_kpool: int = 1) -> None:
                 "--dsa-decode-backend and --dsa-prefill-backend flashmla_kv (fp8 rows) or "
                 "flashmla_sparse (bf16 rows)."
             )
+
+
+def _check_no_sink(sink, step: LayerStep) -> None:
+    """Raises: RuntimeError for an attention sink, which attention in parts cannot have."""
+    if sink is None:
+        return
+    way = "--ess-overlap off"
+    if step.buffers is None:  # several passes, whatever overlaps
+        way = "a larger hot tier (--ess-hot-ratio or --ess-hot-gib)"
+    raise RuntimeError(
+        f"attention in parts must have no sink: got one. Add {way}, or --disable-ess."
+    )
 
 
 def _check_mode(mode) -> None:

@@ -1,39 +1,30 @@
 """SGLang attention backend of the CPU platform: sparse MLA over the selected slots."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.runtime_context import get_disagg
 
-from sglang_ess.config import EssConfig
 from sglang_ess.cpu.ops.sparse_mla import sparse_mla
-from sglang_ess.disagg import prefill_side
 from sglang_ess.layout import LATENT_DIM, PAGE_SLOTS, ROPE_DIM
+from sglang_ess.tiers.topk_observer import PassQueries, TopkObserver
 
 
 @dataclass(frozen=True)
-class SparseMetadata:
-    """What every layer of one forward pass needs to know of its queries.
+class SparseMetadata(PassQueries):
+    """The queries of one forward pass, and the sizes that every layer needs.
 
-    req_to_token [requests, max context] int32: SGLang's table, not a copy
-    req_rows [T] int64: the row of req_to_token each query belongs to
-    lengths [T] int32: positions each query sees, itself included
     max_length: the largest of lengths
-    page_table [B, P] int32: index-key pages of each request (decode only, else None)
-    spans: (row, prefix, tokens) of each request in query order (extend only, else None)
+    page_table [B, P] int32: index-key pages of each request in decode; None in prefill
     """
 
-    req_to_token: torch.Tensor
-    req_rows: torch.Tensor
-    lengths: torch.Tensor
     max_length: int
     page_table: torch.Tensor | None
-    spans: tuple[tuple[int, int, int], ...] | None
 
     @staticmethod
     def for_decode(req_to_token, req_rows, seq_lens) -> "SparseMetadata":
-        """One query a request."""
+        """Metadata of a decode step: one query a request."""
         lengths = seq_lens.to(torch.int32)
         max_length = int(lengths.max()) if len(lengths) else 0
         first_slots = req_to_token[req_rows, :max_length:PAGE_SLOTS]
@@ -41,14 +32,16 @@ class SparseMetadata:
             req_to_token,
             req_rows,
             lengths,
+            None,
             max_length,
             (first_slots // PAGE_SLOTS).contiguous(),
-            None,
         )
 
     @staticmethod
     def for_extend(req_to_token, req_rows, prefix_lens, extend_lens) -> "SparseMetadata":
-        """extend_lens[i] queries of request i, after prefix_lens[i] cached positions."""
+        """Metadata of a prefill pass: extend_lens[i] queries of request i, after prefix_lens[i]
+        cached positions.
+        """
         prefixes = torch.tensor(prefix_lens, dtype=torch.int32)
         tokens = torch.tensor(extend_lens)
         starts = torch.cumsum(tokens, 0) - tokens
@@ -57,28 +50,24 @@ class SparseMetadata:
         spans = tuple(zip(req_rows.tolist(), prefix_lens, extend_lens, strict=True))
         max_length = max((prefix + n for _, prefix, n in spans), default=0)
         rows = torch.repeat_interleave(req_rows, tokens)
-        return SparseMetadata(req_to_token, rows, lengths.int(), max_length, None, spans)
+        return SparseMetadata(req_to_token, rows, lengths.int(), spans, max_length, None)
 
 
 class CpuSparseMlaBackend(AttentionBackend):
-    """Absorbed MLA on the CPU, reading only the rows that the indexer selected.
+    """Absorbed MLA on the CPU over the rows that the indexer selected.
 
     The indexer hands over slots, not positions, as SGLang's fused top-k does on CUDA.
+    observers: see each layer's top-k list before attention reads its rows
     """
 
-    def __init__(self, model_runner):
+    forward_metadata: SparseMetadata  # of the pass under way
+
+    def __init__(self, model_runner, observers: Sequence[TopkObserver] = ()):
         super().__init__()
+        self._observers = tuple(observers)
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.kv_cache_dtype = model_runner.kv_cache_dtype
-        self.forward_metadata: SparseMetadata | None = None
-        config = EssConfig.from_env()
-        sends = config is not None and config.enabled and config.pd_warmup == "on"
-        if sends and get_disagg().disaggregation_mode == "prefill":
-            pool = self.token_to_kv_pool
-            prefill_side.active = prefill_side.PromptEndRecorder(
-                pool.layer_num, pool.size + pool.page_size
-            )
 
     def init_forward_metadata(self, forward_batch) -> None:
         req_rows = forward_batch.req_pool_indices.long()
@@ -93,6 +82,8 @@ class CpuSparseMlaBackend(AttentionBackend):
                 list(forward_batch.extend_prefix_lens_cpu),
                 list(forward_batch.extend_seq_lens_cpu),
             )
+        for observer in self._observers:
+            observer.begin_pass(forward_batch.rids, self.forward_metadata)
 
     def get_indexer_metadata(self, layer_id, forward_batch) -> SparseMetadata:
         return self.forward_metadata
@@ -112,6 +103,8 @@ class CpuSparseMlaBackend(AttentionBackend):
     ):
         """Write this pass's rows, then attend. Returns [T, heads * 512] in q's dtype.
 
+        Decode is the same.
+
         q [T, heads, 512] absorbed, q_rope [T, heads, 64]; k [T, 1, 512], k_rope [T, 1, 64]
         topk_indices [T, top-k] int32 slots, -1 pads
         """
@@ -119,7 +112,8 @@ class CpuSparseMlaBackend(AttentionBackend):
             self._write(layer, forward_batch.out_cache_loc, k, k_rope)
         heads = layer.tp_q_head_num
         q, q_rope = q.view(-1, heads, LATENT_DIM), q_rope.view(-1, heads, ROPE_DIM)
-        out = self._attend(layer, forward_batch, q, q_rope, topk_indices)
+        self._observe(layer.layer_id - self.token_to_kv_pool.start_layer, topk_indices)
+        out = self._attend(layer, q, q_rope, topk_indices)
         return out.view(-1, heads * LATENT_DIM)
 
     forward_decode = forward_extend
@@ -127,26 +121,22 @@ class CpuSparseMlaBackend(AttentionBackend):
     def _write(self, layer, loc, k, k_rope) -> None:
         self.token_to_kv_pool.set_mla_kv_buffer(layer, loc, k, k_rope)
 
-    def _attend(self, layer, forward_batch, q, q_rope, topk) -> torch.Tensor:
+    def _observe(self, layer_index: int, topk: torch.Tensor) -> None:
+        for observer in self._observers:
+            if self.forward_metadata.spans is None:
+                observer.decode_topk(layer_index, topk)
+            else:
+                observer.prefill_topk(layer_index, topk)
+
+    def _attend(self, layer, q, q_rope, topk) -> torch.Tensor:
         """Attention over the slots topk [T, top-k]: out [T, heads, 512]."""
-        if prefill_side.active is not None and self.forward_metadata.spans is not None:
-            self._record(layer.layer_id - self.token_to_kv_pool.start_layer, forward_batch, topk)
         rows = self.token_to_kv_pool.latent_rows(layer.layer_id)
         return attend_rows(layer, q, q_rope, rows, topk)[0]
 
-    def _record(self, layer, forward_batch, topk) -> None:
-        """What a prompt's end selects goes along to the decode server."""
-        metadata = self.forward_metadata
-        prefill_side.active.record(
-            layer,
-            forward_batch.rids,
-            metadata.spans,
-            topk.numpy(),
-            metadata.lengths.numpy(),
-            metadata.req_to_token.numpy(),
-        )
-
 
 def attend_rows(layer, q, q_rope, rows, indices) -> tuple[torch.Tensor, torch.Tensor]:
-    """sparse_mla with the layer's scale; every backend here calls it, so clocks and faults do."""
+    """sparse_mla with the layer's scale: (out [T, heads, 512], lse [T, heads]).
+
+    Every attention of the CPU platform goes through here, so one place can time it.
+    """
     return sparse_mla(q, q_rope, rows, indices, layer.scaling)

@@ -1,6 +1,6 @@
-"""On a prefill node: what the last positions of each prompt select, until the prompt is sent.
+"""On a prefill node: which rows the end of each prompt selects, kept until the prompt is sent.
 
-A prompt's chunks come one after another; the last one's record stays.
+A prompt may be computed in chunks. The record of its last chunk is the one that is sent.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from sglang_ess.disagg import payload
+from sglang_ess.tiers.topk_observer import PassQueries, TopkObserver
 from sglang_ess.tiers.warmup_window import warm_spans
 from sglang_ess.trace.trace import slots_to_positions
 
 logger = logging.getLogger(__name__)
 
 
-class PromptEndRecorder:
-    """Positions selected by the last WARMUP_QUERIES queries of each request's last pass.
+class PromptEndRecorder(TopkObserver):
+    """Records the positions that the last WARMUP_QUERIES queries of each request select.
 
-    num_layers: that record; num_slots: of the pool
+    num_layers: layers whose top-k lists are observed; num_slots: slots of the pool
+    failures: payloads that could not be written
     """
 
     def __init__(self, num_layers: int, num_slots: int):
@@ -29,51 +32,48 @@ class PromptEndRecorder:
         self._scratch = np.zeros(num_slots, np.uint8)
         # Row of the request table -> (request, positions [queries, K] of each layer).
         self._rows: dict[int, tuple[str, list[np.ndarray]]] = {}
+        self._request_ids: Sequence[str] = ()
+        self._queries: PassQueries | None = None
         self.failures = 0
 
-    def record(
-        self,
-        layer: int,
-        rids: Sequence[str],
-        spans: Sequence[tuple[int, int, int]],
-        topk: np.ndarray,
-        lengths: np.ndarray,
-        req_to_token: np.ndarray,
-    ) -> None:
-        """One layer of one prefill pass.
+    def begin_pass(self, request_ids: Sequence[str], queries: PassQueries) -> None:
+        self._request_ids, self._queries = request_ids, queries
 
-        layer counts from 0; spans: (row, prefix, tokens) of each request, in query order
-        topk [T, K] int32 slots, -1 pads; lengths [T] int32 positions each query sees
-        """
-        ends = warm_spans([tokens for _, _, tokens in spans])
-        for rid, (row, _, _), (first, end) in zip(rids, spans, ends, strict=True):
-            held = self._rows.get(row)
-            if held is None or held[0] != rid:
+    def prefill_topk(self, layer_index: int, topk: torch.Tensor) -> None:
+        """Record a layer's lists topk [T, K] int32 slots, -1 pads, of the pass that began last."""
+        queries = self._queries
+        assert queries is not None and queries.spans is not None, "a prefill pass has begun"
+        slots, lengths = topk.numpy(), queries.lengths.numpy()
+        ends = warm_spans([tokens for _, _, tokens in queries.spans])
+        for rid, (row, _, _), (first, end) in zip(
+            self._request_ids, queries.spans, ends, strict=True
+        ):
+            known = self._rows.get(row)
+            if known is None or known[0] != rid:
                 none = np.empty((0, topk.shape[1]), np.int32)
-                held = self._rows[row] = (rid, [none] * self._num_layers)
-            held[1][layer] = slots_to_positions(
-                topk[first:end],
+                known = self._rows[row] = (rid, [none] * self._num_layers)
+            known[1][layer_index] = slots_to_positions(
+                slots[first:end],
                 np.full(end - first, row, np.int64),
                 lengths[first:end],
-                req_to_token,
+                queries.req_to_token.numpy(),
                 self._scratch,
             )
 
     def write(self, req: Any, item: np.ndarray) -> None:
-        """The payload of a request whose prompt is done into its item [ITEM_BYTES] uint8."""
+        """Write the payload of a request whose prompt is done into its item [ITEM_BYTES] uint8."""
         rid, layers = self._rows.pop(req.kv.req_pool_idx, (None, []))
         if rid == req.rid and req.bootstrap_room is not None:
             tokens = len(req.origin_input_ids)
             payload.encode(layers, tokens, req.bootstrap_room, item)
 
 
-active: PromptEndRecorder | None = (
-    None  # of this process; the attention backend of a prefill node sets it
-)
+# This process's recorder: the platform sets it where it builds a prefill node's backend.
+active: PromptEndRecorder | None = None
 
 
 def write(req: Any, item: np.ndarray) -> None:
-    """PromptEndRecorder.write, if this process records. A failure costs a warm-up, no request."""
+    """PromptEndRecorder.write, if this process records. A failure leaves the request cold."""
     if active is None:
         return
     try:

@@ -16,6 +16,7 @@ from sglang_ess.tiers.balance.rebalance import AgeRebalancer
 from sglang_ess.tiers.hot_cache_cuda import DeviceTier
 from sglang_ess.tiers.link_probe import LinkProbe
 from sglang_ess.tiers.staging_cuda import DeviceStaging
+from sglang_ess.tiers.topk_observer import TopkObserver
 from sglang_ess.tiers.topk_sample import TopkSample
 from sglang_ess.tiers.transfer_stream import TransferStream
 
@@ -23,12 +24,14 @@ from sglang_ess.tiers.transfer_stream import TransferStream
 class CudaEssTokenToKVPool(EssTokenToKVPool):
     """EssTokenToKVPool whose hot tier is on a CUDA device.
 
-    tier      hot rows, state and scratch of all layers; hot_caches are its layers
+    tier      DeviceTier: hot rows, state and scratch of all layers
     transfer  the stream on which everything that touches the tiers runs, in order
 
-    Attention reads get_key_buffer(layer): inside reading(rows) that is what was given, hot rows
-    or staged ones, so that SGLang's own kernels read them.
+    get_key_buffer gives SGLang's kernels what reading() was given: hot rows or staged ones.
     """
+
+    tier: DeviceTier
+    rebalancer: AgeRebalancer | None
 
     def _create_tiers(self) -> None:
         self.transfer = TransferStream(self.device)
@@ -37,7 +40,6 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         self.tier = DeviceTier(
             self.kv_buffer, hot_rows, topk, PLAN_QUERIES_CUDA, self.device, moves
         )
-        self.hot_caches = self.tier.caches
         if moves:
             self.rebalancer = AgeRebalancer(self.layer_num, hot_rows, self.tier.max_rows, topk)
         pinned = torch.device(self.device).type == "cuda"
@@ -46,25 +48,32 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         self.staging = DeviceStaging(
             self.kv_buffer, self.capacity.staging_rows, self.device, self.transfer
         )
-        self.request_misses = None  # counted by query on the device, not yet by request
+        # What SGLang's kernels read now, and the staging group that it belongs to in prefill.
         self._reading: torch.Tensor | None = None
         self._group = 0
         self._places = torch.arange(0, device=self.device)
 
     @property
-    def device_bytes(self) -> int:
-        index_keys = sum(buffer.nbytes for buffer in self.index_k_with_scale_buffer)
-        return index_keys + self.tier.nbytes + self.staging.nbytes + self._probe.nbytes
+    def topk_observers(self) -> list[TopkObserver]:
+        return [self.sample]
+
+    @property
+    def _scratch_bytes(self) -> int:
+        return self._probe.nbytes
 
     def before_decode_step(self, num_queries: int = 0) -> None:
-        """And all that is under way on the transfer stream comes first: a replayed graph runs on
-        the main stream and knows nothing of what was issued to that one since its capture.
+        """As the base's; the main stream then waits for the transfer stream.
+
+        A replayed graph runs on the main stream. It does not know of copies that were issued to
+        the transfer stream since its capture.
         """
         super().before_decode_step(num_queries)
         self.transfer.join()
 
     def _rebalance(self, num_queries: int) -> Budgets | None:
-        """The host decides by the last mirror of the ages and waits for nothing."""
+        """Decide by the ages that were last copied to the host; nobody waits for newer ones."""
+        if self.rebalancer is None:
+            return None
         tier = self.tier
         budgets = self.rebalancer.step(tier.demand(num_queries), tier.age_snapshot())
         if budgets is not None:
@@ -83,7 +92,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
 
     @contextmanager
     def reading(self, rows: torch.Tensor) -> Iterator[None]:
-        """get_key_buffer gives these rows [n, 1, width]."""
+        """Have get_key_buffer give these rows [n, 1, width] meanwhile."""
         self._reading = rows
         try:
             yield
@@ -91,18 +100,20 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
             self._reading = None
 
     def staged(self, layer_id: int, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(queries, their staged rows) of each group of a prompt batch, in order.
+        """Stage a prompt batch in a layer. Yields (queries, their staged rows) of each group.
 
-        rows: of this layer's new tokens, packed. translate_loc_to_hisparse_device answers for
-        the group given last.
+        rows [T, 1, width]: the batch's new tokens in this layer, packed
+        Effect: translate_loc_to_hisparse_device answers for the group that was yielded last.
         """
         for index, group in enumerate(self.staging.groups):
             self._group = index
             yield group.queries, self.staging.rows(layer_id - self.start_layer, index, rows)
 
-    def staged_places(self, slots: torch.Tensor) -> torch.Tensor:
-        """Places of slots [T, K] int32 in the group's buffer; 0 for other groups' queries, whose
-        attention is thrown away (-1 would be read by kernels that go by lengths).
+    def translate_loc_to_hisparse_device(self, slots: torch.Tensor) -> torch.Tensor:
+        """SGLang's question in prefill: the places of slots [T, K] int32 in get_key_buffer's rows.
+
+        Queries of other groups get 0; their attention is thrown away. Not -1: kernels that go by
+        lengths would read it.
         """
         queries = self.staging.groups[self._group].queries
         places = torch.zeros_like(slots)
@@ -114,7 +125,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         if self._reading is None:
             raise RuntimeError(
                 f"rows of layer {layer_id} must be read inside reading(): got a reader that knows "
-                "one tier only. Report this with the server's options; --disable-ess serves them."
+                "one tier only. Report this with the server's options, and add --disable-ess."
             )
         same = self.store_dtype == self.dtype
         return self._reading if same else self._reading.view(self.dtype)
@@ -129,14 +140,14 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         return rows
 
     def write_prompt(self, layer_id: int, loc: torch.Tensor, rows: torch.Tensor) -> None:
-        """Save rows [n, 1, width] of the slots loc [n] int64, hot where there is room."""
-        index = layer_id - self.start_layer
-        # A copy: SGLang writes the next pass's slots into this tensor, and a prompt's pass does
-        # not end with the main stream waiting for its saves.
+        """Save rows [n, 1, width] of the slots loc [n] int64; make them hot if there is room."""
+        cache = self.hot_cache(layer_id)
+        # A copy: SGLang writes the next pass's slots into this tensor, and the main stream does
+        # not wait for a prompt's saves at the end of its pass.
         slots = loc.clone()
         with self.transfer.on_transfer_stream():
-            scatter_rows(rows, slots, self.kv_buffer[index])
-            self.hot_caches[index].install(slots, rows, IDLE_STEPS, first_slot=self.page_size)
+            scatter_rows(rows, slots, cache.host_rows)
+            cache.install(slots, rows, IDLE_STEPS, first_slot=self.page_size)
             self.transfer.record_stream(slots, rows)
 
     # --- SGLang's write paths -----------------------------------------------------------
@@ -152,14 +163,10 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         latent, rope = cache_k.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         self.set_mla_kv_buffer(layer, loc_info, latent, rope, layer_id_override)
 
-    def translate_loc_to_hisparse_device(self, slots: torch.Tensor) -> torch.Tensor:
-        """Upstream's question in extend: where in get_key_buffer's rows these slots are."""
-        return self.staged_places(slots)
-
     def get_mla_kv_buffer(self, layer, loc: torch.Tensor, dst_dtype=None):
-        """Host rows of the slots loc, for attention that expands a prefix: none does under ESS.
+        """SGLang's dense attention would read a prefix's host rows here. Under ESS none does.
 
-        Raises: NotImplementedError; EssDsaBackend keeps such batches on the absorbed path.
+        Raises: NotImplementedError. EssDsaBackend keeps such batches on the absorbed path.
         """
         raise NotImplementedError(
             "prefix rows must be read through staging: got a dense MHA prefill of "
@@ -167,7 +174,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         )
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
-        """Between steps: waits for the device, copies on the host."""
+        """Wait for the device, then copy on the host. SGLang calls it between steps."""
         self.synchronize()
         for rows in self.kv_buffer:
             rows[tgt_loc.view(-1).cpu()] = rows[src_loc.view(-1).cpu()]
@@ -189,7 +196,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
             self.transfer.record_stream(slots)
 
     def synchronize(self) -> None:
-        """Rows under way are in the host tier before the host touches it."""
+        """Wait until all rows that were written are in the host tier."""
         self.transfer.join()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

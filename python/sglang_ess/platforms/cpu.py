@@ -1,8 +1,8 @@
 """SGLang platform for hosts without an accelerator.
 
-Upstream has no CPU path for DeepSeek sparse attention. Registered as an out-of-tree
-platform, ours makes every layer take its torch-native path and supplies the pieces that
-have none: the indexer, the sparse MLA backend and the KV pool's write paths.
+Upstream has no CPU path for DeepSeek sparse attention. This out-of-tree platform makes every layer
+take its torch-native path and supplies what has none: the indexer, the sparse MLA backend and the
+KV pool's writes.
 """
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -12,7 +12,7 @@ from sglang.srt.platforms.interface import SRTPlatform
 from sglang_ess.config import EssConfig
 
 DISPATCH_KEY = "ess_cpu"
-DEFAULT_CONTEXTS = 8  # full-length requests that the default number of slots holds
+DEFAULT_CONTEXTS = 8  # the default number of slots holds this many requests of full length
 
 
 class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
@@ -21,10 +21,10 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
 
     def get_device(self, device_id: int = 0) -> str:
-        """SGLang's argument resolution splits this as a string ("cuda:0").
+        """The device as a string: SGLang's argument resolution splits "cuda:0".
 
-        Effect: the plugins are loaded. SGLang's benchmark clients resolve arguments without, and
-        those of a sparse model need our hooks.
+        Effect: SGLang's plugins are loaded. Its benchmark clients resolve a server's arguments
+        without them, and the arguments of a sparse model need our hooks.
         """
         from sglang.srt.plugins import load_plugins
 
@@ -50,7 +50,7 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         return EssPagedAllocator if serves_two_tiers(_config()) else RefusingPagedAllocator
 
     def apply_server_args_defaults(self, server_args) -> None:
-        """Replace what SGLang chose for an Intel AMX host; a backend the user named stays."""
+        """Replace SGLang's choices for an Intel AMX host. A backend that the user named stays."""
         from sglang.srt.arg_groups.model_override_base import model_config_of
         from sglang.srt.configs.model_config import is_deepseek_dsa
 
@@ -60,13 +60,14 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.attention_backend = "dsa" if is_sparse else "torch_native"
         sized = (server_args.max_total_tokens, server_args.mem_fraction_static)
         if sized == (None, None) and _config().device_gib is None:
-            # Device memory is the machine's: 72% of it, by default, takes a minute to fill.
+            # SGLang's default is 72% of the device memory, which is the machine's here. Filling
+            # that takes a minute.
             server_args.max_total_tokens = DEFAULT_CONTEXTS * model.context_len
-        # An idle scheduler polls at full speed: here that core is also the device.
+        # An idle scheduler polls at full speed and would keep a core from the computation.
         server_args.sleep_on_idle = True
 
     def init_backend(self) -> None:
-        """Register the sparse path; runs once in each worker, before the model is built."""
+        """Register the sparse path. Runs once in each worker, before the model is built."""
         import numba
         import torch._dynamo
         from sglang.kernels.fused_op import BaseFusedOp
@@ -81,22 +82,37 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang_ess.mem_cache.pool import EssTokenToKVPool
         from sglang_ess.platforms.cpu_transfer import use_host_transport
 
-        # SGLang compiles small functions (MoE top-k, samplers) by inductor, which needs a
-        # C++ compiler on the host and 10 s at the first request; eager costs microseconds.
+        # SGLang compiles small functions (MoE top-k, samplers) by inductor, which needs a C++
+        # compiler on the host and 10 s at the first request. Eager mode costs microseconds.
         torch._dynamo.config.disable = True
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         BaseFusedOp.register_oot_forward(Indexer, indexer_forward, DISPATCH_KEY)
         use_host_transport()
-        # Same name, so that every "dsa" rule of the model code holds; last one wins.
+        # Under the same name, so that every "dsa" rule of the model code applies.
         register_attention_backend("dsa")(
             lambda runner: (
                 CpuTwoTierBackend(runner)
                 if isinstance(runner.token_to_kv_pool, EssTokenToKVPool)
-                else CpuSparseMlaBackend(runner)
+                else CpuSparseMlaBackend(runner, _one_tier_observers(runner.token_to_kv_pool))
             )
         )
 
 
+def _one_tier_observers(pool) -> list:
+    """The recorder of prompt ends on a prefill node that sends warm-up ids; else nothing."""
+    from sglang.srt.runtime_context import get_disagg
+
+    config = _config()
+    if not (config.enabled and config.pd_warmup == "on"):
+        return []
+    if get_disagg().disaggregation_mode != "prefill":
+        return []
+    from sglang_ess.disagg import prefill_side
+
+    prefill_side.active = prefill_side.PromptEndRecorder(pool.layer_num, pool.size + pool.page_size)
+    return [prefill_side.active]
+
+
 def _config() -> EssConfig:
-    """The launcher's record; one-tier where SGLANG_PLATFORM alone named this platform."""
+    """The launcher's config; one tier where only SGLANG_PLATFORM named this platform."""
     return EssConfig.from_env() or EssConfig(enabled=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from sglang_ess.tiers import lru
 from sglang_ess.tiers.contract import COUNTERS
 from sglang_ess.tiers.hot_cache import HotCache, Plan
+from sglang_ess.tiers.topk_observer import PassQueries, TopkObserver
 from sglang_ess.trace.codec import first_changes, runs_of
 from sglang_ess.trace.format import NO_DATA, Entry, Kind, Queries
 from sglang_ess.trace.trace import TraceWriter
@@ -19,7 +20,7 @@ from sglang_ess.trace.trace import TraceWriter
 STATE_PLACES = np.array([lru.STEP, *(getattr(lru, name.upper()) for name in COUNTERS)])
 
 
-class TraceRecorder:
+class TraceRecorder(TopkObserver):
     """The trace of one pool's layers, and what it has to know of the requests in decode.
 
     Decode's plans are records of positions in the file: between begin_step and end_step, their
@@ -60,6 +61,14 @@ class TraceRecorder:
         if self.writer.recording and self._slots(req_rows, lengths, req_to_token):
             self._step = tuple(request_ids), req_rows.copy(), lengths.copy()
 
+    def begin_pass(self, request_ids: Sequence[str], queries: PassQueries) -> None:
+        """Record the plans of a decode pass as those of its queries."""
+        if queries.spans is not None:
+            self.end_step()
+            return
+        arrays = queries.req_rows.numpy(), queries.lengths.numpy(), queries.req_to_token.numpy()
+        self.begin_step(request_ids, *arrays)
+
     def end_step(self) -> None:
         self._step = None
 
@@ -99,11 +108,6 @@ class TraceRecorder:
         self.writer.put(
             Entry(Kind.PLAN_SLOTS, cache.layer, argument, counters, topk.copy(), queries)
         )
-
-
-def hot_cache_factory(path: str, *args, **kwargs) -> Callable[..., HotCache]:
-    """HotCache; with a path, a TraceRecorder's hot_cache, for the first layer, the second, ..."""
-    return TraceRecorder(path, *args, **kwargs).hot_cache if path else HotCache
 
 
 class RecordedHotCache(HotCache):

@@ -1,0 +1,42 @@
+"""The interface of what watches top-k lists: the sampler, the trace and the PD recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PassQueries:
+    """The queries of one forward pass, on the host.
+
+    req_to_token [requests, max context] int32: SGLang's request table, not a copy
+    req_rows [T] int64: the row of req_to_token that each query belongs to
+    lengths [T] int32: positions each query sees, itself included
+    spans: (row, prefix, tokens) of each request in query order; None in decode, which has one
+        query a request
+    """
+
+    req_to_token: torch.Tensor
+    req_rows: torch.Tensor
+    lengths: torch.Tensor
+    spans: tuple[tuple[int, int, int], ...] | None
+
+
+class TopkObserver:
+    """Sees every layer's top-k list before its rows are fetched. Override what is of interest."""
+
+    def begin_pass(self, request_ids: Sequence[str], queries: PassQueries) -> None:
+        """A forward pass begins. Not called on CUDA, where a replayed graph runs no Python."""
+
+    def decode_topk(self, layer_index: int, topk: torch.Tensor) -> None:
+        """A decode step selects topk [T, K] int32 slots, -1 pads, in this layer.
+
+        On CUDA this is captured with the step, so it must launch the same work at each capture
+        and replay, and may not wait for the device.
+        """
+
+    def prefill_topk(self, layer_index: int, topk: torch.Tensor) -> None:
+        """A prefill pass selects topk [T, K] int32 slots, -1 pads, in this layer. CPU only."""
