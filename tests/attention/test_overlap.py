@@ -8,7 +8,7 @@ import pytest
 from ess_kernels import hot_state
 from sglang_ess.attention.overlap import GAIN, CostTable, Mode, OverlapPolicy
 
-# ESS figure 7 (papers.md 1.7), digitised: overhead in us at batch 160, 128K, MTP 2.
+# ESS figure 7, digitised: overhead in us at batch 160, 128K, MTP 2.
 MISSES = (32, 64, 128, 256, 512)
 FIGURE_7 = {
     Mode.OFF: (38, 80, 168, 333, 674),

@@ -86,7 +86,7 @@ def in_reused_slots(cluster, colocated):
 
 
 def test_reused_slots(cluster, colocated):
-    """Invariant 3: rows that a transfer has written are not read from where they are stale."""
+    """A hot row of a slot's former owner is not read for a row that a transfer has written."""
     check_same(cluster, colocated, in_reused_slots(cluster, colocated))
 
 
@@ -177,7 +177,7 @@ def test_plain_prefill_node(model, colocated, tmp_path):
 
 @pytest.mark.slow
 def test_stale_rows_would_be_seen(model, colocated, tmp_path):
-    """That test_reused_slots can fail: with a node that leaves freed slots hot, it does."""
+    """test_reused_slots can fail: it does with a node that leaves freed slots hot."""
     env = faulty(tmp_path, "tests.support.pd:freed_slots_stay_hot")
     with start(model, tmp_path, env=env) as cluster:
         cluster.wait_ready()

@@ -209,7 +209,7 @@ def test_nothing_is_decided_before_sglang_asks(monkeypatch):
      (40, 131072, 0.2), (54, 131072, 0.1)],
 )  # fmt: skip
 def test_the_batches_of_ess_table_2(batch, context, ratio):
-    """papers.md 1.8: batch x context x 61 x (ratio x 656 + 132) fits 85.7e9 B within 2 %.
+    """ESS's memory equation: batch x context x 61 x (ratio x 656 + 132) fits 85.7e9 B within 2 %.
 
     Beyond that sum we count maps, queues and staging: for 160 x 32K, 62 x 4 B of maps and
     0.21 x 61 x 30 B of queue make 3.7 % of a slot's bytes.

@@ -199,7 +199,7 @@ def test_warm_up_changes_misses_and_no_output(models):
     ],
 )
 def test_a_broken_invariant_is_noticed(models, fault, ratio):
-    """Invariants 1, 3 and 4, one at a time; and a fetch that never happens."""
+    """Host first, no stale copy, one row each: broken one at a time; and a fetch left out."""
     expected = baseline(models["v32"], script)
     ess = {"canary_rate": 0.0}  # it would notice first: the next test
     with engine(models["v32"], RATIOS[ratio], [fault], ess) as served:

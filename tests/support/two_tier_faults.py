@@ -1,10 +1,10 @@
-"""Two-tier pools with one invariant broken, installed in an engine's process."""
+"""Two-tier pools that break one invariant of tiers/contract.py, in an engine's process."""
 
 import torch
 
 
 def host_row_forgotten() -> None:
-    """Invariant 1: a decode step's row goes to the hot tier only; evicted, it is lost."""
+    """Host first: a decode step's row goes to the hot tier only; evicted, it is lost."""
     from sglang_ess.mem_cache.pool_cpu import CpuEssTokenToKVPool
 
     install = CpuEssTokenToKVPool.install
@@ -18,7 +18,7 @@ def host_row_forgotten() -> None:
 
 
 def stale_hot_row() -> None:
-    """Invariant 3: neither a write of the slot nor its being freed touches its hot row."""
+    """No stale copy: neither a write of the slot nor its being freed touches its hot row."""
     from sglang_ess.mem_cache.pool_cpu import CpuEssTokenToKVPool
 
     CpuEssTokenToKVPool.invalidate_slots = lambda *_: None
@@ -27,7 +27,7 @@ def stale_hot_row() -> None:
 
 
 def one_row_for_two_slots() -> None:
-    """Invariant 4: of each query, the first slot's hot row is also given to the second."""
+    """One plan, one row each: a query's second slot also gets the first one's hot row."""
     from sglang_ess.tiers import HotCache
 
     plan = HotCache.plan
