@@ -426,20 +426,13 @@ def _draw_bars(axes: Any, panel: Panel) -> None:
 
 
 def plot(path: Path, *panels: Panel, size: tuple[float, float] | None = None) -> None:
-    """Write a PNG with the panels side by side."""
-    size = size or (5.5 * len(panels), 4.5)
-    save_figure(path, lambda axes: [draw(a, p) for a, p in zip(np.atleast_1d(axes), panels,
-                                                               strict=True)],
-                size, len(panels))  # fmt: skip
-
-
-def save_figure(path: Path, fill: Callable[[Any], Any], size=(11, 4.5), panels: int = 2) -> None:
-    """Write a PNG with `panels` axes side by side; fill(axes) draws them. Needs no display."""
+    """Write a PNG with the panels side by side. Needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size or (5.5 * len(panels), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    fill(figure.subplots(1, panels))
+    for place, panel in enumerate(panels, start=1):
+        draw(figure.add_subplot(1, len(panels), place), panel)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -29,8 +29,18 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import nnls
 
-from benchmarks.common import OtherLoad, Report, Worker, arguments, failed, measured, table
-from benchmarks.common import save_figure as save
+from benchmarks.harness import (
+    OtherLoad,
+    Panel,
+    Report,
+    argument_parser,
+    failed,
+    finish,
+    measured,
+    pivot,
+    print_table,
+    simulated,
+)
 from benchmarks.serving.shared import prompts_of
 from benchmarks.serving.two_tier import (
     PAGE,
@@ -42,6 +52,7 @@ from benchmarks.serving.two_tier import (
     take_turns,
 )
 from benchmarks.serving.two_tier_figures import Window
+from benchmarks.worker import Worker
 
 TERMS = ("fixed", "request", "token", "row")
 UNITS = {"fixed": "ms", "request": "us", "token": "ns", "row": "us"}
@@ -165,8 +176,8 @@ def judge(report: Report, points: Sequence[Point], seed: int) -> np.ndarray:
             steps = [1e3 * step for step in point.steps]
             report.add(measured(NAME, config, "decode_step", "ms", steps, **more))
             model = [1e3 * point.seconds * (1 + error)]
-            row = measured(NAME, config, "decode_step", "ms", model, error=float(error), **more)
-            report.add(row | {"kind": "simulated"})
+            more["error"] = float(error)
+            report.add(simulated(NAME, config, "decode_step", "ms", model, **more))
     found = np.abs(errors(predicted, coefficients))
     report.summarise("mean_abs_error", found.mean())
     report.summarise("max_abs_error", found.max())
@@ -221,36 +232,27 @@ def _steps(points: Sequence[Point]) -> str:
 # --- output -----------------------------------------------------------------------------
 
 
-def print_tables(report: Report) -> None:
-    """What was predicted, and the summary."""
-    headers = ("system", "batch", "context", "rows/step", "measured ms", "predicted ms", "error %")
-    lines = []
-    for real, model in zip(report.rows[::2], report.rows[1::2], strict=False):
-        if real["config"]["half"] == "predicted":
-            where = [real["config"][key] for key in ("system", "batch", "context")]
-            figures = [real["rows_per_step"], real["median"], model["median"]]
-            lines.append([*where, *figures, 100 * model["error"]])
-    print(table(headers, lines))
-    print()
-    print(table(["summary", ""], report.summary.items()))
-
-
-def draw(report: Report, axes) -> None:
-    """Predicted over measured milliseconds, by half."""
-    for half, marker in (("fitted", "x"), ("predicted", "o")):
-        rows = [row for row in report.rows if row["config"].get("half") == half]
-        real = [row["median"] for row in rows if row["kind"] == "measured"]
-        model = [row["median"] for row in rows if row["kind"] == "simulated"]
-        axes.plot(real, model, marker, label=half, fillstyle="none")
-        axes.axline((0, 0), slope=1, color="gray", linewidth=0.5)
-    axes.set(xlabel="measured ms", ylabel="by the model, ms", title="A decode step")
-    axes.legend()
+def output(report: Report) -> list[Panel]:
+    """Print the predicted points; the panel has both halves."""
+    index = ("half", "system", "batch", "context", "rows_per_step", "error")
+    points = pivot(report.select(kind="simulated"), index, "kind")
+    columns = {"system": "system", "batch": "batch", "context": "context",
+               "rows/step": "rows_per_step", "measured ms": "measured",
+               "predicted ms": "simulated", "error": "error:+.1%"}  # fmt: skip
+    for row, real in zip(points, report.select(kind="measured"), strict=True):
+        row["measured"] = real["median"]
+    print_table([row for row in points if row["half"] == "predicted"], columns)
+    axes = {"xlabel": "measured ms", "ylabel": "by the model, ms", "title": "A decode step"}
+    styles = {"fitted": "x", "predicted": "o"}
+    return [Panel(points, "measured", "simulated", "half", styles=styles, axes=axes)]
 
 
 def parser():
-    options = arguments("Step-time model, fitted on half of the measured points, on the others.")
+    options = argument_parser(__doc__)
     cores = len(os.sched_getaffinity(0))
-    options.add_argument("--threads", type=int, default=cores, help="of every engine [all cores]")
+    options.add_argument(
+        "--threads", type=int, default=cores, help="threads of every engine [all cores]"
+    )
     return options
 
 
@@ -267,13 +269,9 @@ def main(argv: list[str] | None = None) -> int:
             report.add(failed(NAME, {"half": None}, "all", "", error))
             bench.progress(f"not measured: {error}")
         report.machine["other_cpu_ratio"] = load.ratio()
-    print_tables(report)
-    if options.json:
-        minutes = round((time.monotonic() - bench.started) / 60, 1)
-        config = {"quick": options.quick, "threads": options.threads, "grid": asdict(grid)}
-        report.write(options.json, options.seed, **config, minutes=minutes)
-    if options.plot and report.summary:
-        save(options.plot, lambda axes: draw(report, axes), size=(5.5, 4.5), panels=1)
+    minutes = round((time.monotonic() - bench.started) / 60, 1)
+    config = {"threads": options.threads, "grid": asdict(grid), "minutes": minutes}
+    finish(report, options, *output(report), **config)
     return 0 if report.summary else 1
 
 

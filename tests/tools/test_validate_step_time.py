@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.common import Report, save_figure
+from benchmarks.harness import Report, plot, print_summary
 from benchmarks.serving.engines import DROPPED_PASSES, SETTLED_PASSES
 from benchmarks.serving.two_tier_figures import Window
 from tests.benchmarks.test_two_tier_benchmark import decode_passes
@@ -127,8 +127,10 @@ class TestPlans:
 def test_tables_and_plot(tmp_path, capsys):
     report = Report(machine={})
     judge(report, points_of(noise=0.05), seed=0)
-    validate_step_time.print_tables(report)
+    panels = validate_step_time.output(report)
+    print_summary(report)
     printed = capsys.readouterr().out
     assert "mean_abs_error" in printed and "predicted ms" in printed
-    save_figure(tmp_path / "a.png", lambda axes: validate_step_time.draw(report, axes), panels=1)
+    assert printed.count("ess 0.") + printed.count("ess 1.") == report.summary["predicted_points"]
+    plot(tmp_path / "a.png", *panels)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

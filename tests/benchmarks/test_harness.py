@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, files and processes; one slow run of the real thing."""
+"""The harness of the benchmarks: rows, files, tables, plots, workers; and all of hot_cache."""
 
 import json
 import os
@@ -9,17 +9,25 @@ import pytest
 import torch
 
 from benchmarks import hot_cache
-from benchmarks.common import (
+from benchmarks.harness import (
     OtherLoad,
+    Panel,
     Report,
-    Worker,
-    WorkerError,
+    argument_parser,
     failed,
+    field_of,
     find,
+    finish,
     measured,
+    pivot,
+    plot,
+    print_table,
     ratios,
+    simulated,
+    spread,
     table,
 )
+from benchmarks.worker import Worker, WorkerError
 from tests.support.calculator import Calculator
 
 ROW_KEYS = {"name", "kind", "config", "metric", "unit", "median", "p10", "p90", "n", "load1"}
@@ -110,6 +118,81 @@ class TestWorker:
             with pytest.raises(WorkerError, match="MemoryError"):
                 worker.call("allocate", 2)
             assert worker.call("divide", 6, 3) == 2
+
+
+def grid() -> Report:
+    """Two systems at three batches, each with a published figure, and a point that failed."""
+    report = Report(machine={})
+    for system, factor in (("one", 1.0), ("two", 2.0)):
+        for batch in (1, 2, 4):
+            config = {"system": system, "batch": batch}
+            published = 9.0 * batch if batch > 1 else None
+            report.add(
+                simulated("grid", config, "speed", "1/s", [10 * factor * batch], paper=published),
+                measured("grid", config, "busy", "ratio", [0.1, 0.2, 0.3]),
+            )
+    report.add(failed("grid", {"system": "one", "batch": 8}, "speed", "1/s", "out of memory"))
+    report.summarise("best", 80)
+    return report
+
+
+class TestOutput:
+    def test_a_field_is_of_the_config_or_of_the_row(self):
+        row = grid().rows[0]
+        assert field_of(row, "batch") == 1 and field_of(row, "median") == 10
+        assert field_of(row, "absent") is None
+        assert field_of(row, lambda row: row["n"]) == 1
+
+    def test_selecting(self):
+        report = grid()
+        assert len(report.select("grid")) == 13 and len(report.select(kind="failed")) == 1
+        assert report.figure("grid", "speed", system="two", batch=4) == 80
+        assert report.figure("grid", "busy", key="p10", system="two", batch=4) > 0.1
+        assert report.figure("grid", "speed", system="three") is None
+        assert report.median("grid", "speed", system="two", batch=4) is None  # not measured
+
+    def test_a_pivot_has_a_column_for_each_metric(self):
+        lines = pivot(grid().select("grid"), ("system", "batch"))
+        assert lines[0] == {"system": "one", "batch": 1, "speed": 10, "busy": 0.2}
+        assert len(lines) == 7 and lines[-1]["speed"] is None
+        by_system = pivot(grid().select(metric="speed"), ("batch",), "system")
+        assert by_system[2] == {"batch": 4, "one": 40, "two": 80}
+        assert pivot(grid().rows, ("absent",)) == []
+
+    def test_a_table_of_rows(self, capsys):
+        columns = {"batch": "batch", "share": "median:.0%", "all": spread,
+                   "twice": lambda row: 2 * row["n"]}  # fmt: skip
+        print_table(grid().select(metric="busy", system="one"), columns, "Busy")
+        lines = capsys.readouterr().out.strip().splitlines()
+        assert lines[0] == "Busy" and len(lines) == 6
+        assert lines[3].split() == ["1", "20%", "0.2", "[0.12,", "0.28]", "6"]
+        print_table([], columns)
+        assert capsys.readouterr().out == ""
+
+    def test_lines_of_a_panel_are_its_series(self):
+        rows = grid().select(metric="speed")
+        names = [name for name, _ in Panel(rows, "batch", series="system").lines()]
+        assert names == ["one", "two"]
+        both = Panel(rows, "batch", series=("system", "metric"))
+        found = {name: len(line) for name, line in both.lines()}
+        assert found == {"one, speed": 3, "two, speed": 3}  # the failed point has no median
+
+    def test_the_end_of_a_run(self, tmp_path, capsys):
+        files = ["--quick", "--json", f"{tmp_path}/a.json", "--plot", f"{tmp_path}/a.png"]
+        rows = grid().select(metric="speed")
+        panels = [
+            Panel(rows, "batch", series="system", points="paper", levels={"limit": 50}),
+            Panel(rows, "batch", series="system", kind="bar", axes={"ylabel": "1/s"}),
+            Panel(rows, "batch", series="system", kind="stack"),
+        ]
+        finish(grid(), argument_parser("A run.\n\nMore.").parse_args(files), *panels, extra=3)
+        printed = capsys.readouterr().out
+        assert "not measured: speed of grid one 8: out of memory" in printed and "best" in printed
+        data = json.loads((tmp_path / "a.json").read_text())
+        assert data["quick"] is True and data["config"] == {"quick": True, "extra": 3}
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+        plot(tmp_path / "one.png", panels[0])
+        assert (tmp_path / "one.png").stat().st_size > 5000
 
 
 def test_hot_cache(tmp_path, monkeypatch, capsys):
