@@ -83,16 +83,6 @@ class Lru(Oracle):
         self.fill(slot)
 
 
-class Lfu(Oracle):
-    def use(self, slot):
-        self.uses += 1
-        self.hot[slot] = (self.hot[slot][0] + 1, self.uses)
-
-    def fill(self, slot):
-        self.uses += 1
-        self.hot[slot] = (1, self.uses)
-
-
 class Clock(Oracle):
     """ring: slots in the order of the rows; hot: whether it was reused."""
 

@@ -1,9 +1,9 @@
-"""Belady's optimum: the row goes whose slot is used again last. It has to know the future.
+"""Belady's optimum: evict the row whose slot is used again last. It must know the future.
 
-As every row has one size and every miss must be fetched (attention reads it), no policy has
-fewer misses from the first step to the last of a stream. Over a part of the stream one may.
-Source: Belady, IBM Systems Journal 5 (1966); that steps are sets changes nothing: what a
-step uses is used next in a later one, and slots used next in the same step are exchangeable.
+All rows have one size, and attention needs every missed row, so no policy misses less over a
+whole stream. Over a part of the stream one may.
+Source: Belady, IBM Systems Journal 5 (1966). It holds for steps that are sets, too: a slot of
+this step is used next in a later step, and slots used next in the same step are exchangeable.
 """
 
 import numpy as np
@@ -14,10 +14,10 @@ NEVER = np.iinfo(np.int32).max
 
 
 class Belady(Policy):
-    """steps [steps, queries, K] int32: all that step() will be called with, in order.
+    """steps [steps, queries, K] int32: every argument of step(), in order.
 
-    Rows that the step in progress does not use are in one singly linked list for each step
-    in which they are used next, and in one for never: a victim is O(1) from the last list.
+    Rows that the current step does not use are in singly linked lists: one for each step of
+    their next use, one for never. A victim comes from the last list that is not empty.
     Raises: ValueError for a step that is not the next of `steps`.
     """
 
@@ -25,14 +25,16 @@ class Belady(Policy):
         super().__init__(rows, num_slots)
         self._steps = steps
         self._next = next_uses(steps.reshape(len(steps), -1), num_slots)
-        self._first = np.full(len(steps) + 1, -1, np.int32)  # of each list; the last is never
+        self._first = np.full(
+            len(steps) + 1, -1, np.int32
+        )  # heads of the lists; the last is "never"
         self._after = np.full(rows, -1, np.int32)
 
     def step(self, topk: np.ndarray) -> np.ndarray:
         if self.steps == len(self._steps) or not np.array_equal(topk, self._steps[self.steps]):
             raise ValueError(
                 f"Belady's steps must be those it was made with: got another at {self.steps}, "
-                f"limit {len(self._steps)}. Make it anew."
+                f"limit {len(self._steps)}. Make a new one."
             )
         return super().step(topk)
 
@@ -45,7 +47,7 @@ class Belady(Policy):
 
 @jit
 def next_uses(steps, num_slots):
-    """[steps, lookups] int32: the next step after this one that looks the slot up, or NEVER."""
+    """Return [steps, lookups] int32: the next step that looks the same slot up, or NEVER."""
     found = np.full(steps.shape, NEVER, np.int32)
     later = np.full(num_slots, NEVER, np.int32)
     for step in range(steps.shape[0] - 1, -1, -1):
@@ -60,10 +62,10 @@ def next_uses(steps, num_slots):
 
 @jit
 def place(topk, next_use, missed, free, step, slot_row, row_slot, row_step, first, after):
-    """Rows for the missed slots; then every row of the step goes to the list of its next use.
+    """Give the missed slots rows, then put every row of the step into the list of its next use.
 
-    The hits are in the list of this step, which no search reaches: the step fits the rows, so
-    there is a row to take in a later list.
+    The hits are in this step's own list. No search reaches it, because the step fits the rows
+    and so a later list has a row to take.
     """
     last = first.shape[0] - 1
     for i in range(missed.shape[0]):
@@ -80,6 +82,6 @@ def place(topk, next_use, missed, free, step, slot_row, row_slot, row_step, firs
             continue
         row = slot_row[topk[i]]
         if row_step[row] == step:
-            row_step[row] = -1  # listed: a repeat is not again
+            row_step[row] = -1  # now listed, so that a repeated slot is not listed again
             number = min(next_use[i], first.shape[0] - 1)
             after[row], first[number] = first[number], row

@@ -1,4 +1,4 @@
-"""CLOCK: a hand goes round the rows and takes the first that was not reused since it passed."""
+"""CLOCK: a hand goes round the rows and takes the first one that had no hit since it passed."""
 
 import numpy as np
 
@@ -6,9 +6,9 @@ from sglang_ess.sim.policies.base import Policy, assign, jit
 
 
 class Clock(Policy):
-    """One bit a row, clear when the row is filled and set by a hit.
+    """One bit for each row: clear when the row is filled, set by a hit.
 
-    The hand clears the bits it passes, but not those of rows that this step uses.
+    The hand clears the bits that it passes, except for rows that this step uses.
     """
 
     def __init__(self, rows: int, num_slots: int):
@@ -25,7 +25,7 @@ class Clock(Policy):
 
 @jit
 def place(used, missed, free, step, slot_row, row_slot, row_step, reused, hand):
-    """Rows for the missed slots. Returns where the hand is then."""
+    """Give the missed slots rows. Returns the hand's new place."""
     for row in used:
         reused[row] = True
     for i in range(missed.shape[0]):

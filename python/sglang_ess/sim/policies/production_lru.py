@@ -1,4 +1,4 @@
-"""Least recently used: the production HotCache, without rows."""
+"""Least recently used: the production HotCache, without row contents."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from sglang_ess.tiers import HotCache
 
 
 class Lru:
-    """HotCache with the interface of the lab's policies."""
+    """HotCache with the interface of base.Policy."""
 
     def __init__(self, rows: int, num_slots: int):
         self.cache = HotCache(None, rows, num_slots)

@@ -1,4 +1,4 @@
-"""A row at random goes: what remembering nothing costs."""
+"""Evict a row at random: the cost of remembering nothing."""
 
 import numba
 import numpy as np
@@ -7,7 +7,7 @@ from sglang_ess.sim.policies.base import Policy, assign, jit
 
 
 class Random(Policy):
-    """Uniform over the rows that this step does not use. Draws are splitmix64 from the seed."""
+    """Evict uniformly among rows that this step does not use; splitmix64 draws from `seed`."""
 
     def __init__(self, rows: int, num_slots: int, seed: int = 0):
         super().__init__(rows, num_slots)
@@ -23,7 +23,7 @@ class Random(Policy):
 
 @jit
 def splitmix64(state):
-    """The next 64 random bits. Source: Steele, Lea, Flood: Fast splittable generators (2014)."""
+    """Return the next 64 random bits. Source: Steele, Lea, Flood, OOPSLA 2014."""
     state[0] += numba.uint64(0x9E3779B97F4A7C15)
     z = state[0]
     z = (z ^ (z >> numba.uint64(30))) * numba.uint64(0xBF58476D1CE4E5B9)
@@ -33,7 +33,7 @@ def splitmix64(state):
 
 @jit
 def place(missed, free, step, slot_row, row_slot, row_step, candidates, state):
-    """Rows for the missed slots, without replacement from those that the step leaves alone."""
+    """Give the missed slots free rows, then rows drawn without replacement."""
     count = 0
     if missed.shape[0] > free.shape[0]:
         for row in range(row_step.shape[0]):
@@ -43,7 +43,7 @@ def place(missed, free, step, slot_row, row_slot, row_step, candidates, state):
         if i < free.shape[0]:
             row = free[i]
         else:
-            # Modulo bias is below rows / 2^64.
+            # The bias of the modulo is below rows / 2^64.
             pick = splitmix64(state) % numba.uint64(count)
             count -= 1
             row = candidates[pick]
