@@ -85,6 +85,7 @@ def test_both_entry_points_mark_the_process(marked, monkeypatch, asked):
 # --- a real engine ------------------------------------------------------------------------
 
 GATHER, RECORD = "tests.support.gather:install", "tests.support.recorder:install"
+STREAM = "tests.testing.topk_stream:register_hooks"
 LENGTHS, NEW = [40, 150, 520, 900, 300], 30
 
 
@@ -101,11 +102,13 @@ def file(small, tmp_path_factory):
 
 
 def serve(model, file, **ess):
+    patches = [GATHER, RECORD]
     if file is not None:
         ess |= {"topk_stream": str(file), "unsafe": True}
+        patches.append(STREAM)
     ess = {"index_dtype": "float32", "admission": "off"} | ess
     args = dict(dtype="float32", max_total_tokens=8192, chunked_prefill_size=512)
-    with EngineProcess(model, ess=ess, patches=[GATHER, RECORD], **args) as engine:
+    with EngineProcess(model, ess=ess, patches=patches, **args) as engine:
         outputs = engine.together("r", parity.prompts_of(LENGTHS), NEW, start=0)
         return outputs, engine.selections()
 
@@ -221,6 +224,7 @@ def test_every_log_line_of_every_process_is_marked(model, tmp_path):
     processes = {line.split()[1] for line in lines}
     assert [line[:200] for line in lines if announce.MARK not in line] == []
     assert len(processes) == 3  # scheduler, detokenizer, and the launcher's with the tokenizer
+    assert "top-k stream" in text and "plays in decode" in text, "the hooks are registered"
     ours = [line for line in text.splitlines() if "[sglang-ess]" in line]
     assert all(line.startswith(announce.MARK) for line in ours)
     assert any("outputs are wrong" in line for line in ours)

@@ -147,7 +147,7 @@ class BlockServer:
     _loads: list[int] = field(default_factory=list)
     _batches: list[int] = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         setting, model = self.setting, self.model
         self._cost = Roofline(setting.machine, model, setting.sparse)
         self._waiting: deque[Request] = deque()

@@ -1,7 +1,7 @@
 """What the clients send: when requests arrive, and how many tokens each has.
 
-A Workload is drawn whole before the simulation begins, so a seed gives one and the same load to
-every system that is compared.
+A Workload is drawn as a whole before the simulation begins, so that one seed gives the same load
+to every system that is compared.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 
 from sglang_ess.sim.inputs.files import NOT_NEGATIVE, POSITIVE, Checked, spec
 
-MAX_TOKENS = 1 << 40  # of a request: none
+MAX_TOKENS = 1 << 40  # of a request: no limit
 CONSTANT, UNIFORM, LOGNORMAL, MIXTURE = "constant", "uniform", "lognormal", "mixture"
 POISSON, FIXED, CLOSED, BURST, TRACE = "poisson", "fixed", "closed", "burst", "trace"
 
-# Fields that each kind takes, beside "kind"; True where it has to be there.
+# The fields of each kind other than "kind". True: the field is required.
 LENGTH_FIELDS: dict[str, dict[str, bool]] = {
     CONSTANT: {"tokens": True},
     UNIFORM: {"low": True, "high": True},
@@ -41,11 +41,14 @@ PREFIX_COLUMNS = ("prefix", "prefix_tokens")
 
 
 class WorkloadError(ValueError):
-    """A trace file that cannot be read: one line with file and line."""
+    """A trace file cannot be read. The text is one line that names file and line."""
 
 
 def check_kind(value: Any, known: dict[str, bool]) -> None:
-    """A dataclass with `kind` has that kind's fields and no others. Raises: ValueError."""
+    """Check that a dataclass has the fields of its `kind` and no others.
+
+    known: field -> whether it is required. Raises: ValueError.
+    """
     for name, content in vars(value).items():
         given = content not in (None, ())
         if name == "kind":
@@ -62,8 +65,8 @@ class Lengths(Checked):
 
     kind    constant (tokens), uniform (low to high, both included), lognormal (median, sigma of
             the logarithm, cut to low and high), mixture (parts, each with its weight)
-    weight  of a mixture's part; they need not sum to 1
-    Raises: ValueError for a field that the kind does not have, lacks, or out of range.
+    weight  share of this part in a mixture; the weights need not sum to 1
+    Raises: ValueError for a field that is missing, out of range, or of another kind.
     """
 
     kind: str = spec(choices=tuple(LENGTH_FIELDS))
@@ -75,14 +78,14 @@ class Lengths(Checked):
     weight: float | None = spec(POSITIVE, default=None)
     parts: tuple[Lengths, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_kind(self, LENGTH_FIELDS[self.kind] | {"weight": False})
         if None not in (self.low, self.high) and self.low > self.high:
             raise ValueError(f"high must be low ({self.low}) or more: got {self.high}.")
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """count token numbers [count] int64."""
+        """Draw `count` token counts [count] int64."""
         if self.kind == CONSTANT:
             return np.full(count, self.tokens, np.int64)
         if self.kind == UNIFORM:
@@ -92,13 +95,13 @@ class Lengths(Checked):
             return np.clip(drawn, self.low or 1, self.high or MAX_TOKENS).astype(np.int64)
         weights = np.array([part.weight or 1.0 for part in self.parts])
         which = rng.choice(len(weights), count, p=weights / weights.sum())
-        # Every part draws for all, so that one part's share changes nobody else's lengths.
+        # Each part draws for all requests, so that its weight changes no length of another part.
         drawn = np.stack([part.draw(count, rng) for part in self.parts])
         return drawn[which, np.arange(count)]
 
     @property
     def most(self) -> int:
-        """No draw is more; MAX_TOKENS where nothing says."""
+        """Upper limit of a draw; MAX_TOKENS if there is none."""
         if self.kind == MIXTURE:
             return max(part.most for part in self.parts)
         return self.tokens or self.high or MAX_TOKENS
@@ -108,11 +111,11 @@ class Lengths(Checked):
 class Arrivals(Checked):
     """When requests arrive.
 
-    kind     poisson or fixed (rate, in requests a second), closed (clients, each of whom sends
-             its next request when its last is done), burst (all at once), trace (a file)
-    requests in all; of a trace the first so many
-    path     of the trace: JSONL or CSV rows, see read_trace
-    Raises: ValueError as Lengths does.
+    kind      poisson or fixed (rate, in requests a second), closed (clients, each of which sends
+              a request when its last one is done), burst (all at once), trace (a file)
+    requests  in all; for a trace, how many of its first requests to take
+    path      of the trace: JSONL or CSV rows, see read_trace
+    Raises: ValueError as Lengths.
     """
 
     kind: str = spec(choices=tuple(ARRIVAL_FIELDS))
@@ -121,20 +124,20 @@ class Arrivals(Checked):
     clients: int | None = spec(POSITIVE, default=None)
     path: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_kind(self, ARRIVAL_FIELDS[self.kind])
 
 
 @dataclass(frozen=True)
 class Workload:
-    """All requests, by number, in the order of their arrival.
+    """All n requests, in the order of their arrival.
 
-    seconds [n] float64 arrival since the start, ascending; inf for those whose client waits for
-            another answer first (closed)
-    input_tokens, output_tokens [n] int64, at least 1
-    prefix  [n] int64 which prefix a request shares with others, -1 for none
-    prefix_tokens [n] int64 tokens of it, fewer than input_tokens: a prompt's end is its own
+    seconds [n] float64: arrival since the start, ascending; inf for a request whose client waits
+            for an earlier answer (closed)
+    input_tokens, output_tokens [n] int64: at least 1
+    prefix [n] int64: number of the prefix that a request shares with others, -1 for none
+    prefix_tokens [n] int64: its length, which is less than input_tokens
     """
 
     seconds: np.ndarray
@@ -150,10 +153,10 @@ class Workload:
 def draw(
     arrivals: Arrivals, inputs: Lengths | None, outputs: Lengths | None, seed: int
 ) -> Workload:
-    """The workload of a seed. inputs and outputs are needed unless arrivals is a trace."""
+    """Draw the workload of a seed. inputs and outputs may be None only for a trace."""
     if arrivals.kind == TRACE:
         return read_trace(Path(arrivals.path), arrivals.requests)
-    # One stream each: another rate leaves the lengths as they are.
+    # One random stream for each, so that another rate leaves the lengths unchanged.
     clock, of_inputs, of_outputs = (
         np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(3)
     )
@@ -184,11 +187,12 @@ class _Columns:
 
 
 def read_trace(path: Path, requests: int | None = None) -> Workload:
-    """The requests of a trace file, ordered by time; the first `requests` of them.
+    """Read a trace file and return the first `requests` of its requests by time.
 
-    A row has time (seconds), input_tokens and output_tokens, and may have prefix (a name or
-    number that requests with a common prefix share) and prefix_tokens (how long that is).
-    JSONL: an object a line; CSV: a header line with these names. By the file's suffix.
+    A row has time (seconds), input_tokens and output_tokens. It may have prefix (a name or
+    number that requests with a common prefix share) and prefix_tokens (the prefix's length).
+    A file that ends in .csv has a header line with these names; any other is JSONL, one object
+    a line.
     Raises: WorkloadError with file and line.
     """
     columns, names = _Columns(), {}
@@ -240,7 +244,7 @@ def _add(columns: _Columns, row: Any, names: dict[Any, int], where: str) -> None
     )
     shared = int(_number(row, "prefix_tokens", where, 0, True)) if "prefix_tokens" in row else 0
     if shared and "prefix" not in row:
-        raise WorkloadError(f"{where}: prefix: must name what prefix_tokens are shared by.")
+        raise WorkloadError(f"{where}: prefix: must name the prefix that prefix_tokens counts.")
     if shared >= inputs:
         raise WorkloadError(
             f"{where}: prefix_tokens: must be fewer than input_tokens ({inputs}): got {shared}."

@@ -1,7 +1,7 @@
-"""Strict TOML files: a file becomes a frozen dataclass, or one line that names file and line.
+"""Strict TOML files: `read` makes a frozen dataclass of a file, or raises with file and line.
 
-A table is a dataclass, a key is a field; a field's own rule is in its metadata, see `spec`.
-Every simulator file is read by `read`: models, GPUs, links, deployments, localities, scenarios.
+A table becomes a dataclass and a key a field, whose rule is in its metadata (see `spec`). All
+simulator files are read so: models, GPUs, links, deployments, localities, scenarios.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 class SpecError(ValueError):
-    """One line for the operator: a simulator file that cannot be used."""
+    """A simulator file cannot be used. The text is one line for the operator."""
 
 
 def spec(
     limit: Limit | None = None, *, choices: tuple[str, ...] | None = None, default: Any = MISSING
 ) -> Any:
-    """A dataclass field with its rule; without a default the file must give it.
+    """Return a dataclass field with its rule. Without a default the file must give it.
 
-    limit: (in words, check) of each number; choices: allowed texts
+    limit: (rule in words, check) for each number; choices: the allowed texts
     """
     return field(default=default, metadata={"limit": limit, "choices": choices})
 
 
 class Checked:
-    """Base of a frozen dataclass whose fields keep their rules, wherever they came from.
+    """Base of a frozen dataclass that checks its fields' rules when it is made.
 
-    Raises: ValueError, one line of every reason.
+    Raises: ValueError, one line with every broken rule.
     """
 
     def __post_init__(self) -> None:
@@ -62,15 +62,15 @@ class Checked:
 
 
 def names(folder: str) -> list[str]:
-    """The files that come with ESS in data/<folder>, without their suffix."""
+    """Names of the files in sim/data/<folder>, sorted, without their suffix."""
     files = (resources.files("sglang_ess.sim") / "data" / folder).iterdir()
     return sorted(Path(file.name).stem for file in files if file.name.endswith(".toml"))
 
 
 def find(folder: str, name_or_path: str | Path) -> Path:
-    """The file of a name in data/<folder>, or the path itself where it ends in .toml.
+    """Return the path of a name in sim/data/<folder>, or the given path if it ends in .toml.
 
-    Raises: SpecError for a name that does not come with ESS.
+    Raises: SpecError for a name that sim/data/<folder> does not have.
     """
     if str(name_or_path).endswith(".toml"):
         return Path(name_or_path)
@@ -83,10 +83,10 @@ def find(folder: str, name_or_path: str | Path) -> Path:
 
 
 def read(path: Path | str, cls: type[T]) -> T:
-    """The file as a `cls`: tables are nested dataclasses, lists are tuples.
+    """Read the file as a `cls`. Tables become nested dataclasses, lists become tuples.
 
-    Raises: SpecError, one line with file, line and field, for a file that is missing or no
-    TOML, unknown, missing and wrongly typed fields, and values outside their rules.
+    Raises: SpecError, one line with file, line and field, for a missing file, for text that is
+    not TOML, for unknown, missing or wrongly typed fields, and for values outside their rules.
     """
     path = Path(path)
     try:
@@ -108,11 +108,11 @@ Place = tuple[str | int, ...]
 
 
 def _lines(text: str) -> dict[Place, int]:
-    """{place of a table or key: its line}; places hold an index for a table of an array."""
+    """Return {place of a table or key: its line}. A place has an index for an array's table."""
     found: dict[Place, int] = {(): 1}
     counts: dict[Place, int] = {}
     table: Place = ()
-    quoted = None  # the delimiter of the multi-line text that a line begins in
+    quoted: str | None = None  # delimiter of the multi-line text in which the line begins
     for number, line in enumerate(text.splitlines(), 1):
         began_inside = quoted
         for mark in re.findall(r"\"\"\"|'''", line):
@@ -138,7 +138,7 @@ def _split(dotted: str) -> Place:
 
 
 def _resolved(names: Place, counts: dict[Place, int]) -> Place:
-    """names with, after each array of tables on the way, the index of its last table."""
+    """Return names with the index of its last table after each array of tables on the way."""
     place: Place = ()
     for i, name in enumerate(names):
         place += (name,)
@@ -148,7 +148,7 @@ def _resolved(names: Place, counts: dict[Place, int]) -> Place:
 
 
 class _Reader:
-    """One file's tables to dataclasses; lines: of _lines."""
+    """Makes dataclasses of one file's tables. lines: as from _lines."""
 
     def __init__(self, path: Path, lines: dict[Place, int]):
         self._path, self._lines = path, lines
@@ -183,14 +183,14 @@ class _Reader:
         except ValueError as error:  # a rule between fields
             raise self._error(place, f"is refused: {error}") from None
 
-    def _value(self, value: Any, f: Field, hint: Any, place: Place) -> Any:
+    def _value(self, value: Any, f: Field[Any], hint: Any, place: Place) -> Any:
         value = self._typed(value, hint, place)
         if rule := _broken(f, value):
             raise self._error(place, f"must be {rule}: got {value!r}.")
         return value
 
     def _typed(self, value: Any, hint: Any, place: Place) -> Any:
-        """value as `hint`: a dataclass, tuple[X, ...], X | None, or a plain type."""
+        """Return value as `hint`: a dataclass, tuple[X, ...], X | None, or a plain type."""
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
             (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
         if is_dataclass(hint):
@@ -206,8 +206,8 @@ class _Reader:
         return hint(value)
 
 
-def _broken(f: Field, value: Any) -> str | None:
-    """What the value of a field must be and is not; a list is held to it item by item."""
+def _broken(f: Field[Any], value: Any) -> str | None:
+    """Return the rule that a field's value breaks, or None. Each item of a list is checked."""
     if value is None and f.default is None:
         return None
     choices, limit = f.metadata.get("choices"), f.metadata.get("limit")

@@ -1,7 +1,7 @@
-"""A scenario file: what is served, on what, and to whom.
+"""A scenario file: the model, the machines, the server and the load of a simulation.
 
-`read_scenario("ess-paper-32k")` reads data/scenarios/ess-paper-32k.toml; a path that ends in
-.toml is read as such. simulation.py runs it.
+`read_scenario("ess-paper-32k")` reads sim/data/scenarios/ess-paper-32k.toml. A name that ends in
+.toml is a path. sim/engine/simulation.py runs the scenario.
 """
 
 from __future__ import annotations
@@ -38,17 +38,19 @@ WHOLE: tuple[str, Callable[[Any], bool]] = ("1 or more", lambda value: value >= 
 
 @dataclass(frozen=True)
 class ServerSettings(Checked):
-    """How the decode ranks serve; what is left out is the deployment's.
+    """How the decode ranks serve. A field that is left out takes the deployment's value.
 
-    mode            pd: prefill ranks, hand-off, decode ranks; colocated: decode ranks compute the
-                    prompts too; decode: requests arrive with their rows
-    decode_ranks    simulated ones, of which each stands for as many; prefill_ranks feed these
-    lockstep        decode ranks step together, as those that share experts do
-    max_running     requests of a decode batch
-    reserved_tokens that must be free for each request that decodes, before one more gets its
+    mode            pd: prefill ranks, hand-off, decode ranks; colocated: decode ranks compute
+                    the prompts too; decode: requests arrive with their rows
+    decode_ranks    number of simulated ranks; they stand for all the deployment's
+    prefill_ranks   that feed the simulated decode ranks
+    lockstep        decode ranks step together, as they do when they share experts
+    max_running     most requests of a decode batch
+    reserved_tokens free tokens needed for each decoding request before another one gets its
                     slots: SGLang's --num-reserved-decode-tokens
-    itl_ms          the admission's target; warmup: prefill sends the rows that prompts end with
-    overlap         of fetches and computing
+    itl_ms          target of the admission
+    warmup          prefill sends the ids of the rows that the prompt's end selected
+    overlap         of fetches and compute
     """
 
     mode: str = spec(choices=MODES, default=PD)
@@ -64,29 +66,32 @@ class ServerSettings(Checked):
 
 @dataclass(frozen=True)
 class Storage(Checked):
-    """What a decode rank has; kv_gib and host_gib: the deployment's where left out.
+    """Memory and link of a decode rank. kv_gib and host_gib default to the deployment's.
 
-    slots      of a rank; left out: as many as fit beside hot_ratio of them hot
-    hot_ratio  as --ess-hot-ratio; hot_rows: of a layer; left out: what the device has left
-    charges    ours: with maps and row state, as our pool allocates; paper: as ESS counts
-    link_share of the link's rates that a rank has: 0.5 where two GPUs are behind one switch
+    slots       of a rank; left out: as many as fit together with hot_ratio of them hot
+    hot_ratio   as --ess-hot-ratio
+    hot_rows    of a layer; left out: all that the device has room for
+    charges     ours: with maps and row state, as our pool allocates; paper: as ESS counts
+    link_share  of the link's rates that a rank gets: 0.5 if two GPUs share a switch
     """
 
     kv_gib: float | None = spec(POSITIVE, default=None)
     host_gib: float | None = spec(NOT_NEGATIVE, default=None)
     slots: int | None = spec(WHOLE, default=None)
     hot_rows: int | None = spec(WHOLE, default=None)
-    hot_ratio: float = spec(SHARE, default=0.2)  # as capacity.AUTO_HOT_RATIO
+    hot_ratio: float = spec(SHARE, default=0.2)  # as AUTO_HOT_RATIO of mem_cache/capacity.py
     charges: str = spec(choices=CHARGES, default=OURS)
     link_share: float = spec(SHARE, default=1.0)
 
 
 @dataclass(frozen=True)
 class Run(Checked):
-    """layers   whose hot tiers are simulated row by row, 0: all; misses: in place of any, rows
-             per request, layer and step
-    steps    of a rank, seconds: simulated; a run ends there, or else with its last request
-    settle_steps  at the start that are not measured
+    """How long to simulate, and how closely.
+
+    layers  whose hot tiers are simulated row by row; 0: all
+    misses  rows per request, layer and step to assume, with no layer simulated
+    steps   of a rank, seconds: of simulated time. The run ends there or with its last request.
+    settle_steps  first steps that are not measured
     """
 
     layers: int = spec(NOT_NEGATIVE, default=4)
@@ -95,7 +100,7 @@ class Run(Checked):
     seconds: float | None = spec(POSITIVE, default=None)
     settle_steps: int = spec(NOT_NEGATIVE, default=0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps is not None and self.settle_steps >= self.steps:
             raise ValueError(f"settle_steps must be below steps: got {self.settle_steps}.")
@@ -103,7 +108,7 @@ class Run(Checked):
 
 @dataclass(frozen=True)
 class Scenario(Checked):
-    """One scenario file. systems: ess, no-admission (ESS without it), one-tier."""
+    """One scenario file. systems: ess, no-admission (ESS without admission), one-tier."""
 
     title: str
     model: str
@@ -119,7 +124,7 @@ class Scenario(Checked):
     memory: Storage = field(default=Storage())
     run: Run = field(default=Run())
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         traced = self.arrivals.kind == arrivals.TRACE
         for name in ("input_tokens", "output_tokens"):
@@ -129,7 +134,7 @@ class Scenario(Checked):
 
 
 def read_scenario(name_or_path: str | Path) -> Scenario:
-    """A trace's path is relative to the scenario's file.
+    """Read a scenario. The path of a trace in it is relative to the scenario's file.
 
     Raises: SpecError, one line with file, line and field.
     """
@@ -143,15 +148,15 @@ def read_scenario(name_or_path: str | Path) -> Scenario:
 
 
 def scenario_names() -> list[str]:
-    """Those that come with ESS."""
+    """Names of the scenarios in sim/data/scenarios."""
     return names(FOLDER)
 
 
 def with_settings(scenario: Scenario, settings: Sequence[str]) -> Scenario:
-    """The scenario with some fields changed, all at once: "arrivals.rate=4", "run.steps=50".
+    """Return the scenario with some fields changed, as "arrivals.rate=4" or "run.steps=50".
 
-    Values are written as in TOML; a text may do without its quotes.
-    Raises: SpecError, one line, for an unknown field or a value that it cannot have.
+    Values are written as in TOML, but a text needs no quotes. The rules are checked when all
+    fields are changed. Raises: SpecError, one line, for an unknown field or a refused value.
     """
     changes: dict[str, Any] = {}
     for setting in settings:
@@ -164,13 +169,13 @@ def with_settings(scenario: Scenario, settings: Sequence[str]) -> Scenario:
             value = text.strip()
         changes[name.strip()] = value
     try:
-        return _changed(scenario, changes)
+        return typing.cast(Scenario, _changed(scenario, changes))
     except ValueError as error:
         raise SpecError(f"--set {' '.join(settings)}: {error}") from None
 
 
 def _changed(record: Any, changes: Mapping[str, Any]) -> Any:
-    """record with the fields of dotted names replaced. Raises: ValueError."""
+    """Return record with the fields of dotted names replaced. Raises: ValueError."""
     hints = typing.get_type_hints(type(record))
     values: dict[str, Any] = {}
     tables: dict[str, dict[str, Any]] = {}
@@ -191,7 +196,7 @@ def _changed(record: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """value as a field's type: plain, optional, or a tuple of plain ones."""
+    """Return value as a field's type: plain, optional, or a tuple of plain ones."""
     if isinstance(hint, types.UnionType):
         (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
     if typing.get_origin(hint) is tuple and isinstance(value, list):

@@ -1,7 +1,7 @@
-"""What the cost model is told: a model, a GPU, a link, a deployment and its calibration.
+"""Input of the cost model: a model, a GPU, a link, a deployment and its calibration.
 
-`load("gpu", "h200")` reads data/gpus/h200.toml; a path that ends in .toml is read as such. The
-data files name the source of each number in the comment beside it.
+`load("gpu", "h200")` reads sim/data/gpus/h200.toml. A name that ends in .toml is a path. The data
+files give the source of each number in a comment on its line.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sglang_ess.sim.inputs.files import (
     POSITIVE,
     SHARE,
     Checked,
+    Limit,
     SpecError,
     find,
     names,
@@ -30,16 +31,17 @@ __all__ = [
     "names", "read",
 ]  # fmt: skip
 
-OVERLAPS = ("off", "da", "dba", "layerwise", "auto", "halves")
-AT_LEAST_ONE = ("1 or more", lambda value: 1 <= value < float("inf"))
+OVERLAPS: tuple[str, ...] = ("off", "da", "dba", "layerwise", "auto", "halves")
+AT_LEAST_ONE: Limit = ("1 or more", lambda value: 1 <= value < float("inf"))
 
 
 @dataclass(frozen=True)
 class Model(Checked):
-    """A sparse-attention MLA model, as in its config.json.
+    """A model with MLA and sparse attention, as its config.json describes it.
 
-    row_bytes, index_bytes  of one token in one layer: latent row, index key
-    weight_bytes            of one weight of the projections and experts
+    row_bytes     latent row of one token in one layer
+    index_bytes   index key of one token in one layer
+    weight_bytes  one weight of the projections and experts
     """
 
     layers: int = spec(AT_LEAST_ONE)
@@ -98,21 +100,22 @@ class Model(Checked):
 
     @property
     def attention_flops(self) -> int:
-        """Of one query and one selected row: scores over latent and rope, values over latent."""
+        """FLOPs of one query and one selected row: scores over latent and rope, values over latent."""
         return 2 * self.heads * (2 * self.kv_lora_rank + self.rope_dim)
 
     @property
     def index_flops(self) -> int:
-        """Of one query and one key."""
+        """FLOPs of one query and one index key."""
         return 2 * self.index_heads * self.index_dim
 
 
 @dataclass(frozen=True)
 class Gpu(Checked):
-    """One GPU. TFLOPS are dense; matmul's is of the format in which the weights are served.
+    """One GPU. TFLOPS are dense.
 
-    attention_tflops  that the sparse MLA decode kernel reached where it is bound by compute
-    prefill_tflops    the same of the sparse prefill kernel
+    matmul_tflops     peak in the number format of the weights
+    attention_tflops  reached by the sparse MLA decode kernel where compute limits it
+    prefill_tflops    reached by the sparse prefill kernel
     """
 
     memory_gib: float = spec(POSITIVE)
@@ -124,11 +127,11 @@ class Gpu(Checked):
 
 @dataclass(frozen=True)
 class Link(Checked):
-    """Host to device and back, of one GPU.
+    """The link between host and one GPU.
 
-    nominal_gb_s  of the bus, one way
-    gather_gb_s   that scattered latent rows reach, host to device
-    scatter_gb_s  the same, device to host
+    nominal_gb_s  rate of the bus in one direction
+    gather_gb_s   rate of scattered latent rows, host to device
+    scatter_gb_s  rate of scattered latent rows, device to host
     """
 
     nominal_gb_s: float = spec(POSITIVE)
@@ -144,19 +147,19 @@ class Link(Checked):
 
 @dataclass(frozen=True)
 class Calibration(Checked):
-    """What neither a data sheet nor a config file says.
+    """Numbers that no data sheet and no config file gives. They are fitted or measured.
 
-    roofline_share    of peak that matrix kernels reach, bytes and flops taken one after the other
-    prefill_share     of peak in prefill, communication included
-    layer_us          launches and gaps of one layer of one micro-batch
-    token_bytes       of a token's element-wise work in one layer
-    step_us           of one step: sampling, drafting, scheduling
-    transfer_ratio    seconds of a fetch over bytes / gather_gb_s
-    preattn_us        of work between indexer and attention that hides a fetch, beside attention
-    da_us, dba_us     that splitting attention, and the indexer too, adds to a micro-batch's layer
-    scan_ratio        seconds of the indexer's pass over all keys, top-k included, over the rule's
-    plan_us           before a fetch: resolving top-k to hot rows, which two tiers do at any misses
-    early_us          of preattn_us that a fetch runs beside without overlap too, as our server's
+    roofline_share  share of peak that matrix kernels reach, counting bytes and FLOPs in turn
+    prefill_share   share of peak that prefill reaches, communication included
+    layer_us        launches and gaps in one layer of one micro-batch
+    token_bytes     HBM bytes of one token's element-wise work in one layer
+    step_us         once a step: sampling, drafting, scheduling
+    transfer_ratio  seconds of a fetch / (bytes / gather_gb_s)
+    preattn_us      work between indexer and attention that can hide a fetch
+    da_us, dba_us   cost of splitting attention (DA), and also the indexer (DBA), in one layer
+    scan_ratio      the indexer's pass over all keys, with top-k, / what roofline_share gives
+    plan_us         resolving top-k to hot rows before a fetch; two tiers need it at any misses
+    early_us        the part of preattn_us that hides a fetch even in mode off, as in our server
     """
 
     roofline_share: float = spec(SHARE)
@@ -177,20 +180,20 @@ class Calibration(Checked):
 class Deployment(Checked):
     """How a model is served. A decode rank is one data-parallel replica of attention.
 
-    queries            of a request in one decode step: 1 + draft tokens
-    accepted_tokens    a request gains in one step, its mean
-    decode_ranks       of the whole deployment; each has tensor_parallel GPUs
-    expert_gpus        GPUs that the experts are spread over
-    network_gb_s       that dispatch and combine have, of one GPU
-    remote_share       of the experts' traffic that crosses that network
-    network_us         of one dispatch and one combine without their bytes
-    kv_gib             of device memory for latent rows and index keys, of one GPU; left out:
-                       memory_fraction of the GPU's, less weights and workspace_gib
-    host_gib           of host memory for latent rows, of one GPU; 0: without offloading
-    prefill_gpus       that share one prompt; prefill_ranks: prompts at once
-    hand_off_gb_s, hand_off_us  of one request from prefill to decode
-    overlap            layerwise: DA or DBA, the cheaper per layer; auto: off, too; halves: a fetch
-                       runs behind the other half of two-batch overlap as well
+    queries          of a request in one decode step: 1 + draft tokens
+    accepted_tokens  mean tokens that a request gains in one step
+    overlap          of fetches and compute. layerwise: DA or DBA, the cheaper in each layer;
+                     auto: also off; halves: also behind the other half of two-batch overlap
+    decode_ranks     of the whole deployment, each with tensor_parallel GPUs
+    expert_gpus      GPUs over which the experts are spread
+    network_gb_s     rate of dispatch and combine, of one GPU
+    remote_share     share of the experts' traffic that crosses that network
+    network_us       one dispatch and one combine without their bytes
+    kv_gib           device memory of one GPU for latent rows and index keys; left out:
+                     memory_fraction of the GPU's memory less weights and workspace_gib
+    host_gib         host memory of one GPU for latent rows; 0: no offloading
+    prefill_gpus     GPUs that share one prompt; prefill_ranks: prompts at once
+    hand_off_gb_s, hand_off_us  rate and latency of one request's way from prefill to decode
     """
 
     queries: int = spec(AT_LEAST_ONE)
@@ -233,9 +236,9 @@ KINDS: dict[str, tuple[str, type]] = {
 
 
 def load(kind: str, name_or_path: str | Path) -> Any:
-    """A Model, Gpu, Link, Deployment or Calibration by its name, or from a .toml file.
+    """Load a Model, Gpu, Link, Deployment or Calibration by its name, or from a .toml file.
 
-    Raises: SpecError, see files.read; KeyError for an unknown kind.
+    kind: a key of KINDS. Raises: SpecError as files.read; KeyError for an unknown kind.
     """
     folder, cls = KINDS[kind]
     return read(find(folder, name_or_path), cls)
@@ -244,12 +247,13 @@ def load(kind: str, name_or_path: str | Path) -> Any:
 def from_kernels(
     path: Path | str, link: Link, calibration: Calibration
 ) -> tuple[Link, Calibration]:
-    """link and calibration with what benchmarks/kernels measured on a card in their place.
+    """Replace figures of link and calibration by those that the kernel benchmarks measured.
 
-    The gather rate is the median over fetches of 656 B rows from 64 misses and 16 requests up,
-    of the better of our kernels; transfer_ratio becomes 1, the rate being a measured one. What
-    DA and DBA add is the cost table's own: an empty second pass, and two launches of the indexer.
-    Raises: SpecError if the file has no such rows, or was interpreted on a CPU.
+    The gather rate is that of our better fetch kernel: the median over fetches of 656-byte rows
+    at 64 misses and 16 requests or more. transfer_ratio becomes 1, because this rate is
+    measured. da_us and dba_us come from the overlap cost table: an empty second pass, and two
+    launches of the indexer.
+    Raises: SpecError if the file has no such rows or was not measured on a GPU.
     """
     try:
         found = json.loads(Path(path).read_text())
@@ -272,12 +276,12 @@ def from_kernels(
         ) from None
 
 
-def _rows(rows: list[dict], name: str) -> list[dict]:
+def _rows(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["name"] == name and row["kind"] == "measured"]
 
 
-def _gather_gb_s(rows: list[dict]) -> float:
-    """Raises: IndexError without such a fetch."""
+def _gather_gb_s(rows: list[dict[str, Any]]) -> float:
+    """Gather rate of the better kernel. Raises: IndexError without such a fetch."""
     rates: dict[str, list[float]] = {}
     for row in _rows(rows, "fetch"):
         at = row["config"]
@@ -293,7 +297,7 @@ def _gather_gb_s(rows: list[dict]) -> float:
 
 
 def changed(record: Any, **values: Any) -> Any:
-    """record with some fields replaced. Raises: SpecError for an unknown field or a bad value."""
+    """Return record with some fields replaced. Raises: SpecError for an unknown or bad field."""
     known = [f.name for f in fields(record)]
     if unknown := sorted(set(values).difference(known)):
         raise SpecError(f"{type(record).__name__} must know its fields: got {unknown}.")

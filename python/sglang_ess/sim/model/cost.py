@@ -1,19 +1,20 @@
 """Seconds of a decode step, a prefill and a hand-off, from specs: a roofline with few free terms.
 
-A matrix kernel takes (bytes / HBM + flops / peak) / roofline_share: added, not the larger of
-the two, which is how DeepGEMM's published times go between its memory and compute bound shapes.
-Per layer and micro-batch of n requests with q queries each:
+A matrix kernel takes (bytes / HBM + flops / peak) / roofline_share. The two are added, because
+DeepGEMM's published times behave so between its memory-bound and compute-bound shapes. In one
+layer, for a micro-batch of n requests with q queries each:
 
-    projections, indexer, experts   that rule, over weights, index keys and tokens; dense matrices
+    projections, indexer, experts   this rule, over weights, index keys and tokens; dense matrices
                                     compute whole tiles of 64 or 128 tokens
     attention                       tokens x top-k rows x flops / attention_tflops
     elementwise, latency            token_bytes x tokens / HBM; layer_us
     communication                   dispatch and combine: network_us + bytes / network_gb_s
-    transfer                        what plan and fetch expose, see sim/overlap.py
+    transfer                        the exposed part of plan and fetch, see overlap_time.py
 
-Two-batch overlap runs two micro-batches, which hide their communication behind one another's
-compute: 2 x max(compute, communication) a layer, weights read twice. Without it: compute +
-communication. Write-back of new rows (0.3 ms in ESS's largest step) is taken as hidden.
+Two-batch overlap runs two micro-batches, each of which hides its communication behind the other's
+compute. A layer then takes 2 x max(compute, communication), and reads its weights twice. Without
+it a layer takes compute + communication. The model takes the write-back of new rows (0.3 ms in
+the largest step of ESS) as hidden.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,24 +31,29 @@ from sglang_ess.sim.model.overlap_time import HALVES, Window, beside_other_half,
 
 GB, TERA, MICRO = 1e9, 1e12, 1e-6
 BF16_BYTES = 2
-FP8_SCALE = 1 + 4 / 128  # dispatch sends an fp32 scale with 128 fp8 values (DeepEP)
+FP8_SCALE = 1 + 4 / 128  # DeepEP sends an fp32 scale with every 128 fp8 values
 HEAD_WEIGHT_BYTES = BF16_BYTES  # the output layer is not quantised
-# DeepGEMM's first get_best_configs: block_m is 64 up to 64 tokens and 128 beyond. Routed experts
-# have varying tokens: their padding is about the same at any batch and belongs to layer_us.
+# DeepGEMM's get_best_configs: block_m is 64 up to 64 tokens and 128 beyond. The padding of routed
+# experts is about the same at any batch, so it is part of layer_us.
 SMALL_TILE, TILE = 64, 128
-MERGE_PASSES = 3  # two partial outputs are read, one is written
+MERGE_PASSES = 3  # read two partial outputs, write one
+Misses = float | np.ndarray  # rows per request, layer and step: one figure or [layers]
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """seconds of one decode step; parts, by name, sum to it."""
+    """Seconds of one decode step, and its parts by name, which sum to it."""
 
     seconds: float
     parts: Mapping[str, float]
 
 
 class CostModel:
-    """Times of one decode rank. calibration: in place of the one that deployment names."""
+    """Times of one decode rank.
+
+    calibration: replaces the one that the deployment names
+    Raises: ValueError if tensor_parallel does not divide the heads.
+    """
 
     def __init__(
         self,
@@ -65,8 +72,8 @@ class CostModel:
                 f"{model.heads}."
             )
 
-    def step(self, batch: float, context_tokens: float, misses=0.0) -> StepTime:
-        """One decode step of `batch` requests of context_tokens each.
+    def step(self, batch: float, context_tokens: float, misses: Misses = 0.0) -> StepTime:
+        """Time one decode step of `batch` requests of context_tokens each.
 
         misses: rows fetched per request, layer and step, one figure or [layers]; 0: all resident
         Raises: ValueError for a batch below 1, negative misses, or another number of layers.
@@ -88,13 +95,13 @@ class CostModel:
             if beside:
                 fetches = self._fetches(size, context_tokens, misses)
                 waits = beside_other_half(total, talk, *fetches)[layers] / 2
-                talk = np.full(len(waits), max(0.0, talk - total))
+                exposed = np.full(len(waits), max(0.0, talk - total))
             elif halves == 2:  # behind the other half's compute
-                talk = np.maximum(0.0, talk - total - waits)
+                exposed = np.maximum(0.0, talk - total - waits)
             else:
-                talk = np.full(len(waits), talk)
+                exposed = np.full(len(waits), talk)
             parts["transfer"] += halves * float(waits.sum())
-            parts["communication"] += halves * float(talk.sum())
+            parts["communication"] += halves * float(exposed.sum())
         parts["draft"] = (queries - 1) * self._draft_seconds(batch, context_tokens)
         parts["head"] = self._head_seconds(batch * queries)
         parts["step"] = self.calibration.step_us * MICRO
@@ -103,7 +110,7 @@ class CostModel:
     def compute(
         self, requests: float, queries: int, context_tokens: float, dense: bool = False
     ) -> dict[str, float]:
-        """Seconds by part of one layer for a micro-batch, without fetches and communication."""
+        """Seconds of one layer's parts for a micro-batch, without fetches and communication."""
         model, tensor = self.model, self.deployment.tensor_parallel
         tokens = requests * queries
         return {
@@ -116,9 +123,9 @@ class CostModel:
         }
 
     def indexer(self, requests: float, queries: int, context_tokens: float) -> float:
-        """Seconds of one layer's indexer: its matrices, then every key for every query.
+        """Seconds of one layer's indexer: its matrices, then a score of every key and query.
 
-        A request's queries share one read of its keys. Each tensor-parallel rank does it all.
+        A request's queries share one read of its keys. Each tensor-parallel rank does all of it.
         """
         model = self.model
         keys = requests * context_tokens
@@ -132,22 +139,22 @@ class CostModel:
         flops = tokens * rows * self.model.attention_flops / self.deployment.tensor_parallel
         return flops / (self.gpu.attention_tflops * TERA)
 
-    def transfer(self, requests: float, context_tokens: float, misses) -> np.ndarray:
-        """[layers] seconds that a micro-batch waits for its missed rows, layer by layer."""
-        misses = self._per_layer(misses)
-        if not misses.any() and not self.calibration.plan_us:
-            return np.zeros(len(misses))
+    def transfer(self, requests: float, context_tokens: float, misses: Misses) -> np.ndarray:
+        """Return [layers] seconds that a micro-batch waits for its missed rows."""
+        each = self._per_layer(misses)
+        if not each.any() and not self.calibration.plan_us:
+            return np.zeros(len(each))
         choice = self.deployment.overlap
         return cheapest(
             "layerwise" if choice == HALVES else choice,
-            *self._fetches(requests, context_tokens, misses),
+            *self._fetches(requests, context_tokens, each),
         )
 
     def _fetches(
-        self, requests: float, context_tokens: float, misses
+        self, requests: float, context_tokens: float, misses: Misses
     ) -> tuple[np.ndarray, np.ndarray, Window]:
-        """[layers] seconds of a micro-batch's copies and missed shares; what they hide behind."""
-        misses, calibration = self._per_layer(misses), self.calibration
+        """([layers] seconds of copies, [layers] missed shares, the window) of a micro-batch."""
+        each, calibration = self._per_layer(misses), self.calibration
         queries = self.deployment.queries
         merge = self._merge_seconds(requests * queries)
         window = Window(
@@ -159,12 +166,12 @@ class CostModel:
             early=calibration.early_us * MICRO,
         )
         selected = queries * min(self.model.topk, context_tokens)
-        share = np.minimum(1.0, misses / selected)
-        fetch = calibration.plan_us * MICRO + self.fetch_seconds(requests * misses)
+        share = np.minimum(1.0, each / selected)
+        fetch = calibration.plan_us * MICRO + self.fetch_seconds(requests * each)
         return fetch, share, window
 
-    def fetch_seconds(self, rows):
-        """Seconds that the link takes for scattered rows, number or array."""
+    def fetch_seconds(self, rows: Any) -> Any:
+        """Seconds that the link takes for scattered rows (number or array)."""
         rate = self.link.gather_gb_s * GB / self.calibration.transfer_ratio
         return rows * self.model.row_bytes / rate
 
@@ -184,12 +191,12 @@ class CostModel:
         return seconds
 
     def node_tokens_per_second(self, batch: float, seconds: float) -> float:
-        """Tokens a node of decode GPUs gains with `batch` requests a rank and such steps."""
+        """Tokens/s of a node of decode GPUs with `batch` requests a rank and steps of `seconds`."""
         ranks = self.deployment.gpus_per_node / self.deployment.tensor_parallel
         return ranks * batch * self.deployment.accepted_tokens / seconds
 
     def prefill_seconds(self, tokens: float, prefix_tokens: float = 0) -> float:
-        """One prompt's `tokens` after prefix_tokens that are cached, on one prefill rank."""
+        """Seconds of a prompt's `tokens` after prefix_tokens that are cached, on a prefill rank."""
         model, calibration = self.model, self.calibration
         moe = (model.experts_per_token + model.shared_experts) * model.expert_weights
         moe_layers = model.layers - model.dense_layers
@@ -206,36 +213,37 @@ class CostModel:
         return seconds / self.deployment.prefill_gpus + launches
 
     def hand_off_seconds(self, tokens: float) -> float:
-        """Latent rows and index keys of a request, from its prefill to its decode rank."""
+        """Seconds to send a request's latent rows and index keys to its decode rank."""
         model, deployment = self.model, self.deployment
         num_bytes = tokens * model.layers * (model.row_bytes + model.index_bytes)
         return deployment.hand_off_us * MICRO + num_bytes / (deployment.hand_off_gb_s * GB)
 
     # --- parts --------------------------------------------------------------------------
 
-    def _per_layer(self, misses) -> np.ndarray:
-        misses = np.asarray(misses, float)
-        if misses.shape not in ((), (self.model.layers,)):
+    def _per_layer(self, misses: Misses) -> np.ndarray:
+        """Return misses as [layers]."""
+        each = np.asarray(misses, float)
+        if each.shape not in ((), (self.model.layers,)):
             raise ValueError(
-                f"misses must be one figure or one a layer: got {misses.shape}, layers "
+                f"misses must be one figure or one a layer: got {each.shape}, layers "
                 f"{self.model.layers}."
             )
-        if not np.all(misses >= 0):
-            raise ValueError(f"misses must be 0 or more: got {misses.min()}.")
-        return np.broadcast_to(misses, (self.model.layers,))
+        if not np.all(each >= 0):
+            raise ValueError(f"misses must be 0 or more: got {each.min()}.")
+        return np.broadcast_to(each, (self.model.layers,))
 
     def _roofline(self, num_bytes: float, flops: float) -> float:
         return (num_bytes / self._hbm + flops / self._matmul) / self.calibration.roofline_share
 
     def _matrices(self, weights: float, tokens: float) -> float:
-        """Seconds of matrices with so many weights, each token through all of them."""
+        """Seconds of matrices with `weights` weights, all of which each token passes."""
         return self._roofline(weights * self.model.weight_bytes, 2 * weights * _tiled(tokens))
 
     def _dense(self, tokens: float) -> float:
         return self._matrices(self.model.dense_weights / self.deployment.tensor_parallel, tokens)
 
     def _experts(self, tokens: float) -> float:
-        """One GPU's experts: those it holds and any token chose, and the shared ones."""
+        """Seconds of one GPU's experts: the held ones that any token chose, and the shared ones."""
         model, deployment = self.model, self.deployment
         own = tokens / deployment.tensor_parallel
         everyone = own * deployment.expert_gpus
@@ -246,7 +254,7 @@ class CostModel:
         return routed + self._matrices(model.shared_experts * model.expert_weights, own)
 
     def _merge_seconds(self, tokens: float) -> float:
-        """Of the partial outputs of attention to hits and to misses."""
+        """Seconds to merge the outputs of attention to hits and to misses."""
         values = tokens * self.model.heads / self.deployment.tensor_parallel
         num_bytes = MERGE_PASSES * values * self.model.kv_lora_rank * BF16_BYTES
         return self._roofline(num_bytes, 0)
@@ -256,18 +264,18 @@ class CostModel:
         return self._roofline(weights * HEAD_WEIGHT_BYTES, 2 * weights * _tiled(tokens))
 
     def _draft_seconds(self, batch: float, context_tokens: float) -> float:
-        """One draft token: the MTP layer over all requests, one query each, and the head."""
+        """Seconds of a draft token: the MTP layer and the head, one query for each request."""
         layer = sum(self.compute(batch, 1, context_tokens).values())
         return layer + self.communication(batch) + self._head_seconds(batch)
 
 
 def _tiled(tokens: float) -> float:
-    """Tokens that a dense matrix kernel computes for so many."""
+    """Tokens that a dense matrix kernel computes: `tokens` rounded up to whole tiles."""
     tile = SMALL_TILE if tokens <= SMALL_TILE else TILE
     return math.ceil(tokens / tile) * tile
 
 
 def _selected_before(position: float, topk: int) -> float:
-    """Rows that the queries at positions 1 to `position` attend to."""
+    """Number of rows that the queries at positions 1 to `position` attend to."""
     short = min(position, topk)
     return short * short / 2 + (position - short) * topk

@@ -1,7 +1,7 @@
 """Decode over two tiers, row by row: the production HotCache under generated top-k streams.
 
-Layers do not see each other's rows, so a few stand for all: each simulated layer has its own
-stream and hot tier. They run on a thread each; the kernels hold no lock.
+Layers share no rows, so a few can stand for all. Each simulated layer has its own stream and its
+own hot tier, and runs on its own thread; the kernels release Python's lock.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,28 +20,33 @@ from sglang_ess.sim.model.locality import RECENT_QUERIES, Locality, TopkStream
 from sglang_ess.sim.model.slots import whole_pages
 from sglang_ess.tiers import HotCache, PlanBuffers
 
+T = TypeVar("T")
 WARMUPS = ("cold", "recent", "settled")
+NO_ROWS = torch.empty(0)  # a HotCache without row contents reads none
 
 
 class OutOfSlots(RuntimeError):
-    """The host tier has no slots for a request: whoever joins or grows it must make room."""
+    """The host tier has too few free slots for a request. The caller must make room first."""
 
 
 class _Layer:
-    """One layer: its stream, and one hot tier, or one for each request."""
+    """One layer: its stream, and either one shared hot tier or one for each request."""
 
     def __init__(self, stream: TopkStream, rows: int, num_slots: int, shared: bool, requests: int):
         self.stream, self.rows = stream, rows
         self._buffers = PlanBuffers()
         self._share = rows // requests if shared else rows
-        self._shared = None
+        self._shared: HotCache | None = None
         if shared:
             self._shared = HotCache(None, min(rows, num_slots), num_slots, self._buffers)
         self._own: list[HotCache | None] = [None] * requests
         self.topk = np.zeros((0, 0), np.int32)  # of the last step
 
     def cache(self, row: int) -> HotCache:
-        return self._shared or self._own[row]
+        """The hot tier of the request in this row."""
+        found = self._shared or self._own[row]
+        assert found is not None, f"no request in row {row}"
+        return found
 
     def begin(
         self, row: int, tokens: int, slots: np.ndarray, warmup: str, rows: int | None
@@ -50,8 +56,8 @@ class _Layer:
             size = slots.shape[1]
             self._own[row] = HotCache(None, min(rows or self.rows, size), size, self._buffers)
         if warmup == "settled":
-            # No more than its share: the others' rows are to stay.
-            share = self._share if self._shared is not None else self._own[row].num_rows
+            # No more than its share, so that the rows of other requests stay.
+            share = self._share if self._shared is not None else self.cache(row).num_rows
             topk = slots[row, self.stream.by_recency(row)[-share:]].reshape(-1, 1)
         elif warmup == "recent":
             one, length = np.array([row]), np.array([tokens])
@@ -66,22 +72,27 @@ class _Layer:
         else:
             self._own[row] = None
 
-    def step(self, rows, lengths, slots, new_slots, queries) -> np.ndarray:
-        """Rows fetched for each request [rows] int64."""
+    def step(
+        self, rows: np.ndarray, lengths: np.ndarray, slots: np.ndarray, new_slots: torch.Tensor,
+        queries: int,
+    ) -> np.ndarray:  # fmt: skip
+        """Plan one decode step. Returns the rows fetched for each request [rows] int64."""
         topk = self.topk = self.stream.next(rows, lengths, slots, queries)
         if self._shared is not None:
-            self._shared.install(new_slots, None)
-            return _fetched(self._shared, topk).reshape(len(rows), queries).sum(1)
+            self._shared.install(new_slots, NO_ROWS)
+            fetched: np.ndarray = _fetched(self._shared, topk).reshape(len(rows), queries).sum(1)
+            return fetched
         misses = np.empty(len(rows), np.int64)
         parts = new_slots.reshape(len(rows), -1)
         for i, row in enumerate(rows):
-            self._own[row].install(parts[i], None)
-            misses[i] = _fetched(self._own[row], topk[i * queries : (i + 1) * queries]).sum()
+            cache = self.cache(row)
+            cache.install(parts[i], NO_ROWS)
+            misses[i] = _fetched(cache, topk[i * queries : (i + 1) * queries]).sum()
         return misses
 
 
 def _fetched(cache: HotCache, topk: np.ndarray) -> np.ndarray:
-    """One step of a layer, as the server plans it. Returns rows fetched by query [queries]."""
+    """Plan one step of a layer as the server does. Returns rows fetched by query [queries]."""
     misses = np.empty(len(topk), np.int64)
     for first in range(0, len(topk), PLAN_QUERIES_CUDA):
         block = torch.from_numpy(topk[first : first + PLAN_QUERIES_CUDA])
@@ -93,15 +104,15 @@ def _fetched(cache: HotCache, topk: np.ndarray) -> np.ndarray:
 
 
 class DecodeTiers:
-    """The decode requests of one rank, and the tiers that hold their rows.
+    """The decode requests of one rank and the tiers that hold their rows.
 
-    locality, layers   whose streams; layers: the simulated ones (None: all)
-    rows               hot rows: of each simulated layer, or one number for all. Shared: of the
-                       tier. Otherwise of each request, as ESS (ratio x context) and HiSparse
-                       (a constant) have them; join may give a request its own
-    num_slots          of the host tier; max_tokens: of one request
-    queries            of a request in one step (MTP verifies so many)
-    States of a request: out -> join -> in -> leave -> out. No step moves a request's slots.
+    locality   profile of the streams; layers: its layers to simulate (None: all)
+    rows       hot rows of each simulated layer, or one number for all. If shared, all requests
+               share them. Otherwise each request has that many, as in ESS (ratio x context) and
+               HiSparse (a constant), unless join gives it another number.
+    num_slots  of the host tier; max_tokens: of one request
+    queries    of a request in one step, which with MTP is 1 + draft tokens
+    A request enters by join and goes by leave. No step moves its slots.
     Raises: ValueError for sizes that are not positive; OutOfSlots when slots run out.
     """
 
@@ -119,7 +130,7 @@ class DecodeTiers:
         seed: int = 0,
     ):
         self.layers = tuple(range(locality.num_layers) if layers is None else layers)
-        rows = [rows] * len(self.layers) if np.ndim(rows) == 0 else list(rows)
+        rows = [rows] * len(self.layers) if isinstance(rows, int | np.integer) else list(rows)
         sizes = {"queries": queries, "max_requests": max_requests, "max_tokens": max_tokens}
         for name, value in {**sizes, "rows": min(rows), "num_slots": num_slots}.items():
             if not value > 0:
@@ -133,12 +144,12 @@ class DecodeTiers:
         max_tokens = whole_pages(max_tokens)
         self._free_pages = list(range(num_slots // PAGE_SLOTS))[::-1]
         self._slots = np.zeros((max_requests, max_tokens), np.int32)
-        # What a hot tier is keyed by: a request's own has its positions for slots.
+        # Slots as the hot tier sees them: a request's own tier uses its positions.
         self._keys = self._slots
         if not shared:
             self._keys = np.tile(np.arange(max_tokens, dtype=np.int32), (max_requests, 1))
         self._tokens = np.zeros(max_requests, np.int64)
-        self._pages: dict[int, list[int]] = {}  # of a row
+        self._pages: dict[int, list[int]] = {}  # row -> its pages
         self._rows: dict[int, int] = {}  # request id -> row
         self._free_rows = list(range(max_requests))[::-1]
         self._layers = [
@@ -157,17 +168,18 @@ class DecodeTiers:
 
     @property
     def requests(self) -> tuple[int, ...]:
-        """Those that are in, oldest first."""
+        """Ids of the requests that have joined, oldest first."""
         return tuple(self._rows)
 
     def join(
         self, request: int, tokens: int, warmup: str = "recent", rows: int | None = None
     ) -> None:
-        """A request of so many tokens takes its slots and, by its warm-up, hot rows.
+        """Add a request of `tokens` tokens: it takes slots, and hot rows by its warm-up.
 
-        warmup  cold: none hot; recent: what its prompt's last 32 queries select (ESS's); settled:
-                as if it had been decoding for long
-        rows    its own hot rows a layer, where the tier is not shared
+        warmup  cold: no hot rows; recent: those that its prompt's last 32 queries select, as in
+                ESS; settled: as if it had been decoding for long
+        rows    its own hot rows in each layer, if the tier is not shared
+        Raises: ValueError for an unknown warm-up or too many tokens; OutOfSlots.
         """
         if warmup not in WARMUPS:
             raise ValueError(f"warmup must be one of {', '.join(WARMUPS)}: got {warmup!r}.")
@@ -181,7 +193,7 @@ class DecodeTiers:
         self._each(lambda layer: layer.begin(row, tokens, self._keys, warmup, rows))
 
     def leave(self, request: int) -> None:
-        """Its slots are free, and none of them is hot."""
+        """Remove a request. Its slots become free, and none of them stays hot."""
         row = self._rows.pop(request)
         slots = torch.from_numpy(self._slots[row, : self._tokens[row]].astype(np.int64))
         self._each(lambda layer: layer.end(row, slots))
@@ -189,11 +201,11 @@ class DecodeTiers:
         self._free_rows.append(row)
 
     def step(self, tokens: int = 1) -> np.ndarray:
-        """One decode step of all requests, each `tokens` longer than before.
+        """Run one decode step of all requests, each of which first grows by `tokens`.
 
-        Returns the rows fetched in each simulated layer [layers] int64; request_misses has them
-        by request, all simulated layers together.
-        Raises: OutOfSlots, before anything has changed.
+        Returns the rows fetched in each simulated layer [layers] int64. Effect: request_misses
+        has them by request, all simulated layers together.
+        Raises: OutOfSlots, before anything changes.
         """
         if not self._rows:
             return np.zeros(len(self.layers), np.int64)
@@ -215,17 +227,19 @@ class DecodeTiers:
         return np.array([one.sum() for one in misses])
 
     def counters(self) -> list[dict[str, int]]:
-        """HotCache.counters of each simulated layer; of a shared tier only."""
+        """HotCache.counters of each simulated layer. Only for a shared tier."""
         return [layer.cache(0).counters for layer in self._layers]
 
     def last_topk(self, index: int, count: int) -> np.ndarray:
-        """[min(count, requests), queries * K] int32: what the last step's oldest requests
-        selected in the index-th simulated layer.
+        """Return what the oldest requests selected in the last step of the index-th layer.
+
+        Shape: [min(count, requests), queries * K] int32
         """
         topk = self._layers[index].topk
         return topk.reshape(-1, self.queries * topk.shape[1])[:count]
 
     def _grow(self, row: int, tokens: int) -> None:
+        """Add tokens to a row, and the pages that they need."""
         have, need = len(self._pages[row]), -(-(self._tokens[row] + tokens) // PAGE_SLOTS)
         for page in range(have, int(need)):
             taken = self._free_pages.pop()
@@ -236,8 +250,8 @@ class DecodeTiers:
             )
         self._tokens[row] += tokens
 
-    def _each(self, work: Callable) -> list:
-        """work(layer) of all layers, at once."""
+    def _each(self, work: Callable[[_Layer], T]) -> list[T]:
+        """Return work(layer) for all layers, which run at once."""
         if len(self._layers) == 1:
             return [work(self._layers[0])]
         return list(self._threads.map(work, self._layers))
@@ -245,7 +259,10 @@ class DecodeTiers:
 
 @dataclass(frozen=True)
 class Measured:
-    """Steady misses: rows fetched per request and step in each simulated layer [layers]."""
+    """Steady misses.
+
+    misses [layers]: rows fetched per request and step; lookups: of the whole measurement
+    """
 
     layers: tuple[int, ...]
     misses: np.ndarray
@@ -270,20 +287,19 @@ def measure(
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> Measured:
-    """Steady misses of `requests` requests of one context length.
+    """Measure the steady misses of `requests` requests of one context length.
 
-    rows  hot rows for each request and layer, or one number for each layer. Shared: of all
-          requests together so many times as many
+    rows    hot rows per request: one number, or one for each layer. A shared tier has
+            `requests` times as many.
     warmup_steps: steps before those that count; progress: called after every step of a layer
     """
     chosen = tuple(range(locality.num_layers) if layers is None else layers)
-    rows = np.broadcast_to(np.asarray(rows, float), len(chosen))
+    each = np.broadcast_to(np.asarray(rows, float), len(chosen))
     tokens = context + warmup_steps + steps + PAGE_SLOTS
-    misses, lookups = [], 0
 
     def one(index: int) -> float:
         tiers = DecodeTiers(
-            locality, int(round(rows[index] * (requests if shared else 1))) or 1,
+            locality, int(round(each[index] * (requests if shared else 1))) or 1,
             requests * whole_pages(tokens), max_requests=requests,
             max_tokens=tokens, layers=[chosen[index]], queries=queries, shared=shared, seed=seed,
         )  # fmt: skip
@@ -315,9 +331,10 @@ def miss_curves(
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Steady misses per request and step at each size: [layers, rows], hot rows a request.
+    """Measure steady misses per request and step [layers, rows] at each size.
 
-    All sizes see the same streams. progress: called after every request of a layer
+    rows: hot rows of a request. All sizes see the same streams.
+    progress: called after every request of a layer
     """
     chosen = tuple(range(locality.num_layers) if layers is None else layers)
 

@@ -1,16 +1,16 @@
-"""Which rows a sparse-attention model selects, step by step: a generator of top-k streams.
+"""Generate top-k streams: which rows a model with sparse attention selects, step by step.
 
-A layer is an LRU stack model (Mattson et al., 1970) with a share that has no locality. With
-each query `churn` of the top-k leaves the selection. Of the positions that enter instead, the
-share `uniform` comes from anywhere in the context; the others were selected before, and come
-back by how long ago they left: exponentially, with mean `reach` departures. So
+Each layer is an LRU stack model (Mattson et al., 1970) plus a share without locality. With every
+query the share `churn` of the top-k leaves the selection and as many positions enter it. The
+share `uniform` of those comes from anywhere in the context. The others were selected before and
+return by how long ago they left: exponentially, with mean `reach` departures. So an LRU misses
 
-    misses(rows) of an LRU  =  uniform part x (1 - rows / context)  +  returns that take longer
+    misses(rows)  =  uniform part x (1 - rows / context)  +  returns that take longer
 
-which is the form of the published miss curves: a steep fall to about 10K rows, then a straight
-line to none at all rows (papers.md 1.6). The figures in data/localities/ are fitted by
-tools/fit_locality.py so that the production HotCache misses as published. Nothing but its
-recency tells one position from another, so no policy that does not see the future beats LRU here.
+This is the form of the curves in ESS, section 2: a steep fall to about 10K rows, then a straight
+line to zero at all rows. The localities in sim/data/ are fitted by the fit_locality benchmark, so
+that the production HotCache misses as published. Positions differ in their recency only, so no
+policy beats LRU here unless it sees the future.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,22 +34,26 @@ from sglang_ess.sim.inputs.files import (
 )
 from sglang_ess.sim.model import locality_kernels as kernels
 
-LOG_REACHES = 4  # mean reaches that the log of departures holds: 98 % of an exponential
-SETTLE_REACHES = 8
-RECENT_QUERIES = 32  # of a prompt's end: ESS's warm-up window (papers.md 1.5)
+LOG_REACHES = 4  # length of the log of departures in reaches: it holds 98 % of an exponential
+SETTLE_REACHES = 8  # departures in reaches before a new request is in its steady state
+RECENT_QUERIES = 32  # last queries of a prompt that warm the tier, as in ESS
 
 
 @dataclass(frozen=True)
 class Layers(Checked):
-    """The layers of a model. churn, uniform: shares; reach: departures, at the reference context;
-    uniform and reach [layers].
+    """Locality of each layer of a model.
+
+    churn    share of the top-k that leaves with each query, in all layers
+    uniform  [layers] share of the entering positions without locality
+    reach    [layers] mean departures until a position returns, at the reference context
+    Raises: ValueError if uniform and reach differ in length.
     """
 
     churn: float = spec(SHARE)
     uniform: tuple[float, ...] = spec(FRACTION)
     reach: tuple[float, ...] = spec(POSITIVE)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.uniform) != len(self.reach):
             raise ValueError(
@@ -59,10 +64,10 @@ class Layers(Checked):
 
 @dataclass(frozen=True)
 class Locality(Checked):
-    """What a model's queries select: a file of data/localities.
+    """Locality of a model's queries: a file of sim/data/localities.
 
-    topk              rows a query selects
-    reference_tokens  the context at which reaches were fitted
+    topk              rows that a query selects
+    reference_tokens  context at which `reach` was fitted
     context_exponent  reach grows as (context / reference_tokens) to this power
     """
 
@@ -75,28 +80,28 @@ class Locality(Checked):
     def num_layers(self) -> int:
         return len(self.layers.reach)
 
-    def reach(self, layer: int, tokens):
-        """Mean departures until a position comes back, in a context of so many tokens."""
+    def reach(self, layer: int, tokens: Any) -> Any:
+        """Mean departures until a position returns, in a context of `tokens` (number or array)."""
         scale = (tokens / self.reference_tokens) ** self.context_exponent
         return self.layers.reach[layer] * scale
 
     def spread(self, count: int) -> tuple[int, ...]:
-        """`count` layers that stand for all: the middle ones of as many equal parts by reach."""
+        """Choose `count` layers that stand for all: the middle of each of `count` parts by reach."""
         order = sorted(range(self.num_layers), key=lambda layer: self.layers.reach[layer])
         count = min(count, len(order))
         return tuple(sorted(order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)))
 
     @staticmethod
     def load(name: str | Path) -> Locality:
-        """Of data/localities, by name, or of a .toml file. Raises: SpecError, one line."""
+        """Load a file of sim/data/localities by its name, or a .toml file. Raises: SpecError."""
         return read(find("localities", name), Locality)
 
 
 class TopkStream:
-    """The top-k of one layer for up to num_requests requests, each with a state of its own.
+    """The top-k of one layer for up to num_requests requests, each with its own state.
 
-    A request has a row: begin() starts it, next() gives every row asked for its next step.
-    The same seed, layer, row and order of calls give the same stream.
+    Each request has a row of the state. begin() starts a row; next() gives the next step of some
+    rows. The same seed, layer, row and order of calls give the same stream.
     """
 
     def __init__(
@@ -116,14 +121,14 @@ class TopkStream:
         self._seed = seed
 
     def begin(self, row: int, tokens: int) -> None:
-        """Start a request of so many tokens, as if it had been decoding for long."""
+        """Start a request of `tokens` tokens as if it had been decoding for long."""
         self._begun[row] += 1
         entropy = (self._seed, self.layer, row, int(self._begun[row]))
         random, log = self._randoms[row], self._logs[row]
         random[:] = np.random.SeedSequence(entropy).generate_state(1, np.uint64) | np.uint64(1)
         state = self._selected[row], self._where[row], log
         tail = kernels.begin(*state, tokens, random)
-        # The log's share of positions that have come back since settles as it turns over.
+        # Run until the share of the log's positions that have returned is steady.
         reach = self.locality.reach(self.layer, tokens)
         self._tails[row] = kernels.advance_often(
             *state, tail, tokens, *self._parameters, reach, random, SETTLE_REACHES * reach
@@ -131,20 +136,23 @@ class TopkStream:
         self._lengths[row] = tokens
 
     def by_recency(self, row: int) -> np.ndarray:
-        """The request's positions [tokens] int32, least recently selected first: the end of it is
-        what a tier that has served it for long would hold.
+        """The request's positions [tokens] int32, least recently selected first.
+
+        A tier that has served the request for long holds the last ones.
         """
-        return kernels.by_recency(
+        order: np.ndarray = kernels.by_recency(
             self._selected[row], self._where[row], self._logs[row], self._tails[row],
             self._lengths[row],
         )  # fmt: skip
+        return order
 
     def next(
         self, rows: np.ndarray, lengths: np.ndarray, slots: np.ndarray, queries: int
     ) -> np.ndarray:
-        """Top-k slots [rows * queries, K] int32 of the requests' next step, -1 pads.
+        """Return the top-k slots [n * queries, K] int32 of the next step of n rows, -1 pads.
 
-        rows [n] int64; lengths [n] int64: tokens each has by now; slots [requests, tokens] int32
+        rows [n] int64; lengths [n] int64: their tokens by now; slots [requests, tokens] int32:
+        slot of each position of each request
         """
         topk = np.empty((len(rows) * queries, self.locality.topk), np.int32)
         reaches = self.locality.reach(self.layer, lengths)
@@ -157,7 +165,7 @@ class TopkStream:
 
 
 def similarity(topk: Sequence[np.ndarray]) -> float:
-    """Mean share of a query's top-k that the one before it has too: ESS's r (papers.md 1.6)."""
+    """Mean share of a query's top-k that the query before it selected too: r in ESS."""
     shares = [
         len(np.intersect1d(before, after)) / len(after)
         for before, after in zip(topk, topk[1:], strict=False)

@@ -1,22 +1,28 @@
-"""Kernels of the top-k generator: decode queries of many requests. Used by locality.py."""
+# mypy: allow-untyped-defs
+"""Numba kernels of the top-k generator in locality.py.
+
+State of one request: selected [K] int32, the positions of the last query; log [R] int32 (R a
+power of two), a ring of departed positions with `tail` entries so far; where [positions] int32,
+the place in `selected`, or -2 - entry in the log, or NEVER; random [1] uint64.
+"""
 
 import numba
 import numpy as np
 
 jit = numba.njit(cache=True, nogil=True)
 
-TRIES = 16  # draws of a departed position before a query takes any other
-NEVER = -1  # in `where`: not selected so far
-GONE = -1  # in the log: it has come back since
+TRIES = 16  # draws before a kernel gives up looking for a position
+NEVER = -1  # in `where`: never selected
+GONE = -1  # in the log: the position has returned
 INVERSE_2_32, INVERSE_2_52 = 1.0 / (1 << 32), 1.0 / (1 << 52)
-# Quantiles of the exponential with mean 1 at i / 4096, the last cut off: a draw without log().
+# Quantiles of the exponential with mean 1 at i / 4096, so that a draw needs no log().
 QUANTILES = -np.log1p(-np.arange(4096) / 4096)
 QUANTILES = np.append(QUANTILES, QUANTILES[-1] + 1.0)
 
 
 @jit
 def _random(state):
-    """xorshift64*: 64 random bits. state [1] uint64, not zero: one stream a request."""
+    """Return 64 random bits (xorshift64*). state [1] uint64 must not be zero."""
     x = state[0]
     x ^= x >> np.uint64(12)
     x ^= x << np.uint64(25)
@@ -27,13 +33,13 @@ def _random(state):
 
 @jit
 def _below(limit, bits):
-    """An integer in [0, limit) from the upper half of random bits."""
+    """Return an integer in [0, limit) from the upper half of random bits."""
     return np.int64((bits >> np.uint64(32)) * np.uint64(limit) >> np.uint64(32))
 
 
 @jit
 def _exponential(bits):
-    """Of mean 1, between two of its quantiles."""
+    """Draw from the exponential with mean 1, linear between two quantiles."""
     i = np.int64(bits >> np.uint64(52))
     share = (bits & np.uint64(0xFFFFFFFFFFFFF)) * INVERSE_2_52
     return QUANTILES[i] + share * (QUANTILES[i + 1] - QUANTILES[i])
@@ -41,6 +47,7 @@ def _exponential(bits):
 
 @jit
 def _take(selected, where, log, place, position):
+    """Select the position at `place`, and strike it from the log of departures."""
     entry = -2 - where[position]
     if entry >= 0 and log[entry & (log.shape[0] - 1)] == position:
         log[entry & (log.shape[0] - 1)] = GONE
@@ -50,14 +57,14 @@ def _take(selected, where, log, place, position):
 
 @jit
 def _drop(where, log, tail, position):
-    """The position leaves the selection: the log of departures gets it."""
+    """Append the position, which leaves the selection, to the log of departures."""
     log[tail & (log.shape[0] - 1)] = position
     where[position] = -2 - tail
 
 
 @jit
 def _departed(log, tail, reach, random):
-    """A position that left, drawn by recency: exponential in departures; -1 if none is found."""
+    """Draw a departed position, exponentially by departures since; -1 if none is found."""
     for _ in range(TRIES):
         back = np.int64(_exponential(_random(random)) * reach)
         entry = tail - 1 - back
@@ -71,7 +78,7 @@ def _departed(log, tail, reach, random):
 
 @jit
 def _other(where, length, random):
-    """Any position that is not selected; -1 if none is found."""
+    """Draw any position that is not selected; -1 if none is found."""
     for _ in range(TRIES):
         position = _below(length, _random(random))
         if where[position] < 0:
@@ -81,10 +88,9 @@ def _other(where, length, random):
 
 @jit
 def begin(selected, where, log, length, random):
-    """A request's first selection, random, and a log of the other positions in random order.
+    """Fill a request's state: a random selection, and a log of the others in random order.
 
-    selected [K], log [R] (R a power of two), where [positions] int32: filled. Returns the log's
-    tail.
+    Returns the log's tail.
     """
     topk = min(selected.shape[0], length)
     where[:] = NEVER
@@ -105,7 +111,7 @@ def begin(selected, where, log, length, random):
 
 @jit
 def by_recency(selected, where, log, tail, length):
-    """Positions [length] int32, least recently selected first."""
+    """Return the positions [length] int32, least recently selected first."""
     order = np.empty(length, np.int32)
     oldest, count = max(0, tail - log.shape[0]), 0
     for position in range(length):
@@ -125,7 +131,7 @@ def by_recency(selected, where, log, tail, length):
 
 @jit
 def _take_in_place(selected, where, log, tail, place, position):
-    """The position takes the place of another, which leaves."""
+    """Put the position at `place`. The one that was there leaves."""
     old = selected[place]
     _take(selected, where, log, place, position)
     _drop(where, log, tail, old)
@@ -133,18 +139,17 @@ def _take_in_place(selected, where, log, tail, place, position):
 
 @jit
 def advance(selected, where, log, tail, length, churn, uniform, reach, random):
-    """One query later: some positions leave the selection, as many others enter it.
+    """Move on by one query: some positions leave the selection and as many others enter it.
 
-    selected [K] int32; where, log: as begin left them; length: positions there are
-    churn    expected share of the K that leaves
-    uniform  share of those that enter which comes from anywhere in the context; the others
-             are departed ones, by recency: exponential with mean `reach` departures
+    length: number of positions; churn: expected share of the K that leaves
+    uniform: share of the entering ones that comes from anywhere in the context; the others have
+    departed before, exponentially with mean `reach` departures
     Returns the log's new tail.
     """
     topk = selected.shape[0]
     if length <= topk:
         return tail
-    # A random number of changes with this mean, so that a small churn is not rounded to none.
+    # A random number of changes with this mean, so that a small churn is not rounded to zero.
     expected = churn * topk
     count = int(expected)
     count += (_random(random) >> np.uint64(32)) * INVERSE_2_32 < expected - count
@@ -165,7 +170,7 @@ def advance(selected, where, log, tail, length, churn, uniform, reach, random):
 
 @jit
 def advance_often(selected, where, log, tail, length, churn, uniform, reach, random, departures):
-    """advance until so many positions have left. Returns the log's new tail."""
+    """Advance until `departures` positions have left. Returns the log's new tail."""
     if churn <= 0 or length <= selected.shape[0]:
         return tail
     for _ in range(int(np.ceil(departures / (churn * selected.shape[0])))):
@@ -175,7 +180,7 @@ def advance_often(selected, where, log, tail, length, churn, uniform, reach, ran
 
 @jit
 def _grow(selected, where, log, tail, length, random):
-    """Position length - 1 is new: it is selected, in place of a selected one if need be."""
+    """Select the new position length - 1, in place of another one if all K are taken."""
     topk = selected.shape[0]
     if length <= topk:
         _take(selected, where, log, length - 1, length - 1)
@@ -199,11 +204,11 @@ def step(
     randoms,
     topk_slots,
 ):
-    """The next decode step of the requests in `rows`: topk_slots [rows * queries, K] int32.
+    """Write the next decode step of n requests into topk_slots [n * queries, K] int32.
 
-    lengths [rows] int64: positions each sees now; old_lengths: in its step before
-    slots [requests, positions] int32: of a request's positions
-    parameters (churn, uniform); reaches [rows] float64
+    rows [n]: their rows in the state arrays; lengths [n] int64: positions now; old_lengths [n]:
+    in the step before; slots [requests, positions] int32; parameters: (churn, uniform)
+    reaches [n] float64
     """
     churn, uniform = parameters
     queries = topk_slots.shape[0] // rows.shape[0]

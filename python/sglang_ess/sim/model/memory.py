@@ -1,11 +1,11 @@
-"""How many requests and hot rows fit: ESS's memory equation, and what our pool really takes.
+"""How many requests and hot rows fit into memory, as ESS counts and as our pool allocates.
 
     device bytes = slots x slot_bytes + hot rows x hot_row_bytes + staging and fixed buffers
     host bytes   = slots x layers x row_bytes
 
-ESS counts `batch x context x layers x (ratio x row + index key)` and nothing else; that equation
-gives the batch and ratio of each of its rows. Ours adds maps, row state and staging as
-mem_cache/capacity.py does. This room may not import that file: a test compares the two.
+ESS counts only `batch x context x layers x (ratio x row + index key)`, which gives the batch and
+the ratio of each row in its tables. Our pool adds maps, row state and staging, as
+mem_cache/capacity.py does. This room may not import that file; a test compares the two.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from sglang_ess.sim.inputs.specs import Deployment, Gpu, Model
 from sglang_ess.sim.model.cost import HEAD_WEIGHT_BYTES
 from sglang_ess.tiers.throttled_link import probe_bytes
 
-ROW_STATE_BYTES = 16  # ess_kernels.hot_state: of a hot row in one layer
-ROW_ORDER_BYTES = 4  # ess_kernels.rebuild_order: of a hot row, for all layers
-ORDER_BYTES = 262_148  # the same, whatever the rows
+ROW_STATE_BYTES = 16  # of a hot row in one layer (ess_kernels.hot_state)
+ROW_ORDER_BYTES = 4  # of a hot row, once for all layers (ess_kernels.rebuild_order)
+ORDER_BYTES = 262_148  # of the same buffers, for any number of rows
 PLAN_BYTES_PER_LOOKUP = 20
 
 
 @dataclass(frozen=True)
 class Charges:
-    """Device bytes of a slot, of one hot row in every layer, and of what is there anyway.
+    """Device bytes that the KV pool charges.
 
-    staging_row_bytes: of each token of the longest request; page_slots: slots come in pages of it
+    slot_bytes         for each slot; slots come in pages of page_slots
+    hot_row_bytes      for one hot row in every layer
+    staging_row_bytes  for each token of the longest request
+    fixed_bytes        for any size
     """
 
     slot_bytes: float
@@ -38,7 +41,7 @@ class Charges:
 
     @classmethod
     def paper(cls, model: Model) -> Charges:
-        """As ESS counts: rows and index keys."""
+        """As ESS counts: rows and index keys alone."""
         return cls(model.layers * model.index_bytes, model.layers * model.row_bytes, 0, 0, 1)
 
     @classmethod
@@ -55,7 +58,7 @@ class Charges:
 
 
 class Memory:
-    """device_bytes for latent rows and index keys of one rank, host_bytes for its latent rows."""
+    """Memory of one rank: device_bytes for rows and index keys, host_bytes for latent rows."""
 
     def __init__(
         self,
@@ -71,37 +74,38 @@ class Memory:
     def of(
         cls, model: Model, gpu: Gpu, deployment: Deployment, charges: Charges | None = None
     ) -> Memory:
-        """A decode rank's. With tensor parallelism each of its GPUs holds every row."""
+        """Memory of a decode rank. With tensor parallelism each of its GPUs holds every row."""
         return cls(model, kv_bytes(model, gpu, deployment), deployment.host_gib * GIB, charges)
 
     def slots(self, batch: float, context: float) -> float:
-        """In whole pages a request."""
+        """Slots of `batch` requests of `context` tokens, each in whole pages."""
         page = self.charges.page_slots
         return batch * -(-context // page) * page
 
     def device_used(self, batch: float, context: float, hot_rows: float) -> float:
-        """Bytes with hot_rows in each layer, of all requests together."""
+        """Device bytes with hot_rows in each layer, all requests together."""
         return self._used_without_rows(batch, context) + hot_rows * self.charges.hot_row_bytes
 
     def host_used(self, batch: float, context: float) -> float:
+        """Host bytes of the latent rows."""
         return self.slots(batch, context) * self.model.layers * self.model.row_bytes
 
     def hot_rows(self, batch: float, context: float) -> int:
-        """Hot rows of a layer that fit beside the slots of so many requests; 0 if none do."""
+        """Hot rows of a layer that fit together with the slots of the batch; 0 if none fit."""
         left = self.device_bytes - self._used_without_rows(batch, context)
         return max(0, min(int(left // self.charges.hot_row_bytes), int(batch * context)))
 
     def ratio(self, batch: float, context: float) -> float:
-        """Hot rows as a share of the tokens, ESS's Sparse Memory Ratio."""
+        """Hot rows / tokens: the Sparse Memory Ratio of ESS."""
         return self.hot_rows(batch, context) / (batch * context)
 
     def resident_batch(self, context: float) -> int:
-        """Requests that fit with every row on the device, one tier, no maps."""
+        """Requests that fit one-tier: every row on the device, no maps."""
         row = self.model.layers * (self.model.row_bytes + self.model.index_bytes)
         return int(self.device_bytes // (self.slots(1, context) * row))
 
     def max_batch(self, context: float, ratio: float = 0.0) -> int:
-        """The most requests whose slots, ratio x context hot rows each and host rows fit."""
+        """Most requests that fit, with ratio x context hot rows for each."""
         charges = self.charges
         request = self._used_without_rows(1, context) - self._used_without_rows(0, context)
         request += ratio * context * charges.hot_row_bytes
@@ -121,7 +125,10 @@ class Memory:
 
 
 def weight_bytes(model: Model, deployment: Deployment) -> float:
-    """Of one GPU: attention and shared experts whole or by tensor parallelism, experts spread."""
+    """Bytes of weights on one GPU.
+
+    Tensor parallelism divides attention and dense layers, expert_gpus the routed experts.
+    """
     tensor = deployment.tensor_parallel
     moe = model.layers - model.dense_layers
     attention = model.layers * (model.projection_weights / tensor + model.indexer_weights)
@@ -135,7 +142,7 @@ def weight_bytes(model: Model, deployment: Deployment) -> float:
 def kv_bytes(model: Model, gpu: Gpu, deployment: Deployment) -> float:
     """Device bytes of one GPU for latent rows and index keys.
 
-    Raises: ValueError where the weights leave none.
+    Raises: ValueError if the weights leave none.
     """
     if deployment.kv_gib is not None:
         return deployment.kv_gib * GIB

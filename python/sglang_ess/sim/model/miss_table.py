@@ -1,7 +1,7 @@
-"""Misses by hot rows a request: what the planner asks of a locality profile or a recorded trace.
+"""A table of misses by hot rows, which the planner makes of a locality profile or a trace.
 
-Measured once on a few layers and sizes, then interpolated: a batch's misses follow from the hot
-rows that one of its requests has, whatever the batch.
+A few layers and sizes are measured once and then interpolated. The misses of a batch follow from
+the hot rows of one of its requests, whatever the size of the batch.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from sglang_ess.tiers.balance.budgets import allot
 from sglang_ess.tiers.balance.ghost_cache import MissCurve
 from sglang_ess.trace.trace import Kind, Trace
 
-LAYERS = 12  # measured for all: their spread by reach
+LAYERS = 12  # measured layers, which stand for all
 STEPS, SETTLE, REQUESTS = 24, 8, 2
-# Of top-k: sizes at which misses are measured.
+# Sizes at which misses are measured, as multiples of top-k.
 SIZES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0)
-FLOOR = 0.5  # of what a step selects at most: the least hot rows of a layer, a request's
-GRANULARITY = 64  # rows of a request, in which budgets move
+FLOOR = 0.5  # fewest hot rows of a request and layer, as a share of a step's selected rows
+GRANULARITY = 64  # budgets move in units of this many rows of a request
 
 
-@dataclass(frozen=True, eq=False)  # by identity: its curves are many
+@dataclass(frozen=True, eq=False)  # hashed by identity, because its curves are long
 class MissTable:
-    """curves: of each layer of the model, rows and misses a request, step and layer.
+    """Misses of one request by its hot rows.
 
-    context: tokens of a request; from so many rows on nothing is missed
+    context  tokens of a request; with that many rows or more nothing misses
+    curves   one for each layer of the model: hot rows of a request -> misses a step
     """
 
     context: int
@@ -49,9 +50,9 @@ class MissTable:
         seed: int = 0,
         progress: Callable[[], None] = lambda: None,
     ) -> MissTable:
-        """Measured on `sampled` layers of the profile, each of which stands for others.
+        """Measure `sampled` layers of the profile; each stands for several of the model's.
 
-        progress: called REQUESTS times a sampled layer
+        progress: called REQUESTS times for each sampled layer
         """
         chosen = locality.spread(sampled)
         sizes = [int(share * locality.topk) for share in SIZES]
@@ -62,7 +63,7 @@ class MissTable:
                 locality, context, sizes, queries=queries, requests=REQUESTS, steps=STEPS,
                 warmup_steps=SETTLE, layers=chosen, seed=seed, progress=progress,
             )  # fmt: skip
-        # Of no rows and of all: what a step selects, at most, and nothing.
+        # With no hot rows a step misses all it selects; with all rows hot it misses nothing.
         most = min(queries * locality.topk, context)
         rows = (0, *sizes, context)
         points = np.hstack([np.full((len(chosen), 1), float(most)), found])
@@ -78,10 +79,10 @@ class MissTable:
         cls, trace: Trace, layers: int, context: int, queries: int,
         progress: Callable[[int], object] = lambda _: None,
     ) -> MissTable:  # fmt: skip
-        """Replayed at several sizes; requests are the recorded queries of a step / `queries`.
+        """Replay a trace at several sizes. It has (queries of a step) / `queries` requests.
 
         progress: called with bytes read
-        Raises: ValueError for a trace of other layers, or one without a decode step.
+        Raises: ValueError for a trace of another number of layers or without a decode step.
         """
         if trace.layers != layers:
             raise ValueError(f"trace must be of the model's {layers} layers: got {trace.layers}.")
@@ -107,23 +108,24 @@ class MissTable:
 
     @property
     def floor(self) -> int:
-        """The least hot rows a request and layer that the curves speak of: with fewer, a step
-        takes several passes of attention, which nothing here prices.
+        """Fewest hot rows of a request and layer for which the curves hold.
+
+        With fewer a step needs several passes of attention, which the cost model does not price.
         """
         return max(1, int(FLOOR * self.curves[0].union))
 
     def uniform(self, rows: float) -> np.ndarray:
-        """[layers] misses with so many hot rows a request in every layer."""
+        """Return [layers] misses with `rows` hot rows of a request in every layer."""
         return np.array([curve.at(rows) for curve in self.curves])
 
     def budgeted(self, levels: Sequence[int]) -> np.ndarray:
-        """[levels, layers] misses where the rows of all layers are shared out by their curves."""
+        """Return [levels, layers] misses at the best budgets with a mean of each level's rows."""
         return np.array([_shared_out(self, rows) for rows in levels])
 
 
-@lru_cache(maxsize=256)  # a question is asked again with its limits lifted
+@lru_cache(maxsize=256)  # the planner asks again with limits lifted
 def _shared_out(table: MissTable, rows: int) -> tuple[float, ...]:
-    """[layers] misses at the best budgets with a mean of `rows`."""
+    """Return [layers] misses at the best budgets with a mean of `rows`."""
     rows = min(max(rows, table.floor), table.context)
     total = rows * len(table.curves)
     budgets = allot(table.curves, total, table.floor, table.context, GRANULARITY)
@@ -131,11 +133,11 @@ def _shared_out(table: MissTable, rows: int) -> tuple[float, ...]:
 
 
 def _stands_for(locality: Locality, chosen: Sequence[int], layers: int) -> list[int]:
-    """For each layer of the model the index of the chosen one that stands for it."""
-    if locality.num_layers != layers:  # another model's: the same mixture of layers
+    """Return for each layer of the model the index of the chosen layer that stands for it."""
+    if locality.num_layers != layers:  # another model's profile: keep its mixture of layers
         return [layer * len(chosen) // layers for layer in range(layers)]
     reach = locality.layers.reach
     ranks = np.argsort(np.argsort(reach, kind="stable"), kind="stable")
-    # chosen is by layer number; parts are by reach.
+    # `chosen` is in the order of layers, the parts are in the order of reach.
     by_reach = sorted(range(len(chosen)), key=lambda i: (reach[chosen[i]], chosen[i]))
     return [by_reach[int(rank) * len(chosen) // layers] for rank in ranks]

@@ -1,10 +1,10 @@
-"""How much of a fetch a layer waits for: off, DA and DBA of ESS section 3.3, as time lines.
+"""How long a layer waits for a fetch in each overlap mode of ESS, section 3.3.
 
-    off   indexer, fetch, attention: all of the fetch, less what runs early beside PreAttn
-    DA    indexer, then fetch beside the projections left (PreAttn) and attention to the hits
+    off   indexer, fetch, attention in turn; the fetch runs early beside a part of PreAttn
+    DA    indexer, then the fetch beside the remaining projections (PreAttn) and attention to hits
     DBA   as DA, but the first half's fetch runs beside the second half's indexer
 
-Each is per micro-batch and layer; ESS's figure 7 plots them for one setting.
+Times are per micro-batch and layer. Figure 7 of ESS plots them for one setting.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from dataclasses import dataclass
 import numpy as np
 
 MODES = ("off", "da", "dba")
-# What an operator may choose: the modes that a layer takes the cheapest of.
+# Operator's choice -> modes of which each layer takes the cheapest.
 CHOICES = {mode: (mode,) for mode in MODES} | {"layerwise": ("da", "dba"), "auto": MODES}
-# Two-batch overlap's halves hide one another's fetches too, which the server does not do yet.
+# The halves of two-batch overlap hide each other's fetches too. The server does not do this yet.
 HALVES = "halves"
-# Of a fetch's seconds: what it slows the other half down. ESS figure 7: from 128 to 256 misses
-# the fetch grows by 165 us and DBA's line by 5.
+# Share of a fetch's time by which it slows the other half. In figure 7 of ESS, from 128 to 256
+# misses, the fetch takes 165 us more and DBA's line rises by 5 us.
 CONTENTION = 0.03
 
 
 @dataclass(frozen=True)
 class Window:
-    """Seconds of one micro-batch's layer that a fetch can hide behind.
+    """Seconds in one micro-batch's layer behind which a fetch can hide.
 
-    preattn    between indexer and attention, not attention itself
+    preattn    work between indexer and attention
     attention  over all rows, hits and misses
     indexer    of the whole micro-batch
-    da, dba    that the split of attention, and of the indexer too, adds
-    early      of preattn, behind which a fetch runs in off too
+    da, dba    added cost of splitting attention (DA), and also the indexer (DBA)
+    early      part of preattn behind which a fetch runs even in mode off
     """
 
     preattn: float
@@ -43,10 +43,10 @@ class Window:
 
 
 def exposed(mode: str, fetch: np.ndarray, missed_share: np.ndarray, window: Window) -> np.ndarray:
-    """[layers] seconds that a fetch adds to a layer; zero where nothing is fetched.
+    """Return [layers] seconds that a fetch adds to a layer; 0 where nothing is fetched.
 
     fetch         [layers] seconds of the copies
-    missed_share  [layers] of the selected rows that are missed: attention to them comes later
+    missed_share  [layers] share of the selected rows that miss; attention to them comes later
     """
     hits = window.attention * (1 - missed_share)
     if mode == "off":
@@ -54,7 +54,7 @@ def exposed(mode: str, fetch: np.ndarray, missed_share: np.ndarray, window: Wind
     elif mode == "da":
         cost = np.maximum(0, fetch - window.preattn - hits) + window.da
     else:
-        # The link takes the second half's rows when both it and the second indexer are done.
+        # The second half's fetch begins when both the link and the second indexer are done.
         ready = np.maximum(fetch / 2, window.indexer / 2)
         late = ready + fetch / 2 - window.indexer / 2
         cost = np.maximum(0, late - window.preattn - hits) + window.dba
@@ -64,19 +64,20 @@ def exposed(mode: str, fetch: np.ndarray, missed_share: np.ndarray, window: Wind
 def cheapest(
     choice: str, fetch: np.ndarray, missed_share: np.ndarray, window: Window
 ) -> np.ndarray:
-    """[layers] seconds with each layer in the cheapest mode that `choice` allows."""
-    return np.min([exposed(m, fetch, missed_share, window) for m in CHOICES[choice]], axis=0)
+    """Return [layers] seconds, each layer in the cheapest mode that `choice` allows."""
+    modes = [exposed(mode, fetch, missed_share, window) for mode in CHOICES[choice]]
+    return np.minimum.reduce(modes)
 
 
 def beside_other_half(
     compute: float, talk: float, fetch: np.ndarray, missed_share: np.ndarray, window: Window
 ) -> np.ndarray:
-    """[layers] seconds that the fetches of two micro-batches add to a layer of both.
+    """Return [layers] seconds that the fetches of two micro-batches add to a layer of both.
 
-    compute, talk: of one micro-batch in the layer, without fetches, and its communication
-    A layer of both takes as long as its compute, twice, or as one micro-batch's way through it,
-    compute, fetch and communication in turn, or as the link or the network is busy: whichever
-    is longest. A fetch may run beside the hits' attention too, as in DA, at DA's cost.
+    compute: one micro-batch in the layer without fetches; talk: its communication
+    A layer of both takes as long as the longest of: the compute of both; one micro-batch's
+    compute, fetch and communication in turn; the link's work; the network's work. A fetch may
+    also run beside the attention to hits, as in DA, at DA's cost.
     """
     base = 2 * max(compute, talk)
     hits = window.attention * (1 - missed_share)

@@ -1,4 +1,4 @@
-"""The slots of one decode rank: which request holds how many, and how many are free."""
+"""The slots of one decode rank: how many each request holds, and how many are free."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from sglang_ess.layout import PAGE_SLOTS
 
 
 def whole_pages(tokens: int) -> int:
-    """Slots that so many tokens take."""
+    """Return the slots that `tokens` tokens take, in whole pages."""
     return -(-int(tokens) // PAGE_SLOTS) * PAGE_SLOTS
 
 
 class Slots:
-    """num_slots, in whole pages: free ones, and those that requests hold.
+    """Counts the slots of a rank, which are free or held by a request, in whole pages.
 
-    peak: the most that were held at once
-    Raises: ValueError for less than a page; RuntimeError where more are taken than are free.
+    peak: most slots held at once so far
+    Raises: ValueError for less than a page or a part of one.
     """
 
     def __init__(self, num_slots: int):
         if num_slots < PAGE_SLOTS or num_slots % PAGE_SLOTS:
             raise ValueError(
-                f"slots must be whole pages of {PAGE_SLOTS}, one at least: got {num_slots}."
+                f"slots must be one or more whole pages of {PAGE_SLOTS}: got {num_slots}."
             )
         self.num_slots = self.free = num_slots
         self._held: dict[int, int] = {}
@@ -32,11 +32,11 @@ class Slots:
         return self._held.get(request, 0)
 
     def needs(self, request: int, tokens: int) -> int:
-        """Slots that the request does not hold yet, of those that so many tokens take."""
+        """Slots that the request needs for `tokens` tokens and does not hold yet."""
         return max(0, whole_pages(tokens) - self.held(request))
 
     def take(self, request: int, tokens: int) -> None:
-        """The request holds the slots of so many tokens."""
+        """Give the request the slots of `tokens` tokens. Raises: RuntimeError if too few are free."""
         more = self.needs(request, tokens)
         if more > self.free:
             raise RuntimeError(f"request {request} takes {more} slots: {self.free} are free.")
@@ -48,9 +48,9 @@ class Slots:
         self.free += self._held.pop(request, 0)
 
     def reclaim(self, slots: int, owners: Iterable[int]) -> None:
-        """Take pages from the owners, in their order, until so many slots are free.
+        """Take pages from the owners, in their order, until `slots` slots are free.
 
-        Of an owner no more than it takes: a radix tree is cut so that a prompt's end goes first.
+        An owner loses no more than needed, as a radix tree first drops the end of a prompt.
         """
         for owner in owners:
             if self.free >= slots:
@@ -61,7 +61,7 @@ class Slots:
                 self._held[owner] -= given
 
     def check(self) -> None:
-        """Every slot is free or held, by one request. Raises: RuntimeError."""
+        """Check that every slot is free or held. Raises: RuntimeError."""
         held = sum(self._held.values())
         if self.free < 0 or self.free + held != self.num_slots:
             raise RuntimeError(

@@ -1,8 +1,8 @@
-"""A recorded trace through the HotCache that serves: its own counts again, or those of others.
+"""Replay a recorded trace through the production HotCache, at the recorded sizes or at others.
 
-At the recorded sizes a replay's counters are the server's after every single event: what
-differs is a fault, in the server, the trace or here. At other sizes they are what the server
-would have counted had it done the same with so many hot rows.
+At the recorded sizes a replay's counters equal the server's after every event. A difference is a
+fault in the server, in the trace or here. At other sizes the counters are those that the server
+would have had with that many hot rows.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from sglang_ess.trace.format import STATE
 from sglang_ess.trace.trace import Event, Kind, Trace
 from sglang_ess.trace.trace_recorder import STATE_PLACES
 
-SCALES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # of the recorded hot rows
-NO_ROWS = torch.empty(0)  # a HotCache without rows reads none
+SCALES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # factors on the recorded hot rows
+NO_ROWS = torch.empty(0)  # a HotCache without row contents reads none
 
-Progress = Callable[[int], object]  # called with bytes of the file
+Progress = Callable[[int], object]  # called with the bytes read from the file
 
 
 class ReplayError(ValueError):
-    """A trace that cannot be replayed."""
+    """A trace cannot be replayed."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first event of a layer after which replay and server count differently."""
+    """The first event of a layer after which the counters of replay and server differ."""
 
     event: int
     layer: int
@@ -53,9 +53,11 @@ class Difference:
 
 @dataclass
 class LayerReplay:
-    """One layer: hot rows at the end and STATE's counters, the server's beside them.
+    """One layer at the end of a replay.
 
-    union: distinct slots of its largest plan; 0 where nothing is compared with the server
+    rows      hot rows
+    counters  of trace.format.STATE, as replayed; server: as recorded
+    union     distinct slots of the layer's largest plan; 0 if not counted (see replay)
     """
 
     rows: int
@@ -65,7 +67,7 @@ class LayerReplay:
 
     @property
     def hit_ratio(self) -> float:
-        """Of the lookups, 1 for none: as the server's log line has it."""
+        """Hits / lookups; 1 without lookups, as in the server's log line."""
         lookups = self.counters["lookups"]
         return 1 - self.counters["misses"] / lookups if lookups else 1.0
 
@@ -76,11 +78,12 @@ class LayerReplay:
 
 @dataclass
 class Replay:
-    """What a replay found.
+    """Result of a replay.
 
-    layers      of the trace, all of which must have events
-    missing     events that the recording dropped; a replay is not exact then
-    differences of each layer the first; none are looked for at other sizes than the recorded
+    layers       one for each layer of the trace
+    missing      events that the recording dropped; the replay is inexact if there are any
+    differences  the first of each layer; only looked for at the recorded sizes
+    num_events   of the trace
     """
 
     layers: list[LayerReplay] = field(default_factory=list)
@@ -102,7 +105,7 @@ class Replay:
 
     @property
     def misses_per_step(self) -> float:
-        """Rows fetched in all layers in a decode step, on average."""
+        """Mean rows fetched in a decode step, all layers together."""
         return sum(layer.misses_per_step for layer in self.layers)
 
 
@@ -115,14 +118,14 @@ def replay(
     scale: float | None = None,
     progress: Progress = lambda _: None,
 ) -> Replay:
-    """A trace's events in their order through production HotCaches, one a layer.
+    """Replay a trace's events in order through production HotCaches, one for each layer.
 
-    rows: hot rows of each layer, all along, in place of the recorded ones; or
-    scale: times the recorded ones, whenever they change; neither: the recorded ones, each
-        event checked against the server's counters
-    A size past the slots is the slots, one below 1 is 1.
-    Raises: ReplayError if a layer has no events, or no size before them; ValueError for both
-    rows and scale, rows of other layers, and as Trace.frames.
+    rows   fixed hot rows of each layer (one number, or one for each)
+    scale  factor on the recorded hot rows, each time they change
+    With neither, the sizes are the recorded ones and each event is checked against the server's
+    counters. Sizes are kept within 1 and the number of slots.
+    Raises: ReplayError if a layer has no events, or an event before its first size; ValueError
+    for both rows and scale, for rows of another number of layers, and as Trace.frames.
     """
     found, is_exact = Replay(), rows is None and scale is None
     tier = _Tier(trace, _sizes(trace, rows, scale), is_exact)
@@ -147,6 +150,7 @@ def replay(
             raise ReplayError(
                 f"a trace must have events of every layer: got none of layer {layer}."
             )
+        assert counted is not None  # a layer with a cache has had an event
         here = _named(cache.state[STATE_PLACES])
         union = tier.unions[layer]
         found.layers.append(LayerReplay(cache.num_rows, here, _named(counted), union))
@@ -157,8 +161,10 @@ def _named(counters: np.ndarray) -> dict[str, int]:
     return dict(zip(STATE, counters.tolist(), strict=True))
 
 
-def _sizes(trace: Trace, rows, scale) -> Callable[[int, int], int]:
-    """(layer, recorded hot rows) -> hot rows."""
+def _sizes(
+    trace: Trace, rows: int | Sequence[int] | None, scale: float | None
+) -> Callable[[int, int], int]:
+    """Return a function (layer, recorded hot rows) -> hot rows."""
     if rows is not None and scale is not None:
         raise ValueError("a replay must have rows or a scale: got both.")
     if scale is not None:
@@ -172,7 +178,10 @@ def _sizes(trace: Trace, rows, scale) -> Callable[[int, int], int]:
 
 
 class _Tier:
-    """HotCaches without rows, for each layer once it has a size; unions: of LayerReplay."""
+    """A HotCache without row contents for each layer that has a size.
+
+    unions: as LayerReplay.union
+    """
 
     def __init__(self, trace: Trace, size: Callable[[int, int], int], counts_unions: bool):
         self._slots, self._size, self._buffers = trace.slots, size, PlanBuffers()
@@ -182,7 +191,7 @@ class _Tier:
         self.unions = [0] * trace.layers
 
     def apply(self, event: Event) -> np.ndarray:
-        """Do to the event's layer what was done to it. Returns its STATE."""
+        """Apply the event to its layer's cache. Returns the cache's STATE."""
         kind, layer, argument, slots, _ = event
         if kind == Kind.RESIZE:
             self._resize(layer, min(max(1, self._size(layer, argument)), self._slots))
@@ -190,7 +199,8 @@ class _Tier:
         if cache is None:
             raise ReplayError(f"a layer's first event must be RESIZE: got {kind.name} ({layer}).")
         if kind == Kind.PLAN:
-            topk, start = torch.from_numpy(slots), (0, 0)
+            topk = torch.from_numpy(slots)
+            start: tuple[int, int] | None = (0, 0)
             while start is not None:
                 start = cache.plan(topk, start, bool(argument)).stop
             if self._counts_unions:
@@ -204,12 +214,13 @@ class _Tier:
             cache.warm(torch.from_numpy(slots))
         elif kind == Kind.CLEAR:
             cache.clear()
-        return cache.state[STATE_PLACES]
+        state: np.ndarray = cache.state[STATE_PLACES]
+        return state
 
     def _resize(self, layer: int, rows: int) -> None:
         cache = self.caches[layer]
         if cache is None:
-            # An arena of its own with room to grow: what another layer gave up came from there.
+            # Its own arena, with room to grow by the rows that other layers gave up.
             arena = HotArena(self._slots)
             self.caches[layer] = HotCache(None, rows, self._slots, self._buffers, arena=arena)
         elif rows != cache.num_rows:
@@ -217,8 +228,8 @@ class _Tier:
 
 
 @numba.njit("i8(i4[::1], u1[::1])", cache=True, nogil=True)
-def _count_distinct(slots, marks):
-    """Distinct slots, -1 pads aside; marks [slots of the tier]: zeros before and after."""
+def _count_distinct(slots: np.ndarray, marks: np.ndarray) -> int:
+    """Count distinct slots without -1 pads. marks [slots of the tier]: zeros before and after."""
     distinct = 0
     for slot in slots:
         if slot >= 0:
@@ -236,12 +247,12 @@ def _count_distinct(slots, marks):
 def curve(
     trace: Trace, scales: Sequence[float] = SCALES, progress: Progress = lambda _: None
 ) -> dict[float, Replay]:
-    """Replays at each scale of the recorded hot rows: exact points of the miss-ratio curves."""
+    """Replay at each scale of the recorded hot rows: exact points of the miss curves."""
     return {scale: replay(trace, scale=scale, progress=progress) for scale in sorted(scales)}
 
 
 def layer_curves(replays: Iterable[Replay]) -> list[MissCurve]:
-    """Each layer's misses a step by hot rows, from replays of one trace at several sizes."""
+    """Return each layer's misses a step by hot rows, from replays of one trace."""
     found = []
     for layers in zip(*(one.layers for one in replays), strict=True):
         points = sorted({layer.rows: layer for layer in layers}.items())
@@ -261,9 +272,9 @@ def layer_curves(replays: Iterable[Replay]) -> list[MissCurve]:
 
 
 def best_budgets(replays: Iterable[Replay], total: int) -> Budgets:
-    """Hot rows of each layer, `total` in all, with the fewest misses on their curves.
+    """Return the hot rows of each layer, `total` in all, that miss least by their curves.
 
-    Within the sizes that were replayed. Raises: BudgetError if no budgets are.
+    They stay within the replayed sizes. Raises: BudgetError if no budgets do.
     """
     curves = layer_curves(replays)
     floor = max(one.rows[0] for one in curves)

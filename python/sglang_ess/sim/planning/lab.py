@@ -36,7 +36,7 @@ class Stream:
     contexts: np.ndarray
     num_slots: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.steps.ndim != 3 or self.steps.shape[1] % len(self.contexts):
             raise ValueError(
                 f"steps must be [steps, requests * queries, K] of {len(self.contexts)} requests: "

@@ -58,7 +58,7 @@ class Question:
     budgets: bool = False
     calibration: Calibration | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         longest = self.longest if self.longest is not None else self.context
         limits = (
             ("context", self.context, 1, self.model.max_context, "tokens"),

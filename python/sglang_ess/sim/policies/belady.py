@@ -25,9 +25,7 @@ class Belady(Policy):
         super().__init__(rows, num_slots)
         self._steps = steps
         self._next = next_uses(steps.reshape(len(steps), -1), num_slots)
-        self._first = np.full(
-            len(steps) + 1, -1, np.int32
-        )  # heads of the lists; the last is "never"
+        self._first = np.full(len(steps) + 1, -1, np.int32)  # list heads; the last: never
         self._after = np.full(rows, -1, np.int32)
 
     def step(self, topk: np.ndarray) -> np.ndarray:
