@@ -8,7 +8,8 @@ import pytest
 
 from sglang_ess.admission.feed import OBSERVED_STEPS, AdmissionFeed, LastStep, Totals
 from sglang_ess.admission.policy import Admission, Step
-from sglang_ess.sim.engine.admission_gate import SAMPLES, AdmissionGate
+from sglang_ess.sim.engine.admission_gate import AdmissionGate
+from sglang_ess.tiers.topk_sample import SAMPLES
 from tests.sim.serving_system import TOPK, System, load, poisson
 
 PACKAGE = Path(__file__).parents[2] / "python" / "sglang_ess"

@@ -1,8 +1,8 @@
 """`python -m sglang_ess.plan`: does ESS help a model, a GPU, a context and a latency target?
 
-Prints the settings to serve with, what they are expected to give, and the same without ESS; or
-why ESS does not help. All figures are simulated. Exit status 2, and one line on stderr, for a
-question that cannot be answered.
+The command prints the settings to serve with, their expected figures and those without ESS, or
+the reason why ESS does not help. All figures are simulated. For a question that cannot be
+answered it prints one line on stderr and exits with status 2.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from sglang_ess.trace.trace import read_trace
 
 REFUSED = 2
 NODE, SEVERAL_NODES = "node-8", "ess-paper-32k"  # deployments of up to 8 GPUs, and of more
-# ESS Table 2's pairs of queries a step and tokens accepted; others have to be given.
+# Queries a step -> accepted tokens, from table 2 of ESS. Others must be given by --accept.
 ACCEPTED = {1: 1.0, 2: 1.7, 4: 2.8}
-WORTH_A_LINE = 0.01  # of tokens/s
+WORTH_A_LINE = 0.01  # gain in tokens/s from which the command mentions budgets
 TITLES = {"ess": "ESS", "one-tier": "one tier"}
 
 
@@ -58,29 +58,30 @@ def _parser() -> argparse.ArgumentParser:
         prog=program_name("plan"), description=__doc__.partition("\n\n")[0]
     )
     add = parser.add_argument
-    for kind, folder, default in (
+    for spec, folder, default in (
         ("model", "models", None), ("gpu", "gpus", None), ("link", "links", "pcie5"),
         ("deployment", "deployments", None),
     ):  # fmt: skip
         known = f"{', '.join(names(folder))}, or a .toml file"
-        needed = kind in ("model", "gpu")
-        add(f"--{kind}", required=needed, default=default, help=known)
-    for flag, kind, value, text in (
-        ("context", int, "N", "tokens of a request; or --input and --output"),
+        needed = spec in ("model", "gpu")
+        add(f"--{spec}", required=needed, default=default, help=known)
+    numbers: tuple[tuple[str, type, str, str], ...] = (
+        ("context", int, "N", "tokens of a request; or give --input and --output"),
         ("input", int, "N", "prompt tokens of a request"),
         ("output", int, "N", "tokens that a request generates"),
-        ("gpus", int, "N", "decode GPUs, over which the experts are spread [8]"),
+        ("gpus", int, "N", "decode GPUs, which share the experts [8]"),
         ("mtp", int, "Q", "queries of a request in a step: 1 + draft tokens [2]"),
         ("accept", float, "T", "tokens a request gains in a step [1, 1.7, 2.8 for --mtp 1, 2, 4]"),
-        ("host-gib", float, "G", "host memory for latent rows, of one GPU [200]"),
-        ("kv-gib", float, "G", "device memory for KV, of one GPU [what the weights leave]"),
-        ("requests", int, "N", "most requests that one GPU will have at once"),
-    ):
+        ("host-gib", float, "G", "host memory of one GPU for latent rows [200]"),
+        ("kv-gib", float, "G", "device memory of one GPU for KV [what the weights leave]"),
+        ("requests", int, "N", "most requests that one GPU will serve at once"),
+    )
+    for flag, kind, value, text in numbers:
         add(f"--{flag}", type=kind, metavar=value, help=text)
-    per_token = "mean time between two tokens of a request: a step / accepted tokens"
+    per_token = "mean time between two tokens of a request: step time / accepted tokens"
     add("--itl-ms", type=float, required=True, metavar="MS", help=per_token)
     add("--overlap", choices=("auto", "da", "dba", "off"), help="of fetches with compute [auto]")
-    budgets = "auto: as if a GPU's server shared rows out by layer, which it does not yet"
+    budgets = "auto: as if a GPU's server gave layers different hot rows, which it does not yet"
     add("--layer-budgets", choices=("auto", "uniform"), default="uniform", help=budgets)
     profiles = f"{', '.join(names('localities'))}, a .toml file, or what --ess-trace wrote"
     add("--locality", metavar="PROFILE|TRACE", help=profiles)
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def ask(options: argparse.Namespace) -> Question:
-    """Raises: ValueError, one line, for an unknown name or a number outside its limits."""
+    """Make the question of the options. Raises: ValueError, one line, for a bad name or number."""
     model, gpu, link = (load(kind, getattr(options, kind)) for kind in ("model", "gpu", "link"))
     context, longest = _lengths(options)
     return Question(
@@ -109,7 +110,7 @@ def ask(options: argparse.Namespace) -> Question:
 
 
 def _lengths(options: argparse.Namespace) -> tuple[int, int]:
-    """Tokens of a request on average while it decodes, and at its end."""
+    """Return a request's tokens: the mean while it decodes, and at its end."""
     given = options.input is not None, options.output is not None
     if (options.context is not None) == any(given) or any(given) != all(given):
         raise QuestionError(
@@ -125,7 +126,7 @@ def _lengths(options: argparse.Namespace) -> tuple[int, int]:
 
 
 def _deployment(options: argparse.Namespace) -> Deployment:
-    """A shipped one or a file, with what the options change."""
+    """Load the deployment and apply the options to it."""
     gpus = options.gpus
     if gpus is not None and not 1 <= gpus <= 4096:
         raise QuestionError(f"--gpus must be 1 to 4096: got {gpus}.")
@@ -137,7 +138,7 @@ def _deployment(options: argparse.Namespace) -> Deployment:
                 f"--{flag} must be more than 0: got {value:g}. Leave it out if unsure."
             )
     name = options.deployment or (NODE if (gpus or 8) <= 8 else SEVERAL_NODES)
-    found = load("deployment", name)
+    found: Deployment = load("deployment", name)
     values: dict[str, Any] = {}
     if options.deployment is None:
         values["kv_gib"], values["overlap"] = None, "auto"
@@ -166,9 +167,9 @@ def _accepted(options: argparse.Namespace) -> float:
 def misses_of(
     question: Question, options: argparse.Namespace, bar: Callable[[str, int], Any]
 ) -> MissTable:
-    """Of the profile or trace that --locality names, or the model's own profile.
+    """Make the miss table of the profile or trace in --locality, or of the model's own profile.
 
-    bar(what, total) -> what to call with each part done
+    bar(what, total): returns a function to call with the units done
     """
     model, queries = question.model, question.deployment.queries
     chosen = options.locality or _profile(options.model, model)
@@ -193,7 +194,7 @@ def misses_of(
 
 
 def _profile(name: str, model: Model) -> str:
-    """A model's own profile, one of its family, else the first with as many layers."""
+    """Name the model's own profile, one of its family, or the first with as many layers."""
     known = names("localities")
     family = [other for other in known if other.split("-")[0] == name.split("-")[0]]
     alike = [other for other in known if Locality.load(other).num_layers == model.layers]
@@ -202,7 +203,7 @@ def _profile(name: str, model: Model) -> str:
 
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int], Any]]:
-    """bar(what, total): a tqdm bar for what takes more than two seconds; total 0: unknown."""
+    """Give bar(what, total): a tqdm bar for work of over two seconds. total 0: unknown."""
     from tqdm import tqdm
 
     made: list[Any] = []
@@ -223,14 +224,14 @@ def _bar() -> Iterator[Callable[[str, int], Any]]:
 
 
 def flags(question: Question, answer: Answer) -> list[str]:
-    """Arguments of sglang_ess.launch_server that serve as answer.best says."""
+    """Return the arguments of sglang_ess.launch_server that serve as answer.best says."""
     if answer.best is None:
         return []
     if not answer.helps:
         return ["--disable-ess"]
     advice, deployment = answer.best, question.deployment
     overlap = deployment.overlap if deployment.overlap in ("da", "dba", "off") else "auto"
-    # The pool counts a page of padding too.
+    # One GiB more, because the pool also counts a page of padding.
     host_gib = min(math.ceil(advice.host_gib) + 1, deployment.host_gib)
     step_ms = question.itl_seconds * 1000 * deployment.accepted_tokens
     return [
@@ -244,7 +245,7 @@ def flags(question: Question, answer: Answer) -> list[str]:
 
 
 def as_dict(question: Question, options: argparse.Namespace, answer: Answer) -> dict[str, Any]:
-    """What --json writes."""
+    """Return the document that --json writes."""
     specs = {name: getattr(options, name) for name in ("model", "gpu", "link", "locality")}
     specs |= {"context": question.context, "longest": question.slots_tokens}
     specs |= {"itl_ms": question.itl_seconds * 1000, "requests": question.max_requests}
@@ -259,7 +260,7 @@ def as_dict(question: Question, options: argparse.Namespace, answer: Answer) -> 
 
 
 def lines(answer: Answer) -> Iterator[tuple[str, ...]]:
-    """Rows of the table: a name, and a cell for ESS and for one tier."""
+    """Yield the rows of the table: a name, and a cell for ESS and for one tier."""
     found = [advice for advice in (answer.ess, answer.one_tier) if advice]
 
     def row(name: str, cell: Callable[[Advice], str]) -> tuple[str, ...]:
@@ -299,7 +300,7 @@ def _print(question: Question, options: argparse.Namespace, answer: Answer) -> N
 
 
 def verdict(question: Question, answer: Answer) -> Iterator[str]:
-    """Lines below the table: whether ESS helps, how to serve, what to know."""
+    """Yield the lines below the table: whether ESS helps, how to serve, and notes."""
     if not answer.helps:
         yield f"ESS does not help here because {answer.reason}"
     elif answer.gain is None:
@@ -311,17 +312,17 @@ def verdict(question: Question, answer: Answer) -> Iterator[str]:
         yield f"python -m sglang_ess.launch_server ... {' '.join(arguments)}"
     if answer.helps and question.deployment.overlap not in ("da", "dba", "off"):
         yield "--ess-overlap auto needs --ess-overlap-costs: without that file nothing overlaps."
-    if answer.helps and answer.budgeted:
+    if answer.helps and answer.best and answer.budgeted:
         more = answer.budgeted.tokens_per_second / answer.best.tokens_per_second - 1
         if more >= WORTH_A_LINE:
             yield (
-                f"Hot rows shared out by layer would give {more:+.0%} more, with "
+                f"Different hot rows for each layer would give {more:+.0%} more, with "
                 f"{answer.budgeted.batch} requests. A GPU's server does not have that yet."
             )
 
 
 def plot(path: Path, planner: Planner, question: Question) -> None:
-    """A PNG: tokens/s and ITL by batch, with ESS and without. No display is needed."""
+    """Write a PNG: tokens/s and ITL by batch, with ESS and without."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

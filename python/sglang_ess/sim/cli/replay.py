@@ -1,8 +1,8 @@
-"""`python -m sglang_ess.replay TRACE`: a recorded trace through the hot tier's own code again.
+"""`python -m sglang_ess.replay TRACE`: run a recorded trace through the hot tier's own code.
 
-First at the recorded sizes, where every count must be the server's; then at others: how many
-rows each layer would have missed with fewer or more hot rows, and with the same number shared
-out better. Exit status: 0; 2 with one line of reason, or if a count differs from the server's.
+The first replay has the recorded sizes, and every count must equal the server's. Others show how
+many rows each layer would miss with fewer or more hot rows, and with the best budgets for the
+same number. Exit status: 0; 2 with one line of reason, or if a count differs from the server's.
 """
 
 from __future__ import annotations
@@ -21,11 +21,18 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sglang_ess.errors import program_name
-from sglang_ess.sim.model.trace_replay import SCALES, Replay, ReplayError, best_budgets, replay
+from sglang_ess.sim.model.trace_replay import (
+    SCALES,
+    Progress,
+    Replay,
+    ReplayError,
+    best_budgets,
+    replay,
+)
 from sglang_ess.tiers.balance.budgets import BudgetError
 from sglang_ess.trace.trace import Trace, read_trace
 
-HALF, DOUBLE = 0.5, 2.0  # the scales that the table of layers shows
+HALF, DOUBLE = 0.5, 2.0  # scales in the table of layers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,14 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         trace = read_trace(options.trace)
         study = Study(trace, options.rows)
         console = Console()
-        # In a file or a pipe as wide as the tables are.
+        # rich assumes 80 columns in a file or a pipe; the tables need more.
         study.print(console if console.is_terminal else Console(width=120))
         if options.json:
             options.json.write_text(json.dumps(study.as_dict(), indent=1) + "\n")
         if options.plot:
             _plot(study, options.plot)
     except (OSError, ValueError) as error:
-        print(f"sglang_ess.sim.cli.replay: {_one_line(error)}", file=sys.stderr)
+        print(f"sglang_ess.replay: {_one_line(error)}", file=sys.stderr)
         return 2
     return 2 if study.recorded.differences else 0
 
@@ -63,7 +70,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="N",
-        help="replay with N hot rows in each layer too",
+        help="also replay with N hot rows in each layer",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures here")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="write miss-ratio curves here")
@@ -77,9 +84,9 @@ def _positive(text: str) -> int:
 
 
 class Study:
-    """Replays of one trace: as recorded, at scales of that, at given rows, with best budgets.
+    """Replays of one trace: as recorded, at scales of it, at given rows, with the best budgets.
 
-    Raises: ReplayError for a trace with no decode in it; ValueError as replay.
+    Raises: ReplayError for a trace without a decode step; ValueError as replay.
     """
 
     def __init__(self, trace: Trace, rows: Sequence[int] = ()):
@@ -97,8 +104,8 @@ class Study:
             self.given = {count: replay(trace, rows=count, progress=bar.update) for count in rows}
             self.best = self._best(bar.update)
 
-    def _best(self, progress) -> Replay | None:
-        """As many rows as recorded, shared out by the layers' curves; None if that is no better."""
+    def _best(self, progress: Progress) -> Replay | None:
+        """Replay with the best budgets for the recorded number of rows; None if no better."""
         try:
             budgets = best_budgets(self.scaled.values(), self.recorded.rows)
         except BudgetError:
@@ -188,7 +195,7 @@ class Study:
         return table
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """The whole tier at each size: misses_ratio is to the recorded size."""
+        """Yield the whole tier at each size. misses_ratio: to the recorded size."""
         named = {f"x{scale:g}": found for scale, found in self.scaled.items()}
         named |= {f"{count} a layer": found for count, found in self.given.items()}
         if self.best:
@@ -228,7 +235,7 @@ class Study:
 
 
 def _plot(study: Study, path: Path) -> None:
-    """Miss ratio by hot rows: a line a layer, and the mean of all as a thick one."""
+    """Write a PNG: misses per lookup by hot rows, one line a layer, a thick one for the mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -245,7 +252,7 @@ def _plot(study: Study, path: Path) -> None:
     axes.plot(recorded.rows / layers, 1 - recorded.hit_ratio, "ks", label="as recorded")
     if study.best:
         axes.plot(study.best.rows / layers, 1 - study.best.hit_ratio, "C1*", ms=12,
-                  label="best budgets of as many rows")  # fmt: skip
+                  label="best budgets, same number of rows")  # fmt: skip
     axes.set(xscale="log", xlabel="hot rows a layer", ylabel="misses per lookup", ylim=(0, None))
     axes.set_xticks(rows, [f"{count:,.0f}" for count in rows])
     axes.minorticks_off()

@@ -1,8 +1,8 @@
-"""`python -m sglang_ess.simulate SCENARIO`: what a deployment would serve, before it is bought.
+"""`python -m sglang_ess.simulate SCENARIO`: what would a deployment serve?
 
-SCENARIO is a file, or the name of one that comes with ESS (--list). Its systems run on the same
-workload and stand side by side: ESS, ESS without admission, one tier. Exit status 2, and one
-line on stderr, for a scenario that cannot be used.
+SCENARIO is a .toml file, or a name that --list shows. Its systems (ESS, ESS without admission,
+one tier) run on the same workload and are printed as columns of one table. For a scenario that
+cannot be used the command prints one line on stderr and exits with status 2.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sglang_ess.sim.inputs.files import SpecError
 from sglang_ess.sim.inputs.scenario import Scenario, read_scenario, scenario_names, with_settings
 
 REFUSED = 2
-FILE_COLUMNS = 120
+FILE_COLUMNS = 120  # width of the table where stdout is no terminal
 TITLES = {"ess": "ESS", "no-admission": "ESS, no admission", "one-tier": "one tier"}
 
 
@@ -55,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def simulate(
     scenario: Scenario, seed: int = 0, bar: Callable[[str, int], Any] | None = None
 ) -> list[Results]:
-    """Results of each of the scenario's systems. bar(name, total): a tqdm bar, or nothing.
+    """Run each of the scenario's systems. bar(name, total): returns a tqdm bar; None: no bar.
 
-    Raises: ValueError for a scenario that cannot be, RuntimeError for a simulator that lost track.
+    Raises: ValueError for a scenario that cannot run, RuntimeError if the bookkeeping is wrong.
     """
     workload = workload_of(scenario, seed)
     results = []
@@ -67,7 +68,7 @@ def simulate(
             results.append(simulation.run())
             continue
         with bar(TITLES[system], simulation.serving.total) as progress:
-            results.append(simulation.run(lambda done, p=progress: p.update(done - p.n)))
+            results.append(simulation.run(partial(_advance, progress)))
     return results
 
 
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=program_name("simulate"),
         description="Simulate a deployment with ESS and with one tier.",
     )
-    parser.add_argument("scenario", nargs="?", help="a .toml file, or a name of --list")
+    parser.add_argument("scenario", nargs="?", help="a .toml file, or a name that --list shows")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE",
         help="change a field, as arrivals.rate=4 or server.itl_ms=50; may be repeated",
@@ -86,15 +87,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers", type=int, metavar="N", help="simulate N layers row by row; 0: all [the file's]"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all that is drawn [0]")
-    parser.add_argument("--list", action="store_true", help="the scenarios that come with ESS")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all random draws [0]")
+    parser.add_argument("--list", action="store_true", help="list the scenarios that come with ESS")
     return parser
+
+
+def _advance(progress: Any, done: int) -> None:
+    progress.update(done - progress.n)
 
 
 def _bar(name: str, total: int) -> Any:
     from tqdm import tqdm
 
-    # delay: none for what is done at once; disable=None: none where stderr is no terminal.
+    # delay: no bar for a short run; disable=None: no bar if stderr is no terminal.
     return tqdm(total=total, desc=name, delay=2, disable=None, file=sys.stderr, leave=False)
 
 
@@ -112,8 +117,8 @@ def _print_table(scenario: Scenario, results: Sequence[Results]) -> None:
     _print(lines(results), ("", "left"), *columns, title=scenario.title, caption=caption)
 
 
-def _print(rows: Iterable[Sequence[str]], *columns: tuple[str, str], **about: str) -> None:
-    """columns: (title, justification)."""
+def _print(rows: Iterable[Sequence[str]], *columns: tuple[str, Any], **about: Any) -> None:
+    """Print a table. columns: (title, justification); about: title and caption."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -124,12 +129,12 @@ def _print(rows: Iterable[Sequence[str]], *columns: tuple[str, str], **about: st
     for row in rows:
         table.add_row(*row)
     console = Console()
-    # rich takes a file for a terminal of 80 columns.
+    # rich assumes 80 columns if stdout is no terminal.
     (console if console.is_terminal else Console(width=FILE_COLUMNS)).print(table)
 
 
 def lines(results: Sequence[Results]) -> Iterator[tuple[str, ...]]:
-    """Rows of the table: a name, and a cell for each system."""
+    """Yield the rows of the table: a name, and a cell for each system."""
 
     def row(name: str, cell: Callable[[Results], str]) -> tuple[str, ...]:
         return (name, *map(cell, results))
@@ -144,7 +149,8 @@ def lines(results: Sequence[Results]) -> Iterator[tuple[str, ...]]:
     yield row("queueing p50/p90/p99, s", lambda r: _percentiles(r.queueing, 1))
     yield row("step, ms", lambda r: f"{1000 * r.step_seconds:.1f}")
     for part in sorted({part for result in results for part in result.step_parts}):
-        yield row(f"  {part}", lambda r, p=part: f"{1000 * r.step_parts.get(p, 0.0):.1f}")
+        cells = (f"{1000 * result.step_parts.get(part, 0.0):.1f}" for result in results)
+        yield (f"  {part}", *cells)
     yield row("misses a request and layer", lambda r: f"{r.misses:.1f}")
     yield row("hit rate", lambda r: f"{r.hit_rate:.3f}")
     yield row("link in use", lambda r: f"{r.link_utilisation:.1%}")
@@ -175,7 +181,8 @@ def _deferred(result: Results) -> str:
 def _percentiles(values: Percentiles, scale: float) -> str:
     if not values.count:
         return "-"
-    return " / ".join(f"{scale * value:.3g}" for value in (values.p50, values.p90, values.p99))
+    found = (value for value in (values.p50, values.p90, values.p99) if value is not None)
+    return " / ".join(f"{scale * value:.3g}" for value in found)
 
 
 def _write_json(path: Path, scenario: Scenario, results: Sequence[Results], seed: int) -> None:
@@ -191,7 +198,7 @@ def _write_json(path: Path, scenario: Scenario, results: Sequence[Results], seed
 
 
 def plot(path: Path, title: str, results: Sequence[Results]) -> None:
-    """A PNG: batch, misses and step time over simulated time. No display is needed."""
+    """Write a PNG: batch, misses and step time over simulated time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The production admission policy in a simulated rank, fed by the server's own feed."""
+"""The production admission policy in a simulated rank, fed as the server feeds it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Iterable
 from sglang_ess.admission.feed import AdmissionFeed, LastStep
 from sglang_ess.admission.policy import Admission, Candidate
 from sglang_ess.admission.working_set import WorkingSetWindow
-
-SAMPLES = 8  # requests of a step: as in attention/sampling.py
+from sglang_ess.tiers.topk_sample import SAMPLES
 
 
 class AdmissionGate:
-    """One decode rank's admission.
+    """Admission of one decode rank.
 
-    num_slots  that a sampled top-k names; topk_width: its columns
-    sample_layers: layers that the sample goes round
+    num_slots      slots that a sampled top-k may name; topk_width: its columns
+    sample_layers  layers that are sampled in turn
     """
 
     def __init__(
@@ -31,15 +30,15 @@ class AdmissionGate:
 
     @property
     def layer(self) -> int:
-        """Of the sample, numbered from 0, whose window is under way."""
+        """Index of the sampled layer whose window is in progress."""
         return self._feed.layer
 
     def keep(self, running: int, last: LastStep | None) -> int:
-        """Take note of the last step, None if it was none; how many of `running` may go on."""
+        """Record the last step (None: there was none). Returns how many of `running` may go on."""
         if last is None or not len(last.requests):
             return running
         return self.admission.keep(running) if self._feed.decoded(last) else running
 
     def admit(self, running: int, waiting: Iterable[Candidate], within: int) -> int:
-        """How many of the head of the queue may join, of whom no more than `within` could."""
+        """Return how many requests of the queue's head may join, at most `within`."""
         return self.admission.admit(running, waiting, within).count

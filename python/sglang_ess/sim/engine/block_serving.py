@@ -1,13 +1,14 @@
-"""Iterations of a SparseServe-like server: hybrid batches over a block cache, discrete events.
+"""Iterations of a SparseServe-like server: hybrid batches over a block cache.
 
-One iteration runs a decode step of a batch and up to a chunk of prefill tokens. The cache is
-one production HotCache for a sampled head; its misses, times the heads, are what is loaded.
-Working sets are measured by the production WorkingSetWindow and estimated by WorkingSets.
+One iteration runs a decode step of a batch and up to a chunk of prefill tokens. The cache is a
+production HotCache for one sampled head; its misses times the heads are the loaded blocks. The
+production WorkingSetWindow measures working sets and WorkingSets estimates them.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,12 +20,12 @@ from sglang_ess.admission.working_set import WorkingSets, WorkingSetWindow
 from sglang_ess.sim.engine.blocks import BlockStreams, DenseModel, Roofline, Setting
 from sglang_ess.tiers.hot_cache import HotCache
 
-MAX_REQUESTS = 64  # in decode and prefill at once; vLLM's own limit is 256 and out of reach
+MAX_REQUESTS = 64  # in decode and prefill at once; no setting reaches vLLM's limit of 256
 
 
 @dataclass(frozen=True)
 class System:
-    """Which of SparseServe's parts a server has; each needs the ones before it.
+    """The parts of SparseServe that a server has. Each part needs the ones before it.
 
     sparse: block selection in decode; offload: blocks live in host memory; flash: the fast
     transfers; control: working-set-aware batches; segmented: prefill layer by layer
@@ -47,8 +48,8 @@ SYSTEMS = tuple(
 class BlockCache:
     """One head's block cache and the streams of the requests that use it.
 
-    rows: blocks of one head that the device holds. Metadata of running requests and the blocks
-    of a prompt in chunked prefill take rows of it, by being used in every step.
+    rows: blocks of one head that the device holds. The metadata of running requests and the
+    blocks of a prompt in chunked prefill take rows too, because every step uses them.
     """
 
     def __init__(self, setting: Setting, model: DenseModel, rows: int, seed: int):
@@ -69,7 +70,7 @@ class BlockCache:
         return int(np.ceil(self.blocks(tokens) * self._share))
 
     def leave(self, stream: int) -> None:
-        """The request is done: its rows are free."""
+        """Free the rows of a request that is done."""
         first = stream * self._stride
         self.cache.invalidate(torch.arange(first, first + self._stride))
 
@@ -81,15 +82,15 @@ class BlockCache:
         first = self._max_blocks
         return self.slots(stream, first, first + self.metadata_rows(tokens))
 
-    def step(self, active: np.ndarray, held: list[np.ndarray]) -> tuple[int, np.ndarray]:
-        """A decode step of the streams `active`. Returns blocks loaded and the top-k [n, K].
+    def step(self, active: np.ndarray, pinned: list[np.ndarray]) -> tuple[int, np.ndarray]:
+        """Run a decode step of the n streams `active`. Returns loaded blocks and top-k [n, K].
 
-        held: slots that have to be there too, but are written on the device: never loaded
+        pinned: slots that must be there too; the device writes them, so none is loaded
         """
         topk = self.streams.topk
         chosen = self.streams.step(active)
         rows = np.where(chosen < 0, -1, chosen + (active * self._stride)[:, None])
-        flat = np.concatenate([*held, np.zeros(0, np.int64)])
+        flat = np.concatenate([*pinned, np.zeros(0, np.int64)])
         padded = np.full(-(-len(flat) // topk) * topk, -1, np.int64)
         padded[: len(flat)] = flat
         table = np.concatenate([rows, padded.reshape(-1, topk)]).astype(np.int32)
@@ -101,7 +102,7 @@ class BlockCache:
 
 @dataclass
 class Request:
-    """One request's way through the server; times in seconds since the start."""
+    """One request's way through the server. Times are in seconds since the start."""
 
     number: int
     arrival: float
@@ -110,14 +111,14 @@ class Request:
     stream: int = -1
     prefilled: int = 0
     generated: int = 0
-    scheduled: float | None = None
-    first_token: float | None = None
+    scheduled: float = math.nan
+    first_token: float = math.nan
     last_token: float = 0.0
 
 
 @dataclass
 class Result:
-    """What one run gave. Seconds, blocks of all heads, tokens.
+    """Result of one run, in seconds, blocks of all heads, and tokens.
 
     tbt [n] seconds between tokens; loads: blocks loaded per iteration with a decode batch
     """
@@ -132,7 +133,7 @@ class Result:
 
 @dataclass
 class BlockServer:
-    """One system under one load. run() gives the Result."""
+    """One system under one load. run() returns the Result."""
 
     setting: Setting
     model: DenseModel
@@ -165,18 +166,18 @@ class BlockServer:
             if self.system.flash
             else machine.memcpy_save_bytes_per_second
         )
-        held = setting.cache_bytes(model)
-        if self.system.segmented:  # one layer of the longest prompt, beside the cache
-            held -= model.max_prompt_tokens * model.token_bytes / model.layers
+        cache_bytes = setting.cache_bytes(model)
+        if self.system.segmented:  # one layer of the longest prompt stays outside the cache
+            cache_bytes -= model.max_prompt_tokens * model.token_bytes / model.layers
         self._block_bytes = setting.block_bytes(model)
-        self._rows = int(held / model.heads / self._block_bytes)
+        self._rows = int(cache_bytes / model.heads / self._block_bytes)
         self._sets = WorkingSets(self._topk)
         self._cache = BlockCache(setting, model, self._rows, self.seed)
 
     # --- one run ------------------------------------------------------------------------
 
     def run(self) -> Result:
-        """Until every request is done."""
+        """Run until every request is done."""
         done = 0
         while done < len(self.requests):
             while self._coming and self._coming[0].arrival <= self.now:
@@ -202,7 +203,7 @@ class BlockServer:
         )
 
     def _iterate(self) -> int:
-        """One iteration. Returns how many requests it ended."""
+        """Run one iteration. Returns how many requests ended."""
         batch, prefills = self._select()
         loads = self._touch(batch, prefills) if self.system.offload else 0
         self.now += self._seconds(batch, prefills, loads)
@@ -231,9 +232,10 @@ class BlockServer:
     # --- what runs ----------------------------------------------------------------------
 
     def _select(self) -> tuple[list[Request], list[tuple[Request, int]]]:
-        """The decode batch, and prefill requests with their tokens; first come, first served."""
+        """Choose the decode batch and prefills with their tokens, first come, first served."""
         batch, used = self._batch()
-        budget, prefills = self.setting.sparse.chunk_tokens - len(batch), []
+        budget = self.setting.sparse.chunk_tokens - len(batch)
+        prefills: list[tuple[Request, int]] = []
         for request in [*self._prefilling, *itertools.islice(self._waiting, len(self._free))]:
             if budget <= 0:
                 break
@@ -258,13 +260,16 @@ class BlockServer:
             self._cache.streams.join(request.stream, self._cache.blocks(request.prompt))
 
     def _batch(self) -> tuple[list[Request], float]:
-        """Who decodes: all, or under control those whose working sets fit (Algorithm 1)."""
+        """Choose who decodes: all, or under control those that fit (Algorithm 1).
+
+        Returns them and the rows that they use.
+        """
         used = float(
             sum(self._cache.metadata_rows(r.prompt) for r in self._running + self._prefilling)
         )
         if not self.system.control:
             return list(self._running), used
-        batch = []
+        batch: list[Request] = []
         for request in self._running:
             rows = self._sets.estimate(self._cache.blocks(request.prompt))
             if not batch or used + rows <= self._rows:
@@ -273,13 +278,13 @@ class BlockServer:
         return batch, used
 
     def _prefill_rows(self, request: Request, tokens: int) -> float:
-        """The exact working set of a prefill: one layer's is set aside, chunks need all before."""
+        """Working set of a prefill. Segmented needs no rows; a chunk needs all blocks so far."""
         if self.system.segmented:
             return 0.0
         return float(self._cache.blocks(request.prefilled + tokens))
 
     def _admits(self, request: Request, used: float) -> bool:
-        """Whether device and host memory have room for one prefill more."""
+        """Whether device and host memory have room for one more prefill."""
         active = self._running + self._prefilling
         tokens = sum(r.prompt + r.output for r in active if r is not request)
         tokens += request.prompt + request.output
@@ -294,16 +299,16 @@ class BlockServer:
     # --- what it costs ------------------------------------------------------------------
 
     def _touch(self, batch: list[Request], prefills: list[tuple[Request, int]]) -> int:
-        """Drive the cache. Returns blocks loaded, of all heads."""
+        """Run the cache. Returns the loaded blocks of all heads."""
         cache = self._cache
-        held = [cache.metadata(r.stream, r.prompt) for r in self._running]
+        pinned = [cache.metadata(r.stream, r.prompt) for r in self._running]
         if not self.system.segmented:
-            held += [
+            pinned += [
                 cache.slots(request.stream, 0, cache.blocks(request.prefilled + tokens))
                 for request, tokens in prefills
             ]
         active = np.array([r.stream for r in batch], np.int64)
-        misses, rows = cache.step(active, held)
+        misses, rows = cache.step(active, pinned)
         counts = cache.window.add(rows, [r.number for r in batch])
         if counts is not None and counts.rows:
             blocks = {r.number: cache.blocks(r.prompt) for r in batch}
@@ -311,12 +316,15 @@ class BlockServer:
             self._sets.observe(pairs, counts.sharing, len(batch))
         return misses * self.model.heads
 
-    def _seconds(self, batch, prefills, loads: int) -> float:
+    def _seconds(
+        self, batch: list[Request], prefills: list[tuple[Request, int]], loads: int
+    ) -> float:
+        """Seconds of an iteration that loads `loads` blocks."""
         cost = self._cost
         tokens = sum(tokens for _, tokens in prefills)
         seconds = cost.linear(len(batch) + tokens)
         for request, part in prefills:
-            # Layer by layer, the prompt attends once; a share of its layers is this iteration's.
+            # Segmented, the prompt attends once, layer by layer; this iteration has a share of it.
             seconds += (
                 cost.prefill_attention(request.prompt, 0) * part / request.prompt
                 if self.system.segmented
@@ -332,9 +340,9 @@ class BlockServer:
 
 
 def load(setting: Setting, model: DenseModel, count: int, rate: float, seed: int) -> list[Request]:
-    """Poisson arrivals of `rate` requests a second with the setting's lengths.
+    """Draw `count` Poisson arrivals at `rate` requests a second with the setting's lengths.
 
-    One stream each: another rate moves the arrivals and leaves the rest as it is.
+    Arrivals and lengths have their own random streams, so another rate changes no length.
     """
     prompts, outputs = setting.draw(count, model.max_prompt_tokens, seed)
     gaps = np.random.default_rng(seed + 1).exponential(1.0, count)

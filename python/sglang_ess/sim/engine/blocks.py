@@ -1,8 +1,9 @@
-"""SparseServe's setting: KV blocks of one attention head, selected and cached as blocks.
+"""SparseServe's setting: the KV blocks of attention heads are selected and cached.
 
-MHA or GQA with block-level selection instead of latent rows with token-level top-k. The cache
-is the production HotCache with slot = block and one cache for a sampled head, whose share of
-the device memory it has (SparseServe manages memory per head, sec. 3.1). Costs are a roofline.
+The models have MHA or GQA with block-level selection, not latent rows with token-level top-k. The
+cache is a production HotCache whose slots are blocks. It stands for one sampled head and has that
+head's share of the device memory, because SparseServe manages memory per head (section 3.1).
+Costs are a roofline.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import numpy as np
 from sglang_ess.sim.inputs.files import POSITIVE, SHARE, Checked, read, spec
 
 BYTES = 2  # of a bf16 value
-MAX_AGE = 1 << 16  # steps, of the table of working sets
+MAX_AGE = 1 << 16  # longest window, in steps, of the table of working sets
 
 
 @dataclass(frozen=True)
 class BlockMachine(Checked):
-    """One GPU, its host and the link. See benchmarks/sim/sparseserve.toml for the sources."""
+    """One GPU, its host and the link. benchmarks/sim/sparseserve.toml names the sources."""
 
     hbm_bytes: int = spec(POSITIVE)
     hbm_bytes_per_second: float = spec(POSITIVE)
@@ -55,7 +56,7 @@ class Sparse(Checked):
 
 @dataclass(frozen=True)
 class GoodputLimits(Checked):
-    """What a rate has to keep to count as goodput."""
+    """Limits that a request rate must keep to count as goodput."""
 
     tbt_decode_steps: float = spec(POSITIVE)
     queue_seconds: float = spec(POSITIVE)
@@ -79,7 +80,7 @@ class DenseModel(Checked):
 
     @property
     def heads(self) -> int:
-        """KV heads of all layers: the caches that share the device memory."""
+        """KV heads of all layers. Each has a cache; together they share the device memory."""
         return self.layers * self.kv_heads
 
     @property
@@ -90,7 +91,7 @@ class DenseModel(Checked):
 
 @dataclass(frozen=True)
 class Dataset(Checked):
-    """One part of the load."""
+    """One data set of the load."""
 
     name: str = spec()
     words: float = spec(POSITIVE)
@@ -100,7 +101,7 @@ class Dataset(Checked):
 
 @dataclass(frozen=True)
 class WordLengths(Checked):
-    """How words become tokens."""
+    """How words become tokens, and how prompt lengths vary."""
 
     tokens_per_word: float = spec(POSITIVE)
     length_sigma: float = spec(POSITIVE)
@@ -108,7 +109,7 @@ class WordLengths(Checked):
 
 @dataclass(frozen=True)
 class Setting:
-    """A file like benchmarks/sim/sparseserve.toml."""
+    """The contents of a file like benchmarks/sim/sparseserve.toml."""
 
     machine: BlockMachine
     sparse: Sparse
@@ -119,11 +120,11 @@ class Setting:
 
     @classmethod
     def load(cls, path: Path | str) -> Setting:
-        """Raises: SpecError, one line with file, line and field."""
+        """Read a file. Raises: SpecError, one line with file, line and field."""
         return read(path, cls)
 
     def draw(self, count: int, max_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Prompt and output tokens [count] int64 each; prompts are cut at max_tokens."""
+        """Draw prompt and output tokens, [count] int64 each. Prompts are cut at max_tokens."""
         rng = np.random.default_rng(seed)
         weights = np.array([d.samples for d in self.datasets], float)
         picks = rng.choice(len(weights), count, p=weights / weights.sum())
@@ -134,7 +135,7 @@ class Setting:
         return prompts, np.array([d.output_tokens for d in self.datasets])[picks]
 
     def cache_bytes(self, model: DenseModel) -> float:
-        """Device bytes that weights and workspace leave for KV, metadata included."""
+        """Device bytes left for KV and its metadata. Raises: ValueError if there are none."""
         usable = self.machine.memory_share * self.machine.hbm_bytes
         left = usable - model.weight_bytes - self.machine.workspace_bytes
         if left <= 0:
@@ -145,7 +146,7 @@ class Setting:
         return left
 
     def block_bytes(self, model: DenseModel) -> int:
-        """A block of one head, keys and values: 16 KiB."""
+        """Bytes of one head's block, keys and values."""
         return self.sparse.block_tokens * 2 * BYTES * model.head_dim
 
 
@@ -165,14 +166,14 @@ class Roofline:
         return self.machine.flops * self.machine.compute_efficiency
 
     def linear(self, tokens: float) -> float:
-        """All but attention, of so many tokens in one iteration: weights or matmuls."""
+        """Everything but attention for `tokens` tokens: reading weights, or computing."""
         read_seconds = self.model.weight_bytes / self.machine.hbm_bytes_per_second
         return max(read_seconds, 2 * self.model.parameters * tokens / self._flops)
 
     def prefill_attention(self, tokens: float, prefix: float, reread: bool = True) -> float:
-        """Causal attention of `tokens` after `prefix` others.
+        """Causal attention of `tokens` tokens after a prefix.
 
-        reread: the prefix's keys and values come from device memory again, as in each chunk
+        reread: read the prefix's keys and values from device memory, as each chunk does
         """
         pairs = tokens * (prefix + tokens / 2)
         seconds = 4 * self.model.hidden * self.model.layers * pairs / self._flops
@@ -180,7 +181,7 @@ class Roofline:
         return seconds + read / self.machine.hbm_bytes_per_second
 
     def decode_attention(self, contexts: np.ndarray, is_sparse: bool) -> float:
-        """Contexts [n] tokens: all of them, or the budget and the blocks' metadata."""
+        """Attention of n requests. contexts [n]: tokens. Sparse reads the budget and metadata."""
         tokens = contexts
         if is_sparse:
             tokens = np.minimum(contexts, self.sparse.budget_tokens)
@@ -192,11 +193,11 @@ class Roofline:
 
 
 def overlap_law(rise_1_to_12: float, rise_12_to_16: float) -> tuple[float, float]:
-    """(A, p) of the misses beyond a window of w steps, R(w) = A w^-p, from Figure 8's text.
+    """Fit (A, p) of R(w) = A w^-p, the share of misses beyond a window of w steps.
 
-    R(1) - R(12) and R(12) - R(16) are stated, their sum with R(16) is not: a power law that
-    ends at zero needs no third number. So no block is selected that was not selected before,
-    but for the first step of a request.
+    The text of SparseServe's figure 8 states R(1) - R(12) and R(12) - R(16). A power law that
+    ends at zero needs no third number. So after its first step a request selects no block that
+    it has not selected before.
     Raises: ValueError if no p in (0, 8) gives the ratio of the two rises.
     """
 
@@ -216,18 +217,27 @@ def overlap_law(rise_1_to_12: float, rise_12_to_16: float) -> tuple[float, float
 
 
 def working_sets(amplitude: float, power: float, topk: int) -> np.ndarray:
-    """[MAX_AGE] distinct blocks of windows of 1, 2, ... steps: they grow by what R(w) misses."""
+    """Return [MAX_AGE] distinct blocks of windows of 1, 2, ... steps, which grow by R(w)."""
     misses = amplitude * np.arange(1.0, MAX_AGE) ** -power
     return topk * np.concatenate([[1.0], 1 + np.cumsum(misses)])
 
 
 @numba.njit(cache=True, nogil=True)
-def _advance(stacks, blocks, active, amplitude, power, sets, rng, out):
-    """One step: out[i] = blocks that stream active[i] selects; its stack is reordered.
+def _advance(
+    stacks: np.ndarray,
+    blocks: np.ndarray,
+    active: np.ndarray,
+    amplitude: float,
+    power: float,
+    sets: np.ndarray,
+    rng: np.random.Generator,
+    out: np.ndarray,
+) -> None:
+    """Run one step: out[i] = the blocks that stream active[i] selects. Reorders its stack.
 
-    A stack holds a request's blocks, the last selected first. Each of the top k stays with
-    probability 1 - A; in the place of another comes the block whose depth is a window's
-    working set, the window drawn by the law (Mattson's stack model).
+    A stack holds a request's blocks, last selected first. Each of the top k stays with
+    probability 1 - A. Otherwise the block comes whose depth in the stack is the working set of
+    a window drawn by the law (Mattson's stack model).
     """
     topk = out.shape[1]
     buffer = np.empty(stacks.shape[1], np.int32)
@@ -253,7 +263,7 @@ def _advance(stacks, blocks, active, amplitude, power, sets, rng, out):
             is_new[place] = True
             buffer[taken] = stack[place]
             taken += 1
-        # As many of the old top k leave it, whichever: they lie right below it.
+        # As many of the old top k leave, chosen at random. They lie right below the new top k.
         kept, stays, dropped = taken, topk - taken, topk
         for place in range(topk):
             left = topk - place
@@ -274,8 +284,8 @@ def _advance(stacks, blocks, active, amplitude, power, sets, rng, out):
 class BlockStreams:
     """The blocks that one head of each request selects, step by step.
 
-    max_requests, max_blocks: the most at once, and of one request. Selection is over the
-    prompt; the few blocks that decode appends are not added.
+    max_requests: at once; max_blocks: of one request
+    Selection is over the prompt only. The few blocks that decode appends are left out.
     """
 
     def __init__(self, sparse: Sparse, max_requests: int, max_blocks: int, seed: int):
@@ -288,7 +298,7 @@ class BlockStreams:
         self._blocks = np.zeros(max_requests, np.int64)
 
     def join(self, stream: int, blocks: int) -> None:
-        """A request of so many blocks takes a stream, its blocks in random order."""
+        """Give the stream to a request of `blocks` blocks, in random order."""
         self._blocks[stream] = blocks
         self._stacks[stream, :blocks] = self._rng.permutation(blocks)
 

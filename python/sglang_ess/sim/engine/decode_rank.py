@@ -1,6 +1,6 @@
-"""One decode rank: its queues, its batch and its slots, a round at a time, as SGLang runs it.
+"""One decode rank: its queues, its batch and its slots, round by round, as SGLang runs it.
 
-A round sheds, admits, makes room and steps, in the order of SGLang's scheduler.
+A round preempts, admits, makes room and steps, in the order of SGLang's scheduler.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ import numpy as np
 
 from sglang_ess.admission.feed import LastStep
 from sglang_ess.admission.policy import Candidate
-from sglang_ess.sim.engine.admission_gate import SAMPLES, AdmissionGate
+from sglang_ess.sim.engine.admission_gate import AdmissionGate
 from sglang_ess.sim.engine.fetches import Fetches
 from sglang_ess.sim.engine.requests import Requests, State
 from sglang_ess.sim.model.slots import Slots, whole_pages
+from sglang_ess.tiers.topk_sample import SAMPLES
 
-PREFILL = "prefill"  # the part of a round that computes prompts
+PREFILL = "prefill"  # name of a round's part that computes prompts
 
 
 @dataclass(frozen=True)
 class RankLimits:
-    """What a rank may do.
+    """Limits and options of a rank.
 
-    num_slots       host rows a layer; max_running: requests of a batch
-    reserved_tokens  that must be free for each request that decodes and for one more, before it
-                    gets its slots
-    queries, accepted  of a request in a step: verified, and kept on average
-    colocated       prompts are computed here, between decode steps
-    hands_off       rows take their time over the network; False: they are there on arrival
-    warmup          joining requests bring the rows that their prompt's end selected
+    num_slots        host rows of a layer; max_running: most requests of a batch
+    reserved_tokens  free tokens needed for each decoding request and for the new one before the
+                     new one gets its slots
+    queries          verified tokens of a request in a step; accepted: mean tokens that it keeps
+    colocated        the rank computes prompts between decode steps
+    hands_off        rows travel over the network; False: they are there on arrival
+    warmup           a joining request brings the rows that its prompt's end selected
     """
 
     num_slots: int
@@ -48,11 +49,11 @@ class RankLimits:
 
 @dataclass(frozen=True)
 class Round:
-    """What a rank does until its next round: a decode step, or prompts (colocated).
+    """One round of a rank: a decode step, or the computation of prompts (colocated).
 
-    requests [n] int64 of the batch, none for prompts; tokens [n] int64 that each gets
+    requests [n] int64: the batch, empty for prompts; tokens [n] int64: that each request gains
     seconds  of this rank alone, the sum of parts
-    rows     fetched; misses: of a request and layer, mean
+    rows     fetched rows; misses: mean per request and layer
     """
 
     requests: np.ndarray
@@ -64,9 +65,9 @@ class Round:
 
 
 def acceptance_probability(queries: int, accepted: float) -> float:
-    """p of each draft token, given those before it, for which a step keeps `accepted` tokens.
+    """Return the probability p that a draft token is kept if those before it are.
 
-    1 + p + p^2 + ... + p^(queries - 1) = accepted: the first query's token is always kept.
+    It solves 1 + p + p^2 + ... + p^(queries - 1) = accepted. The first token is always kept.
     """
     low, high = 0.0, 1.0
     for _ in range(60):
@@ -77,9 +78,10 @@ def acceptance_probability(queries: int, accepted: float) -> float:
 
 
 class DecodeRank:
-    """Requests go inbox -> hand-off -> waiting -> running; preempted ones back to waiting.
+    """A rank's requests go inbox -> hand-off -> waiting -> running, and back when preempted.
 
-    inbox    want slots; waiting: have them (colocated: want them, or have some still)
+    inbox    requests that need slots
+    waiting  requests that have their slots (colocated: that need them, or still have some)
     running  the batch, oldest first
     """
 
@@ -100,23 +102,23 @@ class DecodeRank:
         self.handing_off: int | None = None
         self.waiting: deque[int] = deque()
         self.running: list[int] = []
-        self._returning: set[int] = set()  # ran before, and has no warm-up any more
-        self._prefixes: set[int] = set()  # computed here
+        self._returning: set[int] = set()  # requests that ran before and get no warm-up now
+        self._prefixes: set[int] = set()  # shared prefixes that this rank has computed
         self._last: LastStep | None = None
         self.retractions = self.preempted = 0
 
     @property
     def load(self) -> int:
-        """Requests that are this rank's to serve."""
+        """Number of requests that this rank serves or will serve."""
         handing_off = self.handing_off is not None
         return len(self.inbox) + handing_off + len(self.waiting) + len(self.running)
 
     # --- hand-off -----------------------------------------------------------------------
 
     def start_hand_off(self, now: float) -> float | None:
-        """Give the inbox's head its slots; seconds until its rows are there, or None.
+        """Give the inbox's head its slots. Returns the seconds until its rows arrive, or None.
 
-        One at a time: they share the rank's network interface.
+        Hand-offs go one at a time, because they share the rank's network interface.
         """
         if self.handing_off is not None or not self.inbox:
             return None
@@ -130,19 +132,21 @@ class DecodeRank:
         return self.cost.hand_off_seconds(tokens) if self.limits.hands_off else 0.0
 
     def finish_hand_off(self, now: float) -> None:
-        self.requests.begin_wait(self.handing_off, State.WAITING, now)
-        self.waiting.append(self.handing_off)
-        self.handing_off = None
+        """Move the request whose rows have arrived to the waiting ones."""
+        request, self.handing_off = self.handing_off, None
+        assert request is not None  # the event was made by start_hand_off
+        self.requests.begin_wait(request, State.WAITING, now)
+        self.waiting.append(request)
 
     def _has_room(self, need: int, free: int) -> bool:
-        """Whether one more may have so many slots; alone it may."""
+        """Whether one more request may take `need` slots. A request alone always may."""
         active = len(self.running) + (0 if self.limits.colocated else len(self.waiting))
         return need + self.limits.reserved_tokens * (active + 1) <= free or not active
 
     # --- a round ------------------------------------------------------------------------
 
     def begin(self, now: float, last_seconds: float) -> Round | None:
-        """What this rank does next; None if nothing. last_seconds: of the round before."""
+        """Begin the next round; None if there is nothing to do. last_seconds: of the last round."""
         keep = self._keep(last_seconds)
         if keep < len(self.running):
             self.preempted += len(self.running) - keep
@@ -161,11 +165,11 @@ class DecodeRank:
         return self.gate.keep(len(self.running), last)
 
     def _retract(self, keep: int, now: float, parks: bool) -> None:
-        """All but `keep` requests leave the batch, those first that have the least to lose.
+        """Take all but `keep` requests out of the batch, first those that have generated least.
 
-        parks: they keep their slots, and are the first to rejoin. Colocated they always do: in
-        the radix tree, until others need the slots. On a decode server that ran out of slots
-        the rows are copied out, and come back as a hand-off does.
+        parks: they keep their slots and are the first to rejoin. A colocated rank always does
+        that: the slots stay in the radix tree until others need them. A decode server that is
+        out of slots copies the rows out; they return like a hand-off.
         """
         table = self.requests
         order = sorted(
@@ -174,7 +178,7 @@ class DecodeRank:
         kept = set(order[:keep])
         gone = [request for request in self.running if request not in kept]
         self.running = [request for request in self.running if request in kept]
-        for request in reversed(gone):  # so that the oldest is the first to rejoin
+        for request in reversed(gone):  # so that the oldest rejoins first
             self.fetches.leave(request)
             table.retractions[request] += 1
             self._returning.add(request)
@@ -192,12 +196,12 @@ class DecodeRank:
     # --- joining ------------------------------------------------------------------------
 
     def _join(self, now: float) -> list[tuple[int, int]]:
-        """The queue's head joins the batch: [(request, tokens of it that need no computing)]."""
+        """Let the queue's head join the batch. Returns [(request, its cached tokens)]."""
         most = min(self.limits.max_running - len(self.running), len(self.waiting))
         if self.gate is not None and self.waiting:
             head = map(self._candidate, itertools.islice(self.waiting, most))
             most = min(most, self.gate.admit(len(self.running), head, most))
-        joined = []
+        joined: list[tuple[int, int]] = []
         while len(joined) < most and self._fits(self.waiting[0]):
             request = self.waiting.popleft()
             tokens = int(self.requests.context_tokens[request])
@@ -216,36 +220,38 @@ class DecodeRank:
         return Candidate(int(self.requests.context_tokens[request]), cold=self._is_cold(request))
 
     def _is_cold(self, request: int) -> bool:
-        """Colocated, a prompt's own pass warms the tier; elsewhere the prefill server's ids do,
-        once.
+        """Whether the request joins without a warm-up.
+
+        Colocated, the prompt's own pass warms the tier. Elsewhere the prefill server sends ids
+        for it, once.
         """
         if self.limits.colocated:
             return not self.limits.warmup
         return not self.limits.warmup or request in self._returning
 
     def _reclaimable(self) -> Iterable[int]:
-        """Waiting requests whose slots the radix tree gives up on demand, the first to go first."""
+        """Waiting requests whose slots the radix tree can give up, in the order of eviction."""
         return reversed(self.waiting) if self.limits.colocated else ()
 
     def _fits(self, request: int) -> bool:
-        """Whether its prompt has slots; on a decode server it has them already."""
+        """Whether the request's prompt gets slots. On a decode server it has them already."""
         if not self.limits.colocated:
             return True
         tokens = int(self.requests.context_tokens[request])
-        # Who neither runs nor is free waits. (Not asked one by one: the queue may be long.)
+        # All other slots belong to waiting requests. A sum over the queue would take long.
         held = map(self.slots.held, [request, *self.running])
         reclaimable = self.slots.num_slots - self.slots.free - sum(held)
         return self._has_room(self.slots.needs(request, tokens), self.slots.free + reclaimable)
 
     def _cached(self, request: int) -> int:
-        """Tokens of its context that are in the radix tree: its own, or a prefix of others."""
+        """Tokens of its context in the radix tree: its own, or a shared prefix."""
         table, prefix = self.requests, int(self.requests.prefix[request])
         shared = int(table.prefix_tokens[request]) if prefix in self._prefixes else 0
         own = min(self.slots.held(request), int(table.context_tokens[request]) - 1)
         return max(own, shared)
 
     def _prompts(self, joined: list[tuple[int, int]]) -> Round:
-        """The joining requests' contexts are computed, as far as they are not cached."""
+        """Compute the contexts of joining requests as far as they are not cached."""
         table = self.requests
         seconds = sum(
             self.cost.prefill_seconds(int(table.context_tokens[request]) - cached, cached)
@@ -258,7 +264,7 @@ class DecodeRank:
     # --- the decode step ----------------------------------------------------------------
 
     def _make_room(self, now: float) -> bool:
-        """Whether there is a batch whose next tokens have slots; retracts until that is so."""
+        """Retract until the batch's next tokens have slots. Returns whether a batch is left."""
         while self.running:
             need = self._step_needs()
             self.slots.reclaim(need, self._reclaimable())
@@ -272,11 +278,11 @@ class DecodeRank:
                 self.requests.end_wait(request, State.INBOX, now)
                 self._send_back(request, now)
             else:
-                return False  # what is being handed over will come first, and go
+                return False  # the request in hand-off must come first and end
         return False
 
     def _step_needs(self) -> int:
-        """Slots that the batch does not hold yet, if every query's token is kept."""
+        """Slots that the batch needs and does not hold yet, if every query's token is kept."""
         batch = np.array(self.running)
         table = self.requests
         most = np.minimum(self.limits.queries, table.remaining[batch])
@@ -302,16 +308,17 @@ class DecodeRank:
         return Round(batch, tokens, time.seconds, dict(time.parts), fetched.rows, misses)
 
     def _accepted(self, count: int) -> np.ndarray:
-        """Tokens [count] int64 that a step keeps: a draft token only if all before it were."""
+        """Draw the tokens [count] int64 that a step keeps. A rejected draft ends the row."""
         drawn = self._rng.random((count, self.limits.queries - 1)) < self._probability
-        return 1 + np.cumprod(drawn, axis=1).sum(1).astype(np.int64)
+        kept: np.ndarray = 1 + np.cumprod(drawn, axis=1).sum(1).astype(np.int64)
+        return kept
 
     def finish(self, done: Round) -> list[int]:
-        """The round is over: its tokens are there. Returns the requests that have all of theirs."""
+        """End the round: deliver its tokens. Returns the requests that now have all of theirs."""
         table = self.requests
         table.context_tokens[done.requests] += done.tokens
         table.generated[done.requests] += done.tokens
-        ended = done.requests[table.remaining[done.requests] == 0].tolist()
+        ended: list[int] = done.requests[table.remaining[done.requests] == 0].tolist()
         for request in ended:
             self.running.remove(request)
             self.fetches.leave(request)
@@ -321,7 +328,7 @@ class DecodeRank:
     # --- checks -------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Slots are free or held; who runs holds what its context takes, and the step under way.
+        """Check that slots are free or held, and that running requests hold what they need.
 
         Raises: RuntimeError.
         """

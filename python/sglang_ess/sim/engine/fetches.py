@@ -1,7 +1,7 @@
-"""What a decode step has to fetch: where the simulated server gets its misses from.
+"""Where a simulated server's misses come from.
 
-TierFetches runs the production HotCache row by row on sampled layers; the others are for a
-deployment that keeps all rows on the device, and for what-if numbers.
+TierFetches runs the production HotCache row by row on sampled layers. ConstantFetches serves a
+deployment that keeps all rows on the device, and assumed numbers of misses.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Protocol
 import numpy as np
 
 from sglang_ess.admission.feed import Totals
-from sglang_ess.sim.engine.admission_gate import SAMPLES
 from sglang_ess.sim.model.decode_tiers import DecodeTiers
+from sglang_ess.tiers.topk_sample import SAMPLES
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """One decode step of a rank.
+    """Fetches of one decode step of a rank.
 
-    misses  [model layers] float64 rows per request; rows: of all its requests and layers
+    misses  [model layers] float64: rows per request; rows: of all requests and layers
     """
 
     misses: np.ndarray
@@ -29,28 +29,29 @@ class Fetched:
 
 
 class Fetches(Protocol):
-    """totals: since the start; sample_layers: that topk has, numbered from 0."""
+    """Source of fetches. totals: since the start; sample_layers: number of layers of topk()."""
 
     totals: Totals
     sample_layers: int
 
     def join(self, request: int, tokens: int, cold: bool) -> None:
-        """A request with so many tokens decodes from the next step on; cold: with no warm-up."""
+        """Let a request of `tokens` tokens decode from the next step on. cold: no warm-up."""
 
     def leave(self, request: int) -> None:
-        """It does not any more, and its slots may be another's."""
+        """Let the request decode no more. Its slots may go to another."""
 
     def step(self, batch: int) -> Fetched:
-        """One decode step of the `batch` requests that joined."""
+        """Run a decode step of the `batch` requests that have joined."""
 
-    def topk(self, layer: int) -> np.ndarray | None:
-        """[min(batch, SAMPLES), K] int32: what the last step's first requests selected, all
-        queries of a request in its row; None if no rows are simulated.
+    def topk(self, layer_index: int) -> np.ndarray | None:
+        """Return what the first requests of the last step selected, or None without rows.
+
+        Shape: [min(batch, SAMPLES), queries * K] int32; layer_index counts the sampled layers
         """
 
 
 class ConstantFetches:
-    """The same misses in every layer and step; with 0, one tier."""
+    """The same misses in every layer and step. 0 stands for one tier."""
 
     sample_layers = 1
 
@@ -69,16 +70,16 @@ class ConstantFetches:
         self.totals = Totals(self.totals.misses + rows)
         return Fetched(self._misses, rows)
 
-    def topk(self, layer: int) -> None:
+    def topk(self, layer_index: int) -> None:
         return None
 
 
 class TierFetches:
-    """Production hot tiers of sampled layers, each of which stands for as many others.
+    """Production hot tiers of sampled layers, each of which stands for equally many layers.
 
     tiers       DecodeTiers with a shared hot tier
-    num_layers  of the model, with rows
-    accepted    tokens that a request's context grows by in a step, on average
+    num_layers  layers of the model
+    accepted    mean tokens by which a request grows in a step
     """
 
     def __init__(self, tiers: DecodeTiers, num_layers: int, accepted: float = 1.0):
@@ -95,7 +96,7 @@ class TierFetches:
         self._tiers.leave(request)
 
     def step(self, batch: int) -> Fetched:
-        # Whole tokens, whose mean is `accepted`: all requests of a rank grow alike here.
+        # Whole tokens with the mean `accepted`. All requests of a rank grow alike here.
         self._steps += 1
         grown = int(self._steps * self._accepted) - int((self._steps - 1) * self._accepted)
         misses = self._tiers.step(grown)[self._sample_of] / batch
@@ -108,8 +109,8 @@ class TierFetches:
         )
         return Fetched(misses, rows)
 
-    def topk(self, layer: int) -> np.ndarray:
-        return self._tiers.last_topk(layer, SAMPLES)
+    def topk(self, layer_index: int) -> np.ndarray:
+        return self._tiers.last_topk(layer_index, SAMPLES)
 
     @property
     def requests(self) -> Sequence[int]:

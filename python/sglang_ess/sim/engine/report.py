@@ -1,4 +1,4 @@
-"""What a simulation found: a log of its steps, and the frozen figures made of them."""
+"""The log of a simulation's steps, and the figures made of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PERCENTS = (50, 90, 99)
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Of `count` samples; None where there are none."""
+    """Percentiles and mean of `count` samples; None if there are none."""
 
     p50: float | None
     p90: float | None
@@ -28,16 +28,19 @@ class Percentiles:
     def of(samples: np.ndarray) -> Percentiles:
         if not len(samples):
             return Percentiles(None, None, None, None, 0)
-        values = np.percentile(samples, PERCENTS).tolist()
-        return Percentiles(*values, float(np.mean(samples)), len(samples))
+        p50, p90, p99 = np.percentile(samples, PERCENTS).tolist()
+        return Percentiles(p50, p90, p99, float(np.mean(samples)), len(samples))
 
 
 @dataclass(frozen=True)
 class Series:
-    """Every decode step of every rank, in order: columns [steps].
+    """Every decode step of every rank, in order, as columns [steps].
 
-    seconds  at its end; rank; batch; waiting: with no place in the batch; misses: a request,
-             layer and step; step_seconds: as long as it took, waiting for other ranks included
+    seconds       at the end of the step
+    rank, batch   number of the rank, requests of the step
+    waiting       requests without a place in the batch
+    misses        per request, layer and step
+    step_seconds  duration, waiting for other ranks included
     """
 
     seconds: np.ndarray
@@ -48,7 +51,7 @@ class Series:
     step_seconds: np.ndarray
 
 
-# Fields whose names in the JSON report differ.
+# Fields that have other names in the JSON report.
 JSON_NAMES = {"preempted": "shed", "deferred": "held"}
 
 
@@ -56,18 +59,19 @@ JSON_NAMES = {"preempted": "shed", "deferred": "held"}
 class Results:
     """Figures of one system, over the measured part of a run.
 
-    system          ess, one-tier or no-admission; seconds: measured, simulated time
-    ttft, itl       seconds: arrival to the end of the first decode step; between two tokens of a
-                    request, where the tokens of one step share the time since the one before
-    queueing        seconds that a request waited in queues, retractions included
-    tokens_per_second  output, of all simulated ranks; per_gpu and per_node: of decode GPUs
+    system          ess, one-tier or no-admission; seconds: measured, in simulated time
+    ttft            seconds from arrival to the end of the first decode step
+    itl             seconds between two tokens of a request; the tokens of one step share the time
+                    since the step before
+    queueing        seconds that a request waited in queues, also after retractions
+    tokens_per_second  output of all simulated ranks; per_gpu, per_node: of decode GPUs
     batch_mean      weighted by time; misses: per request, layer and step
-    hit_rate        of looked-up rows; link_utilisation: bytes over time and gather rate
-    step_parts      mean seconds of a decode step by part; step_seconds is their sum
-    prefill_share   of a decode rank's time that went into prompts (colocated)
-    retractions     for want of slots; preempted: by the admission
-    deferred        requests and rounds that the admission kept out, by reason
-    slots, hot_rows of a rank; host_gib, peak_host_gib: its rows, pinned and in use at most
+    hit_rate        hits / looked-up rows; link_utilisation: fetched bytes / (time x gather rate)
+    step_seconds    mean of a decode step; step_parts: its parts by name
+    prefill_share   share of a decode rank's time that went into prompts (colocated)
+    retractions     for lack of slots; preempted: by the admission
+    deferred        rounds in which the admission kept the queue's head out, by reason
+    slots, hot_rows of a rank; host_gib, peak_host_gib: its pinned rows, and most rows in use
     """
 
     system: str
@@ -103,7 +107,7 @@ class Results:
     series: Series = field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; the series as lists."""
+        """Return the figures for JSON, with the series as lists."""
         values = {JSON_NAMES.get(name, name): value for name, value in asdict(self).items()}
         values["series"] = {name: array.tolist() for name, array in vars(self.series).items()}
         return {"kind": "simulated", **values}
@@ -111,11 +115,11 @@ class Results:
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What turns counts into rates: of one rank, whose GPUs share its rows alike.
+    """Facts of one rank that turn counts into rates. Its GPUs share its rows evenly.
 
     layers, row_bytes, topk  of the model; queries: of a request in a step
-    link_bytes_per_second  gather rate of a rank
-    slots, hot_rows  of a rank; offloads: whether latent rows are in host memory
+    link_bytes_per_second    gather rate of a rank
+    slots, hot_rows          of a rank; offloads: whether latent rows are in host memory
     """
 
     layers: int
@@ -131,7 +135,7 @@ class RankFacts:
 
 
 class StepLog:
-    """Takes note of each round of each rank. begin() forgets what came before."""
+    """Records each round of each rank. begin() discards the rounds before it."""
 
     def __init__(self, requests: Requests, num_ranks: int, rank_facts: RankFacts):
         self._requests, self._num_ranks, self._rank = requests, num_ranks, rank_facts
@@ -139,7 +143,7 @@ class StepLog:
         self.begin(0.0)
 
     def begin(self, now: float) -> None:
-        """What is measured starts now."""
+        """Start to measure at `now`."""
         self._begin = now
         self._steps: list[tuple[float, int, int, int, float, float]] = []
         self._gaps: list[np.ndarray] = []
@@ -149,7 +153,10 @@ class StepLog:
         self.tokens = self.rows = self.lookups = 0
 
     def add(self, rank: int, now: float, done: Any, seconds: float, waiting: int) -> None:
-        """A round of a rank has ended after so many seconds. Call before last_token is moved."""
+        """Record that a rank's round `done` took `seconds`. Call it before last_token changes.
+
+        waiting: requests without a place in the batch
+        """
         table, batch = self._requests, done.requests
         if not len(batch):
             self._prefill_seconds += seconds
@@ -167,29 +174,32 @@ class StepLog:
         self.lookups += int(np.minimum(table.context_tokens[batch], self._rank.topk).sum())
 
     def end(self, now: float) -> None:
+        """Stop to measure at `now`."""
         self._end = now
 
     @property
     def itl(self) -> np.ndarray:
-        """Raw samples [tokens]: seconds between a token and the one before."""
+        """Samples [tokens]: seconds between a token and the one before."""
         if not self._gaps:
             return np.zeros(0)
         return np.repeat(np.concatenate(self._gaps), np.concatenate(self._gap_counts))
 
     @property
     def ttft(self) -> np.ndarray:
-        """Raw samples of the requests whose first token is in the measured part."""
+        """Samples of the requests whose first token is in the measured part."""
         table = self._requests
         there = table.first_token > self._begin
-        return (table.first_token - table.arrived)[there]
+        seconds: np.ndarray = (table.first_token - table.arrived)[there]
+        return seconds
 
     @property
     def queueing(self) -> np.ndarray:
-        """Raw samples of the requests that joined in the measured part."""
-        return self._requests.queued_s[self._requests.joined >= self._begin]
+        """Samples of the requests that joined in the measured part."""
+        waits: np.ndarray = self._requests.queued_s[self._requests.joined >= self._begin]
+        return waits
 
     def results(self, system: str, ranks: Any, deferred: Mapping[str, int]) -> Results:
-        """The figures; ranks: DecodeRanks, for their counts; deferred: of their admissions."""
+        """Return the figures. ranks: the DecodeRanks; deferred: counts of their admissions."""
         columns = np.array(self._steps).reshape(-1, 6).T
         series = Series(
             columns[0], columns[1].astype(int), columns[2].astype(int), columns[3].astype(int),

@@ -1,4 +1,4 @@
-"""Every request of a simulation, as columns: where it is, what it has, and when things happened."""
+"""All requests of a simulation as columns: place, tokens, and times of events."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from sglang_ess.sim.inputs.arrivals import Workload
 
 
 class State(enum.IntEnum):
-    """Where a request is; each has one place that holds its requests."""
+    """Where a request is. Each state has one place that holds its requests."""
 
     AWAITED = 0  # its client has not sent it yet
-    QUEUED = 1  # for a prefill rank
+    QUEUED = 1  # waits for a prefill rank
     PREFILL = 2
-    INBOX = 3  # of a decode rank: wants slots there
+    INBOX = 3  # waits for slots of a decode rank
     HAND_OFF = 4  # its rows are on their way into the host tier
-    WAITING = 5  # has its rows there, waits to join
+    WAITING = 5  # has its rows in the host tier and waits to join the batch
     RUNNING = 6
     FINISHED = 7
-    REFUSED = 8  # longer than all the slots of a rank
+    REFUSED = 8  # has more tokens than a rank has slots
 
 
 class Requests:
-    """Columns [n], by request number.
+    """Columns [n] by request number.
 
     input_tokens, output_tokens, prefix, prefix_tokens  as in Workload
-    context_tokens  prompt and what was generated: the slots it has while it holds any
-    generated, retractions, rank (-1 before it has one), state
-    Seconds, nan until they happen: arrived, queued_s (sum of all waiting in queues, as it
-    ends), joined, first_token, last_token; since: when the present wait began
+    context_tokens  prompt and generated tokens
+    generated, retractions: counts; rank: -1 before it has one; state: see State
+    arrived, joined, first_token, last_token  seconds of these events, nan before them
+    queued_s  seconds in queues so far, added when a wait ends; since: begin of the current wait
     """
 
     def __init__(self, workload: Workload):

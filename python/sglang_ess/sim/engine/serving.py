@@ -1,7 +1,7 @@
 """Discrete events of one deployment: arrivals, prefill ranks, hand-off, decode ranks.
 
-Nothing here knows how long anything takes (cost.py), what it fetches (fetches.py) or who may
-run (decode_rank.py, which asks the production admission).
+The times come from the cost model, the misses from fetches.py. decode_rank.py decides which
+requests run; it asks the production admission.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sglang_ess.sim.engine.requests import Requests, State
 from sglang_ess.sim.inputs.arrivals import Workload
 from sglang_ess.sim.model.slots import whole_pages
 
-# In one instant, in this order: who arrives at the end of a round may join the next one.
+# Order of events at one instant. A request that arrives as a round ends may join the next round.
 ROUND_DONE, PREFILL_DONE, ARRIVAL, HAND_OFF_DONE, ROUND_BEGINS = range(5)
 
 
@@ -28,10 +28,10 @@ ROUND_DONE, PREFILL_DONE, ARRIVAL, HAND_OFF_DONE, ROUND_BEGINS = range(5)
 class Flow:
     """How requests move.
 
-    prefill_ranks  0: their rows are there when they arrive, or the decode ranks compute prompts
-    colocated      they do
-    closed         a request's end brings the next one
-    lockstep       all decode ranks step together, as those that share experts do
+    prefill_ranks  0: requests arrive with their rows, or the decode ranks compute the prompts
+    colocated      the decode ranks compute the prompts
+    closed         each request that ends lets a client send the next one
+    lockstep       all decode ranks step together, as they do when they share experts
     """
 
     prefill_ranks: int = 0
@@ -42,10 +42,10 @@ class Flow:
 
 @dataclass(frozen=True)
 class Until:
-    """When a run ends: None, with the last request.
+    """When a run ends. With both None it ends with the last request.
 
-    steps    decode steps of a rank; seconds: of simulated time
-    settle_steps  of a rank at the start that are not measured
+    steps         decode steps of a rank; seconds: of simulated time
+    settle_steps  first steps of a rank that are not measured
     """
 
     steps: int | None = None
@@ -57,14 +57,15 @@ class _Group:
     """Decode ranks that step together."""
 
     def __init__(self, ranks: Sequence[int]):
-        self.ranks, self.rounds = ranks, {}
+        self.ranks = ranks
+        self.rounds: dict[int, Round] = {}
         self.busy, self.steps, self.seconds = False, 0, 0.0
 
 
 class Serving:
-    """One deployment under one workload. run() to the end, then log has what happened.
+    """One deployment under one workload. run() runs it to the end and fills the log.
 
-    cost: of the prefill ranks; ranks: decode ranks, which share `requests` with the log
+    cost: CostModel of the prefill ranks; ranks: decode ranks, which share `requests` with the log
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Serving:
         self._count = 0
         self._queue: deque[int] = deque()
         self._prefilling: set[int] = set()
-        self._prefixes: set[int] = set()  # that the prefill ranks have computed
+        self._prefixes: set[int] = set()  # computed by the prefill ranks
         self._ended = {State.FINISHED: 0, State.REFUSED: 0}
         self._is_settled = not self._until.settle_steps
         known = np.isfinite(workload.seconds)
@@ -99,8 +100,8 @@ class Serving:
     # --- the loop -----------------------------------------------------------------------
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> None:
-        """Until the last request, or as Until says. progress: called with `done` every round."""
-        handlers = {
+        """Run to the end. progress: called with `done` after every round."""
+        handlers: dict[int, Callable[[Any], None]] = {
             ARRIVAL: self._arrive,
             PREFILL_DONE: self._prefilled,
             HAND_OFF_DONE: self._handed_off,
@@ -120,11 +121,12 @@ class Serving:
 
     @property
     def total(self) -> int:
-        """What `done` comes to: steps, where they end the run, else requests."""
+        """Final value of `done`: steps if they end the run, else requests."""
         return self._until.steps or len(self.requests)
 
     @property
     def done(self) -> int:
+        """Steps or requests so far, see `total`."""
         if self._until.steps:
             return max(group.steps for group in self._groups)
         return sum(self._ended.values())
@@ -153,7 +155,7 @@ class Serving:
             self._route(request)
 
     def _prefill(self) -> None:
-        """Idle prefill ranks take the queue's head, a prompt each."""
+        """Let idle prefill ranks take one prompt each from the queue's head."""
         table = self.requests
         while self._queue and len(self._prefilling) < self._flow.prefill_ranks:
             request = self._queue.popleft()
@@ -174,7 +176,7 @@ class Serving:
         self._prefill()
 
     def _route(self, request: int) -> None:
-        """To the decode rank that has the fewest requests."""
+        """Send the request to the decode rank with the fewest requests."""
         loads = [rank.load for rank in self.ranks]
         number = int(np.argmin(loads))
         rank = self.ranks[number]
@@ -201,7 +203,7 @@ class Serving:
     # --- decode -------------------------------------------------------------------------
 
     def _wake(self, number: int) -> None:
-        """An idle group begins a round once all that happens now has happened."""
+        """Let an idle group begin a round after the other events of this instant."""
         group = self._group_of[number]
         if not group.busy:
             group.busy, group.seconds = True, 0.0
@@ -230,11 +232,11 @@ class Serving:
         if rounds:
             group.seconds = max(begun.seconds for begun in rounds.values())
             self._at(self.now + group.seconds, ROUND_DONE, group)
-        for number in group.ranks:  # who was sent back may have made room
+        for number in group.ranks:  # a request that was sent back may have made room
             self._hand_off(number)
 
     def _take_in(self, number: int, done: Round, seconds: float) -> None:
-        """A round of a rank is over, after so many seconds: tokens go out, requests end."""
+        """End a rank's round, which took `seconds`: deliver its tokens, end finished requests."""
         table, rank = self.requests, self.ranks[number]
         self.log.add(number, self.now, done, seconds, len(rank.waiting) + len(rank.inbox))
         table.last_token[done.requests] = self.now
@@ -252,9 +254,9 @@ class Serving:
     # --- checks -------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Every request is in one place, the one its state names; tokens, slots and rows add up.
+        """Check that each request is in the place of its state, and that tokens and slots add up.
 
-        Raises: RuntimeError, with every rule that is broken.
+        Raises: RuntimeError, one line with every broken rule.
         """
         table = self.requests
         arriving = [event[3] for event in self._events if event[1] == ARRIVAL]

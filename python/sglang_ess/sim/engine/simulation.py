@@ -1,4 +1,4 @@
-"""From a scenario to results: builds the ranks of one system, runs them, returns the figures."""
+"""Build the ranks of one system of a scenario, run them, and return the figures."""
 
 from __future__ import annotations
 
@@ -25,44 +25,45 @@ from sglang_ess.sim.model.locality import Locality
 from sglang_ess.sim.model.memory import Charges, Memory
 from sglang_ess.sim.model.slots import whole_pages
 
-GROWTH_SLACK = 4 * PAGE_SLOTS  # tokens by which a request's simulated rows may run ahead
+GROWTH_SLACK = 4 * PAGE_SLOTS  # tokens that a request's simulated rows may be ahead of it
 
 
 def workload_of(scenario: Scenario, seed: int) -> Workload:
-    """What every system of the scenario is given. Raises: arrivals.WorkloadError."""
+    """Draw the workload, the same for every system of the scenario. Raises: WorkloadError."""
     return arrivals.draw(scenario.arrivals, scenario.input_tokens, scenario.output_tokens, seed)
 
 
 def deployment_of(scenario: Scenario) -> Deployment:
-    """The deployment with what the scenario has otherwise."""
-    deployment = load("deployment", scenario.deployment)
+    """Return the deployment with the scenario's own values in it."""
+    deployment: Deployment = load("deployment", scenario.deployment)
     own = {
         "kv_gib": scenario.memory.kv_gib,
         "host_gib": scenario.memory.host_gib,
         "overlap": scenario.server.overlap,
     }
-    return changed(deployment, **{name: value for name, value in own.items() if value is not None})
+    given = {name: value for name, value in own.items() if value is not None}
+    return changed(deployment, **given)
 
 
 def link_of(scenario: Scenario) -> Link:
-    """A rank's share of the link."""
-    link = load("link", scenario.link)
+    """Return a rank's share of the link."""
+    link: Link = load("link", scenario.link)
     rates = {f.name: scenario.memory.link_share * getattr(link, f.name) for f in fields(link)}
     return changed(link, **rates)
 
 
 @dataclass(frozen=True)
 class Room:
-    """Slots of a rank, and hot rows of its layers."""
+    """Slots of a rank, and hot rows of each of its layers."""
 
     slots: int
     hot_rows: int
 
 
 def room_of(scenario: Scenario, system: str, model: Model, memory: Memory, longest: int) -> Room:
-    """What fits on a decode rank. longest: tokens of a request, for which staging has room.
+    """Return what fits on a decode rank. longest: tokens of the longest request.
 
-    Raises: SpecError where not one request fits.
+    Raises: SpecError if the slots or a top-k of hot rows do not fit.
     """
     row_bytes, asked = model.layers * model.row_bytes, scenario.memory
     longest = whole_pages(longest)
@@ -90,7 +91,7 @@ def room_of(scenario: Scenario, system: str, model: Model, memory: Memory, longe
 class Simulation:
     """One system of a scenario, ready to run.
 
-    workload: of workload_of, the same for every system
+    workload: as workload_of draws it
     policy: the admission of the system `ess`
     Raises: SpecError, ValueError for specs that do not fit each other.
     """
@@ -130,7 +131,7 @@ class Simulation:
         )  # fmt: skip
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> Results:
-        """Raises: RuntimeError if a request, token, slot or row went missing."""
+        """Run it and return the figures. Raises: RuntimeError if the bookkeeping is wrong."""
         self.serving.run(progress)
         self.serving.check()
         deferred: dict[str, int] = {}

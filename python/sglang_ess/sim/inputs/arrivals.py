@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from sglang_ess.sim.inputs.files import NOT_NEGATIVE, POSITIVE, Checked, spec
 
 MAX_TOKENS = 1 << 40  # of a request: no limit
 CONSTANT, UNIFORM, LOGNORMAL, MIXTURE = "constant", "uniform", "lognormal", "mixture"
+T = TypeVar("T")
 POISSON, FIXED, CLOSED, BURST, TRACE = "poisson", "fixed", "closed", "burst", "trace"
 
 # The fields of each kind other than "kind". True: the field is required.
@@ -38,6 +39,12 @@ ARRIVAL_FIELDS: dict[str, dict[str, bool]] = {
 }
 TRACE_COLUMNS = ("time", "input_tokens", "output_tokens")
 PREFIX_COLUMNS = ("prefix", "prefix_tokens")
+
+
+def given(value: T | None) -> T:
+    """Return a field that the kind requires, as check_kind has made sure."""
+    assert value is not None
+    return value
 
 
 class WorkloadError(ValueError):
@@ -81,23 +88,25 @@ class Lengths(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_kind(self, LENGTH_FIELDS[self.kind] | {"weight": False})
-        if None not in (self.low, self.high) and self.low > self.high:
+        if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"high must be low ({self.low}) or more: got {self.high}.")
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Draw `count` token counts [count] int64."""
         if self.kind == CONSTANT:
-            return np.full(count, self.tokens, np.int64)
+            return np.full(count, given(self.tokens), np.int64)
         if self.kind == UNIFORM:
-            return rng.integers(self.low, self.high + 1, count)
+            return rng.integers(given(self.low), given(self.high) + 1, count)
         if self.kind == LOGNORMAL:
-            drawn = np.rint(rng.lognormal(math.log(self.median), self.sigma, count))
+            median, sigma = given(self.median), given(self.sigma)
+            drawn = np.rint(rng.lognormal(math.log(median), sigma, count))
             return np.clip(drawn, self.low or 1, self.high or MAX_TOKENS).astype(np.int64)
         weights = np.array([part.weight or 1.0 for part in self.parts])
         which = rng.choice(len(weights), count, p=weights / weights.sum())
         # Each part draws for all requests, so that its weight changes no length of another part.
-        drawn = np.stack([part.draw(count, rng) for part in self.parts])
-        return drawn[which, np.arange(count)]
+        parts = np.stack([part.draw(count, rng) for part in self.parts])
+        chosen: np.ndarray = parts[which, np.arange(count)]
+        return chosen
 
     @property
     def most(self) -> int:
@@ -155,22 +164,22 @@ def draw(
 ) -> Workload:
     """Draw the workload of a seed. inputs and outputs may be None only for a trace."""
     if arrivals.kind == TRACE:
-        return read_trace(Path(arrivals.path), arrivals.requests)
+        return read_trace(Path(given(arrivals.path)), arrivals.requests)
     # One random stream for each, so that another rate leaves the lengths unchanged.
     clock, of_inputs, of_outputs = (
         np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(3)
     )
-    count = arrivals.requests
+    count = given(arrivals.requests)
     if arrivals.kind == POISSON:
-        seconds = np.cumsum(clock.exponential(1 / arrivals.rate, count))
+        seconds = np.cumsum(clock.exponential(1 / given(arrivals.rate), count))
     elif arrivals.kind == FIXED:
-        seconds = np.arange(count) / arrivals.rate
+        seconds = np.arange(count) / given(arrivals.rate)
     elif arrivals.kind == CLOSED:
-        seconds = np.where(np.arange(count) < arrivals.clients, 0.0, np.inf)
+        seconds = np.where(np.arange(count) < given(arrivals.clients), 0.0, np.inf)
     else:
         seconds = np.zeros(count)
     none = np.full(count, -1, np.int64)
-    lengths = inputs.draw(count, of_inputs), outputs.draw(count, of_outputs)
+    lengths = given(inputs).draw(count, of_inputs), given(outputs).draw(count, of_outputs)
     return Workload(seconds, *lengths, none, np.zeros(count, np.int64))
 
 
@@ -195,7 +204,8 @@ def read_trace(path: Path, requests: int | None = None) -> Workload:
     a line.
     Raises: WorkloadError with file and line.
     """
-    columns, names = _Columns(), {}
+    columns = _Columns()
+    names: dict[Any, int] = {}
     try:
         rows = _csv_rows if path.suffix == ".csv" else _jsonl_rows
         for line, row in rows(path):
@@ -227,7 +237,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if None in row or None in row.values():
                 raise WorkloadError(
                     f"{path}:{reader.line_num}: a row must have a value for each of the "
-                    f"{len(reader.fieldnames)} columns."
+                    f"{len(reader.fieldnames or ())} columns."
                 )
             yield reader.line_num, {name: text for name, text in row.items() if text}
 

@@ -11,12 +11,15 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 Limit = tuple[str, Callable[[Any], bool]]
 
 POSITIVE: Limit = ("more than 0", lambda value: 0 < value < float("inf"))
@@ -45,6 +48,7 @@ def spec(
     return field(default=default, metadata={"limit": limit, "choices": choices})
 
 
+@dataclass(frozen=True)
 class Checked:
     """Base of a frozen dataclass that checks its fields' rules when it is made.
 
@@ -193,7 +197,7 @@ class _Reader:
         """Return value as `hint`: a dataclass, tuple[X, ...], X | None, or a plain type."""
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
             (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             return self.build(value, hint, place)
         if typing.get_origin(hint) is tuple:
             if not isinstance(value, list):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sglang_ess.layout import FP8_ROW_BYTES
 from sglang_ess.sim.inputs.files import (
@@ -31,6 +31,7 @@ __all__ = [
     "names", "read",
 ]  # fmt: skip
 
+R = TypeVar("R", bound=Checked)
 OVERLAPS: tuple[str, ...] = ("off", "da", "dba", "layerwise", "auto", "halves")
 AT_LEAST_ONE: Limit = ("1 or more", lambda value: 1 <= value < float("inf"))
 
@@ -100,7 +101,7 @@ class Model(Checked):
 
     @property
     def attention_flops(self) -> int:
-        """FLOPs of one query and one selected row: scores over latent and rope, values over latent."""
+        """FLOPs of one query and one selected row: scores over latent and rope, then values."""
         return 2 * self.heads * (2 * self.kv_lora_rank + self.rope_dim)
 
     @property
@@ -296,7 +297,7 @@ def _gather_gb_s(rows: list[dict[str, Any]]) -> float:
     return middles[-1]
 
 
-def changed(record: Any, **values: Any) -> Any:
+def changed(record: R, **values: Any) -> R:
     """Return record with some fields replaced. Raises: SpecError for an unknown or bad field."""
     known = [f.name for f in fields(record)]
     if unknown := sorted(set(values).difference(known)):

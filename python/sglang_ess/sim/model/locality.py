@@ -86,7 +86,7 @@ class Locality(Checked):
         return self.layers.reach[layer] * scale
 
     def spread(self, count: int) -> tuple[int, ...]:
-        """Choose `count` layers that stand for all: the middle of each of `count` parts by reach."""
+        """Choose `count` layers that stand for all: the middle ones of `count` parts by reach."""
         order = sorted(range(self.num_layers), key=lambda layer: self.layers.reach[layer])
         count = min(count, len(order))
         return tuple(sorted(order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)))

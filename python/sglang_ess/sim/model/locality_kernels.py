@@ -1,10 +1,11 @@
-# mypy: allow-untyped-defs
 """Numba kernels of the top-k generator in locality.py.
 
 State of one request: selected [K] int32, the positions of the last query; log [R] int32 (R a
 power of two), a ring of departed positions with `tail` entries so far; where [positions] int32,
 the place in `selected`, or -2 - entry in the log, or NEVER; random [1] uint64.
 """
+
+from typing import Any
 
 import numba
 import numpy as np
@@ -21,7 +22,7 @@ QUANTILES = np.append(QUANTILES, QUANTILES[-1] + 1.0)
 
 
 @jit
-def _random(state):
+def _random(state: np.ndarray) -> Any:
     """Return 64 random bits (xorshift64*). state [1] uint64 must not be zero."""
     x = state[0]
     x ^= x >> np.uint64(12)
@@ -32,13 +33,13 @@ def _random(state):
 
 
 @jit
-def _below(limit, bits):
+def _below(limit: int, bits: Any) -> Any:
     """Return an integer in [0, limit) from the upper half of random bits."""
     return np.int64((bits >> np.uint64(32)) * np.uint64(limit) >> np.uint64(32))
 
 
 @jit
-def _exponential(bits):
+def _exponential(bits: Any) -> Any:
     """Draw from the exponential with mean 1, linear between two quantiles."""
     i = np.int64(bits >> np.uint64(52))
     share = (bits & np.uint64(0xFFFFFFFFFFFFF)) * INVERSE_2_52
@@ -46,7 +47,9 @@ def _exponential(bits):
 
 
 @jit
-def _take(selected, where, log, place, position):
+def _take(
+    selected: np.ndarray, where: np.ndarray, log: np.ndarray, place: int, position: int
+) -> None:
     """Select the position at `place`, and strike it from the log of departures."""
     entry = -2 - where[position]
     if entry >= 0 and log[entry & (log.shape[0] - 1)] == position:
@@ -56,14 +59,14 @@ def _take(selected, where, log, place, position):
 
 
 @jit
-def _drop(where, log, tail, position):
+def _drop(where: np.ndarray, log: np.ndarray, tail: int, position: int) -> None:
     """Append the position, which leaves the selection, to the log of departures."""
     log[tail & (log.shape[0] - 1)] = position
     where[position] = -2 - tail
 
 
 @jit
-def _departed(log, tail, reach, random):
+def _departed(log: np.ndarray, tail: int, reach: float, random: np.ndarray) -> Any:
     """Draw a departed position, exponentially by departures since; -1 if none is found."""
     for _ in range(TRIES):
         back = np.int64(_exponential(_random(random)) * reach)
@@ -77,7 +80,7 @@ def _departed(log, tail, reach, random):
 
 
 @jit
-def _other(where, length, random):
+def _other(where: np.ndarray, length: int, random: np.ndarray) -> Any:
     """Draw any position that is not selected; -1 if none is found."""
     for _ in range(TRIES):
         position = _below(length, _random(random))
@@ -87,7 +90,9 @@ def _other(where, length, random):
 
 
 @jit
-def begin(selected, where, log, length, random):
+def begin(
+    selected: np.ndarray, where: np.ndarray, log: np.ndarray, length: int, random: np.ndarray
+) -> int:
     """Fill a request's state: a random selection, and a log of the others in random order.
 
     Returns the log's tail.
@@ -110,7 +115,9 @@ def begin(selected, where, log, length, random):
 
 
 @jit
-def by_recency(selected, where, log, tail, length):
+def by_recency(
+    selected: np.ndarray, where: np.ndarray, log: np.ndarray, tail: int, length: int
+) -> np.ndarray:
     """Return the positions [length] int32, least recently selected first."""
     order = np.empty(length, np.int32)
     oldest, count = max(0, tail - log.shape[0]), 0
@@ -130,7 +137,9 @@ def by_recency(selected, where, log, tail, length):
 
 
 @jit
-def _take_in_place(selected, where, log, tail, place, position):
+def _take_in_place(
+    selected: np.ndarray, where: np.ndarray, log: np.ndarray, tail: int, place: int, position: int
+) -> None:
     """Put the position at `place`. The one that was there leaves."""
     old = selected[place]
     _take(selected, where, log, place, position)
@@ -138,7 +147,17 @@ def _take_in_place(selected, where, log, tail, place, position):
 
 
 @jit
-def advance(selected, where, log, tail, length, churn, uniform, reach, random):
+def advance(
+    selected: np.ndarray,
+    where: np.ndarray,
+    log: np.ndarray,
+    tail: int,
+    length: int,
+    churn: float,
+    uniform: float,
+    reach: float,
+    random: np.ndarray,
+) -> int:
     """Move on by one query: some positions leave the selection and as many others enter it.
 
     length: number of positions; churn: expected share of the K that leaves
@@ -169,7 +188,18 @@ def advance(selected, where, log, tail, length, churn, uniform, reach, random):
 
 
 @jit
-def advance_often(selected, where, log, tail, length, churn, uniform, reach, random, departures):
+def advance_often(
+    selected: np.ndarray,
+    where: np.ndarray,
+    log: np.ndarray,
+    tail: int,
+    length: int,
+    churn: float,
+    uniform: float,
+    reach: float,
+    random: np.ndarray,
+    departures: float,
+) -> int:
     """Advance until `departures` positions have left. Returns the log's new tail."""
     if churn <= 0 or length <= selected.shape[0]:
         return tail
@@ -179,7 +209,14 @@ def advance_often(selected, where, log, tail, length, churn, uniform, reach, ran
 
 
 @jit
-def _grow(selected, where, log, tail, length, random):
+def _grow(
+    selected: np.ndarray,
+    where: np.ndarray,
+    log: np.ndarray,
+    tail: int,
+    length: int,
+    random: np.ndarray,
+) -> int:
     """Select the new position length - 1, in place of another one if all K are taken."""
     topk = selected.shape[0]
     if length <= topk:
@@ -191,19 +228,19 @@ def _grow(selected, where, log, tail, length, random):
 
 @jit
 def step(
-    rows,
-    selected,
-    where,
-    logs,
-    tails,
-    old_lengths,
-    lengths,
-    slots,
-    parameters,
-    reaches,
-    randoms,
-    topk_slots,
-):
+    rows: np.ndarray,
+    selected: np.ndarray,
+    where: np.ndarray,
+    logs: np.ndarray,
+    tails: np.ndarray,
+    old_lengths: np.ndarray,
+    lengths: np.ndarray,
+    slots: np.ndarray,
+    parameters: tuple[float, float],
+    reaches: np.ndarray,
+    randoms: np.ndarray,
+    topk_slots: np.ndarray,
+) -> None:
     """Write the next decode step of n requests into topk_slots [n * queries, K] int32.
 
     rows [n]: their rows in the state arrays; lengths [n] int64: positions now; old_lengths [n]:

@@ -66,7 +66,8 @@ def cheapest(
 ) -> np.ndarray:
     """Return [layers] seconds, each layer in the cheapest mode that `choice` allows."""
     modes = [exposed(mode, fetch, missed_share, window) for mode in CHOICES[choice]]
-    return np.minimum.reduce(modes)
+    least: np.ndarray = np.minimum.reduce(modes)
+    return least
 
 
 def beside_other_half(

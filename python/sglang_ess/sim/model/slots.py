@@ -36,7 +36,7 @@ class Slots:
         return max(0, whole_pages(tokens) - self.held(request))
 
     def take(self, request: int, tokens: int) -> None:
-        """Give the request the slots of `tokens` tokens. Raises: RuntimeError if too few are free."""
+        """Give the request the slots of `tokens` tokens. Raises: RuntimeError without room."""
         more = self.needs(request, tokens)
         if more > self.free:
             raise RuntimeError(f"request {request} takes {more} slots: {self.free} are free.")

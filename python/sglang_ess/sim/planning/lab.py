@@ -1,14 +1,15 @@
-"""The policy lab: organisations of the same hot rows, and policies, on the same top-k streams.
+"""The policy lab: compare organisations of hot rows, and policies, on the same top-k streams.
 
-An organisation says whose the hot rows of a layer are: each request's own and as many for each
-(`fixed`, as in HiSparse), each request's own in proportion to its context (`ratio`, as in ESS),
-or all requests' together (`shared`). Rows that differ by layer make per-layer budgets of any.
+An organisation says how requests divide the hot rows of a layer: each has equally many (`fixed`,
+as in HiSparse), each has a number in proportion to its context (`ratio`, as in ESS), or they
+share them (`shared`). Hot rows may differ by layer in each organisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,18 +19,18 @@ from sglang_ess.sim.model.locality import Locality, TopkStream
 from sglang_ess.tiers.balance.budgets import Budgets, allot
 from sglang_ess.tiers.balance.ghost_cache import GhostCache, MissCurve
 
-FLOOR_MARGIN = 1.1  # over the largest step seen, or estimated, of any layer
+FLOOR_MARGIN = 1.1  # fewest hot rows of a layer / the largest step seen or estimated
 CURVE_SIZES = 40
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What one layer looks up: decode steps of several requests.
+    """The lookups of one layer: decode steps of several requests.
 
-    steps      [steps, requests * queries, K] int32 slots, -1 pads; a request's queries adjoin
-    contexts   [requests] int64 tokens; slots may be anyone's: a shared prefix is the same slots
-    num_slots  of the host tier: every slot is less
-    Raises: ValueError for steps that are not so many queries of each request.
+    steps      [steps, requests * queries, K] int32: slots, -1 pads; a request's queries adjoin
+    contexts   [requests] int64: tokens. Requests may name the same slots: a shared prefix.
+    num_slots  slots of the host tier
+    Raises: ValueError for another shape of steps, or a slot that is not below num_slots.
     """
 
     steps: np.ndarray
@@ -43,29 +44,27 @@ class Stream:
                 f"got {list(self.steps.shape)}."
             )
         if self.steps.size and self.steps.max() >= self.num_slots:
-            raise ValueError(
-                f"slots must be below {self.num_slots}, the slots: got {self.steps.max()}."
-            )
+            raise ValueError(f"slots must be below {self.num_slots}: got {self.steps.max()}.")
 
     @property
     def queries(self) -> int:
-        """Of one request in a step."""
-        return self.steps.shape[1] // len(self.contexts)
+        """Queries of one request in a step."""
+        return int(self.steps.shape[1]) // len(self.contexts)
 
     def of(self, request: int) -> np.ndarray:
-        """The request's steps [steps, queries, K]."""
+        """Return the request's steps [steps, queries, K]."""
         first = request * self.queries
         return self.steps[:, first : first + self.queries]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run missed.
+    """Misses of a run.
 
-    misses    [layers, steps, requests] int64, the warm-up's included
-    warmup    first steps that the figures below leave out; tail: last ones
-    lookups   of one step of a layer, pads included
-    rows      [layers] hot rows of a layer, all requests together
+    misses   [layers, steps, requests] int64, of all steps
+    warmup   number of first steps that the properties below leave out; tail: of last steps
+    lookups  of one step of a layer, pads included
+    rows     [layers]: hot rows of a layer, all requests together
     """
 
     misses: np.ndarray
@@ -76,7 +75,7 @@ class Outcome:
 
     @property
     def counted(self) -> np.ndarray:
-        """misses without the warm-up's and the tail's."""
+        """misses without the steps of warm-up and tail."""
         return self.misses[:, self.warmup : self.misses.shape[1] - self.tail]
 
     @property
@@ -87,12 +86,14 @@ class Outcome:
     @property
     def by_layer(self) -> np.ndarray:
         """Misses per request and step [layers]."""
-        return self.counted.mean(axis=(1, 2))
+        found: np.ndarray = self.counted.mean(axis=(1, 2))
+        return found
 
     @property
     def by_request(self) -> np.ndarray:
         """Misses per layer and step [requests]."""
-        return self.counted.mean(axis=(0, 1))
+        found: np.ndarray = self.counted.mean(axis=(0, 1))
+        return found
 
     @property
     def ratio(self) -> float:
@@ -104,17 +105,19 @@ class Outcome:
 
 
 def fixed(rows: int, contexts: np.ndarray) -> np.ndarray:
-    """Hot rows of each request [requests]: as many for each."""
+    """Hot rows of each request [requests]: equally many."""
     return np.full(len(contexts), rows // len(contexts))
 
 
 def ratio(rows: int, contexts: np.ndarray) -> np.ndarray:
     """Hot rows of each request [requests]: in proportion to its context."""
-    return rows * contexts // contexts.sum()
+    shares: np.ndarray = rows * contexts // contexts.sum()
+    return shares
 
 
-# Hot rows of each request; None: the rows are all requests'.
-ORGANISATIONS: dict[str, Callable[[int, np.ndarray], np.ndarray] | None] = {
+Divide = Callable[[int, np.ndarray], np.ndarray]  # (rows of a layer, contexts) -> of each request
+# None: all requests share the rows.
+ORGANISATIONS: dict[str, Divide | None] = {
     "fixed": fixed,
     "ratio": ratio,
     "shared": None,
@@ -132,46 +135,48 @@ def run(
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Misses of every layer's stream, from empty tiers.
+    """Count the misses of every layer's stream, starting with empty tiers.
 
     rows    hot rows of a layer, all requests together: one number, or one for each layer
-    warmup  first steps that the outcome's figures leave out
-    tail    last ones, if Belady's figure is to be a steady one: to it, what the stream does not
-            use again is never used again
-    seed    of the random policy; progress: called after each layer
-    Raises: ValueError for an unknown organisation or policy, for a step that does not fit the
-    rows it has, for a warmup and tail that leave no step, and for rows of other layers than
-    there are.
+    warmup  number of first steps that the outcome's figures leave out
+    tail    number of last steps that they leave out. Belady's figure is steady only with a tail,
+            because Belady knows that the stream ends.
+    seed    for the random policy; progress: called after each layer
+    Raises: ValueError for an unknown organisation or policy, for a step that does not fit its
+    rows, for a warmup and tail that leave no step, and for rows of another number of layers.
     """
     if organisation not in ORGANISATIONS:
         raise ValueError(
             f"organisation must be one of {', '.join(ORGANISATIONS)}: got {organisation!r}."
         )
-    misses, used, lookups = [], [], 0
+    each = rows if isinstance(rows, Sequence | np.ndarray) else None
+    used: list[int] = []
+    misses, lookups = [], 0
     for layer, stream in enumerate(streams):
         if min(warmup, tail) < 0 or warmup + tail >= len(stream.steps):
             raise ValueError(
                 f"warmup and tail must leave some of {len(stream.steps)} steps: got {warmup} and "
                 f"{tail}."
             )
-        if np.ndim(rows) and layer >= len(rows):
-            raise ValueError(f"rows must be one for each layer: got {len(rows)} for more layers.")
-        used.append(int(rows[layer] if np.ndim(rows) else rows))
+        if each is not None and layer >= len(each):
+            raise ValueError(f"rows must be one for each layer: got {len(each)} for more layers.")
+        used.append(cast(int, rows) if each is None else int(each[layer]))
         misses.append(_layer(stream, ORGANISATIONS[organisation], policy, used[-1], seed))
         lookups = stream.steps[0].size
         progress()
-    if np.ndim(rows) and len(used) != len(rows):
-        raise ValueError(f"rows must be one for each layer: got {len(rows)} for {len(used)}.")
+    if each is not None and len(used) != len(each):
+        raise ValueError(f"rows must be one for each layer: got {len(each)} for {len(used)}.")
     return Outcome(np.array(misses), warmup, tail, lookups, np.array(used))
 
 
-def _layer(stream: Stream, divide, policy: str, rows: int, seed: int) -> np.ndarray:
-    """Misses [steps, requests] of one layer."""
+def _layer(stream: Stream, divide: Divide | None, policy: str, rows: int, seed: int) -> np.ndarray:
+    """Count the misses [steps, requests] of one layer."""
     shape = len(stream.steps), len(stream.contexts), stream.queries
     if divide is None:
         rows = min(rows, stream.num_slots)
         found = policies.misses(policy, stream.steps, rows, stream.num_slots, seed)
-        return found.reshape(shape).sum(axis=2)
+        by_request: np.ndarray = found.reshape(shape).sum(axis=2)
+        return by_request
     own = np.minimum(divide(rows, stream.contexts), stream.num_slots)
     return np.stack(
         [
@@ -186,7 +191,7 @@ def _layer(stream: Stream, divide, policy: str, rows: int, seed: int) -> np.ndar
 
 
 def ghost_curve(stream: Stream, sizes: Sequence[int], rate: float, warmup: int = 0) -> MissCurve:
-    """The shared LRU's curve as the server would estimate it; sizes in hot rows, ascending."""
+    """Estimate the shared LRU's miss curve as the server does. sizes: hot rows, ascending."""
     ghost = GhostCache(stream.num_slots, rate, sizes)
     for number, topk in enumerate(stream.steps):
         if number == warmup:
@@ -198,11 +203,11 @@ def ghost_curve(stream: Stream, sizes: Sequence[int], rate: float, warmup: int =
 def budgets(
     streams: Iterable[Stream], rows: int, *, warmup: int, steps: int, rate: float = 1.0
 ) -> Budgets:
-    """Shared hot rows of each layer, `rows` on average, as the server's ghosts would have them.
+    """Choose shared hot rows for each layer, `rows` on average, as the server does.
 
-    From the LRU curves of `steps` steps after the warm-up, sampled at `rate`. No layer gets fewer
-    than a step of any layer needs, with FLOOR_MARGIN to spare.
-    Raises: BudgetError if `rows` are fewer than that.
+    It uses the LRU curves of `steps` steps after the warm-up, sampled at `rate`. Each layer gets
+    at least FLOOR_MARGIN times the rows that a step of any layer needs.
+    Raises: BudgetError if `rows` is below that.
     """
     parts = [Stream(s.steps[: warmup + steps], s.contexts, s.num_slots) for s in streams]
     cap = max(part.num_slots for part in parts)
@@ -213,7 +218,7 @@ def budgets(
 
 
 def exact_curve(stream: Stream, sizes: Sequence[int], warmup: int = 0) -> np.ndarray:
-    """Misses a step [sizes] of the production HotCache, shared, one run for each size."""
+    """Count the misses a step [sizes] of a shared production HotCache, one run for each size."""
     runs = (run([stream], "shared", "lru", rows, warmup=warmup) for rows in sizes)
     return np.array([found.counted.sum(axis=2).mean() for found in runs])
 
@@ -231,30 +236,30 @@ def generate(
     prefix: int = 0,
     seed: int = 0,
 ) -> tuple[Stream, int]:
-    """A stream of the locality's layer, and how many of its first steps are warm-up.
+    """Generate a stream of one layer. Returns it and the number of its warm-up steps.
 
-    The warm-up looks up every position once, least recently selected first: after it a tier
-    holds what it would if the requests had been decoding for long. `steps` more follow; the
-    contexts do not grow. prefix: tokens that all requests begin with, on the same slots; which
-    of them a request selects has nothing to do with the others' selections.
+    The warm-up looks up every position once, least recently selected first. After it a tier is
+    as if the requests had been decoding for long. `steps` steps follow. Contexts do not grow.
+    prefix: tokens at the start of all requests, on the same slots; each request selects among
+    them independently
     Raises: ValueError for a prefix longer than the shortest context.
     """
-    contexts = np.asarray(contexts, np.int64)
-    topk, longest = locality.topk, int(contexts.max())
-    if not 0 <= prefix <= contexts.min():
-        raise ValueError(f"prefix must be 0 to {contexts.min()} tokens: got {prefix}.")
-    own = contexts - prefix
+    tokens_of = np.asarray(contexts, np.int64)
+    topk, longest = locality.topk, int(tokens_of.max())
+    if not 0 <= prefix <= tokens_of.min():
+        raise ValueError(f"prefix must be 0 to {tokens_of.min()} tokens: got {prefix}.")
+    own = tokens_of - prefix
     slots = ((np.cumsum(own) - own)[:, None] + np.arange(longest)).astype(np.int32)
     slots[:, :prefix] = np.arange(prefix)
     source = TopkStream(locality, layer, len(contexts), longest, seed)
     warmup = -(-longest // topk)
     found = np.full((warmup + steps, len(contexts) * queries, topk), -1, np.int32)
-    for request, tokens in enumerate(contexts.tolist()):
+    for request, tokens in enumerate(tokens_of.tolist()):
         source.begin(request, tokens)
         order = np.full(warmup * topk, -1, np.int32)
         order[-tokens:] = slots[request, source.by_recency(request)]  # all end together
         found[:warmup, request * queries] = order.reshape(warmup, topk)
     rows = np.arange(len(contexts))
     for step in range(warmup, warmup + steps):
-        found[step] = source.next(rows, contexts, slots, queries)
-    return Stream(found, contexts, int(own.sum()) + prefix), warmup
+        found[step] = source.next(rows, tokens_of, slots, queries)
+    return Stream(found, tokens_of, int(own.sum()) + prefix), warmup

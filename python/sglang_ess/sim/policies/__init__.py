@@ -6,6 +6,7 @@ usual setting misses 1 to 16 % more.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from sglang_ess.sim.policies.production_lru import Lru
 from sglang_ess.sim.policies.random import Random
 
 # name -> (rows, slots, steps, seed) -> an empty tier
-POLICIES: dict[str, Callable] = {
+POLICIES: dict[str, Callable[[int, int, np.ndarray, int], Any]] = {
     "lru": lambda rows, slots, steps, seed: Lru(rows, slots),
     "fifo": lambda rows, slots, steps, seed: Fifo(rows, slots),
     "clock": lambda rows, slots, steps, seed: Clock(rows, slots),

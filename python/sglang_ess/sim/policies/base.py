@@ -52,7 +52,9 @@ class Policy:
         self.steps += 1
         return misses
 
-    def _place(self, topk, used, missed, free) -> None:
+    def _place(
+        self, topk: np.ndarray, used: np.ndarray, missed: np.ndarray, free: np.ndarray
+    ) -> None:
         """Give the slots `missed` [n] int32 rows: first those of `free`, then evicted ones.
 
         used [n] int32: rows of this step's hits, in order of first use, each once
@@ -70,7 +72,15 @@ def does_not_fit(rows: int, distinct: int | None = None) -> str:
 
 
 @jit
-def look_up(topk, slot_row, row_step, step, used, missed, misses):
+def look_up(
+    topk: np.ndarray,
+    slot_row: np.ndarray,
+    row_step: np.ndarray,
+    step: int,
+    used: np.ndarray,
+    missed: np.ndarray,
+    misses: np.ndarray,
+) -> tuple[int, int]:
     """List a step's hit rows in `used` and its missed slots in `missed`, each once.
 
     Returns the number of both. Effect: row_step of the hits becomes `step`, slot_row of the
@@ -97,7 +107,9 @@ def look_up(topk, slot_row, row_step, step, used, missed, misses):
 
 
 @jit
-def assign(row, slot, step, slot_row, row_slot, row_step):
+def assign(
+    row: int, slot: int, step: int, slot_row: np.ndarray, row_slot: np.ndarray, row_step: np.ndarray
+) -> None:
     """Put the slot into the row. The slot that was there is no longer hot."""
     if row_slot[row] >= 0:
         slot_row[row_slot[row]] = -1

@@ -36,7 +36,9 @@ class Belady(Policy):
             )
         return super().step(topk)
 
-    def _place(self, topk, used, missed, free):
+    def _place(
+        self, topk: np.ndarray, used: np.ndarray, missed: np.ndarray, free: np.ndarray
+    ) -> None:
         place(
             topk.reshape(-1), self._next[self.steps], missed, free, self.steps, self.slot_row,
             self.row_slot, self.row_step, self._first, self._after,
@@ -44,7 +46,7 @@ class Belady(Policy):
 
 
 @jit
-def next_uses(steps, num_slots):
+def next_uses(steps: np.ndarray, num_slots: int) -> np.ndarray:
     """Return [steps, lookups] int32: the next step that looks the same slot up, or NEVER."""
     found = np.full(steps.shape, NEVER, np.int32)
     later = np.full(num_slots, NEVER, np.int32)
@@ -59,7 +61,18 @@ def next_uses(steps, num_slots):
 
 
 @jit
-def place(topk, next_use, missed, free, step, slot_row, row_slot, row_step, first, after):
+def place(
+    topk: np.ndarray,
+    next_use: np.ndarray,
+    missed: np.ndarray,
+    free: np.ndarray,
+    step: int,
+    slot_row: np.ndarray,
+    row_slot: np.ndarray,
+    row_step: np.ndarray,
+    first: np.ndarray,
+    after: np.ndarray,
+) -> None:
     """Give the missed slots rows, then put every row of the step into the list of its next use.
 
     The hits are in this step's own list. No search reaches it, because the step fits the rows

@@ -16,7 +16,9 @@ class Clock(Policy):
         self._reused = np.zeros(rows, np.bool_)
         self._hand = 0
 
-    def _place(self, topk, used, missed, free):
+    def _place(
+        self, topk: np.ndarray, used: np.ndarray, missed: np.ndarray, free: np.ndarray
+    ) -> None:
         self._hand = place(
             used, missed, free, self.steps, self.slot_row, self.row_slot, self.row_step,
             self._reused, self._hand,
@@ -24,7 +26,17 @@ class Clock(Policy):
 
 
 @jit
-def place(used, missed, free, step, slot_row, row_slot, row_step, reused, hand):
+def place(
+    used: np.ndarray,
+    missed: np.ndarray,
+    free: np.ndarray,
+    step: int,
+    slot_row: np.ndarray,
+    row_slot: np.ndarray,
+    row_step: np.ndarray,
+    reused: np.ndarray,
+    hand: int,
+) -> int:
     """Give the missed slots rows. Returns the hand's new place."""
     for row in used:
         reused[row] = True

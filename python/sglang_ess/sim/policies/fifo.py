@@ -19,7 +19,9 @@ class Fifo(Policy):
         self._ends = np.full(2, NONE, np.int32)
         self._links = np.full((rows, 2), NONE, np.int32)
 
-    def _place(self, topk, used, missed, free):
+    def _place(
+        self, topk: np.ndarray, used: np.ndarray, missed: np.ndarray, free: np.ndarray
+    ) -> None:
         place(
             missed, free, self.steps, self.slot_row, self.row_slot, self.row_step, self._ends,
             self._links,
@@ -27,7 +29,16 @@ class Fifo(Policy):
 
 
 @jit
-def place(missed, free, step, slot_row, row_slot, row_step, ends, links):
+def place(
+    missed: np.ndarray,
+    free: np.ndarray,
+    step: int,
+    slot_row: np.ndarray,
+    row_slot: np.ndarray,
+    row_step: np.ndarray,
+    ends: np.ndarray,
+    links: np.ndarray,
+) -> None:
     """Give the missed slots free rows, then the oldest rows that this step does not use."""
     oldest = ends[OLDEST]
     for i in range(missed.shape[0]):
@@ -45,7 +56,7 @@ def place(missed, free, step, slot_row, row_slot, row_step, ends, links):
 
 
 @jit
-def append(row, ends, links):
+def append(row: int, ends: np.ndarray, links: np.ndarray) -> None:
     """Make the row the newest of the list."""
     last = ends[NEWEST]
     links[row, 0], links[row, 1] = last, NONE
@@ -57,7 +68,7 @@ def append(row, ends, links):
 
 
 @jit
-def unlink(row, ends, links):
+def unlink(row: int, ends: np.ndarray, links: np.ndarray) -> None:
     """Take the row out of the list."""
     before, after = links[row, 0], links[row, 1]
     if before >= 0:

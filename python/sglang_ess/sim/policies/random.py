@@ -1,5 +1,7 @@
 """Evict a row at random: the cost of remembering nothing."""
 
+from typing import Any
+
 import numba
 import numpy as np
 
@@ -14,7 +16,9 @@ class Random(Policy):
         self._state = np.array([seed], np.uint64)
         self._candidates = np.empty(rows, np.int32)
 
-    def _place(self, topk, used, missed, free):
+    def _place(
+        self, topk: np.ndarray, used: np.ndarray, missed: np.ndarray, free: np.ndarray
+    ) -> None:
         place(
             missed, free, self.steps, self.slot_row, self.row_slot, self.row_step,
             self._candidates, self._state,
@@ -22,7 +26,7 @@ class Random(Policy):
 
 
 @jit
-def splitmix64(state):
+def splitmix64(state: np.ndarray) -> Any:
     """Return the next 64 random bits. Source: Steele, Lea, Flood, OOPSLA 2014."""
     state[0] += numba.uint64(0x9E3779B97F4A7C15)
     z = state[0]
@@ -32,7 +36,16 @@ def splitmix64(state):
 
 
 @jit
-def place(missed, free, step, slot_row, row_slot, row_step, candidates, state):
+def place(
+    missed: np.ndarray,
+    free: np.ndarray,
+    step: int,
+    slot_row: np.ndarray,
+    row_slot: np.ndarray,
+    row_step: np.ndarray,
+    candidates: np.ndarray,
+    state: np.ndarray,
+) -> None:
     """Give the missed slots free rows, then rows drawn without replacement."""
     count = 0
     if missed.shape[0] > free.shape[0]:

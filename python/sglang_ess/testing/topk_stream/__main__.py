@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = _table(options)
         table.save(options.out)
     except (OSError, ValueError) as error:
-        print(f"sglang_ess.testing.topk_stream: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"sglang_ess.topk_stream: {' '.join(str(error).split())}", file=sys.stderr)
         return REFUSED
     print(
         f"{options.out}: {table.note}; contexts {', '.join(map(str, table.contexts))}, "
