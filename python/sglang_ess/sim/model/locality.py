@@ -7,9 +7,9 @@ return by how long ago they left: exponentially, with mean `reach` departures. S
 
     misses(rows)  =  uniform part x (1 - rows / context)  +  returns that take longer
 
-This is the form of the curves in ESS, section 2: a steep fall to about 10K rows, then a straight
-line to zero at all rows. The localities in sim/data/ are fitted by the fit_locality benchmark, so
-that the production HotCache misses as published. Positions differ in their recency only, so no
+This is the form of the curves in figure 9 of ESS: a steep fall to about 10K rows, then a straight
+line to zero at all rows. tools/fit_locality.py fits the localities in sim/data/ so that
+the production HotCache misses as published. Positions differ in their recency only, so no
 policy beats LRU here unless it sees the future.
 """
 
@@ -165,7 +165,7 @@ class TopkStream:
 
 
 def similarity(topk: Sequence[np.ndarray]) -> float:
-    """Mean share of a query's top-k that the query before it selected too: r in ESS."""
+    """Mean share of a query's top-k that the query before it selected too: r in ESS, figure 2."""
     shares = [
         len(np.intersect1d(before, after)) / len(after)
         for before, after in zip(topk, topk[1:], strict=False)
