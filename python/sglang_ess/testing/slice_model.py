@@ -1,21 +1,22 @@
-"""`python -m sglang_ess.slice_model`: a slice of DeepSeek-V3.2, for `--load-format dummy`.
+"""`python -m sglang_ess.slice_model`: write a slice of DeepSeek-V3.2 for `--load-format dummy`.
 
-Every layer has DeepSeek-V3.2's dimensions (sim/data/models/deepseek-v3.2.toml); layers, experts
-and vocabulary are as few as one GPU can hold. There is a config.json and the tiny tokenizer, and
-no weights: SGLang fills them with uniform numbers (model_loader/weight_utils.py:1740). So costs
-per layer are true (attention, indexer, latent rows, projections) and text is not. What goes by
-the model and not by its layers is small here: lm_head and sampling with 320 tokens instead of
-129280 (--vocab 129280 for the true one), the rest of a step with 4 layers instead of 61.
+Every layer has DeepSeek-V3.2's dimensions (sim/data/models/deepseek-v3.2.toml). Layers, experts
+and vocabulary are few, so that one GPU can hold them. The slice is a config.json and the tiny
+tokenizer, without weights: SGLang fills them with uniform numbers
+(model_loader/weight_utils.py:1740). So the costs of a layer are true (attention, indexer, latent
+rows, projections), but its text is not. The costs outside the layers are smaller than in the real
+model: lm_head and sampling have 320 tokens and not 129280 (--vocab 129280 gives the true one), and
+a step has 4 layers and not 61.
 
-With 8 experts, one GPU's share of 256 spread over 32, each token takes all 8: an expert then sees
-as many tokens as it would there, where 32 GPUs each send it an eighth of their choices.
+8 experts are one GPU's share of 256 experts on 32 GPUs. Here each token takes all 8. So an expert
+gets as many tokens as it would there, where 32 GPUs each send it an eighth of their choices.
 
---weights fp8 is DeepSeek's own format, so that GEMMs are as in production (DeepGEMM, whose sm_90
-kernels want rows in multiples of 64 and columns in multiples of 128, which all of DeepSeek's are;
-srt/layers/quantization/fp8_utils.py:1459). The CPU platform serves bf16 only.
+--weights fp8 is DeepSeek's own format, so that GEMMs are as in production. DeepGEMM's sm_90 kernels
+need rows in multiples of 64 and columns in multiples of 128, which all of DeepSeek's are
+(srt/layers/quantization/fp8_utils.py:1459). The CPU platform serves bf16 only.
 
-What SGLang 0.5.23's CUDA path asks of a model's shape, and DeepSeek's satisfies (files of
-site-packages/sglang unless said otherwise):
+SGLang 0.5.23's CUDA path has these conditions on a model's shape, and DeepSeek's meets them (files
+are those of site-packages/sglang unless named otherwise):
 - 32 or 64 index heads on sm_90: decode hands them to DeepGEMM as they are (its
   csrc/apis/attention.hpp, fp8_fp4_paged_mqa_logits), prefill pads to 32
   (srt/layers/attention/dsa/dsa_indexer.py:1174). index_head_dim 128, pages of 64
@@ -49,8 +50,8 @@ from sglang_ess.testing.tiny_model import (
 MARKER = "slice_model.json"
 TRUE_CONTEXT = 163_840
 YARN_FACTOR = 40  # DeepSeek-V3.2's config.json: 4096 tokens unscaled
-GROUPS, TOPK_GROUPS = 8, 4  # the same: n_group and topk_group, of 256 experts
-# The same: quantization_config. Its scales are powers of two, held as float32.
+GROUPS, TOPK_GROUPS = 8, 4  # n_group and topk_group of the same file, for 256 experts
+# quantization_config of the same file. Its scales are powers of two, stored as float32.
 FP8_BLOCK = 128
 FP8 = {
     "activation_scheme": "dynamic",
@@ -63,7 +64,7 @@ FP8 = {
 
 @dataclass(frozen=True)
 class SliceConfig:
-    """Which slice. Raises: ValueError, one line, naming every field that is out of range."""
+    """The size of a slice. Raises: ValueError, one line that names every field out of range."""
 
     layers: int = count(4)
     dense_layers: int = count(1, low=0, help="leading layers with a dense MLP")
@@ -78,11 +79,11 @@ class SliceConfig:
             problems = [f"context must be <= {TRUE_CONTEXT}: got {self.context}"]
         if problems:
             raise ValueError("; ".join(problems))
-        _ = self.shape  # whose rules hold here too
+        _ = self.shape  # TinyModelConfig checks its rules too
 
     @property
     def model(self) -> Model:
-        """The slice as the simulator knows models."""
+        """The slice as a Model of the simulator."""
         true = load("model", "deepseek-v3.2")
         return replace(
             true,
@@ -97,10 +98,10 @@ class SliceConfig:
 
     @property
     def shape(self) -> TinyModelConfig:
-        """The slice as config.json is written from; groups as DeepSeek's where they still choose.
+        """The slice as the config from which config.json is written.
 
-        8 groups of at least 2 experts, of which 4 may be used, hold the 8 a token takes; fewer
-        experts, or a number that does not divide, are one group.
+        With 16 experts or more, in a multiple of 8, there are DeepSeek's 8 groups, of which a
+        token may use 4. Otherwise all experts are one group.
         """
         model = self.model
         grouped = self.experts % GROUPS == 0 and self.experts >= 2 * GROUPS
@@ -116,18 +117,18 @@ class SliceConfig:
 
 
 def slice_config(config: SliceConfig, token_ids: dict[str, int]) -> dict:
-    """config.json. A shorter context leaves rope as it is: only fewer positions are allowed."""
+    """Return config.json. A shorter context allows fewer positions and leaves rope unchanged."""
     content = model_config(config.shape, config.vocab, token_ids)
     content["max_position_embeddings"] = config.context
     return content | ({"quantization_config": FP8} if config.weights == "fp8" else {})
 
 
 def parameter_bytes(config: SliceConfig) -> dict[str, int]:
-    """Device bytes of the parameters by part, as SGLang holds them.
+    """Return the device bytes of the parameters by part, as SGLang allocates them.
 
-    kv_b_proj is there twice: as stored, and absorbed into query and output, in bf16
-    (srt/models/deepseek_common/deepseek_weight_loader.py:779). Not here: norms and the router's
-    bias, under 0.1 MiB a layer.
+    kv_b_proj counts twice: as stored, and absorbed into query and output, in bf16
+    (srt/models/deepseek_common/deepseek_weight_loader.py:779). Norms and the router's bias, under
+    0.1 MiB a layer, are left out.
     """
     m, of = config.model, _matrix_bytes(config.weights == "fp8")
     sparse = m.layers - m.dense_layers
@@ -156,14 +157,14 @@ def parameter_bytes(config: SliceConfig) -> dict[str, int]:
 
 
 def _matrix_bytes(fp8: bool):
-    """(out, in) -> bytes of one linear weight, the float32 scales of its blocks included."""
+    """Return a function (out, in) -> bytes of one linear weight with its float32 scales."""
     if not fp8:
         return lambda out, into: 2 * out * into
     return lambda out, into: out * into + 4 * -(-out // FP8_BLOCK) * -(-into // FP8_BLOCK)
 
 
 def write_slice(out_dir: str | os.PathLike, config: SliceConfig) -> Path:
-    """Writes config.json, generation_config.json and the tokenizer into out_dir.
+    """Write config.json, generation_config.json and the tokenizer into out_dir.
 
     Returns: out_dir.  Raises: ValueError if it holds anything but an earlier slice.
     """
@@ -175,7 +176,7 @@ def write_slice(out_dir: str | os.PathLike, config: SliceConfig) -> Path:
 
 
 def report(path: Path, config: SliceConfig) -> str:
-    """What was written, and the GiB that it will take on a device."""
+    """Return the text to print: the slice, and the GiB that it takes on a device."""
     parts = parameter_bytes(config)
     lines = [f"wrote {path}: {config.layers} layers, {config.experts} experts, {config.weights}"]
     lines += [f"  {size / 2**30:8.3f} GiB  {name}" for name, size in parts.items()]

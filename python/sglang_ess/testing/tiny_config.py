@@ -131,7 +131,8 @@ class TinyModelConfig:
     @property
     def indexer_types(self) -> list[str]:
         """Give "full" or "shared" for each layer, at index_skip_topk_offset 2 (the default)."""
-        return ["shared" if max(i - 1, 0) % self.topk_freq else "full" for i in range(self.layers)]
+        every = self.topk_freq or 1
+        return ["shared" if max(i - 1, 0) % every else "full" for i in range(self.layers)]
 
     @property
     def attention_mscale(self) -> float:

@@ -170,7 +170,7 @@ def run_command(
         print(f"{name}: {message}", file=sys.stderr)
         raise SystemExit(2)
 
-    parser.error = fail  # argparse would print its usage as well
+    parser.error = fail  # type: ignore[method-assign]  # argparse would also print its usage
     options = vars(parser.parse_args(argv))
     out = options.pop("out")
     try:

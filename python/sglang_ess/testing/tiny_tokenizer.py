@@ -1,7 +1,7 @@
-"""A byte-level tokenizer with no training and no merges: id 0-255 is the byte, the rest is control.
+"""A byte-level tokenizer without training and merges: ids 0-255 are bytes, the rest control tokens.
 
-Any text round-trips, at one token per UTF-8 byte. The vocabulary is padded to a multiple of 64
-with named reserved tokens, so every id the model can emit decodes to something.
+Any text round-trips, at one token per UTF-8 byte. Named reserved tokens pad the vocabulary to a
+multiple of 64, so that every id that the model can emit decodes to something.
 """
 
 import json
@@ -21,8 +21,8 @@ TOKEN_IDS = {
     for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))
 }
 
-# One line per turn; a finished assistant turn ends in eos, so stopping there is what a served
-# model does too. Content parts other than text are dropped.
+# One turn follows another. A finished assistant turn ends in eos, where a served model stops too.
+# Content parts other than text are dropped.
 CHAT_TEMPLATE = (
     "{{- bos_token -}}"
     "{%- for message in messages -%}"
@@ -41,9 +41,9 @@ CHAT_TEMPLATE = (
 
 
 def byte_symbols() -> list[str]:
-    """The character that stands for each byte in a ByteLevel vocabulary (GPT-2's table).
+    """Return the character that stands for each byte in a ByteLevel vocabulary (GPT-2's table).
 
-    Printable Latin-1 stands for itself; the other bytes take 256, 257, ... in order.
+    Printable Latin-1 stands for itself. The other bytes take 256, 257, ... in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(NUM_BYTES) if b not in printable]
@@ -51,20 +51,20 @@ def byte_symbols() -> list[str]:
 
 
 def build_tokenizer() -> Tokenizer:
-    """BPE without merges: each byte symbol is one token and nothing is ever unknown."""
+    """Build BPE without merges: each byte symbol is one token, and no text is unknown."""
     vocab = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    # normalized=False and no stripping: spaces around a control token are text and must survive.
+    # normalized=False and no stripping, because spaces around a control token are text.
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL_TOKENS])
     return tokenizer
 
 
 def write_tokenizer(out: Path, model_max_length: int) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into out.
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into out.
 
-    There is no post-processor, so encoding adds no token; bos comes from the chat template.
+    There is no post-processor, so encoding adds no token. The chat template adds bos.
     """
     build_tokenizer().save(str(out / "tokenizer.json"))
     settings = {

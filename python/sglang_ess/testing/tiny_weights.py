@@ -1,14 +1,14 @@
-"""Random weights under which the context matters, with the names of a hub checkpoint.
+"""Random weights with which the context matters, under the names of a hub checkpoint.
 
-Weights of std 0.02 would leave the logits near zero and every parity test vacuous. Here hidden
-states are O(1), attention is peaked and the next-token distribution is far from uniform.
+Weights of std 0.02 would leave the logits near zero, so that no parity test could fail. Here
+hidden states are O(1), attention is peaked and the next-token distribution is far from uniform.
 
-The indexer is made to agree with the attention it selects for, as training makes it agree in a
-real model: both score a key with nearly the same bilinear form. With independent weights the row
-at the top-k border may carry a third of a head, and a rounding error that moves the border looks
-like a wrong answer. Measured with transformers, bf16 against fp32 over 1,280 random bytes: the
-logprob that moves most moves by 3.0 nats with independent weights and by 0.15 with these (median
-over positions).
+The indexer agrees with the attention for which it selects, as training makes it agree in a real
+model: both score a key with nearly the same bilinear form. With independent weights the row at
+the border of the top-k may carry a third of a head, and a rounding error that moves the border
+looks like a wrong answer. Measured with transformers, bf16 against fp32 over 1,280 random bytes:
+the logprob that changes most changes by 3.0 nats with independent weights and by 0.15 with these
+(median over positions).
 """
 
 import hashlib
@@ -29,22 +29,22 @@ from sglang_ess.testing.tiny_config import (
 )
 from sglang_ess.testing.tiny_tokenizer import NUM_BYTES
 
-# Scanned on transformers over 1,280 random bytes, both archs, seeds 0 and 1. With these, one byte
-# replaced 1,000 back moves the logprobs by 0.1 nats, as much as bf16 rounding does, and top-k 128
-# of 1,280 by 1.0 against dense attention. Greedy output does not fall into a loop.
+# Found by a scan with transformers: 1,280 random bytes, both archs, seeds 0 and 1. Replacing one
+# byte 1,000 tokens back changes the logprobs by 0.1 nats, as much as bf16 rounding does; top-k 128
+# of 1,280 changes them by 1.0 against dense attention. Greedy output does not fall into a loop.
 ATTENTION_LOGIT_STD = 3.0  # largest weight of a head near 0.3
-HEAD_ALIKENESS = 0.9  # part of a query that all heads of a layer share
-INDEXER_ALIKENESS = 0.95  # part of an attention head taken from its indexer head
-EMBEDDING_MEAN = 1.0  # shared by all tokens: makes successive top-k sets overlap, as real ones do
+HEAD_ALIKENESS = 0.9  # share of a query that all heads of a layer have in common
+INDEXER_ALIKENESS = 0.95  # share of an attention head that comes from its indexer head
+EMBEDDING_MEAN = 1.0  # common to all tokens, so that successive top-k sets overlap as real ones do
 ATTENTION_GAIN = 1.0
 MLP_GAIN = 0.6
 EXPERT_GAIN = 0.3  # small: a near-tie in the router must not swamp the rest
 LOGIT_STD = 2.5
-CONTROL_LOGIT_GAIN = -0.6  # x the share of the mean in a hidden state: logits near -5
+CONTROL_LOGIT_GAIN = -0.6  # times the mean's share of a hidden state: logits near -5
 
 
 class _Draws:
-    """Normal draws that depend on (seed, name) alone: another layer does not reshuffle the rest."""
+    """Normal draws that depend on (seed, name) only, so that one more layer changes no other."""
 
     def __init__(self, seed: int, hidden: int):
         self.seed = seed
@@ -56,14 +56,14 @@ class _Draws:
         return rng.standard_normal(shape, dtype=np.float32)
 
     def matrix(self, name: str, *shape: int, gain: float = 1.0) -> np.ndarray:
-        """[..., out, in] mapping inputs of std 1 to outputs of std gain."""
+        """Draw [..., out, in], which maps inputs of std 1 to outputs of std `gain`."""
         return self.normal(name, *shape) * np.float32(gain / math.sqrt(shape[-1]))
 
     def blind(self, name: str, out: int, gain: float = 1.0) -> np.ndarray:
-        """[out, hidden] like matrix, but 0 for the embeddings' mean.
+        """Draw [out, hidden] like `matrix`, with output 0 for the embeddings' mean.
 
-        Whatever writes hidden states or logits is blind to it: the mean would otherwise grow from
-        layer to layer until every position predicts the same token.
+        All weights that write hidden states or logits are such. Otherwise the mean would grow
+        from layer to layer until every position predicts the same token.
         """
         matrix = self.matrix(name, out, len(self.mean), gain=gain)
         return matrix - np.outer(matrix @ self.mean, self.mean) / (self.mean @ self.mean)
@@ -73,14 +73,14 @@ class _Draws:
 
 
 def _blend(alikeness: float, common: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """common and own mixed so that the variance stays what it was."""
+    """Mix common and own values so that the variance does not change."""
     return np.float32(alikeness) * common + np.float32(math.sqrt(1 - alikeness**2)) * own
 
 
 def checkpoint_tensors(
     config: TinyModelConfig, vocab_size: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(hub name, float32 values) of every tensor; linear weights are [out, in]."""
+    """Yield (hub name, float32 values) of every tensor. Linear weights are [out, in]."""
     draws = _Draws(config.seed, config.hidden)
     embedding = draws.normal("embedding", vocab_size, config.hidden)
     yield "model.embed_tokens.weight", embedding + np.float32(EMBEDDING_MEAN) * draws.mean
@@ -95,14 +95,14 @@ def checkpoint_tensors(
             yield from _moe(config, draws, prefix + "mlp.")
     yield "model.norm.weight", draws.norm("final norm", config.hidden)
     head = draws.blind("head", vocab_size, gain=LOGIT_STD)
-    # Control and reserved tokens: read the mean alone, negatively, so none is ever likely.
+    # Control and reserved tokens read only the mean, negatively, so that none is ever likely.
     head[NUM_BYTES:] *= 0.1 / LOGIT_STD
     head[NUM_BYTES:] += draws.mean * np.float32(CONTROL_LOGIT_GAIN / np.linalg.norm(draws.mean))
     yield "lm_head.weight", head
 
 
 def _attention(config, draws, layer):
-    # A shared layer has no indexer: it has to agree with the one whose choice it reuses.
+    # A shared layer has no indexer, so it must agree with the one whose choice it reuses.
     source = max(i for i in range(layer + 1) if config.indexer_types[i] == "full")
     shared = f"from layer {source} "
     name = f"model.layers.{layer}.self_attn."
@@ -138,25 +138,25 @@ def _attention(config, draws, layer):
 
 
 def _indexed(config) -> int:
-    """How many of a head's dimensions without rope the indexer has too."""
+    """Return how many of a head's dimensions without rope the indexer also has."""
     return min(config.nope_dim, INDEX_HEAD_DIM - QK_ROPE_HEAD_DIM)
 
 
 def _rope_rows(config) -> np.ndarray:
-    """[rope] which row of the indexer's rope part is row i of the attention's.
+    """Return [rope]: for row i of attention's rope part, the row of the indexer's.
 
-    Attention pairs rows (2i, 2i+1); so does GLM's indexer, but V3.2's pairs (i, i + rope/2).
+    Attention and GLM's indexer pair rows (2i, 2i+1). V3.2's indexer pairs (i, i + rope/2).
     """
     rows = np.arange(QK_ROPE_HEAD_DIM)
     return rows.reshape(2, -1).T.reshape(-1) if config.arch == "v32" else rows
 
 
 def _index_queries(config, draws, shared):
-    """[index_heads, INDEX_HEAD_DIM, q_lora_rank]; the odd heads point the opposite way.
+    """Return [index_heads, INDEX_HEAD_DIM, q_lora_rank]. The odd heads point the opposite way.
 
-    With the opposite weights of _indexer they keep the score sloped where relu cuts the even
-    heads off. Without them half the keys would tie at 0, and ties are broken differently by
-    every top-k implementation.
+    Their weights in _indexer are opposite too, so they keep the score sloped where relu cuts the
+    even heads off. Otherwise half the keys would tie at 0, and each implementation of top-k
+    breaks ties differently.
     """
     common = draws.matrix(shared + "index q", INDEX_HEAD_DIM, config.q_lora_rank)
     own = draws.matrix(
@@ -170,7 +170,7 @@ def _head_signs(config) -> np.ndarray:
 
 
 def _attention_queries(config, draws, name, index_q):
-    """[heads, nope + rope, q_lora_rank] built on the even indexer heads."""
+    """Return [heads, nope + rope, q_lora_rank], built on the even indexer heads."""
     rope, nope, alike = QK_ROPE_HEAD_DIM, config.nope_dim, _indexed(config)
     even = index_q[::2]
     like = even[np.arange(config.heads) % len(even)]
@@ -189,7 +189,7 @@ def _indexer(config, draws, name, index_q, k_nope, k_rope):
     yield name + "wk.weight", np.concatenate([k_rope[np.argsort(_rope_rows(config))], k_nope])
     yield name + "k_norm.weight", draws.norm(name + "k_norm", INDEX_HEAD_DIM)
     yield name + "k_norm.bias", np.float32(0.1) * draws.normal(name + "k_norm bias", INDEX_HEAD_DIM)
-    # The mean of the embeddings is in every hidden state, so a head's weight keeps its sign.
+    # Every hidden state contains the mean of the embeddings, so a head's weight keeps its sign.
     yield (
         name + "weights_proj.weight",
         _head_signs(config)[:, None] * draws.mean / config.hidden + own,
@@ -204,7 +204,7 @@ def _mlp(config, draws, name, width, gain):
 
 def _moe(config, draws, name):
     yield name + "gate.weight", draws.matrix(name + "router", config.experts, config.hidden)
-    # Not negative: a kernel that masks other groups with 0 instead of -inf then agrees too.
+    # Not negative, so that a kernel which masks other groups with 0, not -inf, also agrees.
     bias = np.abs(draws.normal(name + "router bias", config.experts))
     yield name + "gate.e_score_correction_bias", np.float32(0.1) * bias
     yield from _mlp(config, draws, name + "shared_experts.", config.moe_intermediate, MLP_GAIN)
@@ -218,13 +218,13 @@ def _to_dtype(name: str, values: np.ndarray, dtype: torch.dtype) -> torch.Tensor
     if name.endswith("e_score_correction_bias"):
         return tensor  # float32 in both libraries
     if name.endswith("indexer.weights_proj.weight"):
-        # SGLang holds it in bfloat16, transformers in float32: store what both can represent.
+        # SGLang has it in bfloat16, transformers in float32. Store what both can represent.
         tensor = tensor.bfloat16()
     return tensor.to(dtype)
 
 
 def write_weights(path: Path, config: TinyModelConfig, vocab_size: int) -> None:
-    """Writes the checkpoint as one safetensors file; a reader of an earlier file keeps that one."""
+    """Write the checkpoint as one safetensors file. A reader of an earlier file keeps that one."""
     dtype = getattr(torch, config.dtype)
     tensors = {n: _to_dtype(n, v, dtype) for n, v in checkpoint_tensors(config, vocab_size)}
     partial = path.with_suffix(".partial")

@@ -1,7 +1,7 @@
-"""`python -m sglang_ess.topk_stream --out FILE.npz`: a table for --ess-topk-stream.
+"""`python -m sglang_ess.topk_stream --out FILE.npz`: write a table for --ess-topk-stream.
 
-Generated from a locality profile, as the simulator's; or from an --ess-trace recording. Exit
-status 2, and one line on stderr, for what cannot be.
+It is generated from a locality profile of the simulator, or made of an --ess-trace recording. For
+options that cannot be used the command prints one line on stderr and exits with status 2.
 """
 
 from __future__ import annotations
@@ -68,12 +68,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--contexts", type=_tokens, help="nominal contexts in tokens, as 8192,32768"
     )
-    parser.add_argument("--layers", type=int, default=4, help="of the locality, spread evenly")
+    parser.add_argument(
+        "--layers", type=int, default=4, help="layers of the locality, spread evenly"
+    )
     parser.add_argument("--top-k", type=int, default=CONTEXTS_TOPK, help="the model's index_topk")
-    parser.add_argument("--streams", type=int, default=DEFAULT_STREAMS, help="of each context")
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="before the seam")
+    parser.add_argument(
+        "--streams", type=int, default=DEFAULT_STREAMS, help="streams of each context"
+    )
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="steps before the seam")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--from-trace", type=Path, help="an --ess-trace recording instead")
+    parser.add_argument(
+        "--from-trace", type=Path, help="make the table of this --ess-trace recording"
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Under --ess-topk-stream every log line of every process says so."""
+"""Mark every log line of every process under --ess-topk-stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ACCESS_LOGGER = "uvicorn.access"
 
 
 def requested() -> str:
-    """--ess-topk-stream of this process, asked in every layer of a step; empty: none.
+    """Return this process's --ess-topk-stream; empty without the switch.
 
     Raises: ValueError as EssConfig.from_env.
     """
@@ -22,14 +22,16 @@ def requested() -> str:
 
 @cache
 def _stream_in(text: str) -> str:
-    return EssConfig.from_env({ENV_VAR: text}).topk_stream
+    config = EssConfig.from_env({ENV_VAR: text})
+    return config.topk_stream if config else ""
 
 
 def mark_log_lines() -> None:
-    """From now on each record of this process begins with MARK. Idempotent.
+    """Let each log record of this process begin with MARK from now on. Idempotent.
 
-    By the factory of records, which no configuration replaces: SGLang's (basicConfig with force,
-    or a file's dictConfig) changes handlers and formatters, in each process anew.
+    It replaces the factory of records, which no logging configuration replaces. SGLang's own
+    (basicConfig with force, or a file's dictConfig) changes handlers and formatters in each
+    process.
     """
     factory = logging.getLogRecordFactory()
     if isinstance(factory, _Marking):
@@ -38,7 +40,7 @@ def mark_log_lines() -> None:
 
 
 class _Marking:
-    """A factory of records around another."""
+    """A factory of log records that marks those of another factory."""
 
     def __init__(self, factory):
         self._factory = factory
@@ -46,8 +48,8 @@ class _Marking:
     def __call__(self, *args, **kwargs) -> logging.LogRecord:
         record = self._factory(*args, **kwargs)
         if record.name == ACCESS_LOGGER and isinstance(record.args, tuple) and record.args:
-            # uvicorn's formatter shows the arguments alone: first the client's address.
+            # uvicorn's formatter shows only the arguments; the first is the client's address.
             record.args = (f"{MARK} {record.args[0]}", *record.args[1:])
-        elif record.name is not None:  # makeLogRecord fills in the rest, marked where it was made
+        elif record.name is not None:  # None: makeLogRecord copies a record that is marked already
             record.msg = f"{MARK} {record.msg}"
         return record

@@ -1,4 +1,4 @@
-"""A table of top-k streams from an --ess-trace recording of real weights."""
+"""Make a table of top-k streams of an --ess-trace recording of real weights."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from sglang_ess.trace.trace import Trace
 
 
 def from_trace(trace: Trace, streams: int, steps: int) -> StreamTable:
-    """The first steps of the longest requests that have so many, each a stream.
+    """Make a table of the first `steps` steps of the longest requests, one a stream.
 
-    Its one context is the shortest of them at its start. Positions behind it, of what has been
-    generated since, give way to the unselected ones selected last. What was selected before the
-    recording is not known: for the seam it is taken as what the first steps mirrored.
+    The one context of the table is the shortest start of these requests. Later positions, of
+    generated tokens, are replaced by the unselected ones that were selected last. The selections
+    before the recording are unknown; for the seam they are taken as the first steps mirrored.
     Raises: ValueError, one line, if the trace has too few such requests; as Trace.frames.
     """
-    lengths, counts = {}, defaultdict(int)
+    lengths: dict[str, int] = {}
+    counts: dict[tuple[str, int], int] = defaultdict(int)
     for record in trace:
         if len(record.positions) == trace.topk:
             counts[record.request_id, record.layer] += 1
             lengths.setdefault(record.request_id, record.length)
-    # One query more than steps: the selection before the first.
+    # One query more than steps, for the selection before the first step.
     long = [
         name
         for name in lengths
@@ -48,9 +49,11 @@ def from_trace(trace: Trace, streams: int, steps: int) -> StreamTable:
     return StreamTable((context,), (table,), (seams,), note)
 
 
-def _selections(trace: Trace, requests: list[str], count: int) -> dict:
-    """{(request, layer): its first `count` full selections}."""
-    found = defaultdict(list)
+def _selections(
+    trace: Trace, requests: list[str], count: int
+) -> dict[tuple[str, int], list[np.ndarray]]:
+    """Return {(request, layer): its first `count` full selections}."""
+    found: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
     for record in trace:
         rows = found[record.request_id, record.layer] if record.request_id in requests else None
         if rows is not None and len(rows) < count and len(record.positions) == trace.topk:
@@ -59,8 +62,8 @@ def _selections(trace: Trace, requests: list[str], count: int) -> dict:
 
 
 def _folded(selections: list[np.ndarray], tokens: int) -> list[np.ndarray]:
-    """The selections with positions below `tokens` only, as many."""
-    used = np.arange(tokens) - tokens  # before the first: later positions are the more recent
+    """Return the selections with positions below `tokens` only, each of the same size."""
+    used = np.arange(tokens) - tokens  # before the first step later positions are more recent
     folded = []
     for step, positions in enumerate(selections):
         kept = positions[positions < tokens]
@@ -74,7 +77,7 @@ def _folded(selections: list[np.ndarray], tokens: int) -> list[np.ndarray]:
 
 
 def _mirrored_order(before: np.ndarray, steps: np.ndarray, tokens: int) -> np.ndarray:
-    """Positions [tokens], least recently selected first: what comes back first left last."""
+    """Return positions [tokens], least recently selected first: the next to return left last."""
     first = np.full(tokens, len(steps), np.int64)
     for step in range(len(steps) - 1, -1, -1):
         first[steps[step]] = step

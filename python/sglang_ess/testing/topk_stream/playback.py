@@ -1,4 +1,4 @@
-"""This process's table of top-k streams, on its device; both platforms' indexers ask for it."""
+"""This process's table of top-k streams on its device, which the hooks play."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class Playback:
-    """A table on a device, and the layers of a model that play it.
+    """A table on a device.
 
-    The newest position is always among what is played: a real indexer is trained to follow
-    attention, in which a query's own position has weight, so that it selects it practically
-    always; and both ESS and HiSparse have its row hot from its write on.
+    The played top-k always contains the newest position. A real indexer is trained to follow
+    attention, which gives weight to a query's own position, so it selects that position
+    practically always. ESS and HiSparse both have its row hot from its write on.
     """
 
     def __init__(self, table: StreamTable, device: torch.device | str):
@@ -35,24 +35,29 @@ class Playback:
         topk: torch.Tensor,
         lengths: torch.Tensor,
         page_table: torch.Tensor,
-        layer: int,
+        layer_id: int,
         as_slots: bool,
     ) -> None:
-        """Overwrite a decode step's top-k [q, K] int32 of a layer, as ess_kernels.replay_topk."""
-        place = layer % self._layers
+        """Overwrite a decode step's top-k [q, K] int32 of a layer, see ess_kernels.replay_topk.
+
+        lengths [q] int32, page_table [q, pages] int32: of the requests
+        as_slots: write slots, not positions
+        """
+        place = layer_id % self._layers
         self._replay(topk, lengths, page_table, self.table, place, PAGE_SLOTS, as_slots)
 
 
 @cache
 def playback(topk: int, layers: int, device: torch.device) -> Playback:
-    """The playback of a model with this top-k and so many layers: made at the first decode step.
+    """Return the playback for a model with this top-k and number of layers.
 
-    SGLang runs a step twice before it captures one, so no capture is the first to ask.
+    It is made at the first decode step. SGLang runs two steps before it captures one, so no
+    capture comes first.
     Raises: RuntimeError in a capture; ValueError as table_for.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a table of top-k streams must be there before a CUDA graph is captured: got a "
+            "a table of top-k streams must be loaded before a CUDA graph is captured: got a "
             "capture first. Add --disable-cuda-graph."
         )
     table = table_for(requested(), topk, layers)

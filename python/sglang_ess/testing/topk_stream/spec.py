@@ -1,4 +1,4 @@
-"""What --ess-topk-stream names: a locality profile with its contexts, or a table's file."""
+"""The argument of --ess-topk-stream: a locality profile with its contexts, or a table's file."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from sglang_ess.testing.topk_stream.table import (
 
 logger = logging.getLogger(__name__)
 
-MAX_LAYERS = 8  # of a generated table: a deeper model plays each of them in several layers
+MAX_LAYERS = 8  # of a generated table; a deeper model plays each of them in several layers
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Profile:
-    """PROFILE or PROFILE@CONTEXTS. contexts: None for the default ones"""
+    """PROFILE or PROFILE@CONTEXTS. contexts: None for the default ones."""
 
     locality: Locality
     name: str
@@ -40,20 +40,20 @@ class Profile:
 
     @staticmethod
     def parse(text: str) -> Profile:
-        """Raises: ValueError, one line, for a profile that is not there."""
+        """Parse the text. Raises: ValueError, one line, for a profile that does not exist."""
         name, contexts = text, None
         if found := re.fullmatch(r"(.+)@(\d+(?:,\d+)*)", text):
             name, contexts = found[1], tuple(int(part) for part in found[2].split(","))
         return Profile(Locality.load(name), name, contexts)
 
     def contexts_at(self, topk: int) -> tuple[int, ...]:
-        """Raises: ValueError for contexts too short for the top-k."""
+        """Return the contexts for a top-k. Raises: ValueError if they are too short for it."""
         contexts = self.contexts or default_contexts(topk)
         check_contexts(contexts, topk)
         return contexts
 
     def table(self, topk: int, layers: int) -> StreamTable:
-        """From the cache, or generated into it."""
+        """Return the table from the cache, or generate it and keep it there."""
         locality, contexts = scaled(self.locality, topk), self.contexts_at(topk)
         layers = min(layers, MAX_LAYERS)
         facts = {
@@ -65,21 +65,21 @@ class Profile:
         file = _cache_folder() / f"{name}-{key}.npz"
         try:
             return StreamTable.load(file)
-        except ValueError:  # none yet, or not ours
+        except ValueError:  # no file yet, or not a table of this format
             pass
         table = generate(locality, contexts, layers, seed=SEED, note=f"{self.name}, top-k {topk}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             table.save(file)
         except OSError as error:
-            logger.info("a table of top-k streams is not kept: %s", error)
+            logger.info("a table of top-k streams cannot be cached: %s", error)
         return table
 
 
 def table_for(text: str, topk: int, layers: int) -> StreamTable:
-    """The table that --ess-topk-stream names, for a model of so many layers.
+    """Return the table that --ess-topk-stream names, for a model with `layers` layers.
 
-    Raises: ValueError, one line, for a profile or file that cannot be had, or of another top-k.
+    Raises: ValueError, one line, for a profile or file that does not exist or has another top-k.
     """
     if not _is_file(text):
         return Profile.parse(text).table(topk, layers)
@@ -93,7 +93,7 @@ def table_for(text: str, topk: int, layers: int) -> StreamTable:
 
 
 def reasons(text: str, model: Mapping[str, Any]) -> list[str]:
-    """Why a model's config.json and --ess-topk-stream do not go together; nothing is generated."""
+    """Return why --ess-topk-stream cannot serve this config.json. Nothing is generated."""
     topk = model["index_topk"]
     try:
         if _is_file(text):
