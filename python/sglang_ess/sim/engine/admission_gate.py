@@ -29,7 +29,7 @@ class AdmissionGate:
         self._feed = AdmissionFeed(self.admission, window, sample_layers)
 
     @property
-    def layer(self) -> int:
+    def layer_index(self) -> int:
         """Index of the sampled layer whose window is in progress."""
         return self._feed.layer
 

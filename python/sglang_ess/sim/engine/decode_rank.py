@@ -299,7 +299,7 @@ class DecodeRank:
         for request, end in zip(self.running, ends, strict=True):
             self.slots.take(request, end)
         if self.gate is not None:
-            topk, totals = self.fetches.topk(self.gate.layer), self.fetches.totals
+            topk, totals = self.fetches.topk(self.gate.layer_index), self.fetches.totals
             self._last = LastStep(
                 tuple(self.running), 0.0, lambda: totals, topk, ends[:SAMPLES],
                 accepted=float(tokens.mean()),

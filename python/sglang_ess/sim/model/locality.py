@@ -80,10 +80,10 @@ class Locality(Checked):
     def num_layers(self) -> int:
         return len(self.layers.reach)
 
-    def reach(self, layer: int, tokens: Any) -> Any:
+    def reach(self, layer_index: int, tokens: Any) -> Any:
         """Mean departures until a position returns, in a context of `tokens` (number or array)."""
         scale = (tokens / self.reference_tokens) ** self.context_exponent
-        return self.layers.reach[layer] * scale
+        return self.layers.reach[layer_index] * scale
 
     def spread(self, count: int) -> tuple[int, ...]:
         """Choose `count` layers that stand for all: the middle ones of `count` parts by reach."""
@@ -105,12 +105,17 @@ class TopkStream:
     """
 
     def __init__(
-        self, locality: Locality, layer: int, num_requests: int, max_tokens: int, seed: int = 0
+        self,
+        locality: Locality,
+        layer_index: int,
+        num_requests: int,
+        max_tokens: int,
+        seed: int = 0,
     ):
-        self.locality, self.layer = locality, layer
-        longest = locality.reach(layer, max_tokens)
+        self.locality, self.layer_index = locality, layer_index
+        longest = locality.reach(layer_index, max_tokens)
         log_length = 1 << int(np.ceil(np.log2(max(2.0, LOG_REACHES * longest))))
-        self._parameters = (locality.layers.churn, locality.layers.uniform[layer])
+        self._parameters = (locality.layers.churn, locality.layers.uniform[layer_index])
         self._selected = np.empty((num_requests, locality.topk), np.int32)
         self._where = np.empty((num_requests, max_tokens), np.int32)
         self._logs = np.empty((num_requests, log_length), np.int32)
@@ -123,13 +128,13 @@ class TopkStream:
     def begin(self, row: int, tokens: int) -> None:
         """Start a request of `tokens` tokens as if it had been decoding for long."""
         self._begun[row] += 1
-        entropy = (self._seed, self.layer, row, int(self._begun[row]))
+        entropy = (self._seed, self.layer_index, row, int(self._begun[row]))
         random, log = self._randoms[row], self._logs[row]
         random[:] = np.random.SeedSequence(entropy).generate_state(1, np.uint64) | np.uint64(1)
         state = self._selected[row], self._where[row], log
         tail = kernels.begin(*state, tokens, random)
         # Run until the share of the log's positions that have returned is steady.
-        reach = self.locality.reach(self.layer, tokens)
+        reach = self.locality.reach(self.layer_index, tokens)
         self._tails[row] = kernels.advance_often(
             *state, tail, tokens, *self._parameters, reach, random, SETTLE_REACHES * reach
         )
@@ -155,7 +160,7 @@ class TopkStream:
         slot of each position of each request
         """
         topk = np.empty((len(rows) * queries, self.locality.topk), np.int32)
-        reaches = self.locality.reach(self.layer, lengths)
+        reaches = self.locality.reach(self.layer_index, lengths)
         kernels.step(
             rows, self._selected, self._where, self._logs, self._tails, self._lengths[rows],
             lengths, slots, self._parameters, reaches, self._randoms, topk,

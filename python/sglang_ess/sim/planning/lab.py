@@ -228,7 +228,7 @@ def exact_curve(stream: Stream, sizes: Sequence[int], warmup: int = 0) -> np.nda
 
 def generate(
     locality: Locality,
-    layer: int,
+    layer_index: int,
     contexts: Sequence[int],
     steps: int,
     *,
@@ -251,7 +251,7 @@ def generate(
     own = tokens_of - prefix
     slots = ((np.cumsum(own) - own)[:, None] + np.arange(longest)).astype(np.int32)
     slots[:, :prefix] = np.arange(prefix)
-    source = TopkStream(locality, layer, len(contexts), longest, seed)
+    source = TopkStream(locality, layer_index, len(contexts), longest, seed)
     warmup = -(-longest // topk)
     found = np.full((warmup + steps, len(contexts) * queries, topk), -1, np.int32)
     for request, tokens in enumerate(tokens_of.tolist()):
