@@ -77,7 +77,7 @@ def test_the_constants_are_the_kernels():
     assert memory.ORDER_BYTES == OrderScratch.bytes_for(0)
     assert memory.ROW_ORDER_BYTES == OrderScratch.bytes_for(1) - memory.ORDER_BYTES
     plans = layout.PLAN_QUERIES_CUDA * 2048 * memory.PLAN_BYTES_PER_LOOKUP
-    assert PlanBuffers.bytes_for(memory.PLAN_QUERIES, 2048) == pytest.approx(plans, rel=1e-3)
+    assert PlanBuffers.bytes_for(layout.PLAN_QUERIES_CUDA, 2048) == pytest.approx(plans, rel=1e-3)
 
 
 def test_weights_leave_room_on_h200_and_none_on_a_node_of_h100():

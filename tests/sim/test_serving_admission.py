@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[2] / "python" / "sglang_ess"
 class Stub:
     """A gate that lets all join, and sheds once."""
 
-    layer = 0
+    layer_index = 0
 
     def __init__(self, at, keep):
         self.at, self.kept, self.rounds, self.seen = at, keep, 0, []
@@ -164,7 +164,7 @@ def constants(path):
 
 
 def test_as_many_requests_are_sampled_as_in_the_server():
-    assert constants("attention/sampling.py")["SAMPLES"] == SAMPLES
+    assert constants("tiers/topk_sample.py")["SAMPLES"] == SAMPLES
 
 
 class Told:
