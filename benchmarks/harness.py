@@ -3,7 +3,7 @@
 A benchmark measures, adds rows to a Report, and calls `finish`. Its result file is JSON:
 
     machine   the host: CPU, cores, memory, load at the start and at the end
-    versions  Python, SGLang, torch, ...; the commit; whether the checkout had changes
+    versions  Python, SGLang, torch, ...; the commit; whether the checkout had changes (dirty)
     command   the command line; date: day of the run (UTC); seed; quick: whether --quick was given
     config    further settings of the run
     rows      one object per figure: name, kind, config, metric, unit, median, p10, p90, mean, n,
@@ -222,7 +222,7 @@ def _cpuinfo(key: str) -> str:
 
 
 def versions() -> dict[str, Any]:
-    """Versions of Python and PACKAGES; the commit, and whether the checkout has changes."""
+    """Versions of Python and PACKAGES; the commit; whether files outside results/ have changes."""
     found: dict[str, Any] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -230,7 +230,7 @@ def versions() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     found["commit"] = _git("rev-parse", "HEAD") or None
-    status = _git("status", "--porcelain")
+    status = _git("status", "--porcelain", "--", ".", ":!results")
     found["dirty"] = None if status is None else bool(status)
     return found
 

@@ -1,6 +1,6 @@
 """How fast the simulator is, and what sampling layers costs in accuracy.
 
-    python -m benchmarks.sim.simulator [--quick] [--json PATH] [--plot PATH]
+    python -m tools.simulator_speed [--quick] [--json PATH] [--plot PATH]
 
 The largest run of ESS at 32K: 160 requests, 61 layers, 200 steps, 2 queries each, production
 HotCaches of 6,881 rows a request (ratio 0.21). lookups_per_s: top-k rows generated and planned per
