@@ -112,10 +112,15 @@ class Metrics:
                     evicted_age=since["evicted_age"],
                 )
             )
-        before = self._moved_before
+        rebalances, rows_moved = self._moved_before
         self._moved_before = found.rebalances, found.rows_moved
-        moved = (now - then for now, then in zip(self._moved_before, before, strict=True))
-        return Snapshot(tuple(layers), pool.host_tier.num_slots, used_slots, *moved)
+        return Snapshot(
+            layers=tuple(layers),
+            host_slots=pool.host_tier.num_slots,
+            host_slots_used=used_slots,
+            rebalances=found.rebalances - rebalances,
+            rows_moved=found.rows_moved - rows_moved,
+        )
 
 
 def log_line(snapshot: Snapshot) -> str:
@@ -125,9 +130,8 @@ def log_line(snapshot: Snapshot) -> str:
     lookups, misses = snapshot.total("lookups"), snapshot.total("misses")
     if lookups:
         steps = max(layer.steps for layer in snapshot.layers)
-        worst = min(
-            (layer for layer in snapshot.layers if layer.lookups), key=lambda of: of.hit_ratio
-        )
+        used_layers = [layer for layer in snapshot.layers if layer.lookups]
+        worst = min(used_layers, key=lambda layer: layer.hit_ratio or 0.0)
         parts += [
             f"hit rate {1 - misses / lookups:.1%} "
             f"(layer {worst.layer} lowest, {worst.hit_ratio:.1%})",
@@ -341,6 +345,7 @@ class Watch:
         logger.info(log_line(self._logged.snapshot(self._pool, used_slots)))
 
     def _publish(self, used_slots: int) -> None:
+        assert self._exporter is not None  # only a collector with an exporter calls this
         self._exporter.update(self._exported.snapshot(self._pool, used_slots))
         gate = getattr(self._scheduler, "ess_gate", None)
         if gate is not None and gate.admission is not None:
@@ -348,12 +353,13 @@ class Watch:
         self._take_misses(self._requests.free_slots)
 
     def _take_misses(self, rows: Sequence[int]) -> None:
-        misses, rows = self._pool.request_misses, np.asarray(rows, np.int64)
+        misses, indices = self._pool.request_misses, np.asarray(rows, np.int64)
         if misses is None:
             return
-        for count in misses[rows][misses[rows] > 0].tolist():
+        assert self._exporter is not None
+        for count in misses[indices][misses[indices] > 0].tolist():
             self._exporter.observe_request(count)
-        misses[rows] = 0
+        misses[indices] = 0
 
     def _safely(self, action: Any, *args: Any) -> None:
         if self._broken:

@@ -102,6 +102,7 @@ class TwoTierDecode:
     def write(self, step: LayerStep, rows: torch.Tensor) -> None:
         """Save the packed rows [T, ...] of the step's slots, and fill their reserved hot rows."""
         slots, cache = step.slots, step.cache
+        assert slots is not None
         with self.transfer.on_transfer_stream():
             scatter_rows(rows, slots, cache.host_rows)
             if step.targets is not None:

@@ -107,8 +107,8 @@ def encode(topk: Sequence[np.ndarray], tokens: int, room: int, out: np.ndarray) 
             out[end] = 0
             end += 1
     body = out[HEADER.size : end]
-    crc = zlib.crc32(body)
-    HEADER.pack_into(out, 0, MAGIC, VERSION, len(topk), tokens, room, len(body), crc, 0)
+    crc = zlib.crc32(body.data)
+    HEADER.pack_into(out.data, 0, MAGIC, VERSION, len(topk), tokens, room, len(body), crc, 0)
     return end
 
 
@@ -204,10 +204,10 @@ def _checked_body(item: np.ndarray, layers: int, tokens: int, room: int) -> np.n
             f"got {size} bytes, limit {limit}. The request starts cold."
         )
     body = item[HEADER.size : HEADER.size + size].copy()
-    if zlib.crc32(body) != crc:
+    if zlib.crc32(body.data) != crc:
         raise PayloadError(
             f"crc32 of a warm-up payload's body must be {crc:#010x}: "
-            f"got {zlib.crc32(body):#010x}. The request starts cold."
+            f"got {zlib.crc32(body.data):#010x}. The request starts cold."
         )
     return body
 

@@ -118,7 +118,7 @@ class StreamTable:
             with temporary.open("wb") as file:
                 np.savez(
                     file, format=FORMAT, contexts=np.array(self.contexts, np.int64),
-                    topk=self.topk, note=self.note, **arrays,
+                    topk=self.topk, note=self.note, **arrays,  # type: ignore[arg-type]
                 )  # fmt: skip
             os.replace(temporary, path)
         finally:
