@@ -35,18 +35,7 @@ import numba
 import numpy as np
 import torch
 
-from benchmarks.harness import (
-    OtherLoad,
-    Panel,
-    Progress,
-    Report,
-    argument_parser,
-    find,
-    finish,
-    measured,
-    print_table,
-    ratios,
-)
+from benchmarks import harness
 from sglang_ess.sim.model.trace_replay import replay
 from sglang_ess.tiers import HotCache, PlanBuffers, lru
 from sglang_ess.trace.trace import read_trace
@@ -209,7 +198,7 @@ def dict_lookups(order: OrderedDict, num_rows: int, topk: np.ndarray) -> float:
     return clock() - start
 
 
-def measure_fetch(report: Report, num_steps: int, seed: int) -> None:
+def measure_fetch(report: harness.Report, num_steps: int, seed: int) -> None:
     """fetch of real rows, beside a memcpy of the same bytes and torch's indexed copy."""
     trace = Trace(HEADLINE["batch"], cold_ratio(HEADLINE["ratio"], HEADLINE["miss"]), seed)
     slots = HEADLINE["batch"] * CONTEXT
@@ -241,10 +230,10 @@ def measure_fetch(report: Report, num_steps: int, seed: int) -> None:
     tier.check_integrity()
     for kind, rates in kinds.items():
         config = HEADLINE | {"kind": kind, "row_bytes": ROW_BYTES, "threads": 1}
-        report.add(measured("fetch", config, "rate", "GB/s", rates))
+        report.add(harness.measured("fetch", config, "rate", "GB/s", rates))
 
 
-def measure_recording(report: Report, num_steps: int, seed: int) -> None:
+def measure_recording(report: harness.Report, num_steps: int, seed: int) -> None:
     """A decode step's plans in all layers with and without a recorder; then the trace's replay."""
     batch = HEADLINE["batch"]
     trace = Trace(batch, cold_ratio(HEADLINE["ratio"], HEADLINE["miss"]), seed)
@@ -280,14 +269,14 @@ def measure_recording(report: Report, num_steps: int, seed: int) -> None:
     ]
     facts = {"dropped": writer.dropped, "exact": not found.differences, "threads": 1}
     report.add(
-        measured("recording", HEADLINE, "time", "us/query", per_query, **facts),
-        measured("recording", HEADLINE, "size", "B/index",
-                        [writer.written_bytes / (writer.records * TOPK)]),
-        measured("replay", HEADLINE, "lookups", "lookups/s", [rate], **facts),
+        harness.measured("recording", HEADLINE, "time", "us/query", per_query, **facts),
+        harness.measured("recording", HEADLINE, "size", "B/index",
+                                [writer.written_bytes / (writer.records * TOPK)]),
+        harness.measured("replay", HEADLINE, "lookups", "lookups/s", [rate], **facts),
     )  # fmt: skip
 
 
-def measure_point(report: Report, point: dict, num_steps: int, seed: int) -> None:
+def measure_point(report: harness.Report, point: dict, num_steps: int, seed: int) -> None:
     """Add rows for plan and roof with the layers in turn, and for plan on one layer only."""
     stage = Point(**point, seed=seed)
     found = stage.run(num_steps)
@@ -296,8 +285,8 @@ def measure_point(report: Report, point: dict, num_steps: int, seed: int) -> Non
              "miss_ratio": float(np.mean(found.misses)) / lookups,
              "passes": float(np.mean(found.passes))}  # fmt: skip
     report.add(
-        measured("sustained", point, "lookups", "lookups/s",
-                        [len(found.plan) * lookups / sum(found.plan)])
+        harness.measured("sustained", point, "lookups", "lookups/s",
+                                [len(found.plan) * lookups / sum(found.plan)])
     )  # fmt: skip
     for name, turn, seconds in (
         ("plan", NUM_LAYERS, found.plan),
@@ -306,22 +295,22 @@ def measure_point(report: Report, point: dict, num_steps: int, seed: int) -> Non
     ):
         rates = [lookups / value for value in seconds]
         config = point | {"turn": turn}
-        report.add(measured(name, config, "lookups", "lookups/s", rates, **facts))
-    share = ratios(found.roof, found.plan)
-    report.add(measured("share_of_roof", point, "share", "ratio", share))
+        report.add(harness.measured(name, config, "lookups", "lookups/s", rates, **facts))
+    share = harness.ratios(found.roof, found.plan)
+    report.add(harness.measured("share_of_roof", point, "share", "ratio", share))
     if point == HEADLINE:
         order = OrderedDict.fromkeys(stage.tiers[0].row_slot.tolist(), True)
         rates = []
         for _ in range(5):
             topk = stage.trace.step()[:DICT_QUERIES]
             rates.append(topk.size / dict_lookups(order, len(order), topk))
-        report.add(measured("ordered_dict", point, "lookups", "lookups/s", rates))
+        report.add(harness.measured("ordered_dict", point, "lookups", "lookups/s", rates))
 
 
 # --- output -----------------------------------------------------------------------------
 
 
-def summarise(report: Report) -> None:
+def summarise(report: harness.Report) -> None:
     """The figures of the two headline points."""
     turn = {"turn": NUM_LAYERS}
     figures = {
@@ -343,11 +332,11 @@ def summarise(report: Report) -> None:
     }
     for key, (name, metric, config) in figures.items():
         report.summarise(key, report.median(name, metric, **config))
-    row = find(report.rows, "plan", "lookups", **HEADLINE | turn)
+    row = harness.find(report.rows, "plan", "lookups", **HEADLINE | turn)
     report.summarise("miss_ratio", row and row["miss_ratio"])
 
 
-def print_tables(report: Report) -> None:
+def print_tables(report: harness.Report) -> None:
     def millions(name: str, **more) -> Callable[[dict], float]:
         def value(row: dict) -> float:
             point = {key: row["config"][key] for key in HEADLINE}
@@ -361,25 +350,25 @@ def print_tables(report: Report) -> None:
         "p90": lambda row: row["p90"] / 1e6, "sustained": millions("sustained"),
         "one layer": millions("plan", turn=1), "roof": millions("roof"),
     }  # fmt: skip
-    print_table(report.select("plan", turn=NUM_LAYERS), columns)
+    harness.print_table(report.select("plan", turn=NUM_LAYERS), columns)
 
 
-def panels(report: Report) -> list[Panel]:
+def panels(report: harness.Report) -> list[harness.Panel]:
     """Left: lookups per second by point, beside the roof. Right: GB/s of the copies."""
     speeds = [row for name in ("plan", "roof") for row in report.select(name, turn=NUM_LAYERS)]
     return [
-        Panel(speeds, lambda row: "{batch} x {ratio}\n{miss:.0%}".format(**row["config"]),
-              lambda row: row["median"] / 1e6, "name", kind="bar", levels={"target": 30},
+        harness.Panel(speeds, lambda row: "{batch} x {ratio}\n{miss:.0%}".format(**row["config"]),
+                      lambda row: row["median"] / 1e6, "name", kind="bar", levels={"target": 30},
               axes={"xlabel": "batch x hot ratio, missed", "ylabel": "M lookups/s on one core"}),
-        Panel(report.select("fetch"), "kind", kind="bar",
-              axes={"ylabel": f"GB/s, rows of {ROW_BYTES} B, one core"}),
+        harness.Panel(report.select("fetch"), "kind", kind="bar",
+                      axes={"ylabel": f"GB/s, rows of {ROW_BYTES} B, one core"}),
     ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = argument_parser(__doc__).parse_args(argv)
+    args = harness.argument_parser(__doc__).parse_args(argv)
     torch.set_num_threads(1)  # torch's copies are compared per core
-    report, progress, load = Report(), Progress(), OtherLoad()
+    report, progress, load = harness.Report(), harness.Progress(), harness.OtherLoad()
     steps = 6 if args.quick else 20
     for point in [HEADLINE, HITS] if args.quick else POINTS:
         progress(f"plan: {point}")
@@ -390,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
     measure_recording(report, steps, args.seed)
     summarise(report)
     print_tables(report)
-    finish(report, args, *panels(report), other_load=load.ratio())
+    harness.finish(report, args, *panels(report), other_load=load.ratio())
 
 
 if __name__ == "__main__":

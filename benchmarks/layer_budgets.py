@@ -20,17 +20,7 @@ from time import thread_time as clock
 import numpy as np
 import torch
 
-from benchmarks.harness import (
-    Panel,
-    Progress,
-    Report,
-    argument_parser,
-    finish,
-    measured,
-    pivot,
-    print_table,
-    simulated,
-)
+from benchmarks import harness
 from sglang_ess.sim.model.locality import Locality, TopkStream
 from sglang_ess.tiers import HotCache, HotLayers, PlanBuffers, lru
 from sglang_ess.tiers.balance import budgets as layer_budgets
@@ -175,7 +165,7 @@ class Stage:
                 self.ghost_seconds.append(clock() - began)
 
 
-def measure(report: Report, point: dict, num_layers: int, seed: int) -> None:
+def measure(report: harness.Report, point: dict, num_layers: int, seed: int) -> None:
     stage = Stage(**point, num_layers=num_layers, seed=seed)
     schedule = Schedule(rest=1 << 30)  # one round
     stage.run(FILL_STEPS)
@@ -208,9 +198,9 @@ def measure(report: Report, point: dict, num_layers: int, seed: int) -> None:
             at = config | {"side": name, "when": when}
             found = (phase.per_step / point["requests"]).tolist()
             report.add(
-                simulated("misses", at, "misses", "rows/request/layer/step", found,
-                          rows=rows_of[name]),
-                measured("plan", at, "time", "s", phase.seconds),
+                harness.simulated("misses", at, "misses", "rows/request/layer/step", found,
+                                  rows=rows_of[name]),
+                harness.measured("plan", at, "time", "s", phase.seconds),
             )  # fmt: skip
     plan_seconds = before["uniform"].seconds
     share = sum(stage.ghost_seconds[: len(plan_seconds)]) / sum(plan_seconds)
@@ -227,16 +217,16 @@ def measure(report: Report, point: dict, num_layers: int, seed: int) -> None:
     )
     plans = np.median(after["auto"].seconds) / np.median(after["uniform"].seconds)
     report.add(
-        measured("ghost", config, "share_while_on", "ratio", [share]),
-        measured("ghost", config, "share", "ratio", [share_of_round]),
-        simulated("curve_error", config, "error", "ratio", errors.tolist()),
+        harness.measured("ghost", config, "share_while_on", "ratio", [share]),
+        harness.measured("ghost", config, "share", "ratio", [share_of_round]),
+        harness.simulated("curve_error", config, "error", "ratio", errors.tolist()),
     )
     for metric, value in (("miss_ratio", got), ("age_miss_ratio", aged),
                           ("expected_miss_ratio", expected),
                           ("total_curve_error", sum(estimated) / counted.sum() - 1)):  # fmt: skip
-        report.add(simulated("budgets", config, metric, "ratio", [value], rows=rows,
-                             model_layers=list(stage.layers)))  # fmt: skip
-    report.add(measured("budgets", config, "plan_time", "ratio", [plans]))
+        report.add(harness.simulated("budgets", config, metric, "ratio", [value], rows=rows,
+                                     model_layers=list(stage.layers)))  # fmt: skip
+    report.add(harness.measured("budgets", config, "plan_time", "ratio", [plans]))
 
 
 # --- output -----------------------------------------------------------------------------
@@ -253,21 +243,21 @@ FIGURES = {
 }
 
 
-def print_tables(report: Report) -> None:
+def print_tables(report: harness.Report) -> None:
     index = ("context", "requests", "ratio")
     columns = {key: key for key in (*index, *SIDES)}
-    misses = pivot(report.select("misses", when="after"), index, "side", "mean")
-    print_table(misses, columns, "Rows fetched per request, layer and step after the move")
+    misses = harness.pivot(report.select("misses", when="after"), index, "side", "mean")
+    harness.print_table(misses, columns, "Rows fetched per request, layer and step after the move")
     ratios = [row for name in ("budgets", "ghost", "curve_error") for row in report.select(name)]
     columns = {key: key for key in index} | {
         "auto/uniform": "miss_ratio", "ages/uniform": "age_miss_ratio",
         "expected": "expected_miss_ratio", "plan time": "plan_time", "ghosts of a plan": "share",
         "while on": "share_while_on", "curve error": "error",
     }  # fmt: skip
-    print_table(pivot(ratios, index), columns)
+    harness.print_table(harness.pivot(ratios, index), columns)
 
 
-def panels(report: Report, point: dict) -> list[Panel]:
+def panels(report: harness.Report, point: dict) -> list[harness.Panel]:
     """Left: rows of each layer after the move. Right: misses, auto over uniform, by point."""
     rows = [
         {"layer": layer, "rows": count, "side": row["config"]["side"]}
@@ -275,17 +265,17 @@ def panels(report: Report, point: dict) -> list[Panel]:
         for layer, count in enumerate(row["rows"])
     ]
     return [
-        Panel(rows, "layer", "rows", "side", kind="bar",
-              axes={"xlabel": "layer_index", "ylabel": "hot rows"}),
-        Panel(report.select("budgets", "miss_ratio"),
+        harness.Panel(rows, "layer", "rows", "side", kind="bar",
+                      axes={"xlabel": "layer_index", "ylabel": "hot rows"}),
+        harness.Panel(report.select("budgets", "miss_ratio"),
               lambda row: "{context} x {requests}, {ratio}".format(**row["config"]), kind="bar",
-              levels={"no change": 1}, axes={"ylabel": "misses, auto / uniform"}),
+                      levels={"no change": 1}, axes={"ylabel": "misses, auto / uniform"}),
     ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = argument_parser(__doc__).parse_args(argv)
-    report, progress = Report(), Progress()
+    args = harness.argument_parser(__doc__).parse_args(argv)
+    report, progress = harness.Report(), harness.Progress()
     points = [QUICK_POINT] if args.quick else POINTS
     for point in points:
         progress(f"layer budgets: {point}")
@@ -294,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     for key, (name, metric) in FIGURES.items():
         report.summarise(key, report.figure(name, metric, **headline))
     print_tables(report)
-    finish(report, args, *panels(report, headline))
+    harness.finish(report, args, *panels(report, headline))
 
 
 if __name__ == "__main__":

@@ -26,16 +26,7 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from benchmarks.harness import (
-    Panel,
-    Report,
-    argument_parser,
-    finish,
-    measured,
-    pivot,
-    print_table,
-    simulated,
-)
+from benchmarks import harness
 from benchmarks.sim.admission_rounds import (
     BOUNDED,
     LOOKS,
@@ -108,7 +99,7 @@ def simulate(point: Point, requests: int, seed: int) -> dict[str, float]:
     }
 
 
-def measure(report: Report, quick: bool, seed: int) -> dict[Point, dict[str, float]]:
+def measure(report: harness.Report, quick: bool, seed: int) -> dict[Point, dict[str, float]]:
     links, hot_rows = (QUICK_LINKS, QUICK_HOT_ROWS) if quick else (LINKS, HOT_ROWS)
     points = [Point(*link, rows, rule) for link in links for rows in hot_rows for rule in RULES]
     requests = CLIENTS * (1 if quick else 2)
@@ -121,11 +112,11 @@ def measure(report: Report, quick: bool, seed: int) -> dict[Point, dict[str, flo
     for point, figures in found.items():
         config = vars(point) | {"clients": CLIENTS, "requests": requests}
         for metric, value in figures.items():
-            report.add(simulated("admission", config, metric, UNITS[metric], [value]))
+            report.add(harness.simulated("admission", config, metric, UNITS[metric], [value]))
     return found
 
 
-def measure_rounds(report: Report, quick: bool) -> None:
+def measure_rounds(report: harness.Report, quick: bool) -> None:
     """Milliseconds of a round by requests waiting, and how they grow."""
     rounds = QUICK_ROUNDS if quick else ROUNDS
     fixed = {"running": RUNNING, "places": PLACES}
@@ -133,8 +124,8 @@ def measure_rounds(report: Report, quick: bool) -> None:
         for waiting in WAITING:
             for look, seconds in pool.submit(round_seconds, waiting, rounds).result().items():
                 config = {"looks_at": look, "waiting": waiting} | fixed
-                report.add(measured("admission round", config, "round", "ms",
-                                    [1000 * value for value in seconds]))  # fmt: skip
+                report.add(harness.measured("admission round", config, "round", "ms",
+                                            [1000 * value for value in seconds]))  # fmt: skip
     for key, look in (("round_growth", BOUNDED), ("whole_queue_growth", WHOLE)):
         few, many = (
             report.median("admission round", "round", looks_at=look, waiting=waiting)
@@ -143,7 +134,7 @@ def measure_rounds(report: Report, quick: bool) -> None:
         report.summarise(key, many / few)
 
 
-def summarise(report: Report, found: Mapping[Point, Mapping[str, float]]) -> None:
+def summarise(report: harness.Report, found: Mapping[Point, Mapping[str, float]]) -> None:
     """Tokens/s of each rule against the others', at its worst and best point."""
 
     def ratios(rule: str, *others: str) -> list[float]:
@@ -160,24 +151,26 @@ def summarise(report: Report, found: Mapping[Point, Mapping[str, float]]) -> Non
     report.summarise("best_on_against_better", max(ratios(ON, OFF, SETS)))
 
 
-def print_tables(report: Report) -> None:
+def print_tables(report: harness.Report) -> None:
     for metric, title in (("tokens_per_s", "tokens/s"), ("batch", "mean batch"),
                           ("itl_p50_ms", "ITL p50, ms")):  # fmt: skip
-        rows = pivot(report.select("admission", metric), ("link", "share", "hot_rows"), "rule")
+        rows = harness.pivot(
+            report.select("admission", metric), ("link", "share", "hot_rows"), "rule"
+        )
         columns = {name: name for name in ("link", "share", "hot_rows", *RULES)}
         if metric == "tokens_per_s":
             columns["on / better"] = lambda row: row[ON] / max(row[OFF], row[SETS])
-        print_table(rows, columns, f"{title} by admission, simulated")
-    rows = pivot(report.select("admission round"), ("waiting",), "looks_at")
+        harness.print_table(rows, columns, f"{title} by admission, simulated")
+    rows = harness.pivot(report.select("admission round"), ("waiting",), "looks_at")
     columns = {"waiting": "waiting:,"} | {look: look for look in LOOKS}
-    print_table(rows, columns, "ms a round of admission, by the requests it asks about")
+    harness.print_table(rows, columns, "ms a round of admission, by the requests it asks about")
 
 
-def panels(report: Report) -> list[Panel]:
+def panels(report: harness.Report) -> list[harness.Panel]:
     speeds = report.select("admission", "tokens_per_s")
     hot_rows = sorted({row["config"]["hot_rows"] for row in speeds})
     found = [
-        Panel(
+        harness.Panel(
             [row for row in speeds if row["config"]["hot_rows"] == rows],
             lambda row: f"{row['config']['share']:g}\n{row['config']['link']}", series="rule",
             axes={"title": f"{rows:,} hot rows, simulated", "xlabel": "link", "ylabel": "tokens/s"},
@@ -186,17 +179,17 @@ def panels(report: Report) -> list[Panel]:
     ]  # fmt: skip
     axes = {"title": "A round, measured", "xlabel": "requests waiting", "ylabel": "ms",
             "xscale": "log", "yscale": "log"}  # fmt: skip
-    return [*found, Panel(report.select("admission round"), "waiting", series="looks_at",
-                          axes=axes)]  # fmt: skip
+    return [*found, harness.Panel(report.select("admission round"), "waiting", series="looks_at",
+                                  axes=axes)]  # fmt: skip
 
 
 def main() -> None:
-    args = argument_parser(__doc__).parse_args()
-    report = Report()
+    args = harness.argument_parser(__doc__).parse_args()
+    report = harness.Report()
     measure_rounds(report, args.quick)  # before the machine is busy
     summarise(report, measure(report, args.quick, args.seed))
     print_tables(report)
-    finish(report, args, *panels(report))
+    harness.finish(report, args, *panels(report))
 
 
 if __name__ == "__main__":

@@ -27,14 +27,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.harness import (
-    Panel,
-    Report,
-    argument_parser,
-    finish,
-    print_table,
-    simulated,
-)
+from benchmarks import harness
 from benchmarks.sim.published import BASELINES, ESS_ROWS, K
 from sglang_ess.layout import GIB
 from sglang_ess.sim.inputs.specs import load
@@ -62,7 +55,7 @@ PUBLISHED = {32 * K: 69.4, 128 * K: 122.7}
 # --- misses -----------------------------------------------------------------------------
 
 
-def arrangements(report: Report, locality: Locality, quick: bool, seed: int) -> None:
+def arrangements(report: harness.Report, locality: Locality, quick: bool, seed: int) -> None:
     """Misses of ESS's rows in other arrangements, and of Belady's optimum in ESS's arrangement."""
     requests, steps, tail = (2, 30, 40) if quick else (4, 60, 80)
     layers = locality.spread(12) if quick else range(locality.num_layers)
@@ -84,7 +77,7 @@ def arrangements(report: Report, locality: Locality, quick: bool, seed: int) -> 
     for name, (organisation, policy, count) in cases.items():
         outcome = lab.run(streams, organisation, policy, count, warmup=warmup, tail=tail)
         config = {"case": name, "layers": len(streams)}
-        report.add(simulated("misses", config, "misses", "rows", [outcome.mean]))
+        report.add(harness.simulated("misses", config, "misses", "rows", [outcome.mean]))
     found = report.select("misses")
     ess, _, ours, belady, own_belady = (row["median"] for row in found)
     report.summarise("miss_ratio", ours / ess)
@@ -92,7 +85,7 @@ def arrangements(report: Report, locality: Locality, quick: bool, seed: int) -> 
     report.summarise("vs_belady_with_our_budgets", ours / own_belady)
     columns = {"": "case", "misses": "median:.0f",
                "of ESS's": lambda row: f"{row['median'] / ess:.2f}"}  # fmt: skip
-    print_table(found, columns, "Ratio 0.2 at 32K")
+    harness.print_table(found, columns, "Ratio 0.2 at 32K")
 
 
 # --- throughput -------------------------------------------------------------------------
@@ -194,7 +187,7 @@ def curves_of(locality: Locality, context: int, quick: bool) -> list[MissCurve]:
     ]
 
 
-def gains(report: Report, locality: Locality, quick: bool, seed: int) -> None:
+def gains(report: harness.Report, locality: Locality, quick: bool, seed: int) -> None:
     for context in SETTINGS:
         curves = curves_of(locality, context, quick)
         for charges in ("paper", "ours"):
@@ -205,7 +198,7 @@ def gains(report: Report, locality: Locality, quick: bool, seed: int) -> None:
                 config = {"context": context, "memory": charges, "step": name,
                           "batch": point.batch, "rows": point.rows}  # fmt: skip
                 host = setting.memory.host_used(point.batch, context) / GIB
-                report.add(simulated(
+                report.add(harness.simulated(
                     "tokens_per_s", config, "tokens_per_s", "1/s", [point.tokens_per_s],
                     misses=float(point.misses.mean()), host_gib=host, gain_percent=gain,
                     more_than_before=gain - last,
@@ -218,11 +211,13 @@ def gains(report: Report, locality: Locality, quick: bool, seed: int) -> None:
             "gain, %": "gain_percent:+.1f", "points": "more_than_before:+.1f",
         }  # fmt: skip
         title = f"{context // K}K; ESS publishes {PUBLISHED[context]:+.1f} %"
-        print_table(report.select("tokens_per_s", context=context), columns, title)
+        harness.print_table(report.select("tokens_per_s", context=context), columns, title)
         check(report, locality, context, point, quick, seed)
 
 
-def check(report: Report, locality: Locality, context: int, point: Point, quick, seed) -> None:
+def check(
+    report: harness.Report, locality: Locality, context: int, point: Point, quick, seed
+) -> None:
     """Simulate the last point in one shared tier, row by row: how far off are the curves?"""
     layers = locality.spread(4 if quick else 16)
     found = measure(
@@ -235,16 +230,18 @@ def check(report: Report, locality: Locality, context: int, point: Point, quick,
 
 
 def main() -> None:
-    args = argument_parser(__doc__).parse_args()
-    locality, report = Locality.load(MODEL), Report()
+    args = harness.argument_parser(__doc__).parse_args()
+    locality, report = Locality.load(MODEL), harness.Report()
     arrangements(report, locality, args.quick, args.seed)
     gains(report, locality, args.quick, args.seed)
     panels = [
-        Panel(report.select("tokens_per_s", context=context), "step", series="memory", kind="bar",
-              axes={"title": f"{context // K}K, tokens/s of a node, simulated"})
+        harness.Panel(
+            report.select("tokens_per_s", context=context), "step", series="memory", kind="bar",
+            axes={"title": f"{context // K}K, tokens/s of a node, simulated"},
+        )
         for context in SETTINGS
     ]  # fmt: skip
-    finish(report, args, *panels)
+    harness.finish(report, args, *panels)
 
 
 if __name__ == "__main__":

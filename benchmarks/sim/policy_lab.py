@@ -20,17 +20,7 @@ from time import thread_time as clock
 
 import numpy as np
 
-from benchmarks.harness import (
-    OtherLoad,
-    Panel,
-    Progress,
-    Report,
-    argument_parser,
-    finish,
-    measured,
-    print_table,
-    simulated,
-)
+from benchmarks import harness
 from benchmarks.sim.published import HISPARSE
 from sglang_ess.sim import policies
 from sglang_ess.sim.model.locality import Locality
@@ -95,7 +85,7 @@ QUICK = Effort(100, 80, 80, 4, SCENARIOS[:2])
 # --- what is measured -------------------------------------------------------------------
 
 
-def measure_policies(report: Report, effort: Effort, seed: int) -> None:
+def measure_policies(report: harness.Report, effort: Effort, seed: int) -> None:
     """Missed lookups of a tier of one request, by policy and size; and lookups per second."""
     locality = Locality.load("glm-5.1")
     context, steps = locality.reference_tokens, 2 * (effort.before + effort.counted + effort.after)
@@ -112,15 +102,15 @@ def measure_policies(report: Report, effort: Effort, seed: int) -> None:
             config = {"policy": policy, "rows": rows, "context": context}
             published = HISPARSE.get((policy, rows))
             report.add(
-                simulated("policy", config, "missed", "%", [100 * s for s in samples],
-                          published=published)
+                harness.simulated("policy", config, "missed", "%", [100 * s for s in samples],
+                                  published=published)
             )  # fmt: skip
             rate = stream.steps.size / seconds
-            report.add(measured("speed", config, "lookups", "lookups/s", [rate]))
+            report.add(harness.measured("speed", config, "lookups", "lookups/s", [rate]))
 
 
 def measure_organisations(
-    report: Report, scenario: Scenario, effort: Effort, progress, seed: int
+    report: harness.Report, scenario: Scenario, effort: Effort, progress, seed: int
 ) -> list[lab.Stream]:
     """Misses by organisation, of a few layers that stand for all. Returns their streams."""
     locality = Locality.load("deepseek-v3.2")
@@ -146,14 +136,14 @@ def measure_organisations(
         config = {"scenario": scenario.name, "run": name, "rows": rows, "queries": QUERIES}
         by_request = found.by_request.round(1).tolist()
         report.add(
-            simulated("organisation", config, "misses", "rows/request/layer/step",
-                      found.by_layer.tolist(), by_request=by_request, layers=effort.layers,
-                      layer_rows=[int(found.rows.min()), int(found.rows.max())])
+            harness.simulated("organisation", config, "misses", "rows/request/layer/step",
+                              found.by_layer.tolist(), by_request=by_request, layers=effort.layers,
+                              layer_rows=[int(found.rows.min()), int(found.rows.max())])
         )  # fmt: skip
     return streams
 
 
-def measure_ghosts(report: Report, streams: list[lab.Stream], effort: Effort) -> None:
+def measure_ghosts(report: harness.Report, streams: list[lab.Stream], effort: Effort) -> None:
     """Errors of sampled curves against runs of the production LRU at each size."""
     warmup = len(streams[0].steps) - effort.before - effort.counted - effort.after
     sizes = [int(ratio * streams[0].num_slots) for ratio in GHOST_RATIOS]
@@ -165,16 +155,16 @@ def measure_ghosts(report: Report, streams: list[lab.Stream], effort: Effort) ->
             errors = np.abs(found[:, i] / exact[:, i] - 1)
             config = {"rate": rate, "ratio": ratio, "rows": sizes[i]}
             report.add(
-                simulated("ghost", config, "error", "%", (100 * errors).tolist(),
-                          worst=100 * errors.max(), exact=exact[:, i].mean(),
-                          estimate=found[:, i].mean())
+                harness.simulated("ghost", config, "error", "%", (100 * errors).tolist(),
+                                  worst=100 * errors.max(), exact=exact[:, i].mean(),
+                                  estimate=found[:, i].mean())
             )  # fmt: skip
 
 
 # --- output -----------------------------------------------------------------------------
 
 
-def summarise(report: Report) -> None:
+def summarise(report: harness.Report) -> None:
     errors = []
     for (policy, rows), published in HISPARSE.items():
         value = report.figure("policy", key="mean", policy=policy, rows=rows)
@@ -198,10 +188,10 @@ def summarise(report: Report) -> None:
         report.summarise(f"{policy}_lookups_per_s", value)
 
 
-def print_tables(report: Report) -> None:
+def print_tables(report: harness.Report) -> None:
     columns = {"policy": "policy", "rows": "rows", "missed, %": "mean",
                "HiSparse publishes": "published"}  # fmt: skip
-    print_table(report.select("policy"), columns, "Missed lookups, glm-5.1")
+    harness.print_table(report.select("policy"), columns, "Missed lookups, glm-5.1")
     columns = {
         "contexts": "scenario", "hot rows": "run", "misses": "mean",
         "vs ratio": lambda row: row["mean"] / report.figure(
@@ -210,28 +200,28 @@ def print_tables(report: Report) -> None:
         "rows a layer": lambda row: "-".join(map(str, sorted(set(row["layer_rows"])))),
     }  # fmt: skip
     title = f"Rows fetched per request, layer and step; {QUERIES} queries, ratio {RATIO}"
-    print_table(report.select("organisation"), columns, title)
+    harness.print_table(report.select("organisation"), columns, title)
     columns = {"sampled": "rate", "hot rows of all slots": "ratio", "error, %": "mean",
                "worst layer": "worst"}  # fmt: skip
-    print_table(report.select("ghost"), columns, "Ghost caches: error of the misses")
+    harness.print_table(report.select("ghost"), columns, "Ghost caches: error of the misses")
 
 
-def panels(report: Report) -> list[Panel]:
+def panels(report: harness.Report) -> list[harness.Panel]:
     return [
-        Panel(report.select("policy"), "rows", "mean", "policy", points="published",
-              axes={"xlabel": "hot rows of a request (circles: HiSparse, published)",
-                    "ylabel": "missed lookups, %", "xscale": "log"}),
-        Panel(report.select("organisation"), "run", "mean", "scenario", kind="bar",
-              axes={"ylabel": "rows fetched per request, layer and step"}),
-        Panel(report.select("ghost"), "ratio", "mean", "rate",
+        harness.Panel(report.select("policy"), "rows", "mean", "policy", points="published",
+                      axes={"xlabel": "hot rows of a request (circles: HiSparse, published)",
+                            "ylabel": "missed lookups, %", "xscale": "log"}),
+        harness.Panel(report.select("organisation"), "run", "mean", "scenario", kind="bar",
+                      axes={"ylabel": "rows fetched per request, layer and step"}),
+        harness.Panel(report.select("ghost"), "ratio", "mean", "rate",
               axes={"xlabel": "hot rows of all slots", "ylabel": "error of a ghost's misses, %"}),
     ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = argument_parser(__doc__).parse_args(argv)
+    args = harness.argument_parser(__doc__).parse_args(argv)
     effort = QUICK if args.quick else FULL
-    report, progress, load = Report(), Progress(), OtherLoad()
+    report, progress, load = harness.Report(), harness.Progress(), harness.OtherLoad()
     progress("policies")
     measure_policies(report, effort, args.seed)
     for scenario in effort.scenarios:
@@ -241,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
             measure_ghosts(report, streams[:: max(1, len(streams) // 4)], effort)
     summarise(report)
     print_tables(report)
-    finish(report, args, *panels(report), other_load=load.ratio())
+    harness.finish(report, args, *panels(report), other_load=load.ratio())
 
 
 if __name__ == "__main__":

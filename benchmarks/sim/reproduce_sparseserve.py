@@ -1,37 +1,21 @@
 """SparseServe's ablation (arXiv 2509.24626) from its stated hardware: paper, model, ratio.
 
-A roofline (weights and selected KV over the device memory's bandwidth, matmuls at a share of the
-peak, loads over the link), a stack model of which blocks a head selects, and the production LRU
-and working sets over them. benchmarks/sim/sparseserve.toml has every number with its source.
+    python -m benchmarks.sim.reproduce_sparseserve [--quick] [--json PATH] [--plot PATH]
 
-Known (stated in the paper): the machine, the models, block, budget and chunk, the bounds of the
-four transfer rates, how the overlap rises with the window, the limits of goodput.
-Assumed: 65 % of peak in matmuls, vLLM's 90 % of memory and 1.5 GiB of workspace, LongBench's
-lengths in tokens and its output limits, which misses a window of infinite length leaves (none),
-which decode step counts for the limit on P99 (Sarathi-Serve's, that the paper follows: 32
-requests of 4K).
-Fitted, one number: the device memory that Figure 1's decode batches had for blocks, on the
+The model is a roofline (weights and selected KV over the bandwidth of device memory, matmuls at a
+share of the peak, loads over the link), a stack model of the blocks that a head selects, and the
+production LRU and working sets over them. sparseserve.toml has every number with its source.
+
+Stated in the paper: the machine, the models, block, budget and chunk, bounds of the four transfer
+rates, how the overlap rises with the window, the limits of goodput.
+Assumed: 65 % of peak in matmuls; vLLM's 90 % of memory and 1.5 GiB of workspace; LongBench's lengths
+in tokens and its output limits; a window of infinite length misses nothing; the decode step behind
+the limit on P99 is one of 32 requests of 4K (Sarathi-Serve's, which the paper follows).
+Fitted, one number: the device memory that the decode batches of Figure 1 had for blocks, to the
 growth of its loads (21.36x). It enters the three rows of Figure 1 and no other.
-One load of 200 requests and one seed: a goodput moves by a few percent with another.
-Not known: absolute curves, hit rates, the first steps' working set, what Figures 1 and 14a ran.
-
-Where the model is far off, and why:
-  FlashH2D          the stated bounds (> 20 and < 4 GB/s) only say "more than 5x".
-  memcpy saves      6 GB/s is an upper bound; 1.76x takes 3.3 GB/s beside the same compute.
-  Figure 1's fall   a step is a roofline with no launches and no scheduler, so loads weigh more.
-  without control   the model's server, once it loads more than it computes, does not recover:
-                    the batch grows as arrivals go on. Hence the deeper fall, and the larger cut.
-  chunks of 512     reading the prefix once more at full bandwidth is all the model charges; what
-                    a paged kernel loses on 512 queries is not in a roofline.
-  segmented TTFT    "up to" depends on how far past its capacity the chunked server is asked; here
-                    no further than the whole system's goodput.
-  goodput           the absolute rates are 2 to 3 times the paper's (roofline, assumed outputs), so
-                    a request waits and overlaps less. Offloading with memcpy gains nothing for
-                    LWM-7B: one long chunked prompt beside a few decodes overfills the cache, and
-                    at 4 GB/s no step recovers from that. The paper's naive offloading is below
-                    sparse attention alone in throughput too (Figure 11), if not in goodput.
-  Llama3-8B         GQA's KV is a quarter: with these lengths the model's server is bound by the
-                    prefill of long prompts once blocks are offloaded, and nothing after helps.
+Not known: absolute curves, hit rates, the working set of the first steps, what Figures 1 and 14a
+ran. One load of 200 requests and one seed: a goodput moves by a few percent with another.
+docs/simulator.md says where the model is far off, and why.
 """
 
 from __future__ import annotations
@@ -42,15 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import (
-    Panel,
-    Progress,
-    Report,
-    argument_parser,
-    finish,
-    print_table,
-    simulated,
-)
+from benchmarks import harness
 from sglang_ess.layout import GIB
 from sglang_ess.sim.engine.block_serving import (
     SYSTEMS,
@@ -78,7 +54,7 @@ UNCONTROLLED = System("+LP -WC", sparse=True, offload=True, flash=True, segmente
 
 @dataclass(frozen=True)
 class Item:
-    """One number of the paper. neutral: what it would be if the part did nothing."""
+    """One number of the paper. neutral: its value if the part had no effect"""
 
     name: str
     paper: float
@@ -121,11 +97,11 @@ ITEMS = {
 }
 
 
-def record(report: Report, name: str, value: float, **config) -> None:
-    """A row beside the paper's number."""
+def record(report: harness.Report, name: str, value: float, **config) -> None:
+    """Add a row with the paper's number beside ours."""
     item = ITEMS[name]
     facts = {"paper": item.paper, "basis": item.basis, "right": item.is_right(value)}
-    report.add(simulated(name, config, "effect", item.unit, [value], **facts))
+    report.add(harness.simulated(name, config, "effect", item.unit, [value], **facts))
     report.summarise(name, value / item.paper)
 
 
@@ -137,10 +113,10 @@ def prompts(setting: Setting, model: DenseModel, count: int, seed: int) -> np.nd
 
 
 def transfers(setting: Setting, model: DenseModel, seed: int) -> dict[str, float]:
-    """Loading's speed-up, and prefill with saves over prefill alone.
+    """The speed-up of loads, and prefill with saves over prefill alone.
 
-    memcpy and FlashD2H run beside the compute, so the longer of both counts; GPU-direct saves
-    take the GPU for as long as they last.
+    memcpy and FlashD2H run beside the compute, so the longer of both counts. A GPU-direct save
+    occupies the GPU while it lasts.
     """
     machine, cost = setting.machine, Roofline(setting.machine, model, setting.sparse)
     lengths = prompts(setting, model, 2000, seed)
@@ -177,9 +153,9 @@ def chunked_attention(setting: Setting, model: DenseModel, chunk: int, seed: int
 
 
 class Batches:
-    """Decode batches of one size over a block cache of so many rows.
+    """Decode batches over a block cache.
 
-    churn: requests end after their output and cold ones take their place
+    churn: requests end after their output and cold requests take their place
     """
 
     def __init__(self, setting: Setting, model: DenseModel, seed: int, draws: int):
@@ -221,11 +197,11 @@ class Batches:
         return np.mean(loads), np.mean(seconds)
 
     def step_seconds(self, found: tuple[float, float], rate: float) -> float:
-        """A step with its loads at so many bytes a second."""
+        """Seconds of a step whose loads run at `rate` bytes per second."""
         return found[1] + found[0] * self._setting.block_bytes(self._model) / rate
 
     def fit_bytes(self, most: float, goal: float) -> float:
-        """Device bytes at which the loads grow by `goal` from batch 6 to 12, at most `most`."""
+        """Device bytes, at most `most`, at which loads grow by `goal` from batch 6 to batch 12."""
         low, high = most / 2, most
         for _ in range(8):
             middle = (low + high) / 2
@@ -251,7 +227,7 @@ def figure_1(batches: Batches, num_bytes: float, rate: float) -> dict[str, float
 
 
 class Serving:
-    """Runs of one model's systems, each asked once."""
+    """Runs of the systems with one model. Each run is made once and kept."""
 
     def __init__(self, setting: Setting, model: DenseModel, requests: int, seed: int):
         self.setting, self.model = setting, model
@@ -278,7 +254,7 @@ class Serving:
         )
 
     def goodput(self, system: System, start: float, steps: int) -> float:
-        """The highest rate that keeps the limits, looked for from `start` on."""
+        """The highest rate that keeps the limits. The search begins at `start`."""
         low = high = start
         while low > 1e-3 and not self.keeps_limits(self.result(system, low)):
             low, high = low / 1.5, low
@@ -292,7 +268,7 @@ class Serving:
 
 
 def serving_effects(serving: Serving, goodputs: list[float]) -> dict[str, float]:
-    """Control and segmented prefill, at rates up to what the whole system carries and past it."""
+    """Control and segmented prefill, at rates below and above the whole system's goodput."""
     whole, chunked = SYSTEMS[-1], SYSTEMS[-2]
     rates = [goodputs[-1] * CONTROL_RISE**k for k in range(-3, 4)]
     results = {
@@ -318,15 +294,15 @@ def serving_effects(serving: Serving, goodputs: list[float]) -> dict[str, float]
 
 
 def measure_serving(
-    report: Report, serving: Serving, steps: int, progress: Callable[[str], None]
+    report: harness.Report, serving: Serving, steps: int, progress: Callable[[str], None]
 ) -> list[float]:
-    """Rows of the goodputs. Returns them, requests a second."""
+    """Add a row for each goodput. Returns them in requests per second."""
     name, found = serving.model.name, []
     for system in SYSTEMS:
         progress(f"{name}: goodput of {system.name}")
         found.append(serving.goodput(system, found[-1] if found else 0.2, steps))
         config = {"model": name, "system": system.name}
-        report.add(simulated("goodput", config, "rate", "req/s", found[-1:]))
+        report.add(harness.simulated("goodput", config, "rate", "req/s", found[-1:]))
         if len(found) > 1:
             record(report, f"goodput_{name}{system.name}", found[-1] / found[-2], model=name)
     record(report, f"goodput_{name}_total", found[-1] / found[0], model=name)
@@ -343,30 +319,30 @@ def _verdict(row: Mapping) -> str | None:
     return "yes" if row["right"] else "NO"
 
 
-def print_tables(report: Report, effects: Sequence[dict]) -> None:
+def print_tables(report: harness.Report, effects: Sequence[dict]) -> None:
     columns = {
         "": "name", "paper": "paper", "model": "median",
         "model/paper": lambda row: row["median"] / row["paper"], "unit": "unit",
         "rests on": "basis", "direction": _verdict,
     }  # fmt: skip
-    print_table(effects, columns)
+    harness.print_table(effects, columns)
     columns = {"goodput": "model", "": "system", "req/s": "median"}
-    print_table(report.select("goodput"), columns)
+    harness.print_table(report.select("goodput"), columns)
 
 
-def panels(report: Report, effects: Sequence[dict]) -> list[Panel]:
+def panels(report: harness.Report, effects: Sequence[dict]) -> list[harness.Panel]:
     """Left: model over paper of every item. Right: goodput by system."""
     return [
-        Panel(effects, "name", lambda row: row["median"] / row["paper"], kind="bar",
-              levels={"paper": 1}, axes={"ylabel": "model / paper"}),
-        Panel(report.select("goodput"), "system", series="model",
-              axes={"ylabel": "goodput, req/s (simulated)"}),
+        harness.Panel(effects, "name", lambda row: row["median"] / row["paper"], kind="bar",
+                      levels={"paper": 1}, axes={"ylabel": "model / paper"}),
+        harness.Panel(report.select("goodput"), "system", series="model",
+                      axes={"ylabel": "goodput, req/s (simulated)"}),
     ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = argument_parser(__doc__).parse_args(argv)
-    report, progress = Report(), Progress()
+    args = harness.argument_parser(__doc__).parse_args(argv)
+    report, progress = harness.Report(), harness.Progress()
     setting = Setting.load(DATA)
     model = setting.models[0]
     progress("transfers and prefill")
@@ -397,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     report.summarise("directions_right", sum(row["right"] for row in known))
     report.summarise("directions", len(known))
     print_tables(report, effects)
-    finish(report, args, *panels(report, effects))
+    harness.finish(report, args, *panels(report, effects))
 
 
 if __name__ == "__main__":
