@@ -9,8 +9,8 @@ production LRU and working sets over them. sparseserve.toml has every number wit
 Stated in the paper: the machine, the models, block, budget and chunk, bounds of the four transfer
 rates, how the overlap rises with the window, the limits of goodput.
 Assumed: 65 % of peak in matmuls; vLLM's 90 % of memory and 1.5 GiB of workspace; LongBench's
-lengths in tokens and output limits; a window of infinite length misses nothing; the decode step behind
-the limit on P99 is one of 32 requests of 4K (Sarathi-Serve's, which the paper follows).
+lengths in tokens and output limits; a window of infinite length misses nothing; the decode step
+behind the limit on P99 is one of 32 requests of 4K (Sarathi-Serve's, which the paper follows).
 Fitted, one number: the device memory that the decode batches of Figure 1 had for blocks, to the
 growth of its loads (21.36x). It enters the three rows of Figure 1 and no other.
 Not known: absolute curves, hit rates, the working set of the first steps, what Figures 1 and 14a
