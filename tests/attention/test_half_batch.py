@@ -16,7 +16,7 @@ from sglang.srt.layers.attention.dsa_backend import DSAMetadata
 from sglang_ess.attention import half_batch
 
 BATCH = 5
-# Cut in half_batch.slice_metadata by name, beside PER_QUERY.
+# Fields that slice_metadata cuts by name, besides PER_QUERY.
 CUT = {
     "dsa_extend_seq_lens_list",
     "cu_seqlens_q",

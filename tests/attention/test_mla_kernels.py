@@ -105,7 +105,7 @@ class FakeOps:
 
 @pytest.fixture
 def ops(monkeypatch):
-    """flash_mla over fake operators: the wheel's Python is imported anew without its libraries."""
+    """flash_mla over fake operators: the wheel's Python is imported again without its libraries."""
     interface = "sglang.kernels.ops.attention.flash_mla_interface"
     for name in [n for n in sys.modules if n == interface or n.split(".")[0] == "flash_mla"]:
         monkeypatch.delitem(sys.modules, name)

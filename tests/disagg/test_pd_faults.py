@@ -153,7 +153,7 @@ def test_a_request_that_fits_alone(cluster, right, goes_on):
 
 
 def test_clients_that_go_away(cluster, right, goes_on):
-    """In mid-stream; a client beside them gets its whole answer."""
+    """In mid-stream. Another client gets its whole answer."""
     prompts = parity.prompts_of([200, 300, 100], seed=23)
     streams = [stream(cluster, prompt, 1500) for prompt in prompts[:2]]
     for response in streams:

@@ -1,4 +1,4 @@
-"""What NIXL is told of the pool's memory."""
+"""The kinds of memory that NIXL gets for the pool's buffers."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def test_latent_rows_are_in_host_memory():
 
 @pytest.mark.parametrize("pool", [object(), Pool()])
 def test_other_pools_and_transports_stay(pool):
-    """One-tier rows are where upstream says; Mooncake is told no kinds."""
+    """One-tier rows are where upstream says; Mooncake gets no kinds."""
     kinds = None if isinstance(pool, Pool) else ["VRAM"]
     kv_args = SimpleNamespace(**({"kv_data_mem_kinds": kinds} if kinds else {}))
     transfer.name_memory(None, kv_args, pool)

@@ -166,7 +166,7 @@ def test_a_hot_tier_below_the_minimum_names_what_would_do():
 @settings(max_examples=100, deadline=None)
 @given(st.integers(64, 10**7), st.integers(1, 61))
 def test_the_remedy_is_enough(slots, layers):
-    """Printed with four digits it is taken as it stands, beside the flags that were given."""
+    """Printed with four digits it is accepted, together with the flags that were given."""
     geometry = replace(SMALL, layers=layers)
     for flags in ({"hot_ratio": 1e-9}, {"hot_gib": 1e-12}):
         line = refusal(choose_capacity, EssConfig(**flags), geometry, slots, GIB, PLENTY)

@@ -46,7 +46,7 @@ def engine(model, ess, patches=(), **server_args):
 
 
 def short_script(served) -> dict[str, list]:
-    """A chunked prompt, longer than a small hot tier, beside a short one; prefix hits."""
+    """A chunked prompt, longer than a small hot tier, with a short one; prefix hits."""
     prompts = parity.prompts_of([300, 20])
     outputs = {"cold": served.together("cold", prompts, 4, start=0)}
     # 300 rows of prefix, twice, are more than a staging buffer holds: two groups of one batch.

@@ -61,7 +61,7 @@ def test_ghosts_are_charged():
     assert more == 4 * ghost_bytes(6464)
     settled = choose_capacity(EssConfig(), GEOMETRY, 6400, 10_000_000, 100 * GIB)
     assert settled.geometry.ghosts and settled.device_bytes <= 10_000_000
-    # A row for every slot: nothing is ever missed, whoever has the rows.
+    # A row for every slot: nothing is ever missed, whichever layer has the rows.
     assert not choose_capacity(EssConfig(), GEOMETRY, 6400, GIB, 100 * GIB).geometry.ghosts
 
 

@@ -72,7 +72,7 @@ def script(served) -> dict[str, list]:
 
 
 def long_script(served) -> dict[str, list]:
-    """One request of 8K tokens beside short ones, then a prefix hit of 8K."""
+    """One request of 8K tokens among short ones, then a prefix hit of 8K."""
     long, short = parity.prompts_of([8000, 100], seed=6)
     outputs = {"long": served.together("long", [long, short, short[:50]], 16)}
     return outputs | {"hit": served.together("hit", [long + short, short], 16)}

@@ -43,7 +43,7 @@ active: EssDsaBackend | None = None  # this process's backend, for the hooks
 
 @dataclass
 class StepState:
-    """What one forward pass leaves for SGLang's later calls in it. Each pass replaces it.
+    """The state of one forward pass between SGLang's calls. Each pass replaces it.
 
     A captured decode graph holds the tensors of the state that it was captured with.
 
@@ -135,7 +135,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             self.hisparse_coordinator = coordinator
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """As upstream's without HiSparse, which would keep a table of all slots of all requests."""
+        """Without HiSparse: upstream would keep a table of all slots of all requests for it."""
         with self._as_one_tier():
             super().init_cuda_graph_state(max_bs, max_num_tokens)
 

@@ -24,7 +24,7 @@ from sglang_ess.attention.overlap import Mode
 from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache, DeviceTier, Pass
 from sglang_ess.tiers.transfer_stream import TransferStream, wait
 
-# As the kernels of mla_kernels.py:
+# The signature of the kernels in mla_kernels.py:
 # (q [T, H, 576], rows [n, width], indices [T, K] int32, lengths [T] int32)
 #   -> (out [T, H, 512], lse [T, H] float32, natural log)
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]

@@ -55,6 +55,6 @@ class EssMetadataBuffers(MetadataBuffers):
         return super().get_buf(idx)
 
     def clear_slot(self, idx: int) -> None:
-        """As upstream's, and no payload: the next owner's prefill node may not write one."""
+        """Clear the items idx. The next owner's prefill node may not write a payload."""
         super().clear_slot(idx)
         self.warmup[idx, : HEADER.size] = 0

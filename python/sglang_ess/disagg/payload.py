@@ -280,7 +280,7 @@ def _take_highest(seen, fresh, kept, room_bytes):
 
     Returns (their number, whether all fitted). Adding a lower position never makes a group
     shorter (two varints are no shorter than that of their sum plus one), so the first that
-    does not fit settles it. Effect: fresh's bits move to seen.
+    does not fit ends the group. Effect: fresh's bits move to seen.
     """
     count, gap_bytes, lowest = 0, 0, 0
     for word in range(len(fresh) - 1, -1, -1):

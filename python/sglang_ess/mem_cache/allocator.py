@@ -16,9 +16,10 @@ class RefusingPagedAllocator(PagedTokenToKVPoolAllocator):
     """PagedTokenToKVPoolAllocator that refuses a prompt which leaves no slot for its output."""
 
     def max_new_tokens_for_memory(self, input_tokens, max_new_tokens, **limits) -> int | None:
-        """As upstream's, but None for a prompt that leaves no token. SGLang refuses that with 400.
+        """Limit the output to the slots that the prompt leaves.
 
-        Upstream returns an empty output for such a prompt, or lets it wait for ever.
+        Returns upstream's number, or None for a prompt that leaves no slot; SGLang refuses such a
+        request with status 400. Upstream returns an empty output for it, or lets it wait for ever.
         """
         fits = super().max_new_tokens_for_memory(input_tokens, max_new_tokens, **limits)
         return fits or (0 if max_new_tokens == 0 else None)
@@ -30,8 +31,8 @@ class EssPagedAllocator(RefusingPagedAllocator):
     The next owner of a slot therefore finds it cold, whatever path writes its rows. A peer's
     transfer engine, for one, does not report its writes.
 
-    is_idle: no other request holds slots, so the next one needs no room beside its own. The
-        scheduler's round in disaggregated decode sets it.
+    is_idle: no other request holds slots, so the next one needs only its own. The scheduler's
+        round in disaggregated decode sets it.
     keep_running: how many requests the next decode step may have; None for any number. Admission
         sets it where the hot tier thrashes, and SGLang then retracts the others.
     """
@@ -40,7 +41,7 @@ class EssPagedAllocator(RefusingPagedAllocator):
     keep_running: int | None = None
 
     def prealloc_fits(self, tree_cache, full_tokens, swa_tokens, **budgets) -> bool:
-        """As upstream's, but a request that is alone always fits.
+        """Whether a request's slots may be allocated now. A request that is alone always fits.
 
         Upstream reserves 512 further tokens for each request. A prompt that leaves fewer slots
         than that would wait for ever, and so would every request behind it.
@@ -50,7 +51,7 @@ class EssPagedAllocator(RefusingPagedAllocator):
         return fits or alone
 
     def check_decode_capacity(self, *, num_tokens, tree_cache, requests=None, **kwargs) -> bool:
-        """As upstream's, and at most keep_running requests."""
+        """Whether the next decode step fits: into the slots, and into keep_running requests."""
         if self.keep_running is not None and requests is not None:
             if len(requests) > self.keep_running:
                 return False

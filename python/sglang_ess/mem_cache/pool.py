@@ -34,7 +34,7 @@ IDLE_STEPS = 64
 
 @dataclass(frozen=True)
 class PoolFigures:
-    """What a pool's hot tier did since the start.
+    """Counters of a pool's hot tier since the start.
 
     layers: one dict a layer: `lookups`, `misses`, `evictions`, `evicted_age` (sum, in steps),
         `installs`, `steps`, and now: `rows` (hot rows it has), `occupied` (of these, in use)
@@ -83,7 +83,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
     @property
     @abstractmethod
     def topk_observers(self) -> list[TopkObserver]:
-        """What the attention backend shows each layer's top-k list."""
+        """The observers that the attention backend shows each layer's top-k list."""
 
     # --- decode steps -------------------------------------------------------------------
 
@@ -163,4 +163,4 @@ class EssTokenToKVPool(DSATokenToKVPool):
     @property
     @abstractmethod
     def _scratch_bytes(self) -> int:
-        """Device bytes beside the index keys, the hot tier and staging."""
+        """Device bytes other than index keys, the hot tier and staging."""

@@ -48,7 +48,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         self.staging = DeviceStaging(
             self.kv_buffer, self.capacity.staging_rows, self.device, self.transfer
         )
-        # What SGLang's kernels read now, and the staging group that it belongs to in prefill.
+        # The rows that SGLang's kernels read now, and their staging group in prefill.
         self._reading: torch.Tensor | None = None
         self._group = 0
         self._places = torch.arange(0, device=self.device)
@@ -62,9 +62,9 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         return self._probe.nbytes
 
     def before_decode_step(self, num_queries: int = 0) -> None:
-        """As the base's; the main stream then waits for the transfer stream.
+        """Let hot rows move between layers; the main stream then waits for the transfer stream.
 
-        A replayed graph runs on the main stream. It does not know of copies that were issued to
+        A replayed graph runs on the main stream and does not wait for copies that were issued to
         the transfer stream since its capture.
         """
         super().before_decode_step(num_queries)

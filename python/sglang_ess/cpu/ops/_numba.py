@@ -1,4 +1,4 @@
-"""What the numba kernels share: their decorators and the row decoders.
+"""Shared parts of the numba kernels: their decorators and the row decoders.
 
 The bits of a format are shifted into place and multiplied once. LLVM turns that into vector code;
 a table of 256 entries would need a gather per byte.
