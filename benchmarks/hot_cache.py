@@ -271,7 +271,7 @@ def measure_recording(report: harness.Report, num_steps: int, seed: int) -> None
     report.add(
         harness.measured("recording", HEADLINE, "time", "us/query", per_query, **facts),
         harness.measured("recording", HEADLINE, "size", "B/index",
-                                [writer.written_bytes / (writer.records * TOPK)]),
+                         [writer.written_bytes / (writer.records * TOPK)]),
         harness.measured("replay", HEADLINE, "lookups", "lookups/s", [rate], **facts),
     )  # fmt: skip
 
@@ -286,7 +286,7 @@ def measure_point(report: harness.Report, point: dict, num_steps: int, seed: int
              "passes": float(np.mean(found.passes))}  # fmt: skip
     report.add(
         harness.measured("sustained", point, "lookups", "lookups/s",
-                                [len(found.plan) * lookups / sum(found.plan)])
+                         [len(found.plan) * lookups / sum(found.plan)])
     )  # fmt: skip
     for name, turn, seconds in (
         ("plan", NUM_LAYERS, found.plan),
@@ -337,18 +337,18 @@ def summarise(report: harness.Report) -> None:
 
 
 def print_tables(report: harness.Report) -> None:
-    def millions(name: str, **more) -> Callable[[dict], float]:
-        def value(row: dict) -> float:
-            point = {key: row["config"][key] for key in HEADLINE}
-            return report.median(name, "lookups", **point, **more) / 1e6
+    def of_point(row: dict, name: str, metric: str, **more) -> float:
+        return report.median(name, metric, **{key: row["config"][key] for key in HEADLINE}, **more)
 
-        return value
+    def millions(name: str, **more) -> Callable[[dict], float]:
+        return lambda row: of_point(row, name, "lookups", **more) / 1e6
 
     columns = {
         "batch": "batch", "hot ratio": "ratio", "missed": "miss_ratio", "passes": "passes",
         "M lookups/s": lambda row: row["median"] / 1e6, "p10": lambda row: row["p10"] / 1e6,
         "p90": lambda row: row["p90"] / 1e6, "sustained": millions("sustained"),
         "one layer": millions("plan", turn=1), "roof": millions("roof"),
+        "share": lambda row: of_point(row, "share_of_roof", "share"),
     }  # fmt: skip
     harness.print_table(report.select("plan", turn=NUM_LAYERS), columns)
 
