@@ -1,6 +1,7 @@
-"""What the admission policy is told of decode steps, and when: by the server and the simulator.
+"""Feeds decode steps to the admission policy.
 
-scheduling.py and sim/gate.py feed this one piece, so what is simulated is what is served.
+The server (scheduler_gate.py) and the simulator (sim/engine/admission_gate.py) share it, so the
+simulator gives the policy the same observations as the server.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import numpy as np
 from sglang_ess.admission.policy import Admission, Step
 from sglang_ess.admission.working_set import WorkingSetWindow
 
-OBSERVED_STEPS = 4  # of one batch size, that are told to the policy at once
+OBSERVED_STEPS = 4  # consecutive steps of one batch size that make one observation
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Since the start, over all layers: missed rows, evictions, and their ages in steps."""
+    """Missed rows, evictions and evicted ages (sum, in steps) of all layers since the start."""
 
     misses: int = 0
     evictions: int = 0
@@ -38,14 +39,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class LastStep:
-    """What is known of a decode step when the next round begins.
+    """A decode step as known when the next scheduling round begins.
 
-    requests  of the batch, in its order
-    seconds   since the round before; accepted: tokens that each request got, on average
-    totals    gives those after the step, None where the device has not reported; asked for only
-              when the policy is told
-    topk      [sampled requests, K] int32 of the layer that was asked for; None: no sample
-    tokens    [sampled requests] their contexts
+    requests  the batch's requests, in its order
+    seconds   since the last round
+    totals    returns the Totals after the step, None where the device has not reported; called
+              only when the policy is updated
+    topk      [sampled requests, K] int32 of layer AdmissionFeed.layer; None: no sample
+    tokens    [sampled requests] context lengths
+    accepted  mean tokens per request
     """
 
     requests: Sequence[int]
@@ -57,11 +59,12 @@ class LastStep:
 
 
 class AdmissionFeed:
-    """Counts one rank's decode steps, and tells the policy of several of one batch size at once.
+    """Counts one rank's decode steps, and gives several of one batch size to the policy at once.
 
-    window   for the sampled top-k; sample_layers: that the sample goes round
-    before   totals now
-    layer    of the sample, numbered from 0, whose window is under way
+    window         counts the sampled top-k
+    sample_layers  number of sampled layers, which take turns
+    before         the Totals now; None: zeros
+    layer          index of the sampled layer whose window is under way
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class AdmissionFeed:
         self._steps, self._seconds, self._accepted = 0, 0.0, 0.0
 
     def decoded(self, last: LastStep) -> bool:
-        """One decode step. Returns whether the policy was told of it."""
+        """Take a decode step. Returns whether it completed an observation of the policy."""
         if len(last.requests) != self._requests:
             self._flush(last.totals)
             self._requests = len(last.requests)
@@ -92,13 +95,13 @@ class AdmissionFeed:
         if policy_updated:
             self._flush(last.totals)
         if last.topk is not None:
-            self._sample(last)
+            self._sample(last, last.topk)
         return policy_updated
 
-    def _sample(self, last: LastStep) -> None:
-        """Count what the step's first requests selected, when a window of steps is full."""
-        owners = list(last.requests[: len(last.topk)])
-        counts = self._window.add(last.topk, owners)
+    def _sample(self, last: LastStep, topk: np.ndarray) -> None:
+        """Add the step's sample to the window. Give the counts of a full window to the policy."""
+        owners = list(last.requests[: len(topk)])
+        counts = self._window.add(topk, owners)
         if counts is None:
             return
         self.layer = (self.layer + 1) % self._sample_layers
@@ -107,15 +110,15 @@ class AdmissionFeed:
         self._admission.observe_working_sets(sizes, counts.sharing, counts.growth)
 
     def _flush(self, totals: Callable[[], Totals | None]) -> None:
-        """Tell the policy of the steps since the last time."""
+        """Give the steps since the last call to the policy."""
         steps, seconds, accepted = self._steps, self._seconds, self._accepted
         self._begin()
         now = totals() if steps else None
         if now is None:
-            return  # the device has not reported: not these steps
+            return  # the device has not reported, so these steps are left out
         since, self._before = now - self._before, now
         if since.is_negative:
-            return  # the counters began again
+            return  # the counters have been reset
         self._admission.observe(
             Step(
                 steps=steps,

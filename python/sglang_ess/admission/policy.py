@@ -1,8 +1,8 @@
 """Admission: how many requests may decode at once, given the hot tier and the host link.
 
 A hot tier smaller than the running working sets misses more with each request, and past some
-batch size one more request lowers the throughput (SparseServe, section 2.3: batch 6 to 12 lowers
-it 1.73x). The head of the queue joins while both limits hold:
+batch size one more request lowers the throughput (SparseServe, Figure 1: from batch 6 to 12 it
+falls 1.73x). The head of the queue joins while both limits hold:
 
   hot tier  sharing x (sum of working sets) <= hot rows of a layer
   link      compute(n) + bytes(n) / bandwidth <= tokens per request and step x the
@@ -28,17 +28,18 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
-from sglang_ess.admission.step_fit import StepFit
+from sglang_ess.admission.step_fit import FloatArray, StepFit
 from sglang_ess.admission.working_set import WorkingSets, blend
 
 # Chosen by measurement (benchmarks/serving/pd_serving.py) unless a source is named.
 REOPEN = 0.9  # share of a limit below which a refusal ends
 MISS_DECAY = 0.9  # weight of older steps in the steady misses, per step
 SLOW_START = 2  # compute(n) is not extrapolated beyond this multiple of the last batch
-# Steps until a new request's misses are steady: ESS, "within a handful of steps".
+# Steps until a new request's misses are steady: see ESS, Figure 4.
 JOIN_STEPS = 4
 # Consecutive steps that may be ignored because of joins. Without pauses between joins, half of the
 # steps still count.
@@ -81,7 +82,7 @@ class AdmissionLimits:
     itl_seconds: float | None = None
     num_slots: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive: got {value}.")
@@ -197,7 +198,7 @@ class Admission:
         seconds = max(0.0, step.seconds - self._copy_seconds(missed))
         self._fit.add(step.running, seconds, step.steps)
         news = np.array([missed / step.running, step.tokens])
-        olds = news if self._missed is None else (self._missed, self._tokens)
+        olds = news if self._missed is None else np.array([self._missed, self._tokens])
         self._missed, self._tokens = blend(olds, news, 1 - MISS_DECAY**step.steps).tolist()
         self._recent.append(step)
         while self._recent_steps - self._recent[0].steps >= THRASH_STEPS:
@@ -269,11 +270,12 @@ class Admission:
 
     # --- tokens a second ----------------------------------------------------------------
 
-    def _rate(self, batch: np.ndarray, rows: np.ndarray, hot_rows: float) -> np.ndarray:
+    def _rate(self, batch: FloatArray, rows: FloatArray, hot_rows: float) -> FloatArray:
         """Predict requests served per second, for batches whose working sets sum to `rows`."""
         missed = self.limits.layers * self._sets.missed(rows, hot_rows)
         seconds = self._fit.seconds(batch, is_hopeful=True) + self._copy_seconds(missed)
-        return batch / np.maximum(seconds, 1e-9)
+        rates: FloatArray = batch / np.maximum(seconds, 1e-9)
+        return rates
 
     def _misses_against(self, rows: float, batch: int, old_rows: float, old_batch: int) -> float:
         """Return the misses of a request in a larger batch relative to a smaller one: >= 1."""
@@ -294,7 +296,7 @@ class Admission:
         batch = running + np.arange(1 + len(more := [self._rows(c) for c in waiting]))
         rates = self._rate(batch, rows + np.cumsum([0.0, *more]), self.limits.hot_rows)
         fits = self.limits.hot_rows / self._demand(rows)  # of these requests
-        fitting = self._rate(fits * running, fits * rows, self.limits.hot_rows)
+        fitting = self._rate(np.array(fits * running), np.array(fits * rows), self.limits.hot_rows)
         if WORTH * rates.max() <= fitting:
             return running
         best = running + int(np.argmax(rates >= NEAR_BEST * rates.max()))
@@ -304,7 +306,7 @@ class Admission:
     def best_to_keep(self, running: int) -> int:
         """Return the largest near-fastest batch, up to this one, at the present eviction age."""
         rows = self._sets.mean * np.arange(1, running + 1)
-        hot_rows = self.limits.hot_rows
+        hot_rows: float = self.limits.hot_rows
         if (age := self.eviction_age) is not None:
             hot_rows = min(hot_rows, self._sets.held_steps(age) * self._demand(rows[-1]))
         rates = self._rate(np.arange(1, running + 1), rows, hot_rows)
@@ -315,16 +317,23 @@ class Admission:
             return running
         return 1 + int(np.flatnonzero(rates >= NEAR_BEST * rates.max())[-1])
 
-    def _copy_seconds(self, rows):
+    @overload
+    def _copy_seconds(self, rows: float) -> float: ...
+
+    @overload
+    def _copy_seconds(self, rows: FloatArray) -> FloatArray: ...
+
+    def _copy_seconds(self, rows: float | FloatArray) -> float | FloatArray:
+        """Return the seconds that the link needs for `rows` rows."""
         return rows * self.limits.row_bytes / self.link_bytes_per_second
 
     def _misses_hurt(self, running: int) -> bool:
-        """Whether a hot tier that holds none of what it should would slow this batch down."""
+        """Return whether a batch whose every lookup misses would be slow."""
         worst = running * self.limits.layers * self.limits.topk
         return not self._fit.last or self._is_slow(running, worst)
 
     def _is_slow(self, running: int, missed: float) -> bool:
-        """Whether so many missed rows a step count beside its computing."""
+        """Return whether fetching `missed` rows takes a relevant share of a step's compute time."""
         return self._copy_seconds(missed) >= MISS_SHARE * self._fit.seconds(running)
 
     def _hot_tier_holds(self, running: int, rows: float, new_rows: float) -> bool:

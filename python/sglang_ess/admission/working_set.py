@@ -1,41 +1,43 @@
-"""Working sets: the distinct slots that a request selected in the last decode steps, a layer.
+"""Working sets: the distinct slots per layer that a request selected in the last decode steps.
 
-WorkingSetWindow counts them for sampled requests, WorkingSets says what others will have.
+WorkingSetWindow counts them for sampled requests. WorkingSets estimates those of the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias, overload
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
-# Decode steps. SparseServe: the overlap with the next step's selection rises by 10.68 % from
-# window 1 to 12 and by 0.31 % from 12 to 16 (papers.md 2.4).
+Array: TypeAlias = NDArray[Any]
+
+# Decode steps. SparseServe (Figure 8): the overlap with the next step's selection rises by 10.68 %
+# from window 1 to 12 and by 0.31 % from 12 to 16.
 WINDOW = 12
-WINDOW_WEIGHT = (
-    0.5  # of the newest window in the means: chosen, see benchmarks/serving/pd_serving.py
-)
-# The working set before any is measured, in top-k's. The union of T steps grows by the misses
-# of an LRU that holds the union of T - 1 (Denning). HiSparse misses 614 / 274 / 137 rows of
-# k = 2048 at 2K / 4K / 8K slots (papers.md 1.6), so from the first step's 2,048 on, the union
-# grows by 614, 453, 376 ... to about 5.5K rows after 12: 2.7 top-k's.
+# Of the newest window in the means. Chosen: benchmarks/serving/pd_serving.py.
+WINDOW_WEIGHT = 0.5
+# The working set before any measurement, in top-k's. The union of T steps grows by the misses of an
+# LRU that holds the union of T - 1 (Denning). HiSparse's published misses are 614 / 274 / 137 rows
+# of k = 2048 at 2K / 4K / 8K slots. So the union grows from the first step's 2,048 by 614, 453,
+# 376 ... to about 5.5K rows after 12 steps: 2.7 top-k's.
 PRIOR_TOPKS = 3
-PRIOR_NEW = 0.3  # of a top-k, that a step selects anew: HiSparse's 614 rows of 2,048
-PRIOR_DECAY = 0.44  # its 614, 453, 376 fall as 1, 2, 3 to the power of minus this
+PRIOR_NEW = 0.3  # share of a top-k that the second step adds: 614 of 2,048 rows
+PRIOR_DECAY = 0.44  # 614, 453, 376 fall as 1, 2, 3 to the power of minus this
 
 _count_type = "i8(i4[:, :, ::1], b1[::1], i4[::1], i4, i8[:, ::1])"
 
 
 @numba.njit(_count_type, cache=True, nogil=True)
-def _count_distinct(topk, kept, stamps, base, counts):
-    """counts[step, row] = distinct slots of topk[: step + 1, row] where the row is kept.
+def _count_distinct(topk: Array, kept: Array, stamps: Array, base: int, counts: Array) -> int:
+    """Set counts[step, row] to the distinct slots of topk[: step + 1, row] where kept[row].
 
-    topk [steps, rows, K]. Returns the union of all.
-
-    stamps holds nothing above base at first. Row by row: a slot stamped above base, but not
-    with this row's stamp, was counted for another row. What is no slot is passed over.
+    topk: [steps, rows, K]. Returns the distinct slots of all rows together.
+    stamps: [slots], no entry above base. A slot that has a stamp above base, but not this row's,
+    was counted for another row. Entries that are no slots are skipped.
     """
     num_slots, union = np.uint32(stamps.shape[0]), 0
     for row in range(topk.shape[1]):
@@ -57,11 +59,11 @@ def _count_distinct(topk, kept, stamps, base, counts):
 
 @dataclass(frozen=True)
 class WindowCounts:
-    """One full window.
+    """The counts of one full window.
 
-    rows   owner -> distinct slots that it selected in the window
-    union  distinct slots of all these owners together
-    growth [steps] distinct slots of each owner after its first steps, summed over owners
+    rows    owner -> distinct slots that it selected in the window
+    union   distinct slots of all these owners together
+    growth  [steps] distinct slots in the first 1, 2, ... steps, summed over owners
     """
 
     rows: dict[int, int] = field(default_factory=dict)
@@ -70,19 +72,20 @@ class WindowCounts:
 
     @property
     def sharing(self) -> float:
-        """union / sum(rows): 1 when no slot is shared, or nothing was counted."""
+        """union / sum(rows); 1 if no slot is shared or nothing was counted."""
         total = sum(self.rows.values())
         return self.union / total if total else 1.0
 
 
 class WorkingSetWindow:
-    """Top-k of up to `samples` requests of one layer, kept for `window` decode steps.
+    """Keeps the top-k of up to `samples` requests in one layer for `window` decode steps.
 
-    A row counts if it had one owner in all steps of the window. The top-k is copied first and
-    checked then: on a GPU it may be written while it is read, and a torn value is one wrong
+    A row counts if it had the same owner in all steps of the window. The top-k is copied before it
+    is checked: on a GPU it may be written while it is read, and a torn value may only cause a wrong
     count, never an access out of bounds.
 
-    num_slots  of the host tier; samples, topk: the largest [n, K] that add takes
+    num_slots      slots of the host tier
+    samples, topk  the largest [n, K] that add takes
     Raises: ValueError for a size below 1.
     """
 
@@ -94,22 +97,22 @@ class WorkingSetWindow:
             )
         self._topk = np.full((window, samples, topk), -1, np.int32)
         self._stamps = np.zeros(num_slots, np.int32)
-        self._base = 0  # of the stamps: above all that earlier windows gave
+        self._base = 0  # no earlier stamp is above it
         self._counts = np.zeros((window, samples), np.int64)
         self.reset()
 
     def reset(self) -> None:
-        """Forget the window under way."""
+        """Drop the window under way."""
         self._steps = 0
         self._owners: list[int] = []
         self._kept = np.zeros(self._topk.shape[1], np.bool_)
 
     def add(self, topk: np.ndarray, owners: Sequence[int]) -> WindowCounts | None:
-        """One decode step. Returns the counts when the window is full, and begins the next.
+        """Take a decode step. Returns the counts if the window is full, and begins the next.
 
         topk    [n, K] int32 slots, -1 pads; n <= samples, K <= topk
-        owners  [n] request of each row, distinct
-        Raises: ValueError for more rows or columns than that, or an owner given twice.
+        owners  [n] distinct, the request of each row
+        Raises: ValueError for more rows or columns, or an owner given twice.
         """
         _, samples, columns = self._topk.shape
         num_rows, width = topk.shape
@@ -123,9 +126,9 @@ class WorkingSetWindow:
             self._kept[:num_rows] = True
         for row, owner in enumerate(self._owners):
             self._kept[row] &= row < num_rows and owners[row] == owner
-        held = self._topk[self._steps]
-        held[:num_rows, :width] = topk
-        held[:num_rows, width:] = -1
+        kept = self._topk[self._steps]
+        kept[:num_rows, :width] = topk
+        kept[:num_rows, width:] = -1
         self._steps += 1
         return self._finish() if self._steps == len(self._topk) else None
 
@@ -145,24 +148,33 @@ class WorkingSetWindow:
         return WindowCounts(rows, union, growth)
 
 
-def blend(old, new, weight: float):
-    """An exponentially weighted mean, after a new value."""
+@overload
+def blend(old: float, new: float, weight: float) -> float: ...
+
+
+@overload
+def blend(old: Array, new: Array, weight: float) -> Array: ...
+
+
+def blend(old: float | Array, new: float | Array, weight: float) -> float | Array:
+    """Return an exponentially weighted mean after a new value of this weight."""
     return old + weight * (new - old)
 
 
 def prior_growth() -> np.ndarray:
-    """[WINDOW] float64: the part of a working set that its first 1, 2 ... steps select."""
+    """Return [WINDOW] float64: the share of a working set selected in the first 1, 2 ... steps."""
     new = PRIOR_NEW * np.arange(1.0, WINDOW) ** -PRIOR_DECAY
     rows = 1 + np.concatenate([[0.0], np.cumsum(new)])
-    return rows / rows[-1]
+    growth: np.ndarray = rows / rows[-1]
+    return growth
 
 
 class WorkingSets:
-    """Working sets by length, from the windows measured so far.
+    """Estimates working sets by context length, from the windows measured so far.
 
-    mean     rows of a running request; whoever admits others keeps it up to date
+    mean     mean rows of a running request; the policy updates it when it admits others
     sharing  union / sum of rows
-    growth   [WINDOW] the part of them that 1, 2 ... steps select; the last is 1
+    growth   [WINDOW] share of a working set selected in the first 1, 2 ... steps; the last is 1
     """
 
     def __init__(self, topk: int):
@@ -176,22 +188,22 @@ class WorkingSets:
         return max(1, min(tokens, PRIOR_TOPKS * self._topk))
 
     def estimate(self, tokens: int, known: int | None = None) -> float:
-        """As the nearest measured length, else as known, else the prior; tokens at most.
+        """Estimate the rows of a request with this context length, at most `tokens`.
 
-        known: rows that it has at least
-
-        Other lengths scale as the prior does: with the tokens of short requests, and not at
-        all for long ones (papers.md 1.6: locality is almost flat in context length).
+        known: a lower bound of its rows, if any
+        Uses the nearest measured length, else `known`, else the prior. Other lengths scale as the
+        prior does: with the tokens for short requests, and not at all for long ones, since
+        locality is almost flat in context length (ESS, Figure 2).
         """
         tokens = max(1, tokens)
-        least = max(1, known or 1)
+        lower = max(1, known or 1)
         if not self._buckets:
-            return min(tokens, least) if known is not None else self._prior(tokens)
+            return min(tokens, lower) if known is not None else self._prior(tokens)
         bucket = tokens.bit_length()
         nearest = min(self._buckets, key=lambda other: (abs(other - bucket), other))
         mean_tokens, mean_rows = self._buckets[nearest]
         scaled = mean_rows * self._prior(tokens) / self._prior(mean_tokens)
-        return min(tokens, max(least, scaled))
+        return min(tokens, max(lower, scaled))
 
     def observe(
         self,
@@ -200,12 +212,14 @@ class WorkingSets:
         running: int,
         growth: Sequence[int] = (),
     ) -> None:
-        """One window of samples: (tokens, rows) of each, and their union / sum of rows.
+        """Take one window of samples.
 
-        growth: of the window, where it has WINDOW steps
-
-        They stand for themselves in the mean of the running requests, not for the others: a
-        mean that follows a few samples admits at each low one, and takes none of it back.
+        tokens_and_rows: (context length, rows) of each sample
+        sharing: their union / sum of rows
+        running: number of running requests
+        growth: of the window, if it has WINDOW steps
+        In the mean, the samples count for themselves only and not for all running requests. A mean
+        that followed a few samples would admit at each low one, and never take it back.
         """
         samples = [(max(1, tokens), rows) for tokens, rows in tokens_and_rows if rows > 0]
         if not samples:
@@ -223,16 +237,18 @@ class WorkingSets:
             self.growth = blend(self.growth, np.array(growth) / growth[-1], WINDOW_WEIGHT)
 
     def missed(self, rows: np.ndarray | float, hot_rows: float) -> np.ndarray:
-        """Rows of a layer that a step misses of requests with working sets of so many rows.
+        """Predict the rows of a layer that a step misses with LRU.
 
-        Which LRU holds: where hot_rows are the union of t steps, what a step more would add
-        (Denning); where they are less than one step's, nothing is read twice before it goes.
+        rows: sum of the working sets; hot_rows: of the layer
+        If hot_rows hold the union of t steps, a step misses what one more step would add (Denning).
+        If they hold less than one step's union, every lookup misses.
         """
         new = np.diff(self.growth)
         demand = self.sharing * np.asarray(rows, float)
-        held = hot_rows / np.maximum(demand, 1e-9)
-        return demand * np.interp(held, self.growth[:-1], new, left=self.growth[0])
+        share = hot_rows / np.maximum(demand, 1e-9)
+        missed: np.ndarray = demand * np.interp(share, self.growth[:-1], new, left=self.growth[0])
+        return missed
 
     def held_steps(self, steps: float) -> float:
-        """The part of the working sets that is hot where rows are evicted at so many steps."""
+        """Return the share of the working sets that is hot if rows are evicted at this age."""
         return float(np.interp(steps, np.arange(1, WINDOW + 1), self.growth))

@@ -1,9 +1,9 @@
 """Memory limits of this process's control groups, v1 and v2.
 
-A limit may stand at any level: a systemd slice, a Slurm job or step, a container. So the process's
-own group (/proc/self/cgroup) is followed upward, as far as its hierarchy is mounted here
-(/proc/self/mountinfo): a container without a cgroup namespace reads its host's path, of which
-only the part below the mount's root is there.
+Any level may have a limit: a systemd slice, a Slurm job or step, a container. So this module
+follows the process's own group (/proc/self/cgroup) upward as far as its hierarchy is mounted
+(/proc/self/mountinfo). A container without a cgroup namespace reads its host's path, of which only
+the part below the mount's root exists.
 Source: kernel docs, cgroup-v2 `memory.max`, `memory.high` and `memory.current`; cgroup-v1
 `memory.limit_in_bytes` (a value near 2^63 is none) and `memory.usage_in_bytes`; proc(5).
 """
@@ -21,18 +21,19 @@ NO_LIMIT = 1 << 60
 
 @dataclass(frozen=True)
 class Level:
-    """A control group or one above it: its folder, and the names of its files by version.
+    """A control group or a group above it: its folder, and its version's file names.
 
-    limits: beyond `memory.high` pages that cannot be dropped, as a host tier's, stall the process
+    limits     `memory.high` counts too: beyond it, pages that cannot be dropped stall the process
+    droppable  memory.stat's name for file pages that the kernel drops first
     """
 
     folder: Path
     limits: tuple[str, ...]
     usage: str
-    droppable: str  # file pages that the kernel drops first, in memory.stat
+    droppable: str
 
     def limit(self) -> int | None:
-        """Bytes, or None."""
+        """The limit in bytes; None without one."""
         texts = (_read(self.folder / name).strip() for name in self.limits)
         numbers = [int(text) for text in texts if text.isdigit()]  # not "max"
         return min((number for number in numbers if number < NO_LIMIT), default=None)
@@ -52,22 +53,22 @@ V2 = (("memory.max", "memory.high"), "memory.current", "inactive_file")
 
 
 def limit_bytes(proc: Path = PROC) -> int | None:
-    """The tightest limit over all levels; None without one."""
+    """The lowest limit of all levels in bytes; None without one."""
     limits = [level.limit() for level in levels(proc)]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def free_bytes(proc: Path = PROC) -> int | None:
-    """What this process may still take under the limits of all levels; None without one.
+    """Bytes that this process may still take under all limits; None without one.
 
-    The level with the least left need not be that of the tightest limit: others use it too.
+    The level with the fewest free bytes need not have the lowest limit: other processes use it too.
     """
     frees = [level.free() for level in levels(proc)]
     return min((free for free in frees if free is not None), default=None)
 
 
 def levels(proc: Path = PROC) -> Iterator[Level]:
-    """This process's group and those above it, of each hierarchy that limits memory."""
+    """This process's group and the groups above it, in each hierarchy that limits memory."""
     mounts = list(_mounts(proc))
     for line in _read(proc / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -88,9 +89,9 @@ def _mounts(proc: Path) -> Iterator[tuple[bool, str, Path]]:
             yield kind == "cgroup", root, Path(point)
 
 
-def _upward(point: Path, below: str, names: tuple) -> Iterator[Level]:
+def _upward(point: Path, below: str, names: tuple[tuple[str, ...], str, str]) -> Iterator[Level]:
     parts = [part for part in Path(below).parts if part != "."]
-    if ".." in parts:  # outside what is mounted here: its root is all there is
+    if ".." in parts:  # outside the mounted part: only its root exists
         parts = []
     group = point.joinpath(*parts)
     for folder in (group, *group.parents):
@@ -99,7 +100,7 @@ def _upward(point: Path, below: str, names: tuple) -> Iterator[Level]:
 
 
 def _read(file: Path) -> str:
-    """Nothing where there is no such file, or no right to read it."""
+    """The file's text; empty if it does not exist or may not be read."""
     try:
         return file.read_text()
     except OSError:

@@ -26,10 +26,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+
+Device: TypeAlias = torch.device | str
 
 # What every hot tier counts, in this order:
 #   lookups      top-k entries resolved, repeats included, pads (-1) not
@@ -164,7 +166,7 @@ class HotTiers(Protocol):
     """The hot tiers of all layers, which share one number of hot rows."""
 
     @property
-    def caches(self) -> Sequence[HotTier]:
+    def caches(self) -> Sequence[HotTier[Any]]:
         """By layer_index."""
 
     @property

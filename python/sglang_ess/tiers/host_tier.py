@@ -8,7 +8,9 @@ import os
 import resource
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,18 +24,18 @@ LOG_SECONDS = 10  # between two lines of progress
 
 
 class HostTier:
-    """Rows [layers][slots][row_bytes], one tensor a layer; addressed by SGLang's slot.
+    """Rows [layers][slots][row_bytes], one tensor a layer, addressed by SGLang's slot.
 
-    num_slots, num_layers: sizes
     row_shape, dtype: of one row, e.g. (1, 656) uint8
-    Where a CUDA device is there the rows are page-locked, so that it can read them by address:
-    all their memory is taken and zeroed at the start, which takes as long as the kernel needs
-    for so many pages. Elsewhere a page is taken when it is first written.
-    Raises: ValueError if the rows would not fit into the host memory that is free;
-    RuntimeError if CUDA cannot lock them.
+    With a CUDA device the rows are page-locked, so that the device reads them by address; all
+    their memory is taken and zeroed at the start. Without one, a page is taken at its first write.
+    Raises: ValueError if the rows do not fit into the free host memory, RuntimeError if CUDA
+    cannot lock them.
     """
 
-    def __init__(self, num_layers: int, num_slots: int, row_shape: tuple[int, ...], dtype):
+    def __init__(
+        self, num_layers: int, num_slots: int, row_shape: tuple[int, ...], dtype: torch.dtype
+    ):
         width = torch.Size(row_shape).numel() * dtype.itemsize
         need, free = num_layers * num_slots * width, free_host_bytes()
         if need > free:
@@ -44,11 +46,13 @@ class HostTier:
                 "--max-total-tokens."
             )
         shape = (num_slots, *row_shape)
-        self.row_bytes, self._unlock = width, None
+        self.row_bytes = width
+        self._unlock: Callable[[], object] | None = None
         if torch.cuda.is_available():
             self.rows = [_pages(shape, dtype) for _ in range(num_layers)]
-            cudart, locked = torch.cuda.cudart(), []
-            # At exit too. It holds the rows: memory must not be given back while it is locked.
+            cudart: Any = torch.cuda.cudart()
+            locked: list[torch.Tensor] = []
+            # Runs at exit too. It keeps the rows alive: locked memory must not be given back.
             self._unlock = weakref.finalize(self, _unlock, cudart, locked)
             try:
                 _lock(cudart, self.rows, locked)
@@ -56,7 +60,7 @@ class HostTier:
                 self.close()
                 raise
         else:
-            # zeros, not empty: the kernel hands the pages out as they are first written.
+            # zeros, not empty: the kernel provides zeroed pages at their first write.
             self.rows = [torch.zeros(shape, dtype=dtype) for _ in range(num_layers)]
 
     @property
@@ -68,28 +72,28 @@ class HostTier:
         return sum(rows.nbytes for rows in self.rows)
 
     def close(self) -> None:
-        """Unlock the rows, which the device must not use any more. Again: nothing."""
+        """Unlock the rows; the device must not use them any more. A second call does nothing."""
         if self._unlock is not None:
             self._unlock()
 
 
 def _pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in memory pages of their own.
+    """Return zeros in memory pages of their own.
 
-    torch's pinned allocator rounds a size up to a power of two, up to twice the memory; its
-    plain one lets two tensors share a page, which CUDA would have to lock twice.
+    torch's pinned allocator rounds sizes up to a power of two. Its plain allocator lets two
+    tensors share a page, which CUDA would have to lock twice.
     """
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # fork() would copy locked pages, all of them, for the child (Linux 5.12 on).
+    # Without it, fork() copies all locked pages for the child (from Linux 5.12 on).
     pages.madvise(mmap.MADV_DONTFORK)
     return torch.frombuffer(pages, dtype=dtype).view(shape)  # keeps the pages
 
 
-def _lock(cudart, layers: list[torch.Tensor], locked: list[torch.Tensor]) -> None:
-    """Page-lock the layers, in order; those that are go to `locked`.
+def _lock(cudart: Any, layers: list[torch.Tensor], locked: list[torch.Tensor]) -> None:
+    """Page-lock the layers in order, and append each locked one to `locked`.
 
-    Raises: RuntimeError with sizes at the first that cannot be.
+    Raises: RuntimeError with sizes at the first layer that CUDA cannot lock.
     """
     total = sum(rows.nbytes for rows in layers)
     logged = time.monotonic()
@@ -101,12 +105,12 @@ def _lock(cudart, layers: list[torch.Tensor], locked: list[torch.Tensor]) -> Non
                 "ESS: %.2f of %.2f GiB of host tier locked, %d of %d layers",
                 done / GIB, total / GIB, layer, len(layers),
             )  # fmt: skip
-        # 0: with unified addressing, which every 64-bit host has, mapped and for all devices.
+        # Flags 0: with unified addressing (any 64-bit host) the rows are mapped for all devices.
         error = cudart.cudaHostRegister(rows.data_ptr(), rows.nbytes, 0)
         if int(error) != 0:
-            limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-            is_limited = limit != resource.RLIM_INFINITY and limit < total
-            limit = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GIB:.2f} GiB"
+            bound = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+            is_limited = bound != resource.RLIM_INFINITY and bound < total
+            limit = "unlimited" if bound == resource.RLIM_INFINITY else f"{bound / GIB:.2f} GiB"
             advice = "Give the container more memory"
             if is_limited:
                 advice = (
@@ -122,16 +126,16 @@ def _lock(cudart, layers: list[torch.Tensor], locked: list[torch.Tensor]) -> Non
         locked.append(rows)
 
 
-def _unlock(cudart, locked: list[torch.Tensor]) -> None:
+def _unlock(cudart: Any, locked: list[torch.Tensor]) -> None:
     while locked:
         error = cudart.cudaHostUnregister(locked[-1].data_ptr())
-        if int(error) != 0:  # at exit the driver may be gone, and the lock with it
+        if int(error) != 0:  # at exit the driver may be gone already
             logger.debug("cudaHostUnregister: CUDA error %d", int(error))
         locked.pop()
 
 
 def free_host_bytes() -> int:
-    """Host memory this process may still take: MemAvailable, or less under a cgroup's limit."""
+    """Host bytes that this process may still take: MemAvailable, or less under a cgroup limit."""
     return min(
         value for value in (_meminfo("MemAvailable"), cgroup.free_bytes()) if value is not None
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sglang_ess.tiers import lru
-from sglang_ess.tiers.contract import COUNTERS, LookupObserver, RowCorruption
+from sglang_ess.tiers.contract import COUNTERS, HotTier, LookupObserver, RowCorruption
 from sglang_ess.tiers.hot_arena import ARENA_ROW_BYTES, HotArena
 from sglang_ess.tiers.row_words import as_words
 from sglang_ess.tiers.throttled_link import ThrottledLink
@@ -102,13 +103,14 @@ class HotCache:
         self.num_slots = len(host_rows) if host_rows is not None else num_slots or 0
         self._check_size(num_rows)
         self.host_rows, self._link = host_rows, link
-        self._host_words = self._hot_words = None
+        self._host_words: np.ndarray | None = None
+        self._hot_words: np.ndarray | None = None
         if host_rows is not None:
             self._host_words = as_words(host_rows)
         self.arena = arena or HotArena(num_rows, host_rows)
         self.rows, self.row_slot = self.arena.rows, self.arena.row_slot
         self.row_place = self.arena.row_place
-        if host_rows is not None:
+        if self.rows is not None:
             self._hot_words = as_words(self.rows)
         self.buffers = buffers or PlanBuffers()
         self.query_misses = np.zeros(0, np.int64)
@@ -144,8 +146,8 @@ class HotCache:
         topk = topk.contiguous()
         if self.ghost is not None and start == (0, 0):
             self.ghost.access(topk)
-        topk = topk.numpy()
-        num_queries, width = topk.shape
+        lookups = topk.numpy()
+        num_queries, width = lookups.shape
         buffers, (query, column) = self.buffers, start
         buffers.reserve(num_queries * width)
         if start == (0, 0):
@@ -155,7 +157,7 @@ class HotCache:
             self.query_misses[:] = 0
         rows = buffers.rows[: num_queries * width].reshape(num_queries, width)
         count, stop_query, stop_column, misses = lru.plan(
-            topk,
+            lookups,
             query,
             column,
             *self._lru,
@@ -192,7 +194,7 @@ class HotCache:
             self.ghost.install(slots, min_age)
         self.buffers.reserve(len(slots))
         sources, targets = self.buffers.miss_slots, self.buffers.miss_rows
-        count = lru.install(
+        count: int = lru.install(
             slots.numpy(), min_age, *self._lru, self.free, self.state, sources, targets
         )
         if self.rows is not None:
@@ -217,8 +219,8 @@ class HotCache:
         self.buffers.reserve(topk.numel())
         slots, rows = self.buffers.miss_slots, self.buffers.miss_rows
         unread = self.buffers.rows[: topk.numel()].reshape(topk.shape)
-        topk = topk.contiguous().numpy()
-        count = lru.warm(topk, *self._lru, self.free, self.state, unread, slots, rows)
+        lookups = topk.contiguous().numpy()
+        count: int = lru.warm(lookups, *self._lru, self.free, self.state, unread, slots, rows)
         self._load(slots[:count], rows[:count])
         return count
 
@@ -288,7 +290,8 @@ class HotCache:
         """The hot slots [n] int32, least recently used first."""
         rows = self.queue[self.state[lru.HEAD] : self.state[lru.TAIL]]
         places = np.arange(self.state[lru.HEAD], self.state[lru.TAIL])
-        return self.row_slot[rows[self.row_place[rows] == places]]
+        slots: np.ndarray = self.row_slot[rows[self.row_place[rows] == places]]
+        return slots
 
     def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0) -> None:
         """Compare a sample of hot rows with their host rows.
@@ -329,8 +332,10 @@ class HotCache:
             "an owned row must have one live place in the queue": (
                 ((head <= live) & (live < tail)).all() and (self.queue[live] == rows).all()
             ),
-            "a hot row must equal its host row": self.rows is None or np.array_equal(
-                self._hot_words[rows], self._host_words[self.row_slot[rows]]
+            "a hot row must equal its host row": (
+                self._hot_words is None
+                or self._host_words is None
+                or np.array_equal(self._hot_words[rows], self._host_words[self.row_slot[rows]])
             ),
         }  # fmt: skip
         if broken := [rule for rule, holds in problems.items() if not holds]:
@@ -338,12 +343,20 @@ class HotCache:
 
     def _load(self, slots: np.ndarray, rows: np.ndarray) -> None:
         """Copy the slots' host rows into hot rows, delayed by the link."""
+        if self._host_words is None or self._hot_words is None:
+            return
         since = time.perf_counter()
         self._copy(self._host_words, slots, rows)
-        if self._link is not None and self.rows is not None:
+        if self._link is not None:
             num_bytes = len(slots) * self._hot_words[0].nbytes
             self._link.carried(num_bytes, time.perf_counter() - since)
 
     def _copy(self, source: np.ndarray, source_rows: np.ndarray, rows: np.ndarray) -> None:
-        if self.rows is not None and len(rows):
+        if self._hot_words is not None and len(rows):
             lru.copy_rows(source, self._hot_words, source_rows, rows, len(rows))
+
+
+if TYPE_CHECKING:
+
+    def _is_hot_tier(cache: HotCache) -> HotTier[Plan]:
+        return cache

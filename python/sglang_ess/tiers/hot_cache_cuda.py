@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from ess_kernels.rebuild_order import OrderScratch, Owned, rebuild_order
 from ess_kernels.resize_layers import resize_layers, resize_table
 from ess_kernels.scatter import scatter_rows
 from sglang_ess.layout import PAGE_SLOTS
-from sglang_ess.tiers.contract import AgeSnapshot, RowCorruption
+from sglang_ess.tiers.contract import AgeSnapshot, Device, HotTier, HotTiers, RowCorruption
 
 MAX_LAYER_SHARE = 8  # a layer may grow to 8x its equal share; the scratch is sized for it
 
@@ -75,7 +76,7 @@ class DeviceTier:
     HALVES = 2
 
     def __init__(self, host_rows: Sequence[torch.Tensor], num_rows: int, topk: int,
-                 max_queries: int, device, moves: bool = False) -> None:  # fmt: skip
+                 max_queries: int, device: Device, moves: bool = False) -> None:  # fmt: skip
         first, layers = host_rows[0], len(host_rows)
         self.num_rows, self.num_slots, self.topk = num_rows, len(first), topk
         self.max_queries = max_queries
@@ -86,7 +87,7 @@ class DeviceTier:
         self.owned = Owned.new(layers, num_rows, device) if moves else None
         paged = whole_pages(num_rows)
 
-        def zeros(count):
+        def zeros(count: int) -> torch.Tensor:
             return torch.zeros(count, *first.shape[1:], dtype=first.dtype, device=device)
 
         self.rows = [zeros(layers * paged)] * layers if moves else [zeros(paged) for _ in host_rows]
@@ -101,7 +102,7 @@ class DeviceTier:
         self._mirror: tuple[torch.Tensor, ...] | None = None
         self._copied: torch.cuda.Event | None = None
         self._snapshot_given = False
-        if moves:
+        if self.owned is not None:
             self.resize(self.sizes)  # compiles the kernels of later calls
             self.owned.ages.fill_(-1)
 
@@ -110,7 +111,7 @@ class DeviceTier:
         start, stop = first * self.topk, first * self.topk + queries * width
         b, rows = self.buffers, slice(first, first + queries)
 
-        def grid(tensor):
+        def grid(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.view(-1)[start:stop].view(queries, width)
 
         return PlanBuffers(
@@ -169,6 +170,8 @@ class DeviceTier:
         between steps, on the transfer stream.
         Raises: ValueError unless sizes has a row for each layer and the same sum as before.
         """
+        if self.owned is None:
+            raise ValueError("rows must be in one arena to move: got a DeviceTier without `moves`.")
         table = resize_table(self.sizes, sizes)
         if self._pinned:
             table = table.pin_memory()
@@ -183,7 +186,7 @@ class DeviceTier:
 
         None if the copy is still under way, was returned before, or precedes every plan.
         """
-        if self._snapshot_given or not self.is_mirrored():
+        if self._snapshot_given or self._mirror is None or not self.is_mirrored():
             return None
         self._snapshot_given = True
         counters, words, ages = (tensor.numpy() for tensor in self._mirror)
@@ -195,7 +198,7 @@ class DeviceTier:
     # --- figures --------------------------------------------------------------------------
 
     def _figures_on_device(self) -> tuple[torch.Tensor, ...]:
-        ages = () if self.owned is None else (self.owned.ages,)
+        ages: tuple[torch.Tensor, ...] = () if self.owned is None else (self.owned.ages,)
         return self.state.counters, self.state.words, *ages
 
     def is_mirrored(self) -> bool:
@@ -223,22 +226,25 @@ class DeviceTier:
         """
         if self._mirror is None:
             self.mirror()
+        assert self._mirror is not None
         if self._copied is not None:
             self._copied.synchronize()
-        return tuple(tensor.numpy().copy() for tensor in self._mirror[:2])
+        counters, words = self._mirror[:2]
+        return counters.numpy().copy(), words.numpy().copy()
 
     def totals(self) -> tuple[int, int, int] | None:
         """misses, evictions and evicted_age of all layers, as of the last mirror().
 
         None while the copy is under way; nobody waits for it.
         """
-        if not self.is_mirrored():
+        if self._mirror is None or not self.is_mirrored():
             return None
         counters = self._mirror[0].numpy().sum(axis=0)
-        return tuple(
-            int(counters[hot_state.COUNTERS.index(name)])
-            for name in ("misses", "evictions", "evicted_age")
+        misses, evictions, evicted_age = (
+            int(counters[figure])
+            for figure in (hot_state.MISSES, hot_state.EVICTIONS, hot_state.EVICTED_AGE)
         )
+        return misses, evictions, evicted_age
 
     def figures(self) -> list[dict[str, int]]:
         """For each layer, as of the last mirror(): its counters, "steps", "occupied", "rows"."""
@@ -265,7 +271,9 @@ class DeviceTier:
 
 
 def _lookups(part: Pass) -> int:
-    return (part.queries.stop - part.queries.start) * (part.columns.stop - part.columns.start)
+    queries: int = part.queries.stop - part.queries.start
+    columns: int = part.columns.stop - part.columns.start
+    return queries * columns
 
 
 class DeviceHotCache:
@@ -275,7 +283,7 @@ class DeviceHotCache:
     pass plan, fetch, attention, rebuild_order.
     """
 
-    def __init__(self, tier: DeviceTier, index: int, host_rows):
+    def __init__(self, tier: DeviceTier, index: int, host_rows: torch.Tensor):
         self._tier, self._index = tier, index
         self.host_rows, self.rows = host_rows, tier.rows[index]
         self.state, self.num_slots = tier.state.layer(index), tier.num_slots
@@ -308,7 +316,7 @@ class DeviceHotCache:
         half: 0 or 1, which half of a batch planned in two; advance: whether the step's tick ends
         Effect: overwrites the buffers of an earlier plan of these queries.
         """
-        buffers = self._tier.buffers_for(*topk.shape, first=first, half=half)
+        buffers = self._tier.buffers_for(topk.shape[0], topk.shape[1], first, half)
         plan(self.state, topk.contiguous(), buffers, advance, written=written)
         return buffers
 
@@ -359,7 +367,7 @@ class DeviceHotCache:
 
     def warm(self, topk: torch.Tensor) -> None:
         """Make the slots of topk [queries, K] int32 hot, the last query's most recently used."""
-        for part in passes(*topk.shape, self.num_rows, self._tier.max_queries):
+        for part in passes(len(topk), topk.shape[1], self.num_rows, self._tier.max_queries):
             lookups = topk[part.queries, part.columns].contiguous()
             buffers = self._tier.buffers_for(*lookups.shape)
             plan(self.state, lookups, buffers, advance=True, kind=WARM.value)
@@ -401,3 +409,12 @@ class DeviceHotCache:
             return
         i = int(differ[0])
         raise RowCorruption.of(name, int(slots[i]), int(rows[i]), hot[i].numpy(), host[i].numpy())
+
+
+if TYPE_CHECKING:
+
+    def _is_hot_tier(cache: DeviceHotCache) -> HotTier[PlanBuffers]:
+        return cache
+
+    def _is_hot_tiers(tier: DeviceTier) -> HotTiers:
+        return tier

@@ -1,22 +1,24 @@
-"""How fast scattered host rows reach the device, measured beside a running server."""
+"""Measures how fast scattered host rows reach the device while the server runs."""
 
 from __future__ import annotations
 
 import torch
 
 from ess_kernels.fetch import fetch
+from sglang_ess.tiers.contract import Device
 from sglang_ess.tiers.throttled_link import PROBE_ROWS, measure
 from sglang_ess.tiers.transfer_stream import TransferStream
 
 
 class LinkProbe:
-    """Times the fetch kernel on the transfer stream. Only the first call waits for its result.
+    """Times the fetch kernel on the transfer stream.
 
-    host_rows [slots, ...] of one layer; each call gives the last finished figure and sets off
-    another probe, of PROBE_ROWS rows that no serving touches.
+    host_rows: [slots, ...] of one layer
+    A probe copies PROBE_ROWS rows into a buffer of its own. Each call of bytes_per_second returns
+    the last finished probe and starts another; only the first call waits.
     """
 
-    def __init__(self, host_rows: torch.Tensor, device, transfer: TransferStream):
+    def __init__(self, host_rows: torch.Tensor, device: Device, transfer: TransferStream):
         generator = torch.Generator().manual_seed(0)
         slots = torch.randint(len(host_rows), (PROBE_ROWS,), generator=generator)
         self._host_rows, self._transfer = host_rows, transfer
@@ -32,32 +34,33 @@ class LinkProbe:
 
     @property
     def nbytes(self) -> int:
-        """Device bytes: link.probe_bytes()."""
+        """Device bytes, equal to throttled_link.probe_bytes."""
         tensors = (self._slots, self._places, self._count, self._target)
         return sum(tensor.nbytes for tensor in tensors)
 
     def bytes_per_second(self) -> float:
         if not self._is_cuda:
             return measure(self._fetch)
-        if self._rate is None:
+        if self._events is None:
             self._fetch()  # compiles
-            self._time_one()
+            self._events = self._time_one()
             self._events[1].synchronize()
         start, end = self._events
-        if end.query():
+        if self._rate is None or end.query():
             self._rate = self._target.nbytes / (start.elapsed_time(end) / 1000)
-            self._time_one()
+            self._events = self._time_one()
         return self._rate
 
-    def _time_one(self) -> None:
+    def _time_one(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Start a probe. Returns its first and last event."""
         with self._transfer.on_transfer_stream():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             self._fetch()
             end.record()
-        self._events = start, end
+        return start, end
 
     def _fetch(self) -> int:
-        """Returns the bytes it moves."""
+        """Copy the probe's rows. Returns their bytes."""
         fetch(self._host_rows, self._target, self._slots, self._places, self._count)
         return self._target.nbytes

@@ -1,14 +1,21 @@
-"""Rows of any format as machine words, and the copies between tiers."""
+"""Rows of any format as 8-byte words, and copies of rows."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]
 
 jit = numba.njit(cache=True, nogil=True)
 
 
 def as_words(rows: torch.Tensor) -> np.ndarray:
-    """rows [n, ...] as [n, words] int64, the same memory.
+    """View rows [n, ...] as [n, words] int64.
 
     Raises: ValueError if a row is not a multiple of 8 bytes; RuntimeError for strides that
     would take a copy, which a write could not reach.
@@ -20,7 +27,7 @@ def as_words(rows: torch.Tensor) -> np.ndarray:
 
 
 @jit
-def _gather_words(source, source_rows, target):
+def _gather_words(source: Array, source_rows: Array, target: Array) -> None:
     for i in range(source_rows.shape[0]):
         row = source_rows[i]
         for w in range(source.shape[1]):
@@ -28,5 +35,5 @@ def _gather_words(source, source_rows, target):
 
 
 def copy_rows(source: torch.Tensor, indices: torch.Tensor, target: torch.Tensor) -> None:
-    """target[i] = source[indices[i]]: rows [n, ...] of one format, indices [n] int64."""
+    """Set target[i] = source[indices[i]]. source, target: rows [n, ...]; indices [n] int64."""
     _gather_words(as_words(source), indices.numpy(), as_words(target))

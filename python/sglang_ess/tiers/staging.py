@@ -1,8 +1,8 @@
-"""Prefill's rows on the device: one layer of the batch at a time, the next on its way.
+"""Prefill's rows on the device, one layer of the batch at a time.
 
-The prefix rows of a batch stream from the host tier, layer by layer, into one of two buffers
-while attention reads the other. So prefill needs two layers of its longest request on the
-device, whatever the number of layers and of slots (SparseServe's bound, papers.md 2).
+A thread copies the prefix rows of a batch from the host tier, layer by layer, into one of two
+buffers while attention reads the other. So prefill needs device memory for two layers of its
+longest request, however many layers and slots there are (SparseServe's layer-segmented prefill).
 """
 
 from __future__ import annotations
@@ -11,22 +11,27 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sglang_ess.tiers.row_words import copy_rows
 
 logger = logging.getLogger(__name__)
+
+Array: TypeAlias = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Group:
     """Requests of a batch whose rows fit into a buffer together.
 
-    queries: of the batch; prefix, new: [n] int64 slots, each once. The buffer holds prefix
-    rows first, then new ones.
+    queries  the group's queries in the batch
+    prefix   [p] int64 slots, each once, in buffer rows 0, 1, ...
+    new      [n] int64 slots of the new tokens, in the rows after them
     """
 
     queries: slice
@@ -35,7 +40,7 @@ class Group:
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def _translate(topk, place, out):
+def _translate(topk: Array, place: Array, out: Array) -> None:
     for t in numba.prange(topk.shape[0]):
         for j in range(topk.shape[1]):
             slot = topk[t, j]
@@ -43,10 +48,10 @@ def _translate(topk, place, out):
 
 
 def split_requests(lengths: Sequence[int], num_rows: int, num_slots: int) -> list[range]:
-    """Requests of `lengths` rows, in order, as runs that fit into num_rows together.
+    """Cut requests of `lengths` rows, in order, into runs that fit into num_rows together.
 
-    num_slots: of the host tier; num_rows is no more, and less where the context is what bounds it
-    Raises: ValueError if one request alone is longer.
+    num_slots: of the host tier. num_rows is at most that; if less, the context length bounds it
+    Raises: ValueError if one request alone is longer than num_rows.
     """
     runs: list[range] = []
     first = size = 0
@@ -62,7 +67,7 @@ def split_requests(lengths: Sequence[int], num_rows: int, num_slots: int) -> lis
                 f"a prefill request must fit into the staging buffer: got {length} rows, "
                 f"limit {num_rows}. {advice}"
             )
-        if size + length > num_rows:  # shared prefixes count twice: rarely worth more
+        if size + length > num_rows:  # shared prefixes count twice, which is rare
             runs.append(range(first, i))
             first, size = i, 0
         size += length
@@ -72,8 +77,8 @@ def split_requests(lengths: Sequence[int], num_rows: int, num_slots: int) -> lis
 class Staging:
     """Two buffers of num_rows rows, filled in the order (layer, group) of one prefill pass.
 
-    host_rows: [slots, width] of each layer. begin() once a pass; then, layer by layer and
-    group by group, rows() after the layer's new rows are in the host tier.
+    host_rows: [slots, width] of each layer. Call begin() once a pass; then rows() layer by layer
+    and group by group, after the layer's new rows are in the host tier.
     """
 
     def __init__(self, host_rows: Sequence[torch.Tensor], num_rows: int):
@@ -85,7 +90,7 @@ class Staging:
         self.num_rows = num_rows
         self._place = np.full(len(host_rows[0]), -1, np.int32)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="ess-staging")
-        self._pending: tuple[int, Future] | None = None  # (item, copy of its prefix rows)
+        self._pending: tuple[int, Future[None]] | None = None  # (item, copy of its prefix rows)
         self._placed: Group | None = None
         self.groups: list[Group] = []
 
@@ -97,7 +102,7 @@ class Staging:
     def begin(
         self, spans: Sequence[tuple[int, int, int]], req_to_token: torch.Tensor
     ) -> list[Group]:
-        """Group a batch's requests; its prefix rows of the first layer set off.
+        """Group a batch's requests, and start to copy the first layer's prefix rows.
 
         spans: (row of req_to_token, prefix, new tokens) of each request, in query order
         Raises: ValueError if one request alone is longer than a buffer.
@@ -106,35 +111,37 @@ class Staging:
         self.groups = []
         self.groups = self._group(spans, req_to_token)
         if self.groups:
-            self._prefetch(0)
+            self._pending = self._prefetch(0)
         return self.groups
 
-    def rows(self, layer: int, index: int) -> torch.Tensor:
-        """The rows of groups[index] in layer (counted from 0): [num_rows, width].
+    def rows(self, layer_index: int, index: int) -> torch.Tensor:
+        """Return the rows [num_rows, width] of groups[index] in a layer.
 
-        Effect: the copy for the group or layer after it sets off, into the other buffer.
+        Effect: starts to copy the next group or layer into the other buffer.
         """
-        item, group = layer * len(self.groups) + index, self.groups[index]
+        item, group = layer_index * len(self.groups) + index, self.groups[index]
         if self._pending is None or self._pending[0] != item:
             self._drop()
-            self._prefetch(item)
+            self._pending = self._prefetch(item)
         (_, copy), self._pending = self._pending, None
-        copy.result()  # what it raises is raised once: nothing is pending any more
-        buffer, host_rows = self._buffers[item % 2], self._host_rows[layer]
+        copy.result()  # nothing is pending any more, so an exception is raised once
+        buffer, host_rows = self._buffers[item % 2], self._host_rows[layer_index]
         first = len(group.prefix)
         copy_rows(host_rows, group.new, buffer[first : first + len(group.new)])
         if item + 1 < len(self._host_rows) * len(self.groups):
-            self._prefetch(item + 1)
+            self._pending = self._prefetch(item + 1)
         return buffer
 
     def places_of(self, index: int, topk: torch.Tensor) -> torch.Tensor:
-        """Slots [T, K] int32 of groups[index], -1 pads, to rows of its buffer, same order."""
+        """Map slots [T, K] int32 of groups[index], -1 pads, to rows of its buffer."""
         self._put(self.groups[index])
         out = torch.empty_like(topk)
         _translate(topk.numpy(), self._place, out.numpy())
         return out
 
-    def _group(self, spans, req_to_token) -> list[Group]:
+    def _group(
+        self, spans: Sequence[tuple[int, int, int]], req_to_token: torch.Tensor
+    ) -> list[Group]:
         starts = np.cumsum([0] + [tokens for _, _, tokens in spans])
         lengths, groups = [prefix + n for _, prefix, n in spans], []
         for members in split_requests(lengths, self.num_rows, len(self._place)):
@@ -146,25 +153,23 @@ class Staging:
         return groups
 
     def _put(self, group: Group) -> None:
-        """Make the map that of this group. Entries of another group's slots may be stale."""
+        """Fill the map for this group. Entries of other groups' slots may be stale."""
         if self._placed is not group:
             self._place[group.prefix] = np.arange(len(group.prefix))
             self._place[group.new] = len(group.prefix) + np.arange(len(group.new))
             self._placed = group
 
-    def _prefetch(self, item: int) -> None:
+    def _prefetch(self, item: int) -> tuple[int, Future[None]]:
+        """Start to copy an item's prefix rows. Returns the item and the copy."""
         layer, index = divmod(item, len(self.groups))
         prefix = self.groups[index].prefix
         target = self._buffers[item % 2][: len(prefix)]
-        # One thread, no OpenMP: a team of its own would fight the computing one for cores.
+        # One thread, no OpenMP: a second team would compete with attention's for the cores.
         copy = self._copier.submit(copy_rows, self._host_rows[layer], prefix, target)
-        self._pending = (item, copy)
+        return item, copy
 
     def _drop(self) -> None:
-        """Wait for a copy that nobody will ask for: a pass that was given up.
-
-        Should it have failed, that is logged: the pass that begins has no part in it.
-        """
+        """Wait for the copy of an abandoned pass. Log its failure: it is not the next pass's."""
         pending, self._pending = self._pending, None
         if pending is not None and (error := pending[1].exception()) is not None:
             logger.warning(

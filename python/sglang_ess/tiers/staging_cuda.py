@@ -1,8 +1,8 @@
-"""Prefill's rows on the device, one layer of the batch at a time, without asking the device.
+"""Prefill's rows on a CUDA device, one layer of the batch at a time.
 
-The same double buffer as attention/staging.py's, for a GPU: prefix rows come from the host tier
-by fetch on the transfer stream while attention reads the other buffer; new rows come from the
-forward pass itself. Sizes are known to the host (prefix and new tokens of each request).
+Two buffers as in staging.py. The fetch kernel copies prefix rows from the host tier on the
+transfer stream while attention reads the other buffer; the forward pass itself has the new rows.
+The host knows all sizes (prefix and new tokens of each request), so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 
 from ess_kernels.fetch import fetch
 from ess_kernels.gather_rows import gather_rows
+from sglang_ess.tiers.contract import Device
 from sglang_ess.tiers.hot_cache_cuda import whole_pages
 from sglang_ess.tiers.staging import split_requests
 from sglang_ess.tiers.transfer_stream import TransferStream, wait
 
-# Prefill's copies are long: more programs than a decode step's fetch may take.
+# Prefill copies much more than a decode step does, so its fetch may use more programs.
 PREFILL_PROGRAMS = 32
 
 
@@ -26,10 +27,11 @@ PREFILL_PROGRAMS = 32
 class DeviceGroup:
     """Requests of a batch whose rows fit into a buffer together.
 
-    queries  of the batch
-    prefix   [p] int32 slots, their places are 0, 1, ...; requests that share a prefix have it each
-    new      [n] int64 slots, n queries; their places follow
-    places   [p + n] int32: 0, 1, ...; count [1] int32: p
+    queries  the group's queries in the batch
+    prefix   [p] int32 slots in buffer rows 0, 1, ...; a prefix shared by two requests comes twice
+    new      [n] int64 slots of the new tokens, in the rows after them
+    places   [p + n] int32: 0, 1, ...
+    count    [1] int32: p
     """
 
     queries: slice
@@ -42,15 +44,15 @@ class DeviceGroup:
 class DeviceStaging:
     """Two buffers of num_rows rows, filled in the order (layer, group) of one prefill pass.
 
-    host_rows: [slots, ...] of each layer. begin() once a pass; then, layer by layer and group
-    by group, rows() with the layer's new rows.
+    host_rows: [slots, ...] of each layer. Call begin() once a pass; then rows() layer by layer
+    and group by group, with the layer's new rows.
     """
 
     def __init__(
         self,
         host_rows: Sequence[torch.Tensor],
         num_rows: int,
-        device,
+        device: Device,
         transfer: TransferStream,
     ):
         first = host_rows[0]
@@ -78,9 +80,10 @@ class DeviceStaging:
         tables: torch.Tensor,
         new_slots: torch.Tensor,
     ) -> None:
-        """Group a batch's requests; its prefix rows of the first layer set off.
+        """Group a batch's requests, and start to copy the first layer's prefix rows.
 
-        prefix_tokens, new_tokens: of each request; tables [requests, context] int32: its slots
+        prefix_tokens, new_tokens: of each request
+        tables: [requests, context] int32, the slots of each request
         new_slots: [sum(new_tokens)] int64, in query order
         Raises: ValueError if one request alone is longer than a buffer.
         """
@@ -99,26 +102,27 @@ class DeviceStaging:
             count = torch.full((1,), len(prefix), dtype=torch.int32, device=device)
             self.groups.append(DeviceGroup(queries, prefix, new, places, count))
         if self.groups:
-            self._prefetch(0)
+            self._pending = self._prefetch(0)
 
-    def rows(self, layer: int, index: int, new_rows: torch.Tensor) -> torch.Tensor:
-        """The rows of groups[index] in layer (counted from 0): [num_rows, ...].
+    def rows(self, layer_index: int, index: int, new_rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows [num_rows, ...] of groups[index] in a layer.
 
-        new_rows [tokens of the batch, ...]: this layer's, packed
-        Effect: the copy for the group or layer after it sets off, into the other buffer.
+        new_rows: [tokens of the batch, ...] of this layer, packed
+        Effect: starts to copy the next group or layer into the other buffer.
         """
-        item, group = layer * len(self.groups) + index, self.groups[index]
+        item, group = layer_index * len(self.groups) + index, self.groups[index]
         if self._pending is None or self._pending[0] != item:
-            self._prefetch(item)  # a pass that began in the middle, or a layer done again
+            # A pass that began in the middle, or a layer that is repeated.
+            self._pending = self._prefetch(item)
         wait(self._pending[1])
         buffer, first = self._buffers[item % 2], len(group.prefix)
         buffer[first : first + len(group.new)].copy_(new_rows[group.queries])
         if item + 1 < len(self._host_rows) * len(self.groups):
-            self._prefetch(item + 1)
+            self._pending = self._prefetch(item + 1)
         return buffer
 
     def places_of(self, index: int, topk: torch.Tensor) -> torch.Tensor:
-        """Slots [T, K] int32 of groups[index], -1 pads, to rows of its buffer, same order."""
+        """Map slots [T, K] int32 of groups[index], -1 pads, to rows of its buffer."""
         group = self.groups[index]
         if self._placed is not group:
             first = len(group.prefix)
@@ -127,10 +131,11 @@ class DeviceStaging:
             self._placed = group
         return gather_rows(topk, self._place)
 
-    def _prefetch(self, item: int) -> None:
+    def _prefetch(self, item: int) -> tuple[int, torch.cuda.Event | None]:
+        """Start the copy for an item. Returns the item and the event at the copy's end."""
         layer, index = divmod(item, len(self.groups))
         group = self.groups[index]
-        with self._transfer.on_transfer_stream():  # after the attention that reads this buffer now
+        with self._transfer.on_transfer_stream():  # after the attention that reads this buffer
             if len(group.prefix):
                 fetch(
                     self._host_rows[layer],
@@ -141,4 +146,4 @@ class DeviceStaging:
                     PREFILL_PROGRAMS,
                 )
             self._transfer.record_stream(group.prefix, group.places, group.count)
-            self._pending = item, self._transfer.event()
+            return item, self._transfer.event()

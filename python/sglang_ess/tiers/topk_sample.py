@@ -1,4 +1,4 @@
-"""A sample of each decode step's top-k on the host, from which working sets are measured.
+"""A sample of each decode step's top-k on the host, for measuring working sets.
 
 A step's first lists are copied as it runs, and nobody waits for the copy. So a reader may see a
 list of the step before, or one half written. That is good enough to count distinct slots.
@@ -17,7 +17,8 @@ LAYERS = 4  # spaced evenly: layers differ by up to ten times in what they miss
 class TopkSample(TopkObserver):
     """The last decode step's top-k of a few layers and requests.
 
-    layers  sampled, counted from 0; rows [layers, SAMPLES, topk] int32 on the host, -1 pads
+    layers  the sampled ones, by layer_index
+    rows    [layers, SAMPLES, topk] int32 on the host, -1 pads
     """
 
     def __init__(self, num_layers: int, topk: int, pinned: bool = False):

@@ -1,29 +1,32 @@
-"""The CUDA stream on which everything that touches the tiers runs, in order."""
+"""The CUDA stream that orders everything that touches the tiers."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from sglang_ess.tiers.contract import Device
+
 
 class TransferStream:
-    """The stream of the tiers; without a GPU there is one stream and nothing to wait for."""
+    """The transfer stream. Without a GPU there is one stream, and nothing waits."""
 
-    def __init__(self, device):
+    def __init__(self, device: Device):
         self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
         self._steps: torch.cuda.Stream | None = None  # the main stream of forward passes
 
     def begin_step(self) -> None:
-        """A forward pass begins on the current stream, perhaps the replay of a graph."""
+        """Note that a forward pass, or the replay of a graph, begins on the current stream."""
         if self._stream is not None:
             self._steps = torch.cuda.current_stream()
 
-    def on_transfer_stream(self):
-        """Context: what is launched in it runs here, after the main stream's work so far.
+    def on_transfer_stream(self) -> AbstractContextManager[object]:
+        """Run what is launched inside on this stream, after the current stream's work.
 
-        And after the step under way, where another stream forks (the scheduler's, which frees
-        slots): a replayed graph touches the tiers without this stream knowing of it.
+        If another stream than the forward pass's enters it (the scheduler's, to free slots), the
+        work also runs after the forward pass under way. A replayed graph touches the tiers without
+        using this stream.
         """
         if self._stream is None:
             return nullcontext()
@@ -34,7 +37,7 @@ class TransferStream:
         return torch.cuda.stream(self._stream)
 
     def event(self) -> torch.cuda.Event | None:
-        """A point in this stream to join at; call it inside on_transfer_stream()."""
+        """Record a point of this stream to wait for; call it inside on_transfer_stream()."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -42,18 +45,18 @@ class TransferStream:
         return event
 
     def record_stream(self, *tensors: torch.Tensor) -> None:
-        """The allocator may give their memory away only after what is in this stream now."""
+        """Keep the tensors' memory from being reused before this stream's present work is done."""
         if self._stream is not None:
             for tensor in tensors:
                 tensor.record_stream(self._stream)
 
     def join(self) -> None:
-        """The main stream goes on after all that is here: a capture must end like this."""
+        """Make the current stream wait for all work of this one; a graph capture must end so."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
 def wait(event: torch.cuda.Event | None) -> None:
-    """The main stream goes on after this point of the transfer stream."""
+    """Make the current stream wait for this point of the transfer stream."""
     if event is not None:
         torch.cuda.current_stream().wait_event(event)

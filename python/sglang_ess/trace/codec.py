@@ -1,14 +1,14 @@
-"""Kernels of the trace: slots to positions, events to bytes and back. Used by trace*.py.
+"""Kernels of the trace: slots to positions, events to bytes and back.
 
-Those that serving calls have declared types: they compile, or load from numba's cache, at
-import and not in a decode step.
+Kernels used in serving declare their types, so that numba compiles or loads them at import and not
+in a decode step.
 """
 
 import numba
 import numpy as np
 
-LEB_BYTES = 5  # of one number of an event's data, at most
-COUNTER_BYTES = 10  # of one int64, at most
+LEB_BYTES = 5  # at most, for one number of an event's data
+COUNTER_BYTES = 10  # at most, for one int64
 
 _positions_type = "void(i4[:, ::1], i8[::1], i4[::1], i4[:, ::1], u1[::1], i4[:, ::1])"
 _matches_type = "b1(i4[:, ::1], i8[::1], i4[:, ::1], i4[:, ::1])"
@@ -17,7 +17,7 @@ _changes_type = "void(i4[:, ::1], i4[:, ::1], i8[::1], i8[::1], i4[::1], i8[::1]
 
 @numba.njit(_positions_type, cache=True, nogil=True)
 def _slots_to_positions(topk_slots, req_rows, lengths, req_to_token, scratch, positions):
-    """Mark the query's slots, then walk the request's slots in order: ascending, no sort."""
+    """Mark the query's slots, then walk the request's slots in order, so that nothing is sorted."""
     for query in range(topk_slots.shape[0]):
         marked = 0
         for j in range(topk_slots.shape[1]):
@@ -27,7 +27,7 @@ def _slots_to_positions(topk_slots, req_rows, lengths, req_to_token, scratch, po
                 marked += 1
         slots = req_to_token[req_rows[query]]
         found, position, length = 0, 0, lengths[query]
-        # Write first, count after: without a branch on the mark this is three times as fast.
+        # Writing before counting needs no branch on the mark and is three times as fast.
         while position < length and found < marked:
             positions[query, found] = position
             found += scratch[slots[position]]
@@ -41,7 +41,7 @@ def _slots_to_positions(topk_slots, req_rows, lengths, req_to_token, scratch, po
 
 @numba.njit(_matches_type, cache=True, nogil=True)
 def positions_give(topk_slots, req_rows, req_to_token, positions):
-    """Whether the positions stand for topk_slots entry by entry, its order and pads included."""
+    """Return whether the positions give topk_slots entry by entry, including order and pads."""
     for query in range(topk_slots.shape[0]):
         row = req_rows[query]
         for j in range(topk_slots.shape[1]):
@@ -54,7 +54,7 @@ def positions_give(topk_slots, req_rows, req_to_token, positions):
 
 @numba.njit(_changes_type, cache=True, nogil=True)
 def first_changes(table, known, known_lengths, req_rows, lengths, firsts):
-    """firsts[i]: where table[req_rows[i], : lengths[i]] first differs from what is known."""
+    """Set firsts[i] to where table[req_rows[i], : lengths[i]] first differs from `known`."""
     for i in range(req_rows.shape[0]):
         row, place = req_rows[i], 0
         end = min(known_lengths[row], lengths[i])
@@ -77,7 +77,10 @@ def _runs(slots, runs):
 
 @numba.njit("i8(i8, u1[::1], i8)", cache=True, nogil=True)
 def encode_number(number, out, end):
-    """LEB128: 7 bits a byte, lowest first, all but the last byte from 128 on."""
+    """Append a number as LEB128: 7 bits a byte, lowest first, all but the last byte >= 128.
+
+    Returns the new end.
+    """
     while number >= 128:
         out[end] = (number & 127) | 128
         number >>= 7
@@ -88,13 +91,13 @@ def encode_number(number, out, end):
 
 @numba.njit("i8(i8, u1[::1], i8)", cache=True, nogil=True)
 def _put_signed(number, out, end):
-    """0, -1, 1, -2, ... as 0, 1, 2, 3, ..."""
+    """Append a signed number: 0, -1, 1, -2, ... as 0, 1, 2, 3, ... Returns the new end."""
     return encode_number((number << 1) ^ (number >> 63), out, end)
 
 
 @numba.njit("i8(i4[:, ::1], u4[::1], u1[::1], i8)", cache=True, nogil=True)
 def encode_positions(positions, counts, out, end):
-    """Append the queries' gaps to out from end on. Returns the new end; -1: not ascending."""
+    """Append the gaps between each query's positions. Returns the new end; -1 if not ascending."""
     for query in range(positions.shape[0]):
         previous, count = -1, 0
         for j in range(positions.shape[1]):
@@ -112,7 +115,7 @@ def encode_positions(positions, counts, out, end):
 
 @numba.njit("i8(i8[::1], u1[::1], i8)", cache=True, nogil=True)
 def encode_signed(numbers, out, end):
-    """Append numbers of either sign. Returns the new end."""
+    """Append signed numbers. Returns the new end."""
     for number in numbers:
         end = _put_signed(number, out, end)
     return end
@@ -120,7 +123,7 @@ def encode_signed(numbers, out, end):
 
 @numba.njit("i8(i4[:, ::1], u1[::1], i8)", cache=True, nogil=True)
 def encode_slots(slots, out, end):
-    """Append a top-k's slots, pads included, as differences. Returns the new end."""
+    """Append a top-k's slots, including pads, as differences. Returns the new end."""
     previous = np.int64(0)
     for query in range(slots.shape[0]):
         for j in range(slots.shape[1]):
@@ -131,7 +134,7 @@ def encode_slots(slots, out, end):
 
 @numba.njit("i8(i4[:, ::1], u1[::1], i8)", cache=True, nogil=True)
 def encode_runs(runs, out, end):
-    """Append runs (first, count): what lies before each, and its count - 1. The new end."""
+    """Append runs (first, count) as the gap before each and its count - 1. Returns the new end."""
     previous = np.int64(0)
     for i in range(runs.shape[0]):
         end = _put_signed(runs[i, 0] - previous, out, end)
@@ -142,7 +145,7 @@ def encode_runs(runs, out, end):
 
 @numba.njit(cache=True, nogil=True)
 def decode(data, numbers):
-    """numbers: those that encode_number wrote, one a byte below 128. False: no such bytes."""
+    """Decode LEB128 numbers into `numbers`, one per byte below 128. Returns False if malformed."""
     place, shift, number = 0, 0, np.int64(0)
     for byte in data:
         if shift > 63:
@@ -157,9 +160,9 @@ def decode(data, numbers):
 
 @numba.njit(cache=True, nogil=True)
 def decode_positions(numbers, places, counts, positions):
-    """The inverse of encode_positions: [sum of counts] int32. False: past int32.
+    """Invert encode_positions into positions [sum of counts] int32. Returns False on overflow.
 
-    places, counts [n]: where in numbers each query's gaps are
+    places, counts: [n] where in numbers each query's gaps begin, and how many there are
     """
     end = 0
     for query in range(counts.shape[0]):
@@ -175,7 +178,7 @@ def decode_positions(numbers, places, counts, positions):
 
 @numba.njit(cache=True, nogil=True)
 def decode_runs(firsts, counts, slots):
-    """slots [sum of counts] int64 of the runs."""
+    """Write the slots of the runs to slots [sum of counts] int64."""
     place = 0
     for i in range(firsts.shape[0]):
         for j in range(counts[i]):
@@ -185,9 +188,9 @@ def decode_runs(firsts, counts, slots):
 
 @numba.njit(cache=True, nogil=True)
 def accumulate(counters, of_layer, layers, last):
-    """counters [events, n]: from what each event added to its layer's to what they were then.
+    """Turn counters [events, n] from increments of the event's layer into totals, in place.
 
-    last [layers, n]: each layer's before the first event; updated.
+    last: [layers, n] each layer's totals before the first event; updated
     """
     for event in range(counters.shape[0]):
         if of_layer[event]:
@@ -198,7 +201,7 @@ def accumulate(counters, of_layer, layers, last):
 
 
 def runs_of(slots: np.ndarray) -> np.ndarray:
-    """slots [n] int64, none above int32, as runs [m, 2] int32 of (first, count), in order."""
+    """Return slots [n] int64, all within int32, as runs [m, 2] int32 of (first, count)."""
     runs = np.empty((len(slots), 2), np.int32)
     return runs[: _runs(np.ascontiguousarray(slots), runs)].copy()
 
@@ -210,13 +213,14 @@ def slots_to_positions(
     req_to_token: np.ndarray,
     scratch: np.ndarray,
 ) -> np.ndarray:
-    """Positions [T, K] int32 of the top-k slots: ascending, each once, -1 pads at the end.
+    """Return the positions [T, K] int32 of top-k slots: ascending, each once, -1 pads at the end.
 
-    topk_slots [T, K] int32, -1 pads anywhere; req_rows [T] int64; lengths [T] int32
-    req_to_token [requests, context] int32, whose row r holds request r's slots in order
-    scratch [slots] uint8, all zero before and after (bytes: a request's marks stay in L2)
-    A slot outside its request's first `length` positions has no position and is left out.
-    Cost: O(length) a query, less where the last selected position comes early.
+    topk_slots    [T, K] int32, -1 pads anywhere
+    req_rows      [T] int64 row of each query's request
+    lengths       [T] int32 positions that each query sees
+    req_to_token  [requests, context] int32, the slots of each request in order
+    scratch       [slots] uint8, zeros before and after (bytes, so that they stay in L2)
+    Slots outside the request's first `length` positions are left out. Cost: O(length) per query.
     """
     positions = np.empty(topk_slots.shape, np.int32)
     _slots_to_positions(topk_slots, req_rows, lengths, req_to_token, scratch, positions)

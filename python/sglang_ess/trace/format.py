@@ -1,4 +1,4 @@
-"""The bytes of a trace file, version 2. trace.py writes and reads it, recorded.py fills it.
+"""The bytes of a trace file, version 2. trace.py writes and reads it.
 
 All numbers little-endian:
 
@@ -51,10 +51,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,7 +67,7 @@ FRAME = struct.Struct("<4sIIII")
 FRAME_TAG, TRAILER_TAG = b"FRAM", b"TAIL"
 EVENT_COLUMNS = ("<u1", "<u2", "<u4", "<u4")  # kinds, layers, arguments, sizes
 RECORD_COLUMNS = ("<u4", "<u4", "<u4", "<u4")  # ids, rows, lengths, counts
-MAX_ID_BYTES = 65535  # of a request id, which the client may choose; the rest is cut off
+MAX_ID_BYTES = 65535  # longer request ids, which clients may choose, are cut
 
 STATE = ("steps", *COUNTERS)
 
@@ -88,10 +88,14 @@ HAS_RUNS = (Kind.INSTALL, Kind.INVALIDATE, Kind.SLOTS)
 HAS_TOPK = (Kind.PLAN_SLOTS, Kind.WARM)
 OF_NO_LAYER = (Kind.SLOTS, Kind.GAP)
 NO_DATA = np.empty((0, 2), np.int32)
+NOTHING = np.empty(0, np.int64)
 
 
 class Queries(NamedTuple):
-    """Whose the queries of a plan are. rows [n], lengths [n]: any integers."""
+    """The requests of a plan's queries.
+
+    request_ids [n]; rows [n] of the request table; lengths [n] positions that each query sees
+    """
 
     request_ids: Sequence[str]
     rows: np.ndarray
@@ -101,11 +105,11 @@ class Queries(NamedTuple):
 class Entry(NamedTuple):
     """An event to write.
 
-    counters [7] int64: STATE after it, the layer's state at STATE_PLACES; None for SLOTS, GAP
-    data: PLAN: positions [n, width] int32, -1 pads; PLAN_SLOTS, WARM: slots [n, width] int32;
-        INSTALL, INVALIDATE, SLOTS: runs [m, 2] int32
-    queries: of a PLAN; a PLAN_SLOTS that has some is written as a PLAN if it can be
-    start: of SLOTS
+    counters  [7] int64 the layer's STATE after the event; None for SLOTS and GAP
+    data      PLAN: positions [n, width] int32, -1 pads; PLAN_SLOTS, WARM: slots [n, width] int32;
+              INSTALL, INVALIDATE, SLOTS: runs [m, 2] int32
+    queries   requests of a PLAN; a PLAN_SLOTS with queries is written as a PLAN if possible
+    start     first position of a SLOTS
     """
 
     kind: Kind
@@ -119,16 +123,19 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class TraceFrame:
-    """A frame's records and events, as columns.
+    """A frame's n records and its events, as columns of int64 unless another type is named.
 
-    request_ids: the distinct ones; ids [n] int64 says which each record has
-    rows, lengths [n] int64; layers, steps [n] int64: of the plan each record is of
-    offsets [n + 1] int64: record i has positions[offsets[i] : offsets[i + 1]]
-    positions [offsets[n]] int32
-    kinds, event_layers, arguments, sizes [events] int64
-    counters [events, 7] int64: the layer's STATE after each, 0 for SLOTS and GAP
-    numbers int64: of all events, which begin at places [events], their counters left out
-    starts [plans + 1] int64: the n-th PLAN has the records starts[n] to starts[n + 1]
+    request_ids    the distinct request ids
+    layers, steps  [n] layer and step of each record's plan
+    ids            [n] index of each record's request id
+    rows, lengths  [n] row of the request table, and positions that the query sees
+    offsets        [n + 1] record i has positions[offsets[i] : offsets[i + 1]]
+    positions      [offsets[n]] int32
+    kinds, event_layers, arguments, sizes  [events]
+    counters       [events, 7] the layer's STATE after each event; 0 for SLOTS and GAP
+    numbers        of all events, without their counters
+    places         [events] where in numbers each event begins
+    starts         [plans + 1] the n-th PLAN has the records starts[n] to starts[n + 1]
     """
 
     request_ids: tuple[str, ...]
@@ -149,29 +156,29 @@ class TraceFrame:
     starts: np.ndarray
 
     def slots(self, event: int) -> np.ndarray:
-        """Of an event with runs: its slots [n] int64."""
+        """Return the slots [n] int64 of an event with runs."""
         first = self.places[event] + (self.kinds[event] == Kind.SLOTS)
         runs = self.numbers[first : first + 2 * self.sizes[event]].reshape(-1, 2)
         counts = runs[:, 1] + 1
-        # Each begins `gap` after the end of the one before.
+        # The first number of a run is its distance from the end of the run before.
         firsts = np.cumsum(unsigned(runs[:, 0])) + np.cumsum(counts) - counts
         slots = np.empty(counts.sum(), np.int64)
         codec.decode_runs(firsts, counts, slots)
         return slots
 
     def start(self, event: int) -> int:
-        """Of a SLOTS event."""
+        """Return the first position of a SLOTS event."""
         return int(self.numbers[self.places[event]])
 
     def topk(self, event: int) -> np.ndarray:
-        """Of a PLAN_SLOTS or WARM: its slots [queries, width] int64."""
+        """Return the slots [queries, width] int64 of a PLAN_SLOTS or WARM."""
         width, first = self.arguments[event] // 2, self.places[event]
         numbers = self.numbers[first : first + self.sizes[event] * width]
         return np.cumsum(unsigned(numbers)).reshape(-1, width)
 
 
 def unsigned(numbers: np.ndarray) -> np.ndarray:
-    """Signed numbers as they were before they were written as 0, -1, 1, -2, ..."""
+    """Decode signed numbers, which are written as 0, -1, 1, -2, ... -> 0, 1, 2, 3, ..."""
     return (numbers >> 1) ^ -(numbers & 1)
 
 
@@ -179,18 +186,18 @@ def unsigned(numbers: np.ndarray) -> np.ndarray:
 
 
 class Packer:
-    """Makes frames of events, one after another: what a frame means depends on those before.
+    """Packs events into frames, in order: the contents of a frame depend on those before it.
 
     layers, slots: of the trace
     """
 
     def __init__(self, layers: int, slots: int):
         self._last = np.zeros((layers, len(STATE)), np.int64)
-        self._table = np.zeros((0, 0), np.int32)  # the request table as the file has it
+        self._table = np.zeros((0, 0), np.int32)  # the request table as far as the file has it
         self._marks = np.zeros(slots, np.uint8)
 
     def pack(self, entries: Sequence[Entry]) -> tuple[bytes, int]:
-        """A frame, and how many records are in it.
+        """Pack events into a frame. Returns it and its number of records.
 
         Raises: ValueError for positions that do not ascend and queries without an id.
         """
@@ -230,7 +237,7 @@ class Packer:
         return frame_bytes(FRAME_TAG, b"".join(raw), num_records), num_records
 
     def _learn(self, entry: Entry) -> None:
-        """A row of the request table from an event SLOTS."""
+        """Update a row of the request table by a SLOTS event."""
         counts = entry.data[:, 1].astype(np.int64)
         row, end = entry.argument, entry.start + int(counts.sum())
         rows, length = self._table.shape
@@ -243,7 +250,7 @@ class Packer:
         self._table[row, entry.start : end] = slots
 
     def _as_positions(self, entry: Entry) -> Entry:
-        """A plan's slots as positions of its queries' requests, if these give them again."""
+        """Turn a plan's slots into positions of its requests, if these reproduce the slots."""
         if entry.kind != Kind.PLAN_SLOTS or entry.queries is None:
             return entry
         _, rows, lengths = entry.queries
@@ -255,14 +262,19 @@ class Packer:
 
 
 def frame_bytes(tag: bytes, raw: bytes, num_records: int) -> bytes:
-    """A frame with its head: of events, compressed, or the trailer, which is not."""
+    """Return a frame with its head. Frames of events are compressed, the trailer is not."""
     payload = zlib.compress(raw, 1) if tag == FRAME_TAG else raw
     return FRAME.pack(tag, len(payload), len(raw), num_records, zlib.crc32(payload)) + payload
 
 
-def _record_columns(entry, ids, counts, end) -> tuple:
-    """ids: numbers of the request ids so far; added to."""
-    names, rows, lengths = entry.queries
+def _record_columns(
+    entry: Entry, ids: dict[str, int], counts: np.ndarray, end: int
+) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ids, rows, lengths and counts of a PLAN's records.
+
+    ids: request id -> its number in the frame; new ones are added
+    """
+    names, rows, lengths = entry.queries or Queries((), NOTHING, NOTHING)
     where = f"layer {entry.layer}"
     sizes = len(names), len(rows), len(lengths), len(entry.data)
     if len(set(sizes)) != 1:
@@ -272,14 +284,15 @@ def _record_columns(entry, ids, counts, end) -> tuple:
     return [ids.setdefault(name, len(ids)) for name in names], rows, lengths, counts
 
 
-def _columns(columns, kinds) -> list[bytes]:
+def _columns(columns: Iterable[Any], kinds: Sequence[str]) -> list[bytes]:
     return [np.asarray(c).astype(kind).tobytes() for c, kind in zip(columns, kinds, strict=False)]
 
 
 def unpack(payload: bytes, raw_bytes: int, num_records: int, last: np.ndarray) -> TraceFrame:
-    """A frame's records and events. last [layers, 7] int64: STATEs after the frame before; updated.
+    """Decode a frame's records and events.
 
-    Raises: ValueError if these are no such bytes.
+    last: [layers, 7] int64 each layer's STATE after the frame before; updated
+    Raises: ValueError if the payload is not a frame of this version.
     """
     try:
         raw = zlib.decompressobj().decompress(payload, raw_bytes)
@@ -308,7 +321,9 @@ def _numbers(data: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def _frame(names, columns, numbers, last) -> TraceFrame:
+def _frame(
+    names: tuple[str, ...], columns: Sequence[np.ndarray], numbers: np.ndarray, last: np.ndarray
+) -> TraceFrame:
     kinds, layers, arguments, sizes, ids, rows, lengths, counts = columns
     plans, widths = kinds == Kind.PLAN, arguments // 2
     of_layer = ~np.isin(kinds, OF_NO_LAYER)
@@ -341,6 +356,6 @@ def _frame(names, columns, numbers, last) -> TraceFrame:
     )  # fmt: skip
 
 
-def _expect(holds: bool, rule: str) -> None:
+def _expect(holds: bool | np.bool_, rule: str) -> None:
     if not holds:
         raise ValueError(rule)

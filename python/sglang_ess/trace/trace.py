@@ -1,9 +1,9 @@
-"""A trace of the hot tier in a file: the writer beside serving, the reader for replay.
+"""A trace of the hot tier in a file: a writer for serving, a reader for replay.
 
-It serves two uses. Records: one decode query of one layer each, which positions of its
-request it attended to; for studies of locality. Events: all that happened to each layer's
-HotCache, in order and in slots, with the counters after each; for exact replay (sim/replay.py),
-at the recorded size or any other. format.py says what is in the file.
+A trace has two contents. Records are for studies of locality: each is one decode query of one
+layer, with the positions of its request that it attended to. Events are for exact replay
+(sim/model/trace_replay.py), at the recorded size or any other: each operation on a layer's HotCache
+in order, with its slots and the counters after it. format.py describes the bytes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import logging
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -46,12 +46,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# A frame is written when so much is queued, or after this time: what a crash loses.
-FRAME_BYTES = 4 * MIB  # as queued, int32; about a quarter of it as raw bytes
+# A frame is written when this much is queued or after this time; a crash loses no more.
+FRAME_BYTES = 4 * MIB  # as queued, in int32; the raw bytes are about a quarter of it
 FLUSH_SECONDS = 1.0
-QUEUE_BYTES = 64 * MIB  # past it the writer is behind, and events are dropped
-ENTRY_BYTES = 256  # of an event beside its data, in the queue: tuples and small arrays
-TRAILER_BYTES = 256  # kept free under the limit
+QUEUE_BYTES = 64 * MIB  # when more is queued, the writer is behind and events are dropped
+ENTRY_BYTES = 256  # of an event in the queue in addition to its data: tuples and small arrays
+TRAILER_BYTES = 256  # reserved below the limit
 CLOSE_SECONDS = 60.0
 HEADER_NUMBERS = ("layers", "topk", "slots")
 NOTHING = np.empty(0, np.int64)
@@ -63,12 +63,13 @@ NOTHING = np.empty(0, np.int64)
 class TraceWriter:
     """Writes a trace from a thread of its own; put() appends to a queue and returns.
 
-    States: recording -> stopped, by close(), by the limit or by an error. Stopped, put()
-    does nothing. Nothing that goes wrong after the constructor is raised: it is logged, in
-    one line, and ends the trace.
+    The trace ends at close(), at the limit or at an error; then put() does nothing. An error after
+    the constructor is logged in one line and never raised.
 
-    path: replaced if it exists; layers, topk, slots: of the pool; meta: JSON for the header
-    limit_bytes: the file never grows past it
+    path         replaced if it exists
+    layers, topk, slots  of the pool
+    limit_bytes  the file never grows beyond it
+    meta         JSON for the header
     Raises: OSError if the file cannot be written, ValueError if the limit leaves no room.
     """
 
@@ -79,23 +80,25 @@ class TraceWriter:
         topk: int,
         slots: int,
         limit_bytes: int = 1 << 30,
-        meta: dict | None = None,
+        meta: dict[str, Any] | None = None,
     ):
         facts = {"layers": layers, "topk": topk, "slots": slots, "meta": meta or {}}
         header = json.dumps(facts).encode() + b"\n"
-        least = PREFIX.size + len(header) + TRAILER_BYTES
-        if limit_bytes < least:
-            raise ValueError(f"a trace's limit must be at least {least} bytes: got {limit_bytes}.")
+        min_bytes = PREFIX.size + len(header) + TRAILER_BYTES
+        if limit_bytes < min_bytes:
+            raise ValueError(
+                f"a trace's limit must be at least {min_bytes} bytes: got {limit_bytes}."
+            )
         self.path, self.limit_bytes = Path(path), limit_bytes
         self.records = self.events = self.dropped = self.written_bytes = 0
-        self._gap = 0  # events dropped since the last one that was not
+        self._gap = 0  # events dropped since the last one queued
         self._packer = Packer(layers, slots)
         self._queue: deque[Entry] = deque()
         self._queued_bytes = 0
         self._closing = False
         self._recording = True
         self._wake = threading.Condition()
-        # Unbuffered: what is written survives the process's being killed.
+        # Unbuffered, so that written frames survive when the process is killed.
         self._file: BinaryIO = open(self.path, "wb", buffering=0)
         self._write(PREFIX.pack(MAGIC, VERSION, len(header)) + header)
         self._thread = threading.Thread(target=self._run, name="ess-trace", daemon=True)
@@ -103,14 +106,14 @@ class TraceWriter:
 
     @property
     def recording(self) -> bool:
-        """False once the trace has ended; put() then does nothing."""
+        """Whether the trace has not ended yet."""
         return self._recording
 
     def put(self, entry: Entry) -> bool:
-        """Append an event, whose arrays are the writer's from now on.
+        """Append an event; its arrays must not change any more.
 
-        Returns whether it will be in the file: no if the writer is behind. What follows then
-        begins with a GAP.
+        Returns whether it will be written. If the writer is behind, the event is dropped, and a GAP
+        precedes the next one.
         """
         if not self._recording:
             return False
@@ -129,7 +132,7 @@ class TraceWriter:
         return True
 
     def close(self) -> None:
-        """Write what is queued and the trailer. More calls, from any thread, wait too."""
+        """Write the queued events and the trailer. Further calls, from any thread, wait too."""
         with self._wake:
             self._recording = False
             self._closing = True
@@ -141,7 +144,7 @@ class TraceWriter:
     def _run(self) -> None:
         try:
             self._write_frames()
-        except Exception as error:  # nothing of a trace may reach serving
+        except Exception as error:  # an error of the trace must not reach serving
             logger.warning(
                 "ESS: trace %s has failed after %d records (%d bytes) and is off: %s: %s",
                 self.path,
@@ -177,7 +180,7 @@ class TraceWriter:
             self.events += _num_events(entries)
 
     def _next_entries(self) -> list[Entry] | None:
-        """The events of the next frame; none if the time was up; None at the end."""
+        """Return the events of the next frame, an empty list after a timeout, None at the end."""
         with self._wake:
             self._wake.wait_for(
                 lambda: self._closing or self._queued_bytes >= FRAME_BYTES, FLUSH_SECONDS
@@ -213,7 +216,7 @@ class TraceWriter:
         self.written_bytes += len(data)
 
 
-def _num_events(entries) -> int:
+def _num_events(entries: Sequence[Entry]) -> int:
     return sum(entry.kind != Kind.GAP for entry in entries)
 
 
@@ -221,9 +224,11 @@ def _num_events(entries) -> int:
 
 
 class Record(NamedTuple):
-    """One query of one layer. positions [count] int32, ascending; length as recorded.
+    """One decode query of one layer.
 
-    step: of the layer, counted from 0 by its plans that began one
+    step       of the layer, counted from 0
+    length     positions that the query sees
+    positions  [count] int32, ascending: those that it selected
     """
 
     layer: int
@@ -234,11 +239,11 @@ class Record(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What happened to one layer's HotCache; a GAP to none.
+    """An operation on one layer's HotCache, or a GAP, which belongs to no layer.
 
-    slots: PLAN, WARM: the top-k [queries, width] int32, -1 pads; INSTALL, INVALIDATE: [n] int64
-    argument: PLAN: same_step; INSTALL: min_age; RESIZE: hot rows; GAP: events that are missing
-    counters [7] int64: format.STATE after it; of no meaning for a GAP
+    slots     PLAN, WARM: the top-k [queries, width] int32, -1 pads; INSTALL, INVALIDATE: [n] int64
+    argument  PLAN: same_step; INSTALL: min_age; RESIZE: hot rows; GAP: missing events
+    counters  [7] int64 format.STATE after it; meaningless for a GAP
     """
 
     kind: Kind
@@ -249,17 +254,18 @@ class Event(NamedTuple):
 
 
 class Trace:
-    """A trace file, read as often as it is iterated over: Records in the order written.
+    """A trace file. Iterating reads it and gives its Records in the order written.
 
-    header: the file's; layers, topk, slots: from it; bytes: of the file when it was opened
-    trailer: the file's after a whole iteration; None before, or if the file was cut off
+    header   the file's header; layers, topk, slots: from it
+    bytes    size of the file when it was opened
+    trailer  the file's trailer after a whole iteration; None before, or if the file was cut off
     """
 
-    def __init__(self, path: Path, header: dict, start: int):
+    def __init__(self, path: Path, header: dict[str, Any], start: int):
         self.path, self.header, self._start = path, header, start
         self.layers, self.topk, self.slots = (header[key] for key in HEADER_NUMBERS)
         self.bytes = path.stat().st_size
-        self.trailer: dict | None = None
+        self.trailer: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Record]:
         for frame in self.frames():
@@ -277,10 +283,10 @@ class Trace:
                 yield Record(layer, step, frame.request_ids[name], length, positions)
 
     def frames(self, progress: Callable[[int], object] = lambda _: None) -> Iterator[TraceFrame]:
-        """Frame by frame, for readers that want columns. Ends at the first broken frame.
+        """Read frame by frame, as columns. Ends at the first broken frame.
 
         progress: called with the bytes of each frame once it has been read
-        Raises: ValueError for a whole frame that no writer of this version wrote.
+        Raises: ValueError for an undamaged frame that is not of this version.
         """
         last = np.zeros((self.layers, len(STATE)), np.int64)
         self.trailer = None
@@ -304,7 +310,7 @@ class Trace:
                 progress(len(head) + len(payload))
 
     def events(self, progress: Callable[[int], object] = lambda _: None) -> Iterator[Event]:
-        """All events in the order in which they happened. progress, Raises: as frames()."""
+        """Read all events in order. progress, Raises: as frames()."""
         table: dict[int, np.ndarray] = {}  # row of the request table -> its slots
         for frame in self.frames(progress):
             try:
@@ -314,7 +320,7 @@ class Trace:
 
 
 def _events(frame: TraceFrame, table: dict[int, np.ndarray], slots: int) -> Iterator[Event]:
-    """A frame's events. table: updated. Raises: ValueError for slots that cannot be."""
+    """Decode a frame's events. table: updated. Raises: ValueError for impossible slots."""
     plan = 0
     columns = frame.kinds.tolist(), frame.event_layers.tolist(), frame.arguments.tolist()
     for i, (kind, layer, argument) in enumerate(zip(*columns, strict=True)):
@@ -338,16 +344,19 @@ def _events(frame: TraceFrame, table: dict[int, np.ndarray], slots: int) -> Iter
 
 
 def _row(frame: TraceFrame, event: int, known: np.ndarray, slots: int) -> np.ndarray:
-    """A row of the request table after a SLOTS event."""
+    """Return a row of the request table after a SLOTS event."""
     start = frame.start(event)
     if not 0 <= start <= len(known):
         raise ValueError(f"a row's slots must go on where they end, at {len(known)}: got {start}")
     found = _within(frame.slots(event), 0, slots)
-    return np.concatenate([known[:start], found]).astype(np.int32)
+    row: np.ndarray = np.concatenate([known[:start], found]).astype(np.int32)
+    return row
 
 
-def _topk(frame: TraceFrame, records: range, width: int, table: dict) -> np.ndarray:
-    """The slots of a plan's queries [queries, width] int32, -1 pads."""
+def _topk(
+    frame: TraceFrame, records: range, width: int, table: dict[int, np.ndarray]
+) -> np.ndarray:
+    """Return the slots of a plan's queries: [queries, width] int32, -1 pads."""
     topk = np.full((len(records), width), -1, np.int32)
     offsets = frame.offsets[records.start : records.stop + 1].tolist()
     rows = frame.rows[records.start : records.stop].tolist()
@@ -370,8 +379,8 @@ def _within(slots: np.ndarray, first: int, end: int) -> np.ndarray:
 def read_trace(path: str | Path) -> Trace:
     """Open a trace.
 
-    Raises: OSError if the file cannot be read, ValueError (one line) if it is not a trace
-    of this version.
+    Raises: OSError if the file cannot be read, ValueError (one line) if it is no trace of this
+    version.
     """
     path = Path(path)
     with path.open("rb") as file:

@@ -1,9 +1,10 @@
-"""A hot tier that keeps a trace of itself: HotCaches that record what is done to them."""
+"""HotCaches that record their operations in a trace."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,25 +22,25 @@ STATE_PLACES = np.array([lru.STEP, *(getattr(lru, name.upper()) for name in COUN
 
 
 class TraceRecorder(TopkObserver):
-    """The trace of one pool's layers, and what it has to know of the requests in decode.
+    """Writes the trace of one pool's layers, and follows the slots of the requests in decode.
 
-    Decode's plans are records of positions in the file: between begin_step and end_step, their
-    queries are those of the step, in order. The writer's thread finds the positions; any other
-    plan, and one that positions do not give slot by slot, is recorded as slots.
+    Between begin_step and end_step the queries of plans are those of the step, in order, and plans
+    are written as records of positions; the writer's thread finds them. A plan outside a step, or
+    one whose positions do not reproduce its slots, is written as slots.
 
     path, layers, topk, slots, meta: as TraceWriter
     """
 
-    def __init__(self, path: str | Path, layers: int, topk: int, slots: int, meta: dict):
+    def __init__(self, path: str | Path, layers: int, topk: int, slots: int, meta: dict[str, Any]):
         self.writer = TraceWriter(path, layers, topk, slots, meta=meta)
         self._num_caches = 0
-        self._step: tuple | None = None
-        # As SGLang's request table, as far as the file knows it. Pages that no request has
-        # reached stay unbacked.
+        self._step: tuple[tuple[str, ...], np.ndarray, np.ndarray] | None = None
+        # A copy of SGLang's request table as far as the file has it. Memory pages that no request
+        # has reached stay unbacked.
         self._known, self._known_lengths = np.zeros((0, 0), np.int32), np.zeros(0, np.int64)
 
-    def hot_cache(self, *args, **kwargs) -> RecordedHotCache:
-        """The HotCache of the next layer."""
+    def hot_cache(self, *args: Any, **kwargs: Any) -> RecordedHotCache:
+        """Make the HotCache of the next layer; arguments as HotCache."""
         self._num_caches += 1
         return RecordedHotCache(self, self._num_caches - 1, *args, **kwargs)
 
@@ -52,7 +53,7 @@ class TraceRecorder(TopkObserver):
         lengths: np.ndarray,
         req_to_token: np.ndarray,
     ) -> None:
-        """The plans from here on are of these queries.
+        """Attribute the following plans to these queries.
 
         request_ids [T]; req_rows [T] int64 rows of the request table; lengths [T] int32
         positions each query sees; req_to_token [requests, context] int32, not a copy
@@ -72,8 +73,8 @@ class TraceRecorder(TopkObserver):
     def end_step(self) -> None:
         self._step = None
 
-    def _slots(self, req_rows, lengths, req_to_token) -> bool:
-        """Record what is new in these rows of the table. Returns whether the file knows all."""
+    def _slots(self, req_rows: np.ndarray, lengths: np.ndarray, req_to_token: np.ndarray) -> bool:
+        """Record the new slots of these rows. Returns whether the file has all of them."""
         if self._known.shape != req_to_token.shape:
             self._known = np.zeros(req_to_token.shape, np.int32)
             self._known_lengths = np.zeros(len(req_to_token), np.int64)
@@ -92,16 +93,20 @@ class TraceRecorder(TopkObserver):
 
     # --- events of a layer --------------------------------------------------------------
 
-    def event(self, cache: RecordedHotCache, kind: Kind, argument=0, data=NO_DATA) -> None:
+    def event(
+        self, cache: RecordedHotCache, kind: Kind, argument: int = 0, data: np.ndarray = NO_DATA
+    ) -> None:
+        """Append an event with the cache's counters after it."""
         counters = cache.state[STATE_PLACES]
         self.writer.put(Entry(kind, cache.layer, argument, counters, data))
 
     def plan(self, cache: RecordedHotCache, topk: np.ndarray, first: int, same_step: bool) -> None:
-        """A plan of topk [queries, width] int32, of the step's queries from first on."""
+        """Append a plan of topk [queries, width] int32: the step's queries from `first` on."""
         queries = None
         if self._step is not None:
             block = slice(first, first + len(topk))
-            queries = Queries(*(column[block] for column in self._step))
+            request_ids, rows, lengths = self._step
+            queries = Queries(request_ids[block], rows[block], lengths[block])
             if len(queries.rows) != len(topk):
                 queries = None
         argument, counters = 2 * topk.shape[1] + same_step, cache.state[STATE_PLACES]
@@ -111,22 +116,22 @@ class TraceRecorder(TopkObserver):
 
 
 class RecordedHotCache(HotCache):
-    """HotCache whose every change is an event of a trace, with the counters after it.
+    """A HotCache that writes each of its changes to a trace.
 
     recorder, layer: where, and as which; else as HotCache
     """
 
-    def __init__(self, recorder: TraceRecorder, layer: int, *args, **kwargs):
+    def __init__(self, recorder: TraceRecorder, layer: int, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.recorder, self.layer = recorder, layer
-        self._planned = 0  # queries of the step, by the plans so far
+        self._planned = 0  # queries of the step that the plans so far have covered
         self._log(Kind.RESIZE, self.num_rows)
 
-    def _log(self, kind: Kind, argument=0, data=NO_DATA) -> None:
+    def _log(self, kind: Kind, argument: int = 0, data: np.ndarray = NO_DATA) -> None:
         if self.recorder.writer.recording:
             self.recorder.event(self, kind, argument, data)
 
-    def _log_slots(self, kind: Kind, slots: torch.Tensor, argument=0) -> None:
+    def _log_slots(self, kind: Kind, slots: torch.Tensor, argument: int = 0) -> None:
         if self.recorder.writer.recording:
             self.recorder.event(self, kind, argument, runs_of(slots.numpy()))
 
@@ -134,7 +139,7 @@ class RecordedHotCache(HotCache):
         self, topk: torch.Tensor, start: tuple[int, int] = (0, 0), same_step: bool = False
     ) -> Plan:
         plan = super().plan(topk, start, same_step)
-        if plan.stop is not None:  # the next passes belong to this plan
+        if plan.stop is not None:  # its last pass records it
             return plan
         first = self._planned if same_step else 0
         self._planned = first + len(topk)

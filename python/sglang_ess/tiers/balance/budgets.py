@@ -1,47 +1,50 @@
-"""How many hot rows each layer should have: the fewest misses that one total of rows can give.
+"""Divides a total of hot rows between layers so that they miss least.
 
-Layers differ by up to thirty times in what they miss (papers.md 1.6), and in what more rows
-would save them. On the lower convex hull of each layer's miss curve a row saves no more than
-the one before it, so giving every row to the layer that it saves most there is optimal (Fox,
-1966). A curve that is not convex has cliffs; between two corners of its hull the true misses
-lie above it, which is why the result is compared on the curves themselves before it is used.
+Layers differ by up to thirty times in their misses (ESS, Figure 4) and in what more rows save. On
+the lower convex hull of a layer's miss curve, each row saves at most as much as the row before it.
+So it is optimal to give each row to the layer whose hull it lowers most (Fox, "Discrete
+optimization via marginal analysis", 1966). A curve that is not convex lies above its hull between
+two corners, so the result is compared with equal shares on the curves themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from sglang_ess.tiers.balance.ghost_cache import MissCurve
 
-# Measured curves of layers that are alike differ by their noise: less is no reason to move.
+Point: TypeAlias = tuple[float, float]  # rows, misses
+
+# Curves of similar layers differ by noise, so smaller gains and moves are ignored.
 MIN_GAIN = 0.02  # of all misses
 MIN_MOVED = 0.01  # of all rows
 
 
 class BudgetError(ValueError):
-    """Limits that no budgets keep."""
+    """No budgets satisfy the limits."""
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """rows [layers] hot rows, their sum the total; misses a step that the curves expect then."""
+    """rows: hot rows of each layer, which sum to the total; misses: predicted per step."""
 
     rows: tuple[int, ...]
     misses: float
 
 
 def expected_misses(curves: Sequence[MissCurve], rows: Sequence[int]) -> float:
-    """Misses a step of all layers with so many rows each."""
+    """Return the predicted misses per step of all layers with these rows."""
     return sum(curve.at(count) for curve, count in zip(curves, rows, strict=True))
 
 
 def lower_hull(rows: Sequence[float], misses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The corners of the largest convex function that is nowhere above the points, rows ascending.
+    """Return the corners of the points' lower convex hull, rows ascending.
 
-    Andrew's monotone chain. Misses are made never to rise first: noise may make them.
+    Uses Andrew's monotone chain. Misses that rise with rows, which is noise, are cut first.
     """
     corners: list[tuple[float, float]] = []
     for point in zip(rows, np.minimum.accumulate(misses).tolist(), strict=True):
@@ -52,14 +55,14 @@ def lower_hull(rows: Sequence[float], misses: Sequence[float]) -> tuple[np.ndarr
     return found[:, 0], found[:, 1]
 
 
-def _is_above(left, middle, right) -> bool:
-    """Whether middle lies on or above the line from left to right."""
+def _is_above(left: Point, middle: Point, right: Point) -> bool:
+    """Return whether middle lies on or above the line from left to right."""
     (x0, y0), (x1, y1), (x2, y2) = left, middle, right
     return (y1 - y0) * (x2 - x0) >= (y2 - y0) * (x1 - x0)
 
 
 def uniform(layers: int, total: int) -> tuple[int, ...]:
-    """total rows in shares that differ by at most one."""
+    """Divide `total` rows into shares that differ by at most one."""
     share, rest = divmod(total, layers)
     return tuple(share + (layer < rest) for layer in range(layers))
 
@@ -67,15 +70,14 @@ def uniform(layers: int, total: int) -> tuple[int, ...]:
 def allot(
     curves: Sequence[MissCurve], total: int, floor: int, cap: int, granularity: int = 1
 ) -> Budgets:
-    """The rows of each layer with the fewest misses on the hulls of the curves.
+    """Return the rows of each layer with the fewest misses on the hulls of the curves.
 
     total        rows of all layers
-    floor, cap   of one layer's rows
-    granularity  rows are moved in such portions on top of the floor; what is left of total
-        after that goes where there are fewest
-    Rows that would save nothing go where there are fewest. Never worse on the curves than
-    uniform: where a cliff makes the hulls' best so, uniform it is.
-    Raises: BudgetError for a total outside layers x floor and layers x cap.
+    floor, cap   limits of one layer's rows
+    granularity  portions in which rows are given out on top of the floor
+    Rows that save nothing, and a rest below the granularity, go to the layers with the fewest rows.
+    The result is `uniform` if that has no more misses on the curves.
+    Raises: BudgetError for a total outside layers x floor to layers x cap.
     """
     layers = len(curves)
     if not layers or not 1 <= floor <= cap or granularity < 1:
@@ -107,9 +109,10 @@ def allot(
 def _segments(
     curves: Sequence[MissCurve], floor: int, cap: int, granularity: int
 ) -> list[tuple[float, int, int]]:
-    """(misses saved a row, negative; layer; rows) of every straight part of the hulls, best first.
+    """Return (slope in misses per row, layer, rows) of every straight part of the hulls.
 
-    In portions of `granularity`: a corner within one makes that portion a part of its own.
+    The steepest comes first. Parts are whole portions of `granularity`; a portion with a corner
+    inside is a part of its own.
     """
     last = floor + (cap - floor) // granularity * granularity
     found = []
@@ -130,7 +133,7 @@ def _segments(
 
 
 def _level(rows: np.ndarray, left: int, cap: int) -> None:
-    """Add `left` rows where there are fewest, in place, up to cap each."""
+    """Add `left` rows in place to the layers with the fewest rows, up to cap each."""
     while left > 0:
         open_rows = rows[rows < cap]
         lowest = open_rows.min()
@@ -155,11 +158,11 @@ def rebalanced(
     min_gain: float = MIN_GAIN,
     min_moved: float = MIN_MOVED,
 ) -> Budgets | None:
-    """Budgets worth moving to from `current` rows, or None.
+    """Return budgets worth moving to from the `current` rows, or None.
 
-    min_gain   of the misses expected with `current`: the share that has to be saved
-    min_moved  of all rows: the share that has to change its layer
-    Raises: BudgetError as allot does.
+    min_gain   share of the present misses that the budgets must save
+    min_moved  share of all rows that must change their layer
+    Raises: BudgetError as allot.
     """
     total, before = sum(current), expected_misses(curves, current)
     budgets = allot(curves, total, floor, cap, granularity)

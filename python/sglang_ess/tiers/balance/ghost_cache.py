@@ -1,14 +1,14 @@
-"""One layer's LRU miss-ratio curve, estimated while it serves: a sampled ghost cache.
+"""A sampled ghost cache: estimates one layer's LRU miss curve while it serves.
 
-SHARDS (Waldspurger et al., FAST '15, fixed rate): slots are sampled by a hash, and what an LRU
-of R x C sampled slots misses is R times what one of C slots misses. A ghost keeps no rows,
-only when each sampled slot was last used, and how far down the sizes of a grid reach:
+Fixed-rate SHARDS (Waldspurger et al., FAST '15): slots are sampled by a hash at rate R, and an LRU
+of R x C sampled slots misses R times what an LRU of C slots misses. A ghost keeps no rows. It keeps
+when each sampled slot was last used, and how far down the queue each size of a grid reaches:
 
-    queue:   [ - | 3 | - | 8 | 1 | - | 7 | 2 | - | 9 | ... )  tail      - moved since
+    queue:   [ - | 3 | - | 8 | 1 | - | 7 | 2 | - | 9 | ... )  tail      -: moved since
                    ^ bound of size 6       ^ bound of size 3
 
-A slot at or past a size's bound is hot at that size. So a lookup costs a search among the
-bounds, and a step moves each bound past as many entries as came in: no tree is needed.
+A slot at or past a size's bound is hot at that size. A lookup searches among the bounds, and a step
+moves each bound past as many entries as came in. No tree is needed.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ import torch
 
 jit = numba.njit(cache=True, nogil=True)
 
-BLOCK = 8  # lookups that are looked at together for a sample
-PART = 1024  # lookups whose samples are told apart together
+BLOCK = 8  # lookups tested together for a sample
+PART = 1024  # lookups whose samples are deduplicated together
 WORD = 64  # queue entries of one word of the bitmap
-GOLDEN = 0.6180339887498949  # multiples of it are spread evenly, those of neighbours too
+GOLDEN = 0.6180339887498949  # its multiples are spread evenly, also those of neighbours
 # Indices into `state` (int64).
 TAIL, STEPS, LOOKUPS, UNION = 0, 1, 2, 3
 STATE_SIZE = 4
-COLD = -1  # of `place`: not in the queue
-PICKED = -2  # of `place`: of the step in progress, already counted
+COLD = -1  # in `place`: not in the queue
+PICKED = -2  # in `place`: already counted in the step in progress
 
 
 @dataclass(frozen=True)
 class MissCurve:
-    """What one layer would miss at each size of a grid.
+    """One layer's misses at each size of a grid.
 
     rows     [sizes] hot rows, ascending; a ghost's begin with 0
-    misses   [sizes] expected rows fetched a step, never rising
-    lookups  a step, repeats included
-    union    distinct slots of the largest step: with fewer rows a step takes several passes,
-        of which the curve knows nothing
-    steps    it was measured over
+    misses   [sizes] expected rows fetched per step, never rising
+    lookups  per step, repeats included
+    union    distinct slots of the largest step; with fewer rows a step takes several passes, which
+             the curve does not model
+    steps    number of measured steps
     """
 
     rows: tuple[int, ...]
@@ -56,24 +56,24 @@ class MissCurve:
         return tuple(misses / self.lookups if self.lookups else 0.0 for misses in self.misses)
 
     def at(self, rows: float) -> float:
-        """Misses a step with so many rows, between two sizes of the grid in proportion."""
+        """Return the misses per step with `rows` hot rows, interpolated linearly."""
         return float(np.interp(rows, self.rows, self.misses))
 
 
 class GhostCache:
-    """What HotCaches of several sizes would miss, if they did what one HotCache does.
+    """Estimates the misses of HotCaches of several sizes with the same lookups and writes.
 
-    It counts as HotCache.plan does: a slot that a step looks up twice misses once, all
-    lookups of a step are answered before any of them evicts, a free row is taken before one
-    is evicted. Two things depend on a cache's size, and here they are the same for all: a step's
-    slots enter in their order (HotCache: its hits before its misses), and an install with a
-    min_age leaves the slot cold. So at rate 1 the counts are HotCache's own where each step is
-    one lookup, and within 1 % of them from 1.5 steps' unions of rows on (tests).
+    It counts as HotCache.plan does: a slot that a step looks up twice misses once, all lookups of
+    a step are answered before any of them evicts, and free rows are taken first. Two details that
+    depend on a cache's size are the same for all sizes here: a step's slots enter in their order
+    (HotCache uses hits before misses), and an install with a min_age leaves the slot cold. At rate
+    1 the counts equal HotCache's when each step is one lookup, and are within 1 % from 1.5 unions
+    of a step on (tests).
 
-    num_slots  of the host tier
-    rate       of slots sampled, above 0 and at most 1; 1: all of them
+    num_slots  slots of the host tier
+    rate       share of slots sampled, above 0 and at most 1
     sizes      hot rows to estimate misses at, ascending
-    rows       [sizes] what they are taken for: a whole number of sampled rows, one at least
+    rows       [sizes] the sizes as estimated: a whole number of sampled rows each, at least one
     Raises: ValueError for a rate or sizes outside their limits.
     """
 
@@ -84,8 +84,8 @@ class GhostCache:
             raise ValueError(
                 f"ghost sizes and slots must be at least 1: got {list(sizes)} and {num_slots}."
             )
-        # A multiplication by an odd number permutes [0, domain): what falls below `limit` is
-        # sampled, and is its own index into `place`.
+        # Multiplying by an odd number permutes [0, domain). A slot whose product is below `limit`
+        # is sampled, and the product is its index into `place`.
         domain = 1 << (num_slots - 1).bit_length()
         limit = max(1, round(rate * domain))
         self.rate, self.num_slots = limit / domain, num_slots
@@ -108,7 +108,7 @@ class GhostCache:
 
     @staticmethod
     def bytes_for(num_slots: int, rate: float, num_sizes: int) -> int:
-        """nbytes of such a ghost."""
+        """Return the nbytes of such a ghost."""
         limit = max(1, round(rate * (1 << (num_slots - 1).bit_length())))
         length = -(-2 * limit // WORD) * WORD
         return 4 * limit + 4 * length + length // 8 + 32 * num_sizes + 8 + 8 * STATE_SIZE + 12
@@ -119,41 +119,41 @@ class GhostCache:
 
     @property
     def steps(self) -> int:
-        """Counted, since the start or the last forget(0)."""
+        """Steps counted since the start or the last forget(0)."""
         return int(self._state[STEPS])
 
-    # --- what HotCache is asked --------------------------------------------------------
+    # --- contract.LookupObserver -------------------------------------------------------
 
     def access(self, topk: torch.Tensor) -> None:
-        """One step of topk [queries, K] int32 slots, -1 pads: what plan is given."""
+        """Observe HotCache.plan of a step's topk [queries, K] int32 slots, -1 pads."""
         self._use(topk.reshape(-1).numpy(), counted=True)
 
     def warm(self, topk: torch.Tensor) -> None:
-        """HotCache.warm: each query of topk [queries, K] int32 a step of its own, uncounted."""
+        """Observe HotCache.warm of topk [queries, K] int32: each query is a step, uncounted."""
         for query in topk.contiguous():
             self._use(query.numpy(), counted=False)
 
     def seed(self, slots: np.ndarray) -> None:
-        """Take over a HotCache's order of use: its hot slots [n], least recently used first.
+        """Take over a HotCache's hot slots [n], least recently used first.
 
-        Beside it the ghost then knows all sizes up to that cache's from its first step on.
+        The ghost then knows all sizes up to that cache's from its first step on.
         """
         self.clear()
         self._use(slots, counted=False)
 
     def install(self, slots: torch.Tensor, min_age: int = 0) -> None:
-        """HotCache.install of slots [n] int64; with a min_age: they are cold at every size."""
+        """Observe HotCache.install of slots [n] int64; with a min_age they become cold."""
         if min_age > 0:
             self.invalidate(slots)
         else:
             self._use(slots.numpy(), counted=False)
 
     def invalidate(self, slots: torch.Tensor) -> None:
-        """HotCache.invalidate of slots [n] int64: their rows are free at the sizes they had one."""
+        """Observe HotCache.invalidate of slots [n] int64; it frees their row at each size."""
         _drop(slots.numpy(), self._hash, *self._arrays)
 
     def clear(self) -> None:
-        """Every slot cold at every size; nothing counted."""
+        """Make every slot cold at every size, and reset the counts."""
         self._place.fill(COLD)
         self._words.fill(0)
         self._bounds.fill(0)
@@ -167,7 +167,7 @@ class GhostCache:
     # --- the curve ---------------------------------------------------------------------
 
     def curve(self) -> MissCurve:
-        """Of the steps counted, younger ones weighing more where forget has been called."""
+        """Return the curve of the counted steps, weighted as forget has decided."""
         steps = max(1, self.steps)
         hits = np.concatenate([[0.0], np.cumsum(self._counts)])
         misses = (hits[-1] - hits[:-1]) / (self.rate * steps)
@@ -177,7 +177,7 @@ class GhostCache:
         return MissCurve(tuple(points), tuple(points.values()), lookups, union, self.steps)
 
     def forget(self, keep: float = 0.0) -> None:
-        """Let what was counted so far weigh `keep` (0 to 1) from now on. Recency stays."""
+        """Weight all counts so far by `keep` (0 to 1). The order of use stays."""
         self._counts *= keep
         for figure in (STEPS, LOOKUPS):
             self._state[figure] = round(self._state[figure] * keep)
@@ -218,7 +218,7 @@ def _pick_each(slots, first, last, hashing, picked, count):
 
 @jit
 def _bucket(place, bounds):
-    """The first size whose bound is at or before place; the number of sizes if none is."""
+    """Return the first size whose bound is at or before place, or the number of sizes."""
     low, high = 0, bounds.shape[0]
     while low < high:
         middle = (low + high) >> 1
@@ -285,7 +285,7 @@ def _use(slots, hashing, counted, place, queue, words, sizes, bounds, inside, co
 
 @jit
 def _advance(bound, entries, words):
-    """Where a bound comes to that moves past so many live entries."""
+    """Return the place of a bound after moving past `entries` live entries."""
     word = bound >> 6
     bits = words[word] & ~((np.uint64(1) << np.uint64(bound & 63)) - np.uint64(1))
     ones = _ones(bits)
@@ -301,7 +301,7 @@ def _advance(bound, entries, words):
 
 @jit
 def _ones(bits):
-    """Ones of a uint64: sums of pairs, of fours, of bytes, and of all bytes."""
+    """Count the ones of a uint64: sum pairs, fours, bytes, then all bytes."""
     pairs = bits - ((bits >> np.uint64(1)) & np.uint64(0x5555555555555555))
     fours = (pairs & np.uint64(0x3333333333333333)) + (
         (pairs >> np.uint64(2)) & np.uint64(0x3333333333333333)
@@ -312,7 +312,7 @@ def _ones(bits):
 
 @jit
 def _compact(place, queue, words, bounds, inside, state):
-    """Drop the entries that moved since; a bound has as many live ones before it as before."""
+    """Drop stale entries; each bound keeps as many live entries after it as before."""
     kept = 0
     for at in range(state[TAIL]):
         slot = queue[at]
@@ -332,7 +332,7 @@ def _compact(place, queue, words, bounds, inside, state):
 
 @jit
 def _drop(slots, hashing, place, queue, words, sizes, bounds, inside, counts, state):
-    """The sampled slots are cold; no slot that was evicted at a size comes back for them."""
+    """Make the sampled slots cold. Slots evicted at a size do not come back in their place."""
     picked = np.empty(PART + 1, np.int32)
     for begin in range(0, slots.shape[0], PART):
         end = min(begin + PART, slots.shape[0])

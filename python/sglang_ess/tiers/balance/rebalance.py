@@ -2,8 +2,8 @@
 
     watch (seed ghosts, warm up, count) -> budgets -> resize, a few layers a step -> rest -> ...
 
-Ghosts run for a part of the time only: that keeps what they cost below 2 % of planning. What a
-step is asked to do beside, seeding or resizing a layer or two, takes as long as a few plans.
+Ghosts run only part of the time, which keeps their cost below 2 % of planning. Seeding or resizing
+one or two layers in a step takes as long as a few plans.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from sglang_ess.tiers.contract import AgeSnapshot
 from sglang_ess.tiers.hot_cache import HotCache
 from sglang_ess.tiers.hot_layers import HotLayers
 
-# Sampled slots of a host tier, and the rates that may give them: about 400 sampled rows at a hot
-# ratio of 0.2, which gives a layer's misses to some per cent (benchmarks/layer_budgets.py; SHARDS
-# wants some thousands for 2 %). More cost more beside a plan, and what is chosen by the curves of
-# all layers together errs less than each.
+# Sampled slots of a host tier, and limits of the sampling rate. At a hot ratio of 0.2 that is about
+# 400 sampled rows, which estimates a layer's misses within a few per cent
+# (benchmarks/layer_budgets.py; SHARDS needs thousands for 2 %). More samples cost more, and a
+# choice by the curves of all layers errs less than each curve.
 SAMPLED_SLOTS = 2048
 MIN_RATE, MAX_RATE = 1 / 128, 1 / 4
-# Sizes of a curve, as shares of an even share: MIN_SHARE to 8 in steps of 15 %.
-MIN_SHARE = 0.25  # a layer is left this much of an even share, whatever was measured
+# Sizes of a curve: MIN_SHARE to 8 even shares in steps of 15 %.
+MIN_SHARE = 0.25  # a layer keeps at least this part of an even share
 NUM_SIZES = 26
 SIZE_STEP = 1.15
-UNION_MARGIN = 1.25  # of a step's slots as sampled: that much more is kept for each layer
-# Of n misses that ghosts counted, sqrt(n) is chance, and the best of many budgets has picked the
-# luckiest: a gain below this many times that is none.
+UNION_MARGIN = 1.25  # each layer keeps this multiple of the slots of the largest sampled step
+# n counted misses vary by chance by sqrt(n), and the best of many budgets is the luckiest one. So a
+# gain below this multiple of that is ignored.
 NOISE = 3.0
-# By ages: rows that they say are evicted a step, of those that are. Further apart, the layers have
-# not turned over since their sizes or their load changed, and the ages tell of what was before.
+# Limits for the evictions that ages predict, relative to those counted. Outside them, the layers
+# have not turned over since their sizes or load changed, and the ages describe the time before.
 STEADY = 0.85, 1.2
-LAYERS_A_STEP = 2  # that are seeded or resized in one decode step
+LAYERS_A_STEP = 2  # layers seeded or resized in one decode step
 
 
 def ghost_rate(num_slots: int) -> float:
-    """Share of the slots that a layer's ghost samples."""
+    """Return the share of the slots that a layer's ghost samples."""
     return min(MAX_RATE, max(MIN_RATE, SAMPLED_SLOTS / num_slots))
 
 
 def floor_rows(even: int, min_rows: int) -> int:
-    """Rows that each layer keeps where all would have `even` and a step takes `min_rows`."""
+    """Return the rows that each layer keeps: `even` is an equal share, a step takes `min_rows`."""
     return min(max(min_rows, round(MIN_SHARE * even)), even)
 
 
@@ -66,18 +66,19 @@ def _choose(
     cap: int,
     counted: float,
 ) -> Budgets | None:
-    """Budgets worth moving to from the current rows, if any; counted: misses that curves saw.
+    """Return budgets worth moving to from the current rows, or None.
 
-    total: rows of all layers, those on their way from one to another too
+    total: rows of all layers, including spare ones between two resizes
+    counted: misses on which the curves are based
     """
-    if min(current) < floor:  # a step has become larger than a layer: that is not for choice
+    if min(current) < floor:  # a step has become larger than a layer: rows must move
         return allot(curves, total, floor, cap)
     gain = max(MIN_GAIN, NOISE / max(1.0, counted) ** 0.5)
     return rebalanced(curves, current, floor, cap, min_gain=gain)
 
 
 def ghost_bytes(num_slots: int) -> int:
-    """Device bytes of one layer's ghost."""
+    """Return the device bytes of one layer's ghost."""
     return GhostCache.bytes_for(num_slots, ghost_rate(num_slots), NUM_SIZES)
 
 
@@ -85,9 +86,9 @@ def ghost_bytes(num_slots: int) -> int:
 class Schedule:
     """Decode steps of each part of a round.
 
-    warmup_steps  after the ghosts are seeded, so that they know sizes above the present one too
-    counted  of which the curves are made
-    rest     until the next round, without ghosts
+    warmup_steps  after seeding the ghosts, so that they also know sizes above the present one
+    counted       steps that the curves are based on
+    rest          steps without ghosts until the next round
     """
 
     warmup_steps: int = 64
@@ -96,13 +97,13 @@ class Schedule:
 
 
 class Rebalancer:
-    """The layers of an arena, all of one host tier, and when they change size.
+    """Measures the layers with ghosts and resizes them, a few in each step.
 
-    arena   with a row for some slots of each layer, not for all
-    min_rows  rows that each layer keeps at any rate: a query's top-k, so that it is attended whole
-    rate    of the ghosts
-    budgets, curves: of the last round that moved rows, and of the last round; None before
-    rebalances, rows_moved: rounds that moved rows, and how many of them, since the start
+    layers      hot tiers of one host tier, with hot rows for some of its slots, not for all
+    min_rows    rows that each layer keeps in any case: a query's top-k, attended in one pass
+    rate        sampling rate of the ghosts
+    budgets     of the last round that moved rows; curves: of the last round; None before
+    rebalances  rounds that moved rows since the start; rows_moved: rows that they moved
     """
 
     def __init__(
@@ -132,11 +133,14 @@ class Rebalancer:
 
     @property
     def nbytes(self) -> int:
-        """Of the ghosts."""
+        """Bytes of the ghosts."""
         return sum(ghost.nbytes for ghost in self._ghosts)
 
     def step(self) -> Budgets | None:
-        """Before each decode step, while no plan is under way. Returns new budgets, if any."""
+        """Do a step's part of the round. Call it before each decode step, before any plan.
+
+        Returns new budgets, or None.
+        """
         schedule, layers = self._schedule, len(self._ghosts)
         seeding = -(-layers // LAYERS_A_STEP)
         position, self._position = self._position, self._position + 1
@@ -167,41 +171,45 @@ class Rebalancer:
         current = [cache.num_rows for cache in caches]
         union = max(curve.union for curve in self.curves)
         floor = floor_rows(self._even, max(self._min_rows, round(UNION_MARGIN * union)))
-        # One row less than all: with all of them a layer keeps no order of use to go by.
+        # One row less than all slots: with a row for each, a layer keeps no order of use.
         cap = caches[0].num_slots - 1
-        counted = self._counted(current)
+        counted = self._counted(self.curves, current)
         found = _choose(self.curves, current, self._total, floor, cap, counted)
         if found is None:
             return None
         self.budgets = found
         self._pending = [c for c in caches if c.num_rows != found.rows[c.number]]
-        self._pending.sort(key=self._change)  # who gives up most first
+        self._pending.sort(key=self._change)  # the layer that shrinks most first
         self.rebalances += 1
         self.rows_moved += sum(max(0, self._change(cache)) for cache in caches)
         return found
 
-    def _counted(self, rows: list[int]) -> float:
-        """Misses of the last round's ghosts at so many rows, as sampled."""
-        pairs = zip(self._ghosts, self.curves, rows, strict=True)
+    def _counted(self, curves: list[MissCurve], rows: list[int]) -> float:
+        """Return the sampled misses of the last round at these rows."""
+        pairs = zip(self._ghosts, curves, rows, strict=True)
         return sum(curve.at(count) * curve.steps * ghost.rate for ghost, curve, count in pairs)
 
     def _change(self, cache: HotCache) -> int:
+        """Return the rows that a layer is to gain, by the last budgets."""
+        assert self.budgets is not None
         return self.budgets.rows[cache.number] - cache.num_rows
 
     def _resize(self) -> None:
-        """The next few: who takes most, as soon as that is there, else who gives up most."""
+        """Resize the next layers: the one that grows most if enough rows are spare, else the one
+        that shrinks most.
+        """
         for _ in range(min(LAYERS_A_STEP, len(self._pending))):
             takes = 0 < self._change(self._pending[-1]) <= self.layers.arena.spare
             cache = self._pending.pop(-1 if takes else 0)
-            cache.resize(self.budgets.rows[cache.number])
+            cache.resize(cache.num_rows + self._change(cache))
 
 
 @dataclass(frozen=True)
 class AgeSchedule:
     """Decode steps of each part of a round by ages.
 
-    warmup_steps  after rows have moved, or a round before has ended
-    counted  of which the curves are made
+    warmup_steps  after rows have moved, or after the last round
+    counted       steps that the curves are based on
     """
 
     warmup_steps: int = 64
@@ -209,13 +217,15 @@ class AgeSchedule:
 
 
 class AgeRebalancer:
-    """When and how rows move in a device's tier, by the ages of its rows (row_ages.py).
+    """Decides when and how rows move between layers, by the ages of the rows (row_ages.py).
 
-    A decision only: who calls step() moves the rows. Looks at the ages cost a step nothing, so
-    rounds follow one another, each with layers that grow by row_ages.GROWTH at the most.
-    rows        of each layer now, in the beginning as many in each
-    cap, min_rows  rows that a layer may have, and keeps
-    budgets, curves, rebalances, rows_moved: as Rebalancer's
+    The caller of step() moves the rows. Age snapshots cost a step nothing, so rounds follow one
+    another; in each, a layer grows by row_ages.GROWTH at most.
+
+    layers, even   number of layers, and hot rows of each at the start
+    cap, min_rows  the most and the fewest rows of a layer
+    rows           of each layer now
+    budgets, curves, rebalances, rows_moved: as in Rebalancer
     """
 
     def __init__(
@@ -236,15 +246,16 @@ class AgeRebalancer:
 
     def _begin(self) -> None:
         self._position, self._demand = 0, 0
-        self._snapshots, self._ages = 0, 0
+        self._snapshots = 0
+        self._ages: np.ndarray = np.zeros(1, np.int64)
         self._first: AgeSnapshot | None = None
 
     def step(self, demand: int, snapshot: AgeSnapshot | None = None) -> Budgets | None:
-        """Before each decode step. Returns budgets to move to before it is planned, if any.
+        """Decide before each decode step. Returns budgets to move to before its plan, or None.
 
-        demand: rows that the step needs in each layer, no more than even; the layers have them
-            when it returns and its budgets are kept
-        snapshot: where there has been one since the step before
+        demand: rows that the step needs in each layer, at most `even`; each layer has them once
+            the caller has applied the budgets
+        snapshot: taken since the last step, if any
         """
         schedule = self._schedule
         self._position += 1
@@ -257,32 +268,31 @@ class AgeRebalancer:
         is_short = min(self.rows) < demand
         if not (is_end or is_short):
             return None
-        is_steady = is_end and self._measure(snapshot)
+        curves = self._measure(snapshot) if is_end and snapshot is not None else None
         floor = floor_rows(self._even, max(self._min_rows, round(UNION_MARGIN * self._demand)))
         found = None
-        if is_steady:
-            counted = self._snapshots * expected_misses(self.curves, self.rows)
-            total = sum(self.rows)
-            found = _choose(self.curves, self.rows, total, floor, self._cap, counted)
+        if curves is not None:
+            counted = self._snapshots * expected_misses(curves, self.rows)
+            found = _choose(curves, self.rows, sum(self.rows), floor, self._cap, counted)
         elif is_short:
-            found = allot(self.curves, sum(self.rows), floor, self._cap)
+            found = allot(self.curves or [], sum(self.rows), floor, self._cap)
         self._begin()
         return self._moved(found)
 
-    def _measure(self, last: AgeSnapshot) -> bool:
-        """Make the round's curves; whether they are of the layers as they are now."""
-        first = self._first
+    def _measure(self, last: AgeSnapshot) -> list[MissCurve] | None:
+        """Return the round's curves, or None if they do not describe the layers as they are now."""
+        first = self._first or last
         steps = np.maximum(1, last.steps - first.steps)
         evicted = float(((last.evictions - first.evictions) / steps).sum())
         curves = [
             age_curve(counts / self._snapshots, rows, self._snapshots)
             for counts, rows in zip(self._ages, self.rows, strict=True)
         ]
-        least, most = (limit * evicted for limit in STEADY)
-        if not least <= expected_misses(curves, self.rows) <= most:
-            return False
+        low, high = (limit * evicted for limit in STEADY)
+        if not low <= expected_misses(curves, self.rows) <= high:
+            return None
         self.curves = curves
-        return True
+        return curves
 
     def _moved(self, found: Budgets | None) -> Budgets | None:
         if found is None or found.rows == self.rows:
@@ -296,7 +306,7 @@ class AgeRebalancer:
 
 
 def _compile() -> None:
-    """Have numba's machine code for all this before the first request."""
+    """Compile the numba kernels before the first request."""
     topk, slots = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
     cache, ghost = HotCache(None, 2, 2), GhostCache(2, 1.0, [1])
     ghost.seed(cache.slots_by_recency())

@@ -1,11 +1,10 @@
-"""A layer's miss curve from how old its hot rows are: what a device's hot tier shows for nothing.
+"""Estimates a layer's miss curve from the ages of its hot rows, without observing lookups.
 
 Denning and Schwartz ("Properties of the working-set model", CACM 1972): let N(T) be the mean
-number of rows that were last used T steps ago, W(T) the sum of N below T. A cache that keeps a
-row for T steps holds W(T) rows and loses N(T) a step, which is what it fetches. So one histogram
-of ages has every size up to the present one, each look at it some hundreds of misses, and no
-lookup has to be watched. Beyond the present size nothing is seen: N is continued as the power of
-T that it was among the older rows, and only so far as the next round can look again.
+number of rows last used T steps ago, and W(T) the sum of N below T. A cache that keeps a row for T
+steps holds W(T) rows and loses N(T) rows a step, which equals what it fetches. So one histogram of
+ages covers every size up to the present one. Beyond that size, N is extrapolated as a power of T
+fitted to the older rows, but only as far as a layer may grow in one round.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ import numpy as np
 
 from sglang_ess.tiers.balance.ghost_cache import MissCurve
 
-# Rows of a layer by which its curve is fitted: the youngest are a step's own top-k, and at the
-# old end rows are missing that have been evicted at an age which varies from step to step.
+# The curve is fitted to this part of a layer's rows, by age. The youngest rows are a step's own
+# top-k, and of the oldest some are already evicted.
 FIT_FROM, FIT_TO = 0.4, 0.9
-GROWTH = 1.5  # of a layer's rows in one round: as far as a curve is continued
+GROWTH = 1.5  # a layer grows by this factor in one round at most; curves end there
 AGE_STEP = 1.1  # between two points of a curve
-MAX_DECAY = 4.0  # of the fitted power: a tier that has turned over in a few steps shows no more
+MAX_DECAY = 4.0  # limit of the fitted power; a tier that turns over in a few steps shows no more
 
 
 def age_curve(counts: np.ndarray, rows: int, steps: int = 1) -> MissCurve:
-    """What a layer of so many hot rows would miss at other sizes, up to GROWTH times as many.
+    """Return the misses of a layer with `rows` hot rows at other sizes, up to GROWTH x rows.
 
-    counts [ages] rows that were last used 0, 1, ... steps ago, mean of several looks; the last
-        age stands for all older ones
-    steps: looks that the counts are the mean of
+    counts: [ages] rows last used 0, 1, ... steps ago, the mean of several snapshots; the last
+        entry counts all older rows
+    steps: number of those snapshots
     """
     counts = np.asarray(counts, float)
     used, limit = counts[:-1], rows * GROWTH
@@ -43,7 +42,7 @@ def age_curve(counts: np.ndarray, rows: int, steps: int = 1) -> MissCurve:
         following = max(last * AGE_STEP, last + 1)
         after = misses[-1] * (last / following) ** decay
         grown = (following - last) * (misses[-1] + after) / 2
-        if grown < rows / 1000:  # so flat that no size is ever reached
+        if grown < rows / 1000:  # so flat that the limit is never reached
             break
         sizes.append(sizes[-1] + grown)
         misses.append(after)
@@ -53,7 +52,7 @@ def age_curve(counts: np.ndarray, rows: int, steps: int = 1) -> MissCurve:
 
 
 def _points(end: int) -> np.ndarray:
-    """Ages from 0 to end, each at first, then in steps of AGE_STEP."""
+    """Return ages from 0 to end: each at first, then in steps of AGE_STEP."""
     found = [0, 1]
     while found[-1] < end:
         found.append(min(end, max(found[-1] + 1, round(found[-1] * AGE_STEP))))
@@ -61,7 +60,7 @@ def _points(end: int) -> np.ndarray:
 
 
 def _decay(ages: np.ndarray, lost: np.ndarray, sizes: list[float], rows: int) -> float:
-    """b of N(T) = c / T^b over the older rows, 0 to MAX_DECAY; 1 where too few ages show it."""
+    """Fit b of N(T) = c / T^b to the older rows: 0 to MAX_DECAY, 1 with too few ages."""
     old = (np.array(sizes) >= FIT_FROM * rows) & (lost > 0) & (ages > 0)
     if old.sum() < 3:
         old = (lost > 0) & (ages > 0)
