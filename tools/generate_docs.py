@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +169,14 @@ def _number(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
+def all_results() -> str:
+    """A section for each file of results/."""
+    files = sorted((REPO / "results").glob("*.json"))
+    return "\n".join(f"### {file.stem}\n\n{results(file.stem)}" for file in files)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "results": all_results,
     "flags": flags,
     "metrics": metrics,
     "hooks": hooks,
@@ -178,15 +184,9 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def _content(name: str) -> str:
-    """Raises: KeyError for a name that is neither a table nor a file of results."""
-    make = TABLES.get(name) or partial(results, name.removeprefix("results/"))
-    return make()
-
-
 def generated(text: str) -> str:
     """The page `text` with every generated region renewed."""
-    return REGION.sub(lambda match: match[1] + _content(match[2]) + match[3], text)
+    return REGION.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 
 def main(argv: list[str] | None = None) -> int:
