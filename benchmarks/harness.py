@@ -103,8 +103,11 @@ def select(rows: Iterable[dict], name=None, metric=None, kind=None, **config) ->
 
 def find(rows: Iterable[dict], name, metric, **config) -> dict | None:
     """The last measured row with this name, metric and at least this config."""
-    matches = select(rows, name, metric, "measured", **config)
-    return matches[-1] if matches else None
+    found = None
+    for row in select(rows, name, metric):
+        if row["kind"] == "measured" and config.items() <= row["config"].items():
+            found = row
+    return found
 
 
 def field_of(row: Mapping, key: Key) -> Any:

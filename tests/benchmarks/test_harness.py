@@ -59,6 +59,12 @@ class TestRows:
         assert find(rows, "op", "t", b=1) is rows[0]
         assert find(rows, "op", "t", b=2) is None
 
+    def test_a_config_may_have_a_kind_of_its_own(self):
+        report = Report(machine={})
+        report.add(measured("copy", {"kind": "fetch"}, "rate", "GB/s", [4]))
+        report.add(measured("copy", {"kind": "memcpy"}, "rate", "GB/s", [18]))
+        assert report.median("copy", "rate", kind="fetch") == 4
+
 
 class TestReport:
     def test_required_keys(self, tmp_path):
