@@ -1,9 +1,9 @@
-"""Refuses a stop_regex whose search could take the scheduler for ever.
+"""Refuses a stop_regex whose search could stop the scheduler for minutes or longer.
 
-SGLang searches the end of a request's output at every decode step, in the scheduler, with
-Python's `re`. That module backtracks: `(a+)+b` tries 2^n ways to divide n letters "a", and every
-request of the server waits meanwhile. A time limit would not do, because the ranks of a server
-must decide alike. So this bounds the number of steps from the pattern's text alone.
+At every decode step the scheduler searches the end of a request's output with Python's `re`. That
+module backtracks: `(a+)+b` tries 2^n ways to divide n letters "a", and meanwhile every request of
+the server waits. A time limit is no remedy, because all ranks of a server must decide alike. So
+this module bounds the number of steps from the text of the pattern alone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import re
 from re import _compiler, _parser  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
-LENGTH = 1000  # characters of output for which steps are bounded
-# Two nested loops over the output pass (`.*x` from each start), three do not.
+LENGTH = 1000  # the bound is for an output of this many characters
+# This allows two nested loops over the output (`.*x` from each start), but not three.
 MAX_STEPS = 5e7
-SAMPLES = "".join(map(chr, range(128))) + "é中€\u2003\u0663"  # one of each kind beyond ASCII
+SAMPLES = "".join(map(chr, range(128))) + "é中€\u2003\u0663"  # ASCII, and one of each other kind
 
 _SINGLE = {_parser.LITERAL, _parser.NOT_LITERAL, _parser.IN, _parser.ANY}
 _LOOPS = {_parser.MAX_REPEAT, _parser.MIN_REPEAT, _parser.POSSESSIVE_REPEAT}
@@ -25,7 +25,7 @@ _LOOKS = {_parser.ASSERT, _parser.ASSERT_NOT}
 
 
 class _Bound(NamedTuple):
-    """ways: in how many ways a part can match from one position; steps: to try all of them."""
+    """ways: number of ways in which a part can match at one position; steps: to try them all."""
 
     ways: float
     steps: float
@@ -33,7 +33,7 @@ class _Bound(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def problem(pattern: str) -> str | None:
-    """Why a stop_regex is refused, in one line; None if its search is short."""
+    """Why a stop_regex is refused, in one line; None if it is served."""
     try:
         steps = LENGTH * _Search(pattern).steps()
     except (re.error, RecursionError) as error:
@@ -42,8 +42,8 @@ def problem(pattern: str) -> str | None:
         return None
     return (
         f"stop_regex must be a pattern that is found in few steps: got {pattern!r}, which can take "
-        f"more than {MAX_STEPS:.0g} on {LENGTH} characters. Repeat no repeat, and let what follows "
-        "one begin with a character that it cannot match."
+        f"more than {MAX_STEPS:.0g} on {LENGTH} characters. Avoid a repeat inside a repeat, and a "
+        "repeat that can also match the characters after it."
     )
 
 
@@ -55,7 +55,7 @@ def _power(base: float, exponent: int) -> float:
 
 
 class _Search:
-    """Bounds for one pattern. Sets of characters are bit masks over an alphabet of samples."""
+    """The bound of one pattern. A set of characters is a bit mask over sample characters."""
 
     def __init__(self, pattern: str):
         self._parsed = _parser.parse(pattern)
@@ -67,7 +67,7 @@ class _Search:
         return self._sequence(list(self._parsed), None).steps
 
     def _sequence(self, nodes: list[Any], follow: int | None) -> _Bound:
-        """follow: characters that may come next; None if the search has succeeded there."""
+        """Bound a sequence. follow: characters that may come next; None if the search ends there."""
         ways, steps = 1.0, 1.0
         for i in reversed(range(len(nodes))):
             first, can_be_empty = self._first(nodes[i + 1 :])
@@ -125,7 +125,7 @@ class _Search:
         return _Bound(max(every) if alone else sum(every), steps)
 
     def _first(self, nodes: list[Any]) -> tuple[int, bool]:
-        """(characters that a match can begin with, whether it can be empty)."""
+        """(characters with which a match can begin, whether a match can be empty)."""
         mask = 0
         for kind, value in nodes:
             if kind in _SINGLE:
@@ -141,7 +141,7 @@ class _Search:
                 parts = [self._first(list(branch)) for branch in value[1]]
                 first = functools.reduce(int.__or__, (part for part, _ in parts), 0)
                 can_be_empty = any(empty for _, empty in parts)
-            else:  # an assertion, a back reference: it may fail before any character
+            else:  # an assertion or a back reference can fail before any character
                 return self._all, False
             mask |= first
             if not can_be_empty:
