@@ -67,7 +67,7 @@ class _Search:
         return self._sequence(list(self._parsed), None).steps
 
     def _sequence(self, nodes: list[Any], follow: int | None) -> _Bound:
-        """Bound a sequence. follow: characters that may come next; None if the search ends there."""
+        """follow: characters that may come after the nodes; None if the search ends there."""
         ways, steps = 1.0, 1.0
         for i in reversed(range(len(nodes))):
             first, can_be_empty = self._first(nodes[i + 1 :])
