@@ -29,7 +29,7 @@ from benchmarks.harness import (
     simulated,
 )
 from benchmarks.sim.published import FIGURE5, FIGURE9, HISPARSE, LAYER_17, LAYER_17_AT_02, RATIOS
-from sglang_ess.sim.model.decode_tiers import miss_curves
+from sglang_ess.sim.model.decode_tiers import Sampling, miss_curves
 from sglang_ess.sim.model.locality import Layers, Locality, TopkStream, similarity
 from sglang_ess.sim.policies import misses as policy_misses
 
@@ -49,7 +49,7 @@ def surface(context: int, requests: int, steps: int) -> RegularGridInterpolator:
     layers = Layers(CHURN, tuple(float(u) for _, u in grid), tuple(float(r) for r, _ in grid))
     flat = Locality(TOPK, context, 0.0, layers)
     rows = [int(context * ratio) for ratio in RATIOS]
-    curves = miss_curves(flat, context, rows, queries=QUERIES, requests=requests, steps=steps)
+    curves = miss_curves(flat, context, rows, Sampling(steps, 10, QUERIES), requests=requests)
     values = curves.reshape(len(REACHES), len(UNIFORMS), len(rows))
     return RegularGridInterpolator(
         (np.log(REACHES), UNIFORMS), values, bounds_error=False, fill_value=None
@@ -179,7 +179,7 @@ def check_deepseek(report: Report, locality: Locality, quick: bool) -> None:
     for context in FIGURE9:
         rows = [int(context * ratio) for ratio in RATIOS]
         found[context] = miss_curves(
-            locality, context, rows, queries=QUERIES, requests=requests, steps=steps, seed=1
+            locality, context, rows, Sampling(steps, 10, QUERIES, seed=1), requests=requests
         )
         for ratio, ours in zip(RATIOS, found[context].mean(0), strict=True):
             config = {"context": context, "ratio": ratio}

@@ -45,7 +45,7 @@ from benchmarks.harness import (
 )
 from sglang_ess.sim.inputs.specs import Calibration, Model, load, names
 from sglang_ess.sim.model.cost import CostModel
-from sglang_ess.sim.model.decode_tiers import measure
+from sglang_ess.sim.model.decode_tiers import Sampling, measure
 from sglang_ess.sim.model.miss_table import MissTable
 from sglang_ess.testing.topk_stream.spec import MAX_LAYERS, Profile
 from sglang_ess.testing.topk_stream.table import scaled
@@ -134,10 +134,7 @@ def simulated_misses(
         played[-1],
         requests,
         rows,
-        steps=steps,
-        warmup_steps=steps,
-        layers=chosen,
-        seed=seed,
+        Sampling(steps, steps, layers=chosen, seed=seed),
     )
     return found.misses[which]
 

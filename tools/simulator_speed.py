@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.harness import Panel, Report, argument_parser, finish, simulated
-from sglang_ess.sim.model.decode_tiers import DecodeTiers
+from sglang_ess.sim.model.decode_tiers import DecodeTiers, TierSizes
 from sglang_ess.sim.model.locality import Locality
 
 PROFILE, CONTEXT, QUERIES, ROWS = "deepseek-v3.2", 32768, 2, 6881
@@ -35,8 +35,9 @@ def run(
 
     def one(layer: int) -> float:
         tiers = DecodeTiers(
-            locality, ROWS * requests, requests * (CONTEXT + 256), max_requests=requests,
-            max_tokens=CONTEXT + 256, layers=[layer], queries=QUERIES,
+            locality, ROWS * requests,
+            TierSizes(requests * (CONTEXT + 256), requests, CONTEXT + 256),
+            layers=[layer], queries=QUERIES,
         )  # fmt: skip
         for request in range(requests):
             tiers.join(request, CONTEXT, "settled")

@@ -32,7 +32,7 @@ from benchmarks.sim.published import BASELINES, ESS_ROWS, K
 from sglang_ess.layout import GIB
 from sglang_ess.sim.inputs.specs import load
 from sglang_ess.sim.model.cost import CostModel
-from sglang_ess.sim.model.decode_tiers import measure, miss_curves
+from sglang_ess.sim.model.decode_tiers import Sampling, measure, miss_curves
 from sglang_ess.sim.model.locality import Locality
 from sglang_ess.sim.model.memory import Charges, Memory
 from sglang_ess.sim.planning import lab
@@ -178,7 +178,7 @@ def curves_of(locality: Locality, context: int, quick: bool) -> list[MissCurve]:
     rows = sorted(set(rows))
     with tqdm(total=locality.num_layers, desc="curves", file=sys.stderr, disable=None) as bar:
         misses = miss_curves(
-            locality, context, rows, queries=QUERIES, steps=20 if quick else 60, progress=bar.update
+            locality, context, rows, Sampling(20 if quick else 60, 10, QUERIES), progress=bar.update
         )
     lookups = float(QUERIES * locality.topk)
     return [
@@ -222,7 +222,7 @@ def check(
     layers = locality.spread(4 if quick else 16)
     found = measure(
         locality, context, 4 if quick else 12, [point.budgets[layer] for layer in layers],
-        queries=QUERIES, steps=20 if quick else 40, warmup_steps=20, layers=layers, seed=seed,
+        Sampling(20 if quick else 40, 20, QUERIES, layers, seed),
     )  # fmt: skip
     error = found.mean / point.misses[list(layers)].mean() - 1
     report.summarise(f"curve_error_{context // K}k", error)

@@ -50,7 +50,7 @@ from benchmarks.sim.ess_fit import (
 )
 from benchmarks.sim.published import BASELINES, ESS_ROWS, K, Row
 from sglang_ess.sim.inputs.specs import Calibration, load
-from sglang_ess.sim.model.decode_tiers import measure
+from sglang_ess.sim.model.decode_tiers import Sampling, measure
 from sglang_ess.sim.model.locality import Locality
 from sglang_ess.sim.model.memory import Charges, Memory
 from sglang_ess.sim.model.overlap_time import MODES
@@ -78,7 +78,7 @@ def _measured(context: int, rows: int, queries: int, count: int, seed: int) -> n
     locality = Locality.load(MODEL)
     layers = list(locality.spread(count))
     found = measure(
-        locality, context, 2, rows, queries=queries, layers=layers, shared=False, seed=seed
+        locality, context, 2, rows, Sampling(40, 40, queries, layers, seed), shared=False
     )
     shape = published.FIGURE5 * found.misses.sum() / published.FIGURE5[layers].sum()
     shape[layers] = found.misses

@@ -13,7 +13,7 @@ from sglang_ess.sim.engine.requests import Requests
 from sglang_ess.sim.engine.serving import Flow, Serving, Until
 from sglang_ess.sim.inputs.arrivals import Arrivals, Lengths, Workload, draw
 from sglang_ess.sim.model.cost import StepTime
-from sglang_ess.sim.model.decode_tiers import DecodeTiers
+from sglang_ess.sim.model.decode_tiers import DecodeTiers, TierSizes
 from sglang_ess.sim.model.locality import Layers, Locality
 
 LAYERS, TOPK, ROW_BYTES = 4, 16, 1000
@@ -85,7 +85,7 @@ class System:
         fetches, gate = ConstantFetches(LAYERS, self.misses or 0.0), None
         if self.misses is None:
             tiers = DecodeTiers(
-                LOCALITY, self.hot_rows, self.slots + 64 * 256, max_requests=64, max_tokens=1024,
+                LOCALITY, self.hot_rows, TierSizes(self.slots + 64 * 256, 64, 1024),
                 layers=(0, 1), queries=self.queries, seed=self.seed,
             )  # fmt: skip
             fetches = TierFetches(tiers, LAYERS, self.accepted)

@@ -7,6 +7,8 @@ from sglang_ess.sim.model.decode_tiers import (
     PAGE_SLOTS,
     DecodeTiers,
     OutOfSlots,
+    Sampling,
+    TierSizes,
     measure,
     miss_curves,
 )
@@ -18,8 +20,9 @@ SHAPE = Locality(K, CONTEXT, 0.0, Layers(0.25, (0.1, 0.1, 0.1), (60.0, 150.0, 40
 
 
 def tiers(rows=200, num_slots=8 * 1024, requests=8, **changes):
-    options = {"max_requests": requests, "max_tokens": 1024, "queries": 2} | changes
-    return DecodeTiers(SHAPE, rows, num_slots, **options)
+    sizes = {"num_slots": num_slots, "max_requests": requests, "max_tokens": 1024}
+    sizes |= {name: changes.pop(name) for name in sizes.keys() & changes}
+    return DecodeTiers(SHAPE, rows, TierSizes(**sizes), **{"queries": 2} | changes)
 
 
 def run(one, steps=10):
@@ -56,13 +59,13 @@ def test_one_request_has_a_shared_tier_to_itself():
 
 
 def test_more_rows_never_miss_more():
-    curves = miss_curves(SHAPE, CONTEXT, range(130, 600, 47), queries=1, requests=2, steps=30)
+    curves = miss_curves(SHAPE, CONTEXT, range(130, 600, 47), Sampling(30, 10), requests=2)
     assert (np.diff(curves, axis=1) <= 0).all() and (curves[:, 0] > curves[:, -1]).all()
 
 
 def test_measure_agrees_with_the_curve():
-    curve = miss_curves(SHAPE, CONTEXT, [105], queries=2, requests=12, steps=60)[:, 0]
-    found = measure(SHAPE, CONTEXT, 12, 105, queries=2, steps=60, seed=5)
+    curve = miss_curves(SHAPE, CONTEXT, [105], Sampling(60, 10, 2), requests=12)[:, 0]
+    found = measure(SHAPE, CONTEXT, 12, 105, Sampling(60, 40, 2, seed=5))
     # Its requests grow by a token a step, of which one in K is another selection.
     assert found.misses == pytest.approx(curve, rel=0.2)
     assert found.lookups == 3 * 100 * 12 * 2 * K

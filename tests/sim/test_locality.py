@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.sim.published import FIGURE5
 from sglang_ess.sim.inputs.files import SpecError
-from sglang_ess.sim.model.decode_tiers import miss_curves
+from sglang_ess.sim.model.decode_tiers import Sampling, miss_curves
 from sglang_ess.sim.model.locality import Layers, Locality, TopkStream, similarity
 
 K, CONTEXT = 64, 1000
@@ -81,7 +81,7 @@ def test_by_recency_ends_with_the_selection_and_has_every_position_once():
 
 def test_a_larger_reach_or_uniform_share_misses_more():
     def misses(**changes):
-        return miss_curves(locality(**changes), CONTEXT, [150], steps=40)[0, 0]
+        return miss_curves(locality(**changes), CONTEXT, [150], Sampling(40, 10))[0, 0]
 
     assert misses(reach=50.0) < misses(reach=400.0)
     assert misses(uniform=0.05) < misses(uniform=0.5)
@@ -103,7 +103,7 @@ def test_the_fitted_layers_miss_as_published():
     """Layers of figure 5 from all over, and its peak, by the production LRU."""
     shape = Locality.load("deepseek-v3.2")
     layers = [1, 17, 24, 38, 50]
-    found = miss_curves(shape, 32768, [6554], queries=2, steps=40, layers=layers)[:, 0]
+    found = miss_curves(shape, 32768, [6554], Sampling(40, 10, 2, layers))[:, 0]
     assert found == pytest.approx(FIGURE5[layers], rel=0.15)
 
 

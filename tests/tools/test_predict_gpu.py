@@ -9,7 +9,7 @@ import pytest
 from benchmarks.harness import Report
 from benchmarks.serving.gpu_figures import METRICS
 from benchmarks.serving.gpu_grid import SYSTEMS
-from sglang_ess.sim.model.decode_tiers import measure
+from sglang_ess.sim.model.decode_tiers import Sampling, measure
 from sglang_ess.sim.model.locality import Locality
 from tools import predict_gpu
 from tools.predict_gpu import fit, judge
@@ -55,7 +55,7 @@ def true_misses():
     layers = locality.spread(LAYERS)
     return {
         (context, batch): measure(
-            locality, PLAYED[context], batch, HOT[context], layers=layers, seed=7
+            locality, PLAYED[context], batch, HOT[context], Sampling(layers=layers, seed=7)
         ).mean
         for context in PLAYED
         for batch in FETCHED

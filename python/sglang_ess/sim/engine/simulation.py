@@ -20,7 +20,7 @@ from sglang_ess.sim.inputs.arrivals import Workload
 from sglang_ess.sim.inputs.scenario import COLOCATED, ESS, ONE_TIER, PAPER, PD, Scenario
 from sglang_ess.sim.inputs.specs import Deployment, Link, Model, SpecError, changed, load
 from sglang_ess.sim.model.cost import CostModel
-from sglang_ess.sim.model.decode_tiers import DecodeTiers
+from sglang_ess.sim.model.decode_tiers import DecodeTiers, TierSizes
 from sglang_ess.sim.model.locality import Locality
 from sglang_ess.sim.model.memory import Charges, Memory
 from sglang_ess.sim.model.slots import whole_pages
@@ -92,7 +92,7 @@ class Simulation:
     """One system of a scenario, ready to run.
 
     workload: as workload_of draws it
-    policy: the admission of the system `ess`
+    policy: class of the admission in the system `ess`
     Raises: SpecError, ValueError for specs that do not fit each other.
     """
 
@@ -202,9 +202,7 @@ class Simulation:
         tiers = DecodeTiers(
             locality,
             self._room.hot_rows,
-            self._room.slots + most * GROWTH_SLACK,
-            max_requests=most,
-            max_tokens=self._longest + GROWTH_SLACK,
+            TierSizes(self._room.slots + most * GROWTH_SLACK, most, self._longest + GROWTH_SLACK),
             layers=locality.spread(run.layers or locality.num_layers),
             queries=self._deployment.queries,
             seed=seed,

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -103,6 +103,14 @@ def _fetched(cache: HotCache, topk: np.ndarray) -> np.ndarray:
     return misses
 
 
+class TierSizes(NamedTuple):
+    """Slots of the host tier; most requests at once; most tokens of one request."""
+
+    num_slots: int
+    max_requests: int
+    max_tokens: int
+
+
 class DecodeTiers:
     """The decode requests of one rank and the tiers that hold their rows.
 
@@ -110,7 +118,7 @@ class DecodeTiers:
     rows       hot rows of each simulated layer, or one number for all. If shared, all requests
                share them. Otherwise each request has that many, as in ESS (ratio x context) and
                HiSparse (a constant), unless join gives it another number.
-    num_slots  of the host tier; max_tokens: of one request
+    sizes      see TierSizes
     queries    of a request in one step, which with MTP is 1 + draft tokens
     A request enters by join and goes by leave. No step moves its slots.
     Raises: ValueError for sizes that are not positive; OutOfSlots when slots run out.
@@ -120,10 +128,8 @@ class DecodeTiers:
         self,
         locality: Locality,
         rows: int | Sequence[int],
-        num_slots: int,
+        sizes: TierSizes,
         *,
-        max_requests: int,
-        max_tokens: int,
         layers: Sequence[int] | None = None,
         queries: int = 1,
         shared: bool = True,
@@ -131,8 +137,7 @@ class DecodeTiers:
     ):
         self.layers = tuple(range(locality.num_layers) if layers is None else layers)
         rows = [rows] * len(self.layers) if isinstance(rows, int | np.integer) else list(rows)
-        sizes = {"queries": queries, "max_requests": max_requests, "max_tokens": max_tokens}
-        for name, value in {**sizes, "rows": min(rows), "num_slots": num_slots}.items():
+        for name, value in {"queries": queries, "rows": min(rows), **sizes._asdict()}.items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive: got {value}.")
         if len(rows) != len(self.layers):
@@ -141,6 +146,7 @@ class DecodeTiers:
                 f"got {len(rows)}."
             )
         self.locality, self.queries = locality, queries
+        num_slots, max_requests, max_tokens = sizes
         max_tokens = whole_pages(max_tokens)
         self._free_pages = list(range(num_slots // PAGE_SLOTS))[::-1]
         self._slots = np.zeros((max_requests, max_tokens), np.int32)
@@ -273,48 +279,66 @@ class Measured:
         return float(self.misses.mean())
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How steady misses are measured.
+
+    steps         counted decode steps; warmup_steps: steps before them
+    queries       of a request in one step
+    layers        of the locality; None: all
+    seed          of the streams
+    """
+
+    steps: int = 40
+    warmup_steps: int = 40
+    queries: int = 1
+    layers: Iterable[int] | None = None
+    seed: int = 0
+
+    def layers_of(self, locality: Locality) -> tuple[int, ...]:
+        return tuple(range(locality.num_layers) if self.layers is None else self.layers)
+
+
 def measure(
     locality: Locality,
     context: int,
     requests: int,
     rows: float | Sequence[float],
+    sampling: Sampling | None = None,
     *,
-    queries: int = 1,
-    steps: int = 40,
-    warmup_steps: int = 40,
-    layers: Iterable[int] | None = None,
     shared: bool = True,
-    seed: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Measure the steady misses of `requests` requests of one context length.
 
     rows    hot rows per request: one number, or one for each layer. A shared tier has
             `requests` times as many.
-    warmup_steps: steps before those that count; progress: called after every step of a layer
+    progress: called after every step of a layer
     """
-    chosen = tuple(range(locality.num_layers) if layers is None else layers)
+    sampling = sampling or Sampling()
+    chosen, steps, queries = sampling.layers_of(locality), sampling.steps, sampling.queries
+    all_steps = sampling.warmup_steps + steps
     each = np.broadcast_to(np.asarray(rows, float), len(chosen))
-    tokens = context + warmup_steps + steps + PAGE_SLOTS
+    tokens = context + all_steps + PAGE_SLOTS
 
     def one(index: int) -> float:
         tiers = DecodeTiers(
             locality, int(round(each[index] * (requests if shared else 1))) or 1,
-            requests * whole_pages(tokens), max_requests=requests,
-            max_tokens=tokens, layers=[chosen[index]], queries=queries, shared=shared, seed=seed,
+            TierSizes(requests * whole_pages(tokens), requests, tokens),
+            layers=[chosen[index]], queries=queries, shared=shared, seed=sampling.seed,
         )  # fmt: skip
         for request in range(requests):
             tiers.join(request, context, "settled")
         total = 0
-        for step in range(warmup_steps + steps):
+        for step in range(all_steps):
             fetched = int(tiers.step()[0])
-            total += fetched if step >= warmup_steps else 0
+            total += fetched if step >= sampling.warmup_steps else 0
             progress()
         return total / steps / requests
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         misses = list(threads.map(one, range(len(chosen))))
-    lookups = len(chosen) * (warmup_steps + steps) * requests * queries * locality.topk
+    lookups = len(chosen) * all_steps * requests * queries * locality.topk
     return Measured(chosen, np.array(misses), lookups)
 
 
@@ -322,24 +346,22 @@ def miss_curves(
     locality: Locality,
     context: int,
     rows: Sequence[int],
+    sampling: Sampling | None = None,
     *,
-    queries: int = 1,
     requests: int = 1,
-    steps: int = 60,
-    warmup_steps: int = 10,
-    layers: Iterable[int] | None = None,
-    seed: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Measure steady misses per request and step [layers, rows] at each size.
 
     rows: hot rows of a request. All sizes see the same streams.
+    sampling: by default 60 steps after 10
     progress: called after every request of a layer
     """
-    chosen = tuple(range(locality.num_layers) if layers is None else layers)
+    sampling = sampling or Sampling(60, 10)
+    warmup_steps, steps = sampling.warmup_steps, sampling.steps
 
     def one(layer: int) -> np.ndarray:
-        stream = TopkStream(locality, layer, 1, context, seed)
+        stream = TopkStream(locality, layer, 1, context, sampling.seed)
         positions = np.arange(context, dtype=np.int32)[None]
         misses, buffers = np.zeros(len(rows)), PlanBuffers()
         which, length = np.array([0]), np.array([context])
@@ -350,11 +372,11 @@ def miss_curves(
             for cache in caches:
                 cache.warm(order[-cache.num_rows :])
             for step in range(warmup_steps + steps):
-                topk = stream.next(which, length, positions, queries)
+                topk = stream.next(which, length, positions, sampling.queries)
                 fetched = [_fetched(cache, topk).sum() for cache in caches]
                 misses += fetched if step >= warmup_steps else 0
             progress()
         return misses / (requests * steps)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        return np.array(list(threads.map(one, chosen)))
+        return np.array(list(threads.map(one, sampling.layers_of(locality))))

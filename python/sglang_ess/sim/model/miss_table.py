@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from sglang_ess.sim.model.decode_tiers import miss_curves
+from sglang_ess.sim.model.decode_tiers import Sampling, miss_curves
 from sglang_ess.sim.model.locality import Locality
 from sglang_ess.sim.model.trace_replay import SCALES, curve, layer_curves
 from sglang_ess.tiers.balance.budgets import allot
@@ -60,8 +60,8 @@ class MissTable:
         found = np.zeros((len(chosen), 0))
         if sizes:
             found = miss_curves(
-                locality, context, sizes, queries=queries, requests=REQUESTS, steps=STEPS,
-                warmup_steps=SETTLE, layers=chosen, seed=seed, progress=progress,
+                locality, context, sizes, Sampling(STEPS, SETTLE, queries, chosen, seed),
+                requests=REQUESTS, progress=progress,
             )  # fmt: skip
         # With no hot rows a step misses all it selects; with all rows hot it misses nothing.
         most = min(queries * locality.topk, context)
