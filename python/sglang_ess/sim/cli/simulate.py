@@ -154,8 +154,8 @@ def lines(results: Sequence[Results]) -> Iterator[tuple[str, ...]]:
     yield row("misses a request and layer", lambda r: f"{r.misses:.1f}")
     yield row("hit rate", lambda r: f"{r.hit_rate:.3f}")
     yield row("link in use", lambda r: f"{r.link_utilisation:.1%}")
-    yield row("retracted / shed", lambda r: f"{r.retractions} / {r.preempted}")
-    yield row("held out, rounds", _deferred)
+    yield row("retracted / preempted", lambda r: f"{r.retractions} / {r.preempted}")
+    yield row("deferred, rounds", _deferred)
     if any(result.prefill_share for result in results):
         yield row("time in prompts", lambda r: f"{r.prefill_share:.1%}")
     yield row("slots / hot rows", lambda r: f"{r.slots:,} / {r.hot_rows:,}")
