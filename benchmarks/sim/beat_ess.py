@@ -1,4 +1,4 @@
-"""What a shared hot tier with per-layer budgets gains over ESS at the same memory, simulated.
+"""Simulate what a shared hot tier with per-layer budgets gains over ESS at the same memory.
 
     python -m benchmarks.sim.beat_ess [--quick] [--json PATH] [--plot PATH]
 
@@ -110,7 +110,7 @@ class Setting:
         gpu, self._deployment = load("gpu", GPU), load("deployment", SETTINGS[context])
         self._machine = self.model, gpu, load("link", LINK)
         charge = getattr(Charges, charges)(self.model)
-        # The paper states no limit of host memory; what a step takes of it is in the table.
+        # The paper states no limit of host memory; the table shows what each step takes.
         unlimited = replace(self._deployment, host_gib=HOST_GIB)
         self.memory = Memory.of(self.model, gpu, unlimited, charge)
         base = next(row for row in BASELINES if (row.context, row.queries) == (context, QUERIES))

@@ -1,4 +1,4 @@
-"""Fits of the cost model to ESS: which figures enter, and a guard that no predicted row does."""
+"""Fit the cost model to figures of ESS. A guard refuses a row that is to be predicted."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sglang_ess.sim.model.cost import MICRO, CostModel
 from sglang_ess.sim.model.overlap_time import MODES
 
 MODEL, GPU, LINK = "deepseek-v3.2", "h200", "pcie5"
-TABLE_SIGMA = 0.005  # relative: printed to six digits, so what the model leaves out decides
+TABLE_SIGMA = 0.005  # relative; the paper prints six digits, so the error is that of the model
 FIGURE7_SIGMA = 5 * MICRO
 _load = functools.cache(load)
-COMPUTE = {"layer_us": 300.0, "token_bytes": 3e6, "step_us": 5000.0}  # and where a fit begins
+COMPUTE = {"layer_us": 300.0, "token_bytes": 3e6, "step_us": 5000.0}  # names, and start of the fit
 OVERLAP = {"transfer_ratio": 1.0, "preattn_us": 50.0, "da_us": 30.0, "dba_us": 30.0}
 
 
 @dataclass(frozen=True)
 class Point:
-    """A step time that a fit may use. sigma: relative; ratio: of the row it comes from."""
+    """A step time that a fit may use. ratio: Sparse Memory Ratio of its row; sigma: relative"""
 
     name: str
     queries: int
@@ -43,7 +43,7 @@ class Point:
 
 
 def table_points() -> list[Point]:
-    """The baseline rows of Table 2, once each: acceptance does not change a step."""
+    """The distinct baseline rows of Table 2: acceptance does not change the time of a step."""
     distinct = {(row.queries, row.context, row.batch): row for row in reversed(BASELINES)}
     return [Point.of(row) for row in reversed(distinct.values())]
 
@@ -60,7 +60,7 @@ def figure1_points() -> list[Point]:
 
 
 def require_unseen(fitted: Iterable[str], predicted: Iterable[str]) -> None:
-    """Raises: AssertionError where a row is both fitted and predicted."""
+    """Raises: AssertionError if a row is both fitted and predicted."""
     if both := sorted(set(fitted) & set(predicted)):
         raise AssertionError(f"predicted rows must not be fitted: got {', '.join(both)}.")
 
@@ -69,7 +69,7 @@ def require_unseen(fitted: Iterable[str], predicted: Iterable[str]) -> None:
 class Reading:
     """One reading of what the paper leaves open.
 
-    changes, long_changes: of the paper's deployments, and of the one at 128K alone
+    changes: fields that differ from the paper's deployments; long_changes: only at 128K
     """
 
     gpu: str = GPU
@@ -77,7 +77,7 @@ class Reading:
     long_changes: Mapping[str, Any] = field(default_factory=dict)
 
     def model(self, calibration: Calibration, queries: int, context: int, **more: Any) -> CostModel:
-        """The paper's setting at MTP `queries`; more: of the deployment, over the reading's."""
+        """The paper's setting at MTP `queries`. more: deployment fields that override changes"""
         is_long = context >= 128 * K
         changes = {"queries": queries, "accepted_tokens": 1.0, **self.changes}
         changes |= self.long_changes if is_long else {}
@@ -93,7 +93,7 @@ PAPER = Reading()
 def fit_compute(
     calibration: Calibration, points: list[Point], reading: Reading = PAPER
 ) -> Calibration:
-    """calibration with COMPUTE's fields as the points have it, least squares of relative errors.
+    """The calibration with COMPUTE's fields fitted to the points: least squares, relative errors.
 
     Raises: AssertionError for a point that is an ESS row.
     """
@@ -114,7 +114,7 @@ def fit_compute(
 def figure7_us(
     calibration: Calibration, mode: str, misses: float, reading: Reading = PAPER
 ) -> float:
-    """What figure 7 plots: added us of one layer of one micro-batch."""
+    """The value that figure 7 plots: us added to one layer of one micro-batch."""
     queries, context = published.FIGURE7_QUERIES, published.FIGURE7_CONTEXT
     model = reading.model(calibration, queries, context, overlap=mode)
     half = published.FIGURE7_BATCH / 2
@@ -122,7 +122,7 @@ def figure7_us(
 
 
 def fit_overlap(calibration: Calibration, reading: Reading = PAPER) -> Calibration:
-    """calibration with OVERLAP's fields as figure 7 has it."""
+    """The calibration with OVERLAP's fields fitted to figure 7."""
 
     def errors(values: dict[str, float]) -> list[float]:
         found = replace(calibration, **values)
@@ -136,7 +136,7 @@ def fit_overlap(calibration: Calibration, reading: Reading = PAPER) -> Calibrati
 
 
 def _least_squares(errors, start: dict[str, float]) -> dict[str, float]:
-    """Non-negative values of start's names with the least sum of squared errors."""
+    """Non-negative values for the names of `start` that minimise the sum of squared errors."""
     scale = np.array(list(start.values()))
 
     def named(x):

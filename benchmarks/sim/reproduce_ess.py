@@ -1,5 +1,7 @@
 """ESS's Table 2 from its baselines: compute, overlap and misses are fitted, ESS's rows predicted.
 
+    python -m benchmarks.sim.reproduce_ess [--quick] [--json PATH] [--plot PATH]
+
 Fitted, by least squares, and never on a row with ESS (ess_fit.py refuses one):
 - compute (layer_us, token_bytes, step_us) on the three distinct baseline rows of Table 2 and the
   four readings of figure 1;
@@ -64,16 +66,16 @@ Misses = Callable[[Row], np.ndarray]
 
 
 def interpolated(row: Row) -> np.ndarray:
-    """[61] of figures 5 and 9, which are at two queries; another has a query's share."""
+    """[61] misses from figures 5 and 9, which are for two queries, scaled to the row's queries."""
     queries = row.queries / published.FIGURE5_QUERIES
     return published.layer_misses(row.context, row.ratio) * queries
 
 
 @functools.cache
 def _measured(context: int, rows: int, queries: int, count: int, seed: int) -> np.ndarray:
-    """[61] of the production LRU, one hot tier a request as ESS has it, two requests.
+    """[61] misses of the production LRU: two requests, a hot tier for each, as in ESS.
 
-    Layers beyond the `count` simulated ones take figure 5's share of their sum.
+    `count` layers are simulated. The others take their share of figure 5 of the same sum.
     """
     locality = Locality.load(MODEL)
     layers = list(locality.spread(count))
@@ -86,14 +88,14 @@ def _measured(context: int, rows: int, queries: int, count: int, seed: int) -> n
 
 
 def generated(row: Row, count: int = published.LAYERS, seed: int = 0) -> np.ndarray:
-    """[61] of the production LRU on generated streams, from `count` simulated layers."""
+    """[61] misses of the production LRU on generated streams, from `count` simulated layers."""
     return _measured(row.context, int(row.ratio * row.context), row.queries, count, seed)
 
 
 class Reproduction:
     """Fitted terms and what they predict under one reading of the paper.
 
-    misses: of a row; points: of the compute fit
+    misses: [61] misses of a row; points: what compute is fitted to
     """
 
     def __init__(self, misses: Misses, points: list[Point], reading: Reading = PAPER):
@@ -102,7 +104,7 @@ class Reproduction:
         self.calibration: Calibration = fit_overlap(fit_compute(start, points, reading), reading)
 
     def seconds(self, row: Row, **changes: Any) -> float:
-        """Of a step. A baseline row has every latent row on the device."""
+        """Time of a step. A baseline row keeps every latent row on the device."""
         model = self.reading.model(self.calibration, row.queries, row.context, **changes)
         misses = self.misses(row) if row.ratio < 1 else 0.0
         return model.step(row.batch, row.context, misses).seconds
@@ -114,22 +116,22 @@ class Reproduction:
         return self.throughput(row) / row.throughput - 1
 
     def errors(self) -> np.ndarray:
-        """Of the predicted rows. Raises: AssertionError if one of them was fitted."""
+        """Errors of the predicted rows. Raises: AssertionError if one of them was fitted."""
         require_unseen([point.name for point in self.points], [row.name for row in ESS_ROWS])
         return np.array([self.error(row) for row in ESS_ROWS])
 
     def fit_error(self) -> float:
-        """The largest of a baseline row."""
+        """The largest error of a baseline row."""
         return max(abs(self.error(row)) for row in BASELINES)
 
     def gain(self, context: int, queries: int = 2, accepted: float = 1.7) -> float:
-        """The best batch over the baseline, both predicted, less 1."""
+        """Throughput at the best batch over the baseline's, both predicted, minus 1."""
         rows = [r for r in (*BASELINES, *ESS_ROWS)
                 if (r.context, r.queries, r.accepted) == (context, queries, accepted)]  # fmt: skip
         return _gain({row: self.throughput(row) for row in rows})
 
     def gain_64k(self, choices: tuple[bool, ...] = (True, False)) -> float:
-        """What Table 2's memory holds at 64K, with two-batch overlap as is best of `choices`."""
+        """The gain at 64K with Table 2's memory and the better two-batch overlap of `choices`."""
         context = 64 * K
         model = load("model", MODEL)
         memory = Memory(model, published.DEVICE_BYTES, charges=Charges.paper(model))
@@ -161,7 +163,7 @@ def points() -> list[Point]:
 
 
 def other_readings(misses: Misses, other: Misses, other_name: str) -> dict[str, Reproduction]:
-    """What the paper leaves open, read another way."""
+    """Reproductions under other readings of what the paper leaves open."""
 
     def scaled(factor: float) -> Misses:
         """MTP 2's misses times `factor` at MTP 4."""
