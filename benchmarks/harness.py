@@ -89,7 +89,7 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=False)]
 
 
-def select(rows: Iterable[dict], name=None, metric=None, kind=None, **config) -> list[dict]:
+def select(rows: Iterable[dict], /, name=None, metric=None, kind=None, **config) -> list[dict]:
     """The rows with this name, metric and kind (None: any) and at least this config."""
     wanted = {key: value for key, value in (("name", name), ("metric", metric), ("kind", kind))
               if value is not None}  # fmt: skip
@@ -101,7 +101,7 @@ def select(rows: Iterable[dict], name=None, metric=None, kind=None, **config) ->
     ]
 
 
-def find(rows: Iterable[dict], name, metric, **config) -> dict | None:
+def find(rows: Iterable[dict], name, metric, /, **config) -> dict | None:
     """The last measured row with this name, metric and at least this config."""
     found = None
     for row in select(rows, name, metric):

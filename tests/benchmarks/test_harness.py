@@ -59,11 +59,12 @@ class TestRows:
         assert find(rows, "op", "t", b=1) is rows[0]
         assert find(rows, "op", "t", b=2) is None
 
-    def test_a_config_may_have_a_kind_of_its_own(self):
+    def test_a_config_may_have_a_kind_and_rows_of_its_own(self):
         report = Report(machine={})
-        report.add(measured("copy", {"kind": "fetch"}, "rate", "GB/s", [4]))
-        report.add(measured("copy", {"kind": "memcpy"}, "rate", "GB/s", [18]))
-        assert report.median("copy", "rate", kind="fetch") == 4
+        for kind, rate in (("fetch", 4), ("memcpy", 18)):
+            report.add(measured("copy", {"kind": kind, "rows": 8}, "rate", "GB/s", [rate]))
+        assert report.median("copy", "rate", kind="fetch", rows=8) == 4
+        assert report.figure("copy", rows=8) == 18 and report.select("copy", rows=9) == []
 
 
 class TestReport:
