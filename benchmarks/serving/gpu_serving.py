@@ -77,7 +77,7 @@ def parser():
     add("--seconds", type=float, default=1500, help="nothing that ends later is begun [1500]")
     add("--systems", type=_systems, default=SYSTEMS, help="some of: " + ", ".join(SYSTEMS))
     add("--contexts", type=_counts, metavar="N,N", help="prompt tokens [32768,131072]")
-    add("--batches", type=_counts, default=(), metavar="N,N", help="more than 1 and the largest")
+    add("--batches", type=_counts, metavar="N,N", help="also these, if they fit [16,64]")
     add("--kv-gib-per-layer", type=float, help="device memory of the KV pool [1.28]")
     add("--topk-stream", metavar="SPEC", help=f"as --ess-topk-stream takes it [of {LOCALITY}]")
     add("--overlap-costs", type=Path, metavar="JSON", help="of benchmarks.kernels: ess auto too")
@@ -99,8 +99,11 @@ def _counts(text: str) -> tuple[int, ...]:
 def grid_of(options) -> Grid:
     """The platform's grid with the options' changes."""
     grid = gpu_grid.CPU if options.platform == "cpu" else gpu_grid.CUDA
-    changes: dict = {"batches": options.batches, "contexts": options.contexts or grid.contexts}
-    if options.quick:  # half the windows
+    changes: dict = {"contexts": options.contexts or grid.contexts}
+    if options.batches is not None:
+        changes["batches"] = options.batches
+    if options.quick:  # half the windows, and only the largest batches and 1
+        changes["batches"] = ()
         tokens = grid.dropped + (grid.new_tokens - grid.dropped) // 2
         changes["new_tokens"] = -(-tokens // PAGE_SLOTS) * PAGE_SLOTS
     if options.kv_gib_per_layer is not None:

@@ -116,6 +116,7 @@ class TestGrid:
             for engine in engines
             for system in engine.systems.values()
             for point in engine.points
+            if point.batch not in CUDA.batches
         }
         everybody = {ONE_TIER, HISPARSE, RESIDENT, *CUDA.labels.values(), BUDGETS}
         assert found == {
@@ -131,6 +132,7 @@ class TestGrid:
         bound = set(engines[RESIDENT].points)
         for name in ("ess 32768", "ess 131072"):
             assert set(engines[name].points) <= bound
+        assert len({*engines[ONE_TIER].points} | bound) >= 8  # what predict_gpu can fit
 
     def test_systems_and_contexts_can_be_chosen(self):
         engines = Selection(CUDA, SLICE, ("ess da", ONE_TIER)).engines()
