@@ -319,6 +319,6 @@ def ess_options(engine: Engine, grid: Grid, model: Model) -> dict[str, Any]:
     hot_row_bytes = engine.geometry(grid, model).hot_row_bytes
     options = {"hot_gib": (engine.hot_rows + 0.5) * hot_row_bytes / GIB, "admission": "off"}
     options["layer_budgets"] = "auto" if engine.system == BUDGETS else "uniform"
-    if not grid.on_cpu and engine.system == BUDGETS:
-        options["overlap"] = "da"
+    if not grid.on_cpu:
+        options["overlap"] = "auto" if len(engine.systems) > 1 else next(iter(engine.systems))
     return options

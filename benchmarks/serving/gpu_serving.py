@@ -157,7 +157,7 @@ class Maker:
             # With one thread an engine never waits for a thread whose core another process has.
             env = engine_env(1) | {"NUMBA_NUM_THREADS": "1"}
             return env | EssConfig(platform="cpu", **options).to_env()
-        if len(engine.systems) > 1:  # with a cost table the server captures every mode
+        if options.get("overlap") == "auto":  # with a cost table the server captures every mode
             options["overlap_costs"] = self.costs or str(flat_costs(self.directory))
         # DeepGEMM would compile every shape of every GEMM for minutes; the captured ones suffice.
         env = {"HF_HUB_OFFLINE": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
@@ -217,17 +217,23 @@ class Run:
 
     def all(self, engines: Sequence[Engine]) -> None:
         for engine in engines:
-            worker, error = self.make(engine), None
+            worker = self.make(engine)
             try:
-                sizes = self._start(engine, worker)
-            except WorkerError as caught:
-                sizes, error = {}, self._lost(engine, worker, f"start: {caught}")
-            except TimeoutError as caught:
-                sizes, error = {}, str(caught)
-            for point in engine.points:
-                error = self._point(engine, worker, point, sizes, error)
-                self.save()
-            worker.close(grace=CLOSE_SECONDS)
+                self._measure_all(engine, worker)
+            finally:
+                worker.close(grace=CLOSE_SECONDS)
+
+    def _measure_all(self, engine: Engine, worker: EngineWorker) -> None:
+        sizes, error = {}, None
+        try:
+            sizes = self._start(engine, worker)
+        except WorkerError as caught:
+            error = self._lost(engine, worker, f"start: {caught}")
+        except TimeoutError as caught:
+            error = str(caught)
+        for point in engine.points:
+            error = self._point(engine, worker, point, sizes, error)
+            self.save()
 
     def _start(self, engine: Engine, worker: EngineWorker) -> dict[str, Any]:
         """Sizes of the running pool. Raises: TimeoutError if no time is left for a start."""

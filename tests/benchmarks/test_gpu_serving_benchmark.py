@@ -162,6 +162,7 @@ class TestGrid:
         for engine in Selection(CUDA, SLICE).engines():
             config = EssConfig.from_env(make.environment(engine))
             assert bool(config.overlap_costs) == (len(engine.systems) > 1)
+            assert not engine.is_ess or config.overlap_costs or config.overlap in engine.systems
             if config.overlap_costs:
                 policy = OverlapPolicy(4, CostTable.read(config.overlap_costs), tuple(Mode))
                 assert policy.modes == tuple(Mode) and config.overlap == "auto"
