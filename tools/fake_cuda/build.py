@@ -17,7 +17,7 @@ IMPORTERS = {"torch": "lib/*.so", "sgl_kernel": "**/*.so", "flash_mla": "*.so", 
 IMPORTED = re.compile(r"(cuda[A-Z]|cu[A-Z]|__cuda|nccl[A-Z]|cublas[A-Z])\w*")
 # Looked up by name while they run, so no file imports them.
 LOOKED_UP = {"nvmlInit", "nvmlInit_v2", "nvmlInitWithFlags", "nvmlShutdown", "cuMulticastAddDevice"}
-TRACEBACK_SIGNAL = 50  # a real-time one, which nobody else here uses
+TRACEBACK_SIGNAL = 50  # a real-time signal that nothing else here uses
 # SGLang asks this program for the memory, and its kernels' builds for the architecture.
 NVIDIA_SMI = """#!/bin/sh
 case "$*" in
@@ -40,15 +40,15 @@ def cuda_home() -> Path | None:
 
 
 def missing() -> str:
-    """What this machine lacks, in words; empty if nothing."""
+    """List what this machine lacks, in words; empty if nothing."""
     lacks = [] if cuda_home() else ["a CUDA toolkit (nvcc and headers)"]
     return ", ".join(lacks + [name for name in ("g++", "nm") if not shutil.which(name)])
 
 
 def build(folder: Path) -> Path:
-    """The folder of the libraries, compiled below `folder` where a source or torch is newer.
+    """Compile the libraries below `folder` if a source or torch is newer; return their folder.
 
-    Raises: CalledProcessError with the compiler's words on stderr
+    Raises: CalledProcessError; the compiler has written its errors to stderr
     """
     out = folder / "lib"
     inputs = [*SOURCES, *(HERE / "csrc").glob("*.h"), Path(__file__), *_importers()]
@@ -64,7 +64,7 @@ def build(folder: Path) -> Path:
     ours = [source for source in SOURCES if source != stubs]
     running = [subprocess.Popen([*compile_, source, "-o", objects[source]]) for source in ours]
     if any([process.wait() for process in running]):
-        raise RuntimeError("the fake CUDA libraries must compile: see g++'s words above.")
+        raise RuntimeError("the fake CUDA libraries must compile: see g++'s errors above.")
     defined = _names("--defined-only", *(objects[source] for source in ours))
     wanted = _wanted(include) - defined
     (out / "stubs.inc").write_text("".join(f"STUB({name})\n" for name in sorted(wanted)))
@@ -112,13 +112,13 @@ def _importers() -> list[Path]:
 
 
 def _names(*arguments: str | Path) -> set[str]:
-    """Of an object's or library's symbols, as nm gives them."""
+    """Names of an object's or library's symbols, as nm lists them."""
     listed = subprocess.run(["nm", *arguments], check=True, capture_output=True, text=True).stdout
     return {line.split()[-1].split("@")[0] for line in listed.splitlines() if " " in line}
 
 
 def _wanted(include: Path) -> set[str]:
-    """Every name that the importers, and who asks the driver by name, can want."""
+    """Every name that an importer, or a caller that asks the driver by name, can need."""
     names = set()
     for file in _importers():
         names |= _names("-D", "--undefined-only", file)

@@ -1,4 +1,4 @@
-"""In every Python process of a fake-CUDA environment: the fake libraries, and what stands in.
+"""Load the fake CUDA libraries, and replace what cannot run over them, in each Python process.
 
 Python imports a module of this name at start, before torch can load the real libraries.
 """

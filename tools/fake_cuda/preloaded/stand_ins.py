@@ -1,4 +1,4 @@
-"""What else must not be real while kernels do nothing, each with its reason."""
+"""Replacements for what cannot be real while kernels do nothing, each with its reason."""
 
 import ctypes
 import enum
@@ -34,7 +34,7 @@ def capture_info(stream):
 
 
 def _bindings() -> ModuleType:
-    """cuda.bindings.runtime, which brings a runtime of its own: what SGLang's graphs ask it."""
+    """Stand in for cuda.bindings.runtime, which brings a runtime of its own."""
     module = ModuleType("cuda.bindings.runtime")
     module.cudaStreamCaptureStatus = CaptureStatus
     module.cudaError_t = Status
@@ -43,7 +43,7 @@ def _bindings() -> ModuleType:
 
 
 class _SamplesZeros:
-    """Import finder: sampled ids are zeros, as memory that no kernel wrote is no valid token."""
+    """Import finder that samples zeros: memory that no kernel wrote holds no valid token."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -68,7 +68,7 @@ class _SamplesZeros:
 
 
 def install() -> None:
-    """Before anything of SGLang is imported."""
+    """Call this before anything of SGLang is imported."""
     sys.modules.update(dict.fromkeys(ABSENT))
     sys.modules["cuda.bindings.runtime"] = _bindings()
     sys.meta_path.insert(0, _SamplesZeros)
