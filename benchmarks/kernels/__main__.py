@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.harness import Report, argument_parser, plot, print_failed
+from benchmarks.serving import shared
 
 DEFAULT_US = (400.0, 30.0)  # indexer, preattn: of a layer at batch 160; see arguments()
 
@@ -77,18 +77,8 @@ def card_facts(device) -> dict:
     facts = {"device": str(device), "torch": torch.__version__, "triton": triton.__version__}
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
-        facts |= {"gpu": found.name, "sms": found.multi_processor_count}
-        facts |= {"l2_bytes": found.L2_cache_size, "memory_bytes": found.total_memory}
-        facts |= {"cuda": torch.version.cuda, "driver": _driver()}
-    return facts
-
-
-def _driver() -> str | None:
-    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+        facts |= {"gpu": found.name, "l2_bytes": found.L2_cache_size, "cuda": torch.version.cuda}
+    return facts | shared.card_facts()
 
 
 def run_sections(bench, args, sizes) -> None:

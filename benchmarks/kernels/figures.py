@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from benchmarks.harness import Panel, Report, print_table, table
 from sglang_ess.attention.overlap import CostTable, Mode
-from sglang_ess.layout import FP8_ROW_BYTES
 
-FP8 = {"row_bytes": FP8_ROW_BYTES}
 PLAN_POINT = {"batch": 160, "topk": 2048}
 EXPOSED_POINT = {"batch": 160, "misses": 256}
 MIN_BATCH, MIN_MISSES = 16, 64  # from where fetch must reach the share of the peak
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
-TARGETS = {
-    "fetch_of_pcie_peak": (">=", 0.9),
-    "plan_us": ("<=", 15),
-    "swap_vs_hisparse": (">", 1),
-    "exposed_share": ("<=", 0.1),
-    "resident_overhead": ("<=", 1.01),
-}
+TARGETS = {"fetch_of_pcie_peak": (">=", 0.9), "plan_us": ("<=", 15), "swap_vs_hisparse": (">", 1),
+           "exposed_share": ("<=", 0.1), "resident_overhead": ("<=", 1.01)}  # fmt: skip
 
 
-def best(candidates: Iterable[float | None], pick: Callable) -> float | None:
-    found = [value for value in candidates if value is not None]
-    return pick(found) if found else None
+def least(values: Iterable[float | None]) -> float | None:
+    return min((value for value in values if value is not None), default=None)
 
 
 def peak(report: Report, direction: str) -> float | None:
@@ -37,27 +29,20 @@ def fetch_share(report: Report) -> float | None:
     limit = peak(report, "h2d")
     rates = [
         row["gb_per_s"]
-        for row in report.select("fetch", kind="measured", system="triton", **FP8)
+        for row in report.select("fetch", kind="measured")
         if row["config"]["batch"] >= MIN_BATCH and row["config"]["misses"] >= MIN_MISSES
     ]
     return min(rates) / limit if limit and rates else None
-
-
-def plan_worst(report: Report) -> float | None:
-    """us of plan at PLAN_POINT, of the slowest miss count."""
-    rows = report.select("plan", kind="measured", **PLAN_POINT)
-    return max((row["median"] for row in rows), default=None)
 
 
 def swap_ratio(report: Report, reorder: bool) -> float | None:
     """The lowest ratio of HiSparse's time to ours, over the points that both have."""
     found = []
     for theirs in report.select("swap", kind="measured", system="hisparse"):
-        point = {key: theirs["config"][key] for key in ("batch", "misses", "row_bytes")}
-        ours = report.median("swap", "time", system="ours_triton", reorder=reorder, **point)
-        if ours:
+        point = theirs["config"] | {"system": "ours_triton", "reorder": reorder}
+        if ours := report.median("swap", "time", **point):
             found.append(theirs["median"] / ours)
-    return min(found, default=None)
+    return least(found)
 
 
 def step_kernels(report: Report) -> list[str]:
@@ -67,8 +52,7 @@ def step_kernels(report: Report) -> list[str]:
 
 
 def step(report: Report, kernel: str, mode: Mode, bare=False, **point) -> float | None:
-    at = FP8 | {"kernel": kernel, "mode": mode.value, "bare": bare} | point
-    return report.median("step", "time", **at)
+    return report.median("step", "time", kernel=kernel, mode=mode.value, bare=bare, **point)
 
 
 def exposed_share(report: Report, kernel: str, modes: Sequence[Mode]) -> float | None:
@@ -77,8 +61,8 @@ def exposed_share(report: Report, kernel: str, modes: Sequence[Mode]) -> float |
     What a mode costs besides the transfer, a second launch or a merge, counts as exposed.
     """
     without = step(report, kernel, Mode.OFF, batch=EXPOSED_POINT["batch"], misses=0)
-    transfer = report.median("fetch", "time", system="triton", **FP8, **EXPOSED_POINT)
-    with_misses = best((step(report, kernel, mode, **EXPOSED_POINT) for mode in modes), min)
+    transfer = report.median("fetch", "time", **EXPOSED_POINT)
+    with_misses = least(step(report, kernel, mode, **EXPOSED_POINT) for mode in modes)
     if None in (without, transfer, with_misses):
         return None
     return max(0.0, with_misses - without) / transfer
@@ -86,9 +70,10 @@ def exposed_share(report: Report, kernel: str, modes: Sequence[Mode]) -> float |
 
 def resident_overhead(report: Report, kernel: str) -> float | None:
     """One request, no misses: our step without stand-ins / attention to resident rows."""
-    point = {"batch": 1, "misses": 0}
-    ours = best((step(report, kernel, m, bare=True, **point) for m in (Mode.OFF, Mode.DA)), min)
-    resident = report.select("attention", kind="measured", kernel=kernel, batch=1, **FP8)
+    ours = least(
+        step(report, kernel, mode, bare=True, batch=1, misses=0) for mode in (Mode.OFF, Mode.DA)
+    )
+    resident = report.select("attention", kind="measured", kernel=kernel, batch=1)
     if ours is None or not resident:
         return None
     return ours / max(resident, key=lambda row: row["config"]["heads"])["median"]
@@ -97,20 +82,17 @@ def resident_overhead(report: Report, kernel: str) -> float | None:
 def summarise(report: Report) -> None:
     """Fill report.summary; what was not measured is left out."""
     kernels = step_kernels(report)
-
-    def exposed(*modes: Mode) -> float | None:
-        return best((exposed_share(report, k, modes) for k in kernels), min)
-
+    plans = report.select("plan", kind="measured", **PLAN_POINT)
     figures = {
         "pcie_h2d_gb_per_s": peak(report, "h2d"),
         "pcie_d2h_gb_per_s": peak(report, "d2h"),
         "fetch_of_pcie_peak": fetch_share(report),
-        "plan_us": plan_worst(report),
+        "plan_us": max((row["median"] for row in plans), default=None),
         "swap_vs_hisparse": swap_ratio(report, False),
         "swap_with_reorder_vs_hisparse": swap_ratio(report, True),
-        "exposed_share": exposed(Mode.DA, Mode.DBA),
-        "exposed_share_off": exposed(Mode.OFF),
-        "resident_overhead": best((resident_overhead(report, k) for k in kernels), min),
+        "exposed_share": least(exposed_share(report, k, (Mode.DA, Mode.DBA)) for k in kernels),
+        "exposed_share_off": least(exposed_share(report, k, (Mode.OFF,)) for k in kernels),
+        "resident_overhead": least(resident_overhead(report, k) for k in kernels),
     }
     for key, value in figures.items():
         report.summarise(key, value)
@@ -121,12 +103,12 @@ def cost_table(report: Report, source: str) -> CostTable | None:
 
     One request cannot be halved: there DBA costs what DA does.
     """
-    kernels = step_kernels(report)
-    if not kernels:
+    kernel = next(iter(step_kernels(report)), None)
+    points = [row["config"] for row in report.select("step", kind="measured", kernel=kernel)]
+    if not points:
         return None
-    rows = report.select("step", kind="measured", kernel=kernels[0], bare=False, **FP8)
-    batches = sorted({row["config"]["batch"] for row in rows})
-    misses = sorted({row["config"]["misses"] for row in rows})
+    batches = sorted({point["batch"] for point in points})
+    misses = sorted({point["misses"] for point in points})
 
     def around(batch, parts):
         indexer = report.median("indexer", "time", batch=batch, parts=parts)
@@ -134,26 +116,23 @@ def cost_table(report: Report, source: str) -> CostTable | None:
         return None if None in (indexer, preattn) else indexer + preattn
 
     def figure(mode, batch, count):
-        if mode is Mode.DBA and batch == 1:
-            return figure(Mode.DA, batch, count)
-        took = step(report, kernels[0], mode, batch=batch, misses=count)
+        mode = Mode.DA if mode is Mode.DBA and batch == 1 else mode
+        took = step(report, kernel, mode, batch=batch, misses=count)
         rest = around(batch, 2 if mode is Mode.DBA else 1)
         return None if None in (took, rest) else max(0.0, took - rest)
 
     us = {m: tuple(tuple(figure(m, b, n) for n in misses) for b in batches) for m in Mode}
-    halving = [around(batches[-1], parts) for parts in (2, 1)]
-    empty = report.median("empty", "time", kernel=kernels[0], batch=batches[-1])
+    whole, halves = (around(batches[-1], parts) for parts in (1, 2))
+    empty = report.median("empty", "time", kernel=kernel, batch=batches[-1])
     found = [value for lines in us.values() for line in lines for value in line]
-    if None in (*found, *halving, empty):
+    if None in (*found, whole, halves, empty):
         return None
-    halving_us = max(0.0, halving[0] - halving[1])
-    return CostTable(tuple(batches), tuple(misses), us, empty, halving_us, source)
+    return CostTable(tuple(batches), tuple(misses), us, empty, max(0.0, halves - whole), source)
 
 
 def print_tables(report: Report, costs: CostTable | None) -> None:
     """Print every row, and the summary with its targets."""
-    tried = len(report.select(kind="interpreted"))
-    if tried:
+    if tried := len(report.select(kind="interpreted")):
         print(f"{tried} rows interpreted on the CPU: their code ran, their times say nothing")
 
     def point(row):
@@ -171,24 +150,18 @@ def print_tables(report: Report, costs: CostTable | None) -> None:
     print("cost table of the overlap: " + ("complete" if costs else "not complete, not written"))
 
 
-def panels(report: Report) -> tuple[Panel, ...]:
-    """Fetch with the peak; swap-in with HiSparse's; a layer's step in the three modes."""
+def panels(report: Report) -> list[Panel]:
+    """At the largest batch: fetch; swap-in with HiSparse's; a layer's step in the three modes."""
     batch = max((row["config"]["batch"] for row in report.select("fetch")), default=0)
-
-    def rows(name: str, **config) -> list[dict]:
-        found = report.select(name, kind="measured", batch=batch, **config)
-        return sorted(found, key=lambda row: row["config"]["misses"])
-
-    def axes(title: str, unit: str) -> dict:
-        return {"title": f"{title}, {batch} requests", "xlabel": "misses a request",
-                "ylabel": unit, "xscale": "symlog"}  # fmt: skip
-
-    swaps = [row for row in rows("swap") if not row["config"].get("reorder")]
-    limit = peak(report, "h2d")
-    steps = rows("step", kernel=(step_kernels(report) or [None])[0], bare=False)
-    return (
-        Panel(rows("fetch", **FP8), "misses", "gb_per_s", "system", axes=axes("fetch", "GB/s"),
-              levels={"large copy": limit} if limit else {}),
-        Panel(swaps, "misses", series="system", axes=axes("plan and fetch", "us")),
-        Panel(steps, "misses", series="mode", axes=axes("layer step", "us")),
-    )  # fmt: skip
+    found = []
+    for name, y, series, config in (
+        ("fetch", "gb_per_s", "system", {}),
+        ("swap", "median", ("system", "reorder"), {}),
+        ("step", "median", ("kernel", "mode"), {"bare": False}),
+    ):
+        rows = report.select(name, kind="measured", batch=batch, **config)
+        rows.sort(key=lambda row: row["config"]["misses"])
+        axes = {"title": f"{name}, {batch} requests", "xlabel": "misses a request",
+                "ylabel": "us" if y == "median" else "GB/s", "xscale": "symlog"}  # fmt: skip
+        found.append(Panel(rows, "misses", y, series, axes=axes))
+    return found

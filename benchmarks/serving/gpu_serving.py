@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,20 +29,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import (
-    Progress,
-    Report,
-    argument_parser,
-    failed,
-    measured,
-    plot,
-    print_failed,
-    print_summary,
-)
-from benchmarks.serving import gpu_figures, gpu_grid
+from benchmarks.harness import Progress, Report, argument_parser, failed, finish, measured
+from benchmarks.serving import gpu_figures, gpu_grid, shared
 from benchmarks.serving.gpu_engine import LEAVE_SECONDS, DecodeEngine
 from benchmarks.serving.gpu_grid import RESIDENT, SYSTEMS, Engine, Grid, Model, Point
-from benchmarks.serving.shared import end_on_sigterm, engine_env, run_module, write_tiny_model
+    card_facts,
+    end_on_sigterm,
+    engine_env,
+    run_module,
+    write_tiny_model,
+)
 from benchmarks.worker import Worker, WorkerError
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, PAGE_SLOTS
@@ -155,7 +150,7 @@ class Maker:
         options |= {"topk_stream": self.stream, "unsafe": True}
         if self.grid.on_cpu:
             # With one thread an engine never waits for a thread whose core another process has.
-            env = engine_env(1) | {"NUMBA_NUM_THREADS": "1"}
+            env = shared.engine_env(1) | {"NUMBA_NUM_THREADS": "1"}
             return env | EssConfig(platform="cpu", **options).to_env()
         if options.get("overlap") == "auto":  # with a cost table the server captures every mode
             options["overlap_costs"] = self.costs or str(flat_costs(self.directory))
@@ -176,7 +171,7 @@ def flat_costs(directory: Path) -> Path:
 def stream_file(directory: Path, spec: str, model: Model, seed: int) -> str:
     """The table of a top-k stream, made once for all engines."""
     path = directory / "topk.npz"
-    run_module(
+    shared.run_module(
         "sglang_ess.topk_stream", "--out", str(path), "--locality", LOCALITY, "--seed", str(seed),
         "--contexts", spec.partition("@")[2], "--layers", str(model.layers),
         "--top-k", str(model.topk),
@@ -324,16 +319,6 @@ def slice_facts(model: Model) -> dict | None:
         return None
 
 
-def card_facts() -> dict[str, Any]:
-    """Name and driver of the card; nothing without one."""
-    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(("gpu", "driver"), done.stdout.strip().split(", "), strict=False))
-
-
 def saver(report: Report, options, facts: dict) -> Callable[[], None]:
     """Writes the report as it stands; if it is killed meanwhile, the last one remains."""
 
@@ -347,10 +332,12 @@ def saver(report: Report, options, facts: dict) -> Callable[[], None]:
     return save
 
 
-def measure(options, directory: Path) -> Report:
+def measure(options, directory: Path) -> tuple[Report, dict]:
+    """The report, and the settings of the run."""
     progress, clock = Progress(), Clock(options.seconds)
     grid, report = grid_of(options), Report()
-    model = options.model or write_tiny_model(directory / "tiny", options.seed, **TINY_MODEL)
+    tiny = directory / "tiny"
+    model = options.model or shared.write_tiny_model(tiny, options.seed, **TINY_MODEL)
     model = Model.read(model)
     contexts = ",".join(map(str, sorted(grid.contexts)))
     spec = options.topk_stream or f"{LOCALITY}@{contexts}"
@@ -359,7 +346,7 @@ def measure(options, directory: Path) -> Report:
     facts = {
         "platform": options.platform, "grid": asdict(grid), "model": asdict(model),
         "topk_stream": spec, "kv_budget_bytes": gpu_grid.budget_bytes(grid, model),
-        "slice": slice_facts(model), "row_bytes": FP8_ROW_BYTES, "card": card_facts(),
+        "slice": slice_facts(model), "row_bytes": FP8_ROW_BYTES, "card": shared.card_facts(),
         "engines": [engine.name for engine in engines],
         "batch1_context": grid.contexts[0], "seconds": options.seconds,
     }  # fmt: skip
@@ -370,23 +357,20 @@ def measure(options, directory: Path) -> Report:
     run.all(engines)
     save()
     progress(f"done, {clock.left():.0f} s left")
-    return report
+    return report, facts
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.model is None and options.platform == "cuda":
         parser().error("--model must be given on cuda: write one with sglang_ess.slice_model")
-    end_on_sigterm()
+    shared.end_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="ess-bench-") as scratch:
         directory = options.logs or Path(scratch)
         directory.mkdir(parents=True, exist_ok=True)
-        report = measure(options, directory)
+        report, facts = measure(options, directory)
     gpu_figures.print_tables(report)
-    print_failed(report)
-    print_summary(report)
-    if options.plot and (found := gpu_figures.panels(report)):
-        plot(options.plot, *found)
+    finish(report, options, *gpu_figures.panels(report), **facts)
     return 0 if report.select("decode", "step", "measured") else 1
 
 

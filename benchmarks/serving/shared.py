@@ -52,6 +52,16 @@ def run_module(name: str, *flags: str) -> None:
         raise RuntimeError(f"{name} must end with status 0: got {done.returncode}, {last}")
 
 
+def card_facts() -> dict[str, Any]:
+    """Name and driver of the card; nothing without one."""
+    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(("gpu", "driver"), done.stdout.strip().split(", "), strict=False))
+
+
 def write_tiny_model(path: Path, seed: int, **shape: Any) -> str:
     """Write a tiny checkpoint and return its path. shape: options of sglang_ess.tiny_model.
 
