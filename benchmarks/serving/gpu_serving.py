@@ -33,12 +33,6 @@ from benchmarks.harness import Progress, Report, argument_parser, failed, finish
 from benchmarks.serving import gpu_figures, gpu_grid, shared
 from benchmarks.serving.gpu_engine import LEAVE_SECONDS, DecodeEngine
 from benchmarks.serving.gpu_grid import RESIDENT, SYSTEMS, Engine, Grid, Model, Point
-    card_facts,
-    end_on_sigterm,
-    engine_env,
-    run_module,
-    write_tiny_model,
-)
 from benchmarks.worker import Worker, WorkerError
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, PAGE_SLOTS
