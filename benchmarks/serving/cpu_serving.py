@@ -233,6 +233,8 @@ def measure(bench: Bench) -> None:
         for worker in bench.workers:
             stack.enter_context(worker)
             worker.start()
+        for worker in bench.workers:
+            worker.wait(shared.START_SECONDS)
         load = OtherLoad()
         check(bench)
         side_by_side(bench)

@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.harness import ROOT, OtherLoad, Progress, Report, argument_parser, failed
 
 VOCABULARY = 256  # the plain bytes of the tiny tokenizer
+START_SECONDS = 900  # an import of SGLang takes 15 s of CPU, much longer on a busy machine
 
 
 def prompts_of(seed: int, batch: int, context: int, salt: int = 0) -> list[list[int]]:

@@ -44,7 +44,6 @@ SUBMITTED = 20
 QUESTIONS, QUESTION_TOKENS = 3, 64  # on each document, and of each
 COST_BATCH, COST_CONTEXT, PREFILL_CONTEXT = 16, 2048, 8192
 MINIMUM_HOT_ROWS = 64  # capacity.MIN_HOT_ROWS, which comes with torch: a test compares them
-START_SECONDS = 900  # an import of SGLang takes 15 s of CPU, much longer on a busy machine
 # Of both sides of every comparison. Prompts are longer than a chunk, so that prefill has prefix
 # rows to stream; with lpm a document's questions wait for its first one instead of computing it
 # again; the batch limit is never reached.
@@ -287,7 +286,7 @@ def start(bench: Bench, stack: ExitStack, engines: dict[str, Worker]) -> None:
         stack.enter_context(engine)
         engine.start()
     for engine in engines.values():
-        engine.wait(START_SECONDS)
+        engine.wait(shared.START_SECONDS)
 
 
 def hang_up(engines: dict[str, Worker]) -> None:
