@@ -1,15 +1,15 @@
 """LRU over the rows of one hot tier: the numba kernels behind HotCache, and their state.
 
-Recency is a queue that is appended to and never edited: using a row appends it again, and
-`row_place` says which of its entries counts. So a use costs two scattered accesses (the
-slot's row, the row's place) and sequential writes, where a linked list costs five.
+The order of use is a queue that is only appended to. Using a row appends it again, and `row_place`
+says which of its entries is live. So a use costs two scattered accesses (the slot's row and the
+row's place) and sequential writes; a linked list costs five scattered accesses.
 
     queue:   [ stale | stale | row 7 | stale | row 2 | row 9 | ... )  tail
               ^ head                 least recently used first
 
-Places from `guard` on were used by the plan or install in progress: never evicted by it,
-and not used by it again. So it appends each row at most once, `_begin` makes room for that,
-and nothing moves until it ends.
+The plan or install in progress has used the places from `guard` on. It never evicts them and does
+not append them again. So it appends each row at most once, `_begin` makes room for that, and no
+entry moves until it ends.
 """
 
 import numba
@@ -21,14 +21,14 @@ jit = numba.njit(cache=True, nogil=True)
 HEAD, TAIL, FREE, STEP, ROWS = 0, 1, 2, 3, 4
 LOOKUPS, MISSES, EVICTIONS, EVICTED_AGE, INSTALLS, SKIPPED = 5, 6, 7, 8, 9, 10
 STATE_SIZE = 11
-# queue_step is int32: the low bits of STEP, which outgrows it (2^31 plans are two years of 30 a
-# second). An age is a difference, so those bits are enough for rows unused for less than 2^32.
+# queue_step is int32 and has the low bits of STEP, which outgrows it (2^31 plans are two years of 30
+# a second). An age is a difference, so these bits suffice for rows unused for less than 2^32 steps.
 STEP_MASK = 0xFFFFFFFF
-BLOCK = 512  # lookups of which _use_hits keeps slots and rows in the first-level cache
+BLOCK = 512  # lookups of _use_hits whose slots and rows stay in the first-level cache
 
 
 def queue_length(num_rows: int) -> int:
-    """Entries of the queue: room for as many new ones as live ones between compactions."""
+    """Return the entries of the queue: between compactions, as many new ones as live ones fit."""
     return 2 * num_rows
 
 
@@ -44,8 +44,8 @@ def _begin(row_place, queue, queue_step, state, num_uses):
 def _compact(row_place, queue, queue_step, state):
     """Drop stale entries from the queue.
 
-    No branch: whether an entry is live is a coin toss, and mispredicting it costs more than
-    the writes that the next entry overwrites.
+    There is no branch: whether an entry is live is unpredictable, and a misprediction costs more
+    than writes that the next entry overwrites.
     """
     kept = 0
     for place in range(state[HEAD], state[TAIL]):
@@ -61,9 +61,9 @@ def _compact(row_place, queue, queue_step, state):
 
 @jit
 def _take(slot_row, row_slot, row_place, queue, queue_step, free, state, guard, min_age):
-    """A row to fill: a free one, else the least recently used one; -1 if there is none.
+    """Return a row to fill: a free one, else the least recently used one; -1 if there is none.
 
-    Not one at or past guard, and not one used less than min_age steps ago.
+    Rows at or past guard, and rows used less than min_age steps ago, are not taken.
     """
     if state[FREE] > 0:
         state[FREE] -= 1
@@ -102,9 +102,9 @@ def _resolve(
     misses,
     guard,
 ):
-    """Give topk[query, column:] rows. Returns (column, lookups, misses): where it stopped.
+    """Give rows to topk[query, column:]. Returns (column, lookups, misses) where it stopped.
 
-    misses counts on from the miss list's length. column is the width if rows sufficed.
+    misses: length of the miss list. column is the width if rows sufficed.
     """
     tail, step, lookups = state[TAIL], state[STEP], 0
     width = topk.shape[1]
@@ -153,15 +153,15 @@ def plan(
     miss_rows,
     query_misses,
 ):
-    """Resolve topk[query:, :] (its first query from column on), or as far as rows suffice.
+    """Resolve topk[query:, :], its first query from column on, as far as rows suffice.
 
-    Returns (queries, stop_query, stop_column, misses): the queries with entries in rows,
-    where the next pass begins, and the length of the miss list. Entries of rows that are
-    not resolved in this pass, and pads, are -1.
+    Returns (queries, stop_query, stop_column, misses): the queries with entries in rows, where the
+    next pass begins, and the length of the miss list. Pads and lookups not resolved in this pass
+    are -1 in rows.
 
-    All hits are used before any miss takes a row: no miss evicts what a later lookup hits.
-    A step that did not fit that way goes on in order, until what is left fits for sure:
-    else each pass would read all that is left.
+    All hits are used before any miss takes a row, so that no miss evicts the row of a later hit.
+    If the step does not fit that way, it is resolved in order until the rest certainly fits;
+    otherwise each pass would read the whole rest.
     """
     num_queries, width = topk.shape
     for j in range(column if query < num_queries else 0):
@@ -196,12 +196,12 @@ def plan(
 def _use_hits(
     topk, begin, end, slot_row, row_place, queue, queue_step, state, rows, miss_places, guard
 ):
-    """Use the hot slots of flat topk [begin, end). Returns (hits, misses), as lookups.
+    """Use the hot slots of flat topk [begin, end). Returns (hits, misses), counted as lookups.
 
-    rows gets their rows, -1 elsewhere; miss_places where in topk the misses are. In blocks
-    and two loops: a branch on hit or miss, often mispredicted, then waits for rows, which
-    is near, and not for slot_row; and many reads of slot_row are on their way at once.
-    With a row for every slot nothing is ever evicted: who was used when is not kept then.
+    Fills rows with their rows, -1 elsewhere, and miss_places with the places of misses in topk.
+    It works in blocks and two loops. The branch on hit or miss is often mispredicted; in the second
+    loop it waits for rows, which is in cache, and not for slot_row. And the first loop has many
+    reads of slot_row in flight. With a row for every slot, no order of use is kept.
     """
     tail, step, hits, misses = state[TAIL], state[STEP], 0, 0
     if state[ROWS] == slot_row.shape[0]:
@@ -228,7 +228,7 @@ def _use_hits(
 
 @jit
 def _count_distinct(topk, places, count, slot_row):
-    """How many slots topk[places[:count]] are, none of them hot."""
+    """Count the distinct slots of topk[places[:count]], none of which is hot."""
     distinct = 0
     for i in range(count):
         slot = topk[places[i]]
@@ -257,16 +257,16 @@ def _place_misses(
     query_misses,
     guard,
 ):
-    """Rows for the misses, which fit: miss_slots has their places in flat topk at first.
+    """Give rows to the misses, which fit. miss_slots has their places in flat topk at first.
 
-    Returns the length of the miss list, which replaces the places behind the reader.
+    Returns the length of the miss list, which overwrites the places already read.
     """
     tail, step, misses = state[TAIL], state[STEP], 0
     for i in range(count):
         place = miss_slots[i]
         slot = topk[place]
         row = slot_row[slot]
-        if row < 0:  # not an earlier one's repeat
+        if row < 0:  # else an earlier place has the same slot
             row = _take(slot_row, row_slot, row_place, queue, queue_step, free, state, guard, 0)
             slot_row[slot] = row
             row_slot[row] = slot
@@ -299,7 +299,7 @@ def _plan_in_order(
     miss_rows,
     query_misses,
 ):
-    """plan for more slots than rows: lookup by lookup until no row is left."""
+    """Plan more slots than rows: lookup by lookup until no row is left."""
     num_queries, width = topk.shape
     guard = _begin(row_place, queue, queue_step, state, (num_queries - query) * width)
     first, misses = query, 0
@@ -312,7 +312,7 @@ def _plan_in_order(
         state[MISSES] += misses - before
         query_misses[query] += misses - before
         if column < width and query > first:
-            # A query is attended whole where it can be: bit for bit as one-tier.
+            # Attend a query in one pass if possible: then the result equals one tier's bit for bit.
             return query - first, query, 0, misses
         state[LOOKUPS] += lookups
         if column < width:
@@ -340,8 +340,8 @@ def warm(
 ):
     """Use the slots of topk [queries, K] in order, as if each query were a step of its own.
 
-    Returns the length of the list of rows to fill: each row once, with its last slot.
-    A query of more slots than rows fills them all; its other slots are passed over.
+    Returns the length of the list of rows to fill: each row once, with its last slot. A query with
+    more slots than rows fills them all, and its other slots are skipped.
     """
     misses = 0
     for query in range(topk.shape[0]):
@@ -356,7 +356,7 @@ def warm(
 
 @jit
 def _still_mapped(slot_row, miss_slots, miss_rows, misses):
-    """Drop the fills that later ones replaced, and repeats. Returns how many stay."""
+    """Drop repeated fills and fills that later ones replaced. Returns how many stay."""
     kept = 0
     for i in range(misses):
         slot, row = miss_slots[i], miss_rows[i]
@@ -383,10 +383,10 @@ def install(
     sources,
     rows,
 ):
-    """Give the written slots hot rows: the one they have, a free one, or one min_age old.
+    """Give the written slots hot rows: their own, a free one, or one at least min_age steps old.
 
-    Returns the length of the list: row rows[i] is to hold the value of slots[sources[i]].
-    A slot that gets no row is in the host tier only.
+    Returns the length of the list: rows[i] is to be filled with the value of slots[sources[i]]. A
+    slot without a row is in the host tier only.
     """
     guard = _begin(row_place, queue, queue_step, state, slots.shape[0])
     count = 0
@@ -428,7 +428,7 @@ def invalidate(slots, slot_row, row_slot, row_place, free, state):
 
 @jit
 def release(slot_row, row_slot, row_place, queue, queue_step, free, state, released):
-    """Give up as many rows as released has entries: free ones, then the least recently used.
+    """Fill `released` with rows to give up: free ones, then the least recently used.
 
     Effect: the queue is compacted.
     """
@@ -443,7 +443,7 @@ def release(slot_row, row_slot, row_place, queue, queue_step, free, state, relea
 
 @jit
 def copy_rows(source, target, source_rows, target_rows, count):
-    """target[target_rows[i]] = source[source_rows[i]] for i < count; rows of int64 words."""
+    """Set target[target_rows[i]] = source[source_rows[i]] for i < count; rows of int64 words."""
     words = source.shape[1]
     for i in range(count):
         row, place = source_rows[i], target_rows[i]
@@ -470,12 +470,12 @@ def first_difference(host_rows, hot_rows, slot_row, row_slot, picks, first_slot)
 
 
 def new_state(num_slots: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of an empty hot tier of these free rows, by the names the kernels use."""
+    """Return the arrays of an empty hot tier with these free rows, by the kernels' names."""
     state = np.zeros(STATE_SIZE, np.int64)
     state[FREE] = state[ROWS] = len(rows)
     return {
         "slot_row": np.full(num_slots, -1, np.int32),
-        # full and not zeros: its pages are there from now on, and no plan waits for them.
+        # full, not zeros: its memory pages exist from now on, and no plan waits for them.
         "queue": np.full(queue_length(len(rows)), 0, np.int32),
         "queue_step": np.full(queue_length(len(rows)), 0, np.int32),
         "free": rows[::-1].copy(),
@@ -483,6 +483,6 @@ def new_state(num_slots: int, rows: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-# What HotCache calls; start-up has them compiled before the first request. A Rebalancer sees to
-# `release`.
+# The kernels that HotCache calls. Start-up compiles them before the first request; Rebalancer
+# compiles `release`.
 ENTRY_POINTS = ("plan", "warm", "install", "invalidate", "copy_rows", "first_difference")
