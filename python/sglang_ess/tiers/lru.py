@@ -21,8 +21,9 @@ jit = numba.njit(cache=True, nogil=True)
 HEAD, TAIL, FREE, STEP, ROWS = 0, 1, 2, 3, 4
 LOOKUPS, MISSES, EVICTIONS, EVICTED_AGE, INSTALLS, SKIPPED = 5, 6, 7, 8, 9, 10
 STATE_SIZE = 11
-# queue_step is int32 and has the low bits of STEP, which outgrows it (2^31 plans are two years of 30
-# a second). An age is a difference, so these bits suffice for rows unused for less than 2^32 steps.
+# queue_step is int32 and has the low bits of STEP, which outgrows it (2^31 plans are two years of
+# 30 a second). An age is a difference, so these bits suffice for rows unused for fewer than 2^32
+# steps.
 STEP_MASK = 0xFFFFFFFF
 BLOCK = 512  # lookups of _use_hits whose slots and rows stay in the first-level cache
 
