@@ -187,7 +187,7 @@ def test_an_empty_window_changes_nothing():
 
 
 def test_the_prior_growth_is_hisparses():
-    """papers.md 1.6: 614, 274 and 137 rows of 2,048 are missed at 2K, 4K and 8K slots."""
+    """HiSparse misses 614, 274 and 137 rows of 2,048 at 2K, 4K and 8K slots (LMSYS blog)."""
     new = np.diff(prior_growth()) / prior_growth()[0] * 2048
     assert new[:3] == pytest.approx([614, 453, 376], rel=0.01)
     assert 1 / prior_growth()[0] == pytest.approx(2.7, rel=0.02)

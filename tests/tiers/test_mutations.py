@@ -1,4 +1,4 @@
-"""The model notices each invariant being broken: the same script, with one thing done wrong.
+"""The model notices when an invariant of tiers/contract.py is broken: one step is done wrong.
 
 A mutation replaces one function of lru, or one step of the driver, by a wrong one. Mutated
 kernels run as Python: numba would not see a changed helper.
@@ -42,7 +42,7 @@ def test_the_script_passes_as_it_is(monkeypatch):
 
 
 class InstallWithoutHost(Driver):
-    """Invariant 1: hot copies of rows that the host tier never got."""
+    """Host first: hot copies of rows that the host tier never got."""
 
     def write(self, slots, min_ages):
         before = [rows.clone() for rows in self.host.rows]
@@ -52,7 +52,7 @@ class InstallWithoutHost(Driver):
 
 
 class WriteBehindTheCache(Driver):
-    """Invariant 3: a path that writes slots and tells no hot tier."""
+    """No stale copy: a path that writes slots without a call to any hot tier."""
 
     def write(self, slots, min_ages):
         for layer, rows in enumerate(self.host.rows):
@@ -62,7 +62,7 @@ class WriteBehindTheCache(Driver):
 
 
 class OneLayerForgotten(Driver):
-    """Invariant 3: updated in every layer but one."""
+    """No stale copy: updated in every layer but one."""
 
     def write(self, slots, min_ages):
         last = self.caches[-1]
@@ -133,7 +133,7 @@ GUARD_OF_TAKE, MIN_AGE_OF_TAKE, STATE_OF_TAKE = 7, 8, 6
 
 
 def guard_ignored(kernel):
-    """Invariant 4: what this pass already uses is evictable too."""
+    """One plan, one row each: rows that this pass already uses are evicted too."""
 
     def take(*args):
         args = list(args)
