@@ -1,4 +1,4 @@
-"""The counted link: copies take bytes / rate, however the machine sleeps. No test waits."""
+"""The throttled link: copies take bytes / rate, however the machine sleeps. No test waits."""
 
 import time
 
