@@ -60,7 +60,8 @@ LAYER_STATE_BYTES = NUM_WORDS * 4 + NUM_COUNTERS * 8
 
 def steps(words: Words) -> Words:
     """Ticks of each layer since the start: [...] from words [..., NUM_WORDS] int64 on the host."""
-    return words[..., EPOCH] * EPOCH_TICKS + words[..., TICK] - 1
+    ticks: Words = words[..., EPOCH] * EPOCH_TICKS + words[..., TICK]
+    return ticks - 1
 
 
 @dataclass(frozen=True)
