@@ -85,15 +85,20 @@ class Planned(Protocol):
 class LookupObserver(Protocol):
     """Observes a hot tier's lookups and writes (GhostCache does)."""
 
-    def access(self, topk: torch.Tensor) -> None: ...
+    def access(self, topk: torch.Tensor) -> None:
+        """A plan looks up topk [queries, K] int32, -1 pads, in one step."""
 
-    def warm(self, topk: torch.Tensor) -> None: ...
+    def warm(self, topk: torch.Tensor) -> None:
+        """warm uses the slots of topk [queries, K] int32, a step per query."""
 
-    def install(self, slots: torch.Tensor, min_age: int = 0) -> None: ...
+    def install(self, slots: torch.Tensor, min_age: int = 0) -> None:
+        """install writes slots [n] int64."""
 
-    def invalidate(self, slots: torch.Tensor) -> None: ...
+    def invalidate(self, slots: torch.Tensor) -> None:
+        """invalidate frees the rows of slots [n] int64."""
 
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        """Every row is free again, and the counters restart."""
 
 
 PlanT = TypeVar("PlanT", bound=Planned)

@@ -65,10 +65,12 @@ class HostTier:
 
     @property
     def num_slots(self) -> int:
+        """Slots, which is rows per layer."""
         return len(self.rows[0])
 
     @property
     def nbytes(self) -> int:
+        """Host bytes of all layers."""
         return sum(rows.nbytes for rows in self.rows)
 
     def close(self) -> None:

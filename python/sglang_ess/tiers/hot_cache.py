@@ -66,6 +66,7 @@ class Plan:
 
     @property
     def queries(self) -> slice:
+        """The batch's queries that the pass covers."""
         return slice(self.first, self.first + self.rows.shape[0])
 
 

@@ -202,6 +202,7 @@ class DeviceTier:
         return self.state.counters, self.state.words, *ages
 
     def is_mirrored(self) -> bool:
+        """Return whether the copy of the last mirror() is complete."""
         return self._mirror is not None and (self._copied is None or self._copied.query())
 
     def mirror(self) -> None:

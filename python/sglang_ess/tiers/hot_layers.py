@@ -23,6 +23,7 @@ class HotLayers:
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        """Hot rows of each layer now."""
         return tuple(cache.num_rows for cache in self.caches)
 
     @property

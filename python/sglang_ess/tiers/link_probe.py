@@ -39,6 +39,7 @@ class LinkProbe:
         return sum(tensor.nbytes for tensor in tensors)
 
     def bytes_per_second(self) -> float:
+        """Return the rate of the last finished probe, and start another."""
         if not self._is_cuda:
             return measure(self._fetch)
         if self._events is None:

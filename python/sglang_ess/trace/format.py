@@ -73,6 +73,8 @@ STATE = ("steps", *COUNTERS)
 
 
 class Kind(IntEnum):
+    """The kinds of events; the table above describes each."""
+
     PLAN = 0
     PLAN_SLOTS = 1
     WARM = 2

@@ -71,6 +71,7 @@ class TraceRecorder(TopkObserver):
         self.begin_step(request_ids, *arrays)
 
     def end_step(self) -> None:
+        """Stop attributing plans to the queries of begin_step."""
         self._step = None
 
     def _slots(self, req_rows: np.ndarray, lengths: np.ndarray, req_to_token: np.ndarray) -> bool:

@@ -53,6 +53,7 @@ class MissCurve:
 
     @property
     def misses_per_lookup(self) -> tuple[float, ...]:
+        """[sizes] misses relative to lookups; zeros without a lookup."""
         return tuple(misses / self.lookups if self.lookups else 0.0 for misses in self.misses)
 
     def at(self, rows: float) -> float:
