@@ -199,7 +199,7 @@ def dict_lookups(order: OrderedDict, num_rows: int, topk: np.ndarray) -> float:
 
 
 def measure_fetch(report: harness.Report, num_steps: int, seed: int) -> None:
-    """fetch of real rows, beside a memcpy of the same bytes and torch's indexed copy."""
+    """fetch of real rows, a memcpy of the same bytes and torch's indexed copy."""
     trace = Trace(HEADLINE["batch"], cold_ratio(HEADLINE["ratio"], HEADLINE["miss"]), seed)
     slots = HEADLINE["batch"] * CONTEXT
     host = torch.randint(256, (slots, 1, ROW_BYTES), dtype=torch.uint8)
@@ -354,7 +354,7 @@ def print_tables(report: harness.Report) -> None:
 
 
 def panels(report: harness.Report) -> list[harness.Panel]:
-    """Left: lookups per second by point, beside the roof. Right: GB/s of the copies."""
+    """Left: lookups per second by point, of plan and of the roof. Right: GB/s of the copies."""
     speeds = [row for name in ("plan", "roof") for row in report.select(name, turn=NUM_LAYERS)]
     return [
         harness.Panel(speeds, lambda row: "{batch} x {ratio}\n{miss:.0%}".format(**row["config"]),

@@ -37,7 +37,7 @@ TOPK, CHURN, QUERIES, CONTEXT = 2048, 0.3, 2, 32768
 REACHES = np.array([150, 500, 1500, 3000, 4500, 6000, 8000, 11000, 15000, 20000, 27000, 36000])
 UNIFORMS = np.array([0.01, 0.03, 0.06, 0.1, 0.16, 0.24, 0.34])
 MEAN_MISSES = 190.0  # of a layer at ratio 0.2: where the uniform share is anchored
-LAYER_17_WEIGHT = 0.7  # the line of one layer, beside means of 61
+LAYER_17_WEIGHT = 0.7  # the line of one layer; the others are means of 61
 LOCAL_SHARE = 0.9  # the most of a layer's misses that is uniform: low layers have locality too
 HISPARSE_CONTEXT = 65536  # not stated; it only decides how soon the uniform part falls
 FOLDER = ROOT / "python" / "sglang_ess" / "sim" / "data" / "localities"
@@ -173,7 +173,7 @@ def as_toml(locality: Locality, source: str) -> str:
 
 
 def check_deepseek(report: Report, locality: Locality, quick: bool) -> None:
-    """Measure the fitted locality again and add a row beside every published figure."""
+    """Measure the fitted locality again and add a row for every published figure."""
     steps, requests = (20, 1) if quick else (60, 2)
     found = {}
     for context in FIGURE9:

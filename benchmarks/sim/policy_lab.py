@@ -3,12 +3,12 @@
     python -m benchmarks.sim.policy_lab [--quick] [--json PATH] [--plot PATH]
 
 1. LRU (the production HotCache), the other policies of sglang_ess.sim.policies and Belady's optimum
-   at several sizes on the "glm-5.1" profile, beside the figures that HiSparse publishes.
+   at several sizes on the "glm-5.1" profile, next to the figures that HiSparse publishes.
 2. The same number of hot rows in three organisations: rows of its own for each request, either the
    same number (HiSparse) or in proportion to its context (ESS); one shared tier; one shared tier
    with per-layer budgets. On "deepseek-v3.2" with two queries a step. Budgets come from the steps
    before those that count.
-3. LRU curves of sampled ghost caches beside exact ones.
+3. LRU curves of sampled ghost caches compared with exact ones.
 Belady knows the stream only to its end, so for every policy the last steps are simulated and not
 counted.
 """

@@ -40,7 +40,7 @@ class Row:
         return GPUS_PER_NODE * self.batch * self.accepted / self.throughput
 
 
-# Table 2. The OTPS printed beside 128K, batch 13 (23.19, that of 32K) is a misprint: its
+# Table 2. The OTPS printed for 128K, batch 13 (23.19, that of 32K) is a misprint: its
 # throughput gives 35.28. Acceptance 3.4 has the steps of 2.8: the same rows but for the factor.
 TABLE2 = (
     Row(2, 1.7, 32 * K, 52, 1.0, 9647.71),

@@ -98,7 +98,7 @@ ITEMS = {
 
 
 def record(report: harness.Report, name: str, value: float, **config) -> None:
-    """Add a row with the paper's number beside ours."""
+    """Add a row with our number and the paper's."""
     item = ITEMS[name]
     facts = {"paper": item.paper, "basis": item.basis, "right": item.is_right(value)}
     report.add(harness.simulated(name, config, "effect", item.unit, [value], **facts))
@@ -115,7 +115,7 @@ def prompts(setting: Setting, model: DenseModel, count: int, seed: int) -> np.nd
 def transfers(setting: Setting, model: DenseModel, seed: int) -> dict[str, float]:
     """The speed-up of loads, and prefill with saves over prefill alone.
 
-    memcpy and FlashD2H run beside the compute, so the longer of both counts. A GPU-direct save
+    memcpy and FlashD2H run during the compute, so the longer of both counts. A GPU-direct save
     occupies the GPU while it lasts.
     """
     machine, cost = setting.machine, Roofline(setting.machine, model, setting.sparse)
@@ -123,16 +123,16 @@ def transfers(setting: Setting, model: DenseModel, seed: int) -> dict[str, float
     compute = np.array([cost.linear(n) + cost.prefill_attention(n, 0) for n in lengths])
     written = lengths * model.token_bytes
 
-    def beside(rate: float) -> float:
+    def overlapped(rate: float) -> float:
         return float(np.maximum(compute, written / rate).sum() / compute.sum())
 
     return {
         "flash_h2d_speedup": machine.flash_h2d_bytes_per_second / machine.memcpy_bytes_per_second,
-        "save_memcpy": beside(machine.memcpy_save_bytes_per_second),
+        "save_memcpy": overlapped(machine.memcpy_save_bytes_per_second),
         "save_gpu_direct": float(
             1 + (written / machine.flash_h2d_bytes_per_second).sum() / compute.sum()
         ),
-        "save_flash_d2h": beside(machine.flash_d2h_bytes_per_second),
+        "save_flash_d2h": overlapped(machine.flash_d2h_bytes_per_second),
     }
 
 
