@@ -169,7 +169,7 @@ def test_requests_have_streams_and_steps_of_their_own(stride):
         (dict(layer=3), "layer must be 0 to 2: got 3"),
         (dict(lengths=torch.ones(2, dtype=torch.int64)), "lengths must be torch.int32"),
         (dict(topk=torch.zeros(2, 5, dtype=torch.int32)), "topk must have shape"),
-        (dict(topk=torch.zeros(1, TOPK, dtype=torch.int32)), "a row for each of lengths"),
+        (dict(topk=torch.zeros(1, TOPK, dtype=torch.int32)), "a row per length"),
         (dict(topk=torch.zeros(2, 2 * TOPK, dtype=torch.int32)[:, ::2]), "must be contiguous"),
         (dict(page_table=torch.zeros(1, 4, dtype=torch.int32)), "page_table must have shape"),
     ],
