@@ -179,7 +179,8 @@ def summarise(report: harness.Report) -> None:
         for key, run in (("fixed", "fixed"), ("shared", "shared"), ("budgets", "shared + budgets")):
             report.summarise(f"{key}_vs_ratio_{scenario.name}", found[run] / found["ratio"])
         best = found["shared + budgets, Belady"]
-        report.summarise(f"budgets_vs_belady_{scenario.name}", found["shared + budgets"] / best)
+        value = best and found["shared + budgets"] / best  # 0 where Belady misses nothing
+        report.summarise(f"budgets_vs_belady_{scenario.name}", value)
     for rate in RATES:
         found = [row["mean"] for row in report.select("ghost", rate=rate)]
         report.summarise(f"ghost_error_percent_at_{rate:g}", np.mean(found))

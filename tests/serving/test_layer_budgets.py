@@ -39,7 +39,7 @@ def test_the_flag():
 @pytest.mark.parametrize("value", ["auto", "uniform", None])
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_every_value_is_served_everywhere(value, on_cpu, monkeypatch):
-    monkeypatch.setattr(preflight, "_rule_reasons", lambda *_: [])
+    monkeypatch.setattr(preflight, "rule_reasons", lambda *_: [])
     args = SimpleNamespace(enable_hisparse=False, disaggregation_mode="prefill")
     assert preflight.option_reasons(args, EssConfig(layer_budgets=value), on_cpu) == []
 
