@@ -12,7 +12,7 @@
 #   tests    the kernel tests on the device; memcheck, racecheck: some under compute-sanitizer
 #   bench    benchmarks.kernels: kernels.json, kernels.png
 #   exact    tests/gpu: two tiers give one tier's logprobs
-#   serving  benchmarks.serving.gpu_serving: gpu_serving.json, gpu_serving.png; both: logs.tar.gz
+#   serving  tools.gpu_serving: gpu_serving.json, gpu_serving.png; both: logs.tar.gz
 #   predict  tools.predict_gpu: the simulator beside both: predict_gpu.json, predict_gpu.png
 #
 # All fit in N seconds [570, --quick 230]; a failed one does not stop the next. bench, exact and

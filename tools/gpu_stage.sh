@@ -118,7 +118,7 @@ serving() {
   # bench may have run out of time before its cost table was whole
   ! "$PYTHON" -c "from sglang_ess.attention.overlap import CostTable; CostTable.read('$table')" ||
     costs=(--overlap-costs "$table")
-  measure gpu_serving benchmarks.serving.gpu_serving --model "$WORK/slice" --logs "$WORK/serving" \
+  measure gpu_serving tools.gpu_serving --model "$WORK/slice" --logs "$WORK/serving" \
     "${costs[@]}" "$@"
   status=$?
   pack_logs

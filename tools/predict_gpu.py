@@ -4,7 +4,7 @@
         [--gpu h100] [--quick] [--json FILE] [--plot FILE]
 
 kernels.json (benchmarks/kernels) gives the link, the attention kernel, plan, and what DA and
-DBA add; gpu_serving.json (benchmarks/serving/gpu_serving) gives the steps of a slice of V3.2.
+DBA add; gpu_serving.json (tools/gpu_serving) gives the steps of a slice of V3.2.
 Fitted, on one-tier and "resident" at half of the (context, batch) pairs, is what is in no kernel:
 
     layer_us     of a layer: launches, gaps, small kernels

@@ -60,7 +60,7 @@ class Served:
     @classmethod
     def read(cls, path: Path) -> Served:
         """Raises: ValueError, one line, for a file that lacks what is needed."""
-        found = _json(path, "benchmarks.serving.gpu_serving")
+        found = _json(path, "tools.gpu_serving")
         try:
             config = found["config"]
             slice_config = SliceConfig(**config["slice"])
@@ -70,7 +70,7 @@ class Served:
             raise ValueError(
                 f"{path} must hold decode rows, and the slice, row_bytes and card in its config: "
                 f"got {type(error).__name__} {error}. Write it with python -m "
-                "benchmarks.serving.gpu_serving on a GPU, of a slice by sglang_ess.slice_model."
+                "tools.gpu_serving on a GPU, of a slice by sglang_ess.slice_model."
             ) from None
         resident = [point for point in points if point.system in RESIDENT]
         if len(points) == len(resident) or len({point.cell for point in resident}) < 4:

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import Report
-from benchmarks.serving.gpu_figures import METRICS
-from benchmarks.serving.gpu_grid import SYSTEMS
 from sglang_ess.sim.model.decode_tiers import Sampling, measure
 from sglang_ess.sim.model.locality import Locality
 from tools import predict_gpu
+from tools.gpu_serving.figures import METRICS
+from tools.gpu_serving.grid import SYSTEMS
 from tools.predict_gpu import fit, judge
 from tools.predict_gpu_files import FREE, OVERLAPS, RESIDENT, Host, Point, Served, _gpu_file
 

@@ -1,4 +1,4 @@
-"""benchmarks/serving/gpu_serving: its grid, bytes, time and losses; one slow run on the CPU."""
+"""tools/gpu_serving: its grid, bytes, time and losses; one slow run on the CPU."""
 
 import importlib.util
 import json
@@ -10,9 +10,15 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.harness import ROOT, Report
-from benchmarks.serving import gpu_serving
-from benchmarks.serving.gpu_engine import AUTO
-from benchmarks.serving.gpu_grid import (
+from benchmarks.worker import WorkerError
+from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
+from sglang_ess.config import EssConfig
+from sglang_ess.mem_cache import capacity
+from tests.tools.test_gpu_serving_figures import decoded, passes
+from tools.gpu_serving import __main__ as gpu_serving
+from tools.gpu_serving.__main__ import Clock, EngineWorker, Maker, Pace, Run
+from tools.gpu_serving.engine import AUTO
+from tools.gpu_serving.grid import (
     BUDGETS,
     CPU,
     CUDA,
@@ -33,12 +39,6 @@ from benchmarks.serving.gpu_grid import (
     hisparse_size,
     server_args,
 )
-from benchmarks.serving.gpu_serving import Clock, EngineWorker, Maker, Pace, Run
-from benchmarks.worker import WorkerError
-from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
-from sglang_ess.config import EssConfig
-from sglang_ess.mem_cache import capacity
-from tests.benchmarks.test_gpu_serving_figures import decoded, passes
 
 SLICE = Model("slice", layers=4, topk=2048, vocabulary=129_280)
 TINY = Model("tiny", layers=2, topk=128, vocabulary=4096)
@@ -365,7 +365,7 @@ def test_the_miniature_measures_every_system(tmp_path):
     """Minutes: six engines, one after another."""
     path = tmp_path / "cpu.json"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.serving.gpu_serving", "--platform", "cpu",
+        [sys.executable, "-m", "tools.gpu_serving", "--platform", "cpu",
          "--json", path, "--plot", tmp_path / "cpu.png"],
         cwd=ROOT, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip

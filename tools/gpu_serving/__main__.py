@@ -1,7 +1,7 @@
 """Decode of SGLang with ESS on a GPU, beside one tier, HiSparse and all rows resident.
 
-    python -m benchmarks.serving.gpu_serving --model DIR [--seconds 560] [--json FILE] [--plot FILE]
-    python -m benchmarks.serving.gpu_serving --platform cpu      # a miniature, here, in minutes
+    python -m tools.gpu_serving --model DIR [--seconds 560] [--json FILE] [--plot FILE]
+    python -m tools.gpu_serving --platform cpu      # a miniature, here, in minutes
 
 DIR: a slice of `python -m sglang_ess.slice_model`. docs/gpu.md has the systems and the figures.
 Every engine is a decode server of PD with SGLang's fake transfer, and plays one top-k stream. A
@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Progress, Report, argument_parser, failed, finish, measured
-from benchmarks.serving import gpu_figures, gpu_grid, shared
-from benchmarks.serving.gpu_engine import LEAVE_SECONDS, DecodeEngine
-from benchmarks.serving.gpu_grid import RESIDENT, SYSTEMS, Engine, Grid, Model, Point
+from benchmarks.serving import shared
 from benchmarks.worker import Worker, WorkerError
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, PAGE_SLOTS
+from tools.gpu_serving import figures as gpu_figures
+from tools.gpu_serving import grid as gpu_grid
+from tools.gpu_serving.engine import LEAVE_SECONDS, DecodeEngine
+from tools.gpu_serving.grid import RESIDENT, SYSTEMS, Engine, Grid, Model, Point
 
 TINY_MODEL = {"layers": 2, "dense_layers": 1, "experts": 4}
 LOCALITY = "deepseek-v3.2"
@@ -235,7 +237,7 @@ class Run:
         sizes = worker.call("sizes", timeout=60) | {"start": time.monotonic() - began}
         sizes["budget_bytes"] = gpu_grid.budget_bytes(self.grid, self.model)
         sizes["device_bytes"] = sizes["latent_bytes"] + sizes["index_bytes"]
-        if engine.ratio is None:  # HiSparse's tables come on top: see gpu_grid.py
+        if engine.ratio is None:  # HiSparse's tables come on top: see grid.py
             sizes["device_bytes"] += sizes["metadata_bytes"]
         config = {"engine": engine.name, "systems": list(engine.systems.values())}
         self.report.add(*[measured("engine", config, metric, unit, [sizes[metric]])

@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from benchmarks.harness import Panel, Report, find, measured, pivot, print_table, select
-from benchmarks.serving.gpu_grid import ESS_SYSTEMS, HISPARSE, ONE_TIER, RESIDENT, SYSTEMS
+from tools.gpu_serving.grid import ESS_SYSTEMS, HISPARSE, ONE_TIER, RESIDENT, SYSTEMS
 
 DROPPED_STEPS = 2  # of a window: its first steps finish what was launched in the mode before
 METRICS = {

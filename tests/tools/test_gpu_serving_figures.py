@@ -1,4 +1,4 @@
-"""benchmarks/serving/gpu_serving: what engines record, windows, figures."""
+"""tools/gpu_serving: what engines record, windows, figures."""
 
 import importlib.util
 import json
@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from benchmarks.harness import Report, failed, measured, plot, print_failed
-from benchmarks.serving import gpu_engine
-from benchmarks.serving.gpu_engine import Fill, memory_of
-from benchmarks.serving.gpu_figures import (
+from sglang_ess.attention.backend_cuda import EssDsaBackend
+from sglang_ess.attention.overlap import Mode, OverlapPolicy
+from tools.gpu_serving import engine as gpu_engine
+from tools.gpu_serving.engine import Fill, memory_of
+from tools.gpu_serving.figures import (
     METRICS,
     panels,
     point_rows,
@@ -20,9 +22,7 @@ from benchmarks.serving.gpu_figures import (
     summarise,
     windows_of,
 )  # fmt: skip
-from benchmarks.serving.gpu_grid import HISPARSE, ONE_TIER, RESIDENT
-from sglang_ess.attention.backend_cuda import EssDsaBackend
-from sglang_ess.attention.overlap import Mode, OverlapPolicy
+from tools.gpu_serving.grid import HISPARSE, ONE_TIER, RESIDENT
 
 SGLANG = Path(importlib.util.find_spec("sglang").origin).parent / "srt"
 

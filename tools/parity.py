@@ -1,6 +1,6 @@
 """How far the CPU platform is from transformers, by format: the figures behind the parity tests.
 
-    python -m benchmarks.parity [--quick] [--json PATH] [--plot PATH]
+    python -m tools.parity [--quick] [--json PATH] [--plot PATH]
 
 For each architecture and setup, |logprob difference| per token, twice. "forced": transformers makes
 the engine's decisions, so this is what the arithmetic differs by; also in units of what rounding
