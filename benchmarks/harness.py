@@ -14,7 +14,7 @@ A row's kind is `measured`, `simulated` (a number that a simulation gave) or `fa
 are null and `error` says why). Every file in results/ has this form.
 
 This module imports neither torch nor SGLang: both read the environment at import. Code that needs
-them with an environment of its own runs in a Worker (worker.py).
+them with an environment of its own runs in a Worker (tools/worker.py).
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ from benchmarks.serving.two_tier import (
     take_turns,
 )
 from benchmarks.serving.two_tier_figures import Window
-from benchmarks.worker import Worker
+from tools.worker import Worker
 
 TERMS = ("fixed", "request", "token", "row")
 UNITS = {"fixed": "ms", "request": "us", "token": "ns", "row": "us"}

@@ -25,8 +25,8 @@ from benchmarks.serving import cpu_figures, shared
 from benchmarks.serving.cpu_figures import HEADLINE, RATIOS, SPLIT_BATCH, WARMUP_STEPS, Timing
 from benchmarks.serving.engines import TheirModel, TimedEngine
 from benchmarks.serving.shared import end_on_sigterm, engine_env, parser_with_threads, prompts_of
-from benchmarks.worker import Worker, WorkerError
 from sglang_ess.config import EssConfig
+from tools.worker import Worker, WorkerError
 
 REPEATED_TOKENS = 8192  # a batch of at most this many tokens is prefilled three times
 # A prompt shorter than the model's top-k, so that both systems attend to every position.

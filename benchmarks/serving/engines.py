@@ -1,4 +1,4 @@
-"""The systems that the CPU benchmarks compare, each an object for a worker.Worker.
+"""The systems that the CPU benchmarks compare, each an object for a Worker.
 
 SGLang runs as an sglang.Engine: the server without its HTTP and its text, which transformers'
 generate() lacks too. Its scheduler's process writes one line a pass: what ran, when, and what the

@@ -28,10 +28,10 @@ from benchmarks.serving import shared, two_tier_figures
 from benchmarks.serving.engines import DROPPED_PASSES, HeldEngine
 from benchmarks.serving.shared import end_on_sigterm, engine_env, parser_with_threads, prompts_of
 from benchmarks.serving.two_tier_figures import ONE_TIER, Window, buys_rows, prefill_tokens_per_s
-from benchmarks.worker import Worker
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, INDEX_KEY_BYTES
 from sglang_ess.layout import PAGE_SLOTS as PAGE
+from tools.worker import Worker
 
 LAYERS = 6
 # Two of four experts active: a batch of 4 reads 94% of the experts if the router is fair.

@@ -27,8 +27,8 @@ from benchmarks.harness import (
     spread,
     table,
 )
-from benchmarks.worker import Worker, WorkerError
 from tests.support.calculator import Calculator
+from tools.worker import Worker, WorkerError
 
 ROW_KEYS = {"name", "kind", "config", "metric", "unit", "median", "p10", "p90", "n", "load1"}
 MACHINE_KEYS = {"cpu", "cores", "memory_gib", "loadavg_start", "loadavg_end"}

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.harness import ROOT, Report
-from benchmarks.worker import WorkerError
 from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache import capacity
@@ -39,6 +38,7 @@ from tools.gpu_serving.grid import (
     hisparse_size,
     server_args,
 )
+from tools.worker import WorkerError
 
 SLICE = Model("slice", layers=4, topk=2048, vocabulary=129_280)
 TINY = Model("tiny", layers=2, topk=128, vocabulary=4096)

@@ -30,7 +30,7 @@ time.sleep(600)
 """
 WORKER = f"""
 from pathlib import Path
-from benchmarks.worker import Worker
+from tools.worker import Worker
 from {FAMILY} import Family
 if __name__ == "__main__":
     Worker(Family, log=Path(LOG)).call("sleep", 600)

@@ -31,13 +31,13 @@ from typing import Any
 
 from benchmarks.harness import Progress, Report, argument_parser, failed, finish, measured
 from benchmarks.serving import shared
-from benchmarks.worker import Worker, WorkerError
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, PAGE_SLOTS
 from tools.gpu_serving import figures as gpu_figures
 from tools.gpu_serving import grid as gpu_grid
 from tools.gpu_serving.engine import LEAVE_SECONDS, DecodeEngine
 from tools.gpu_serving.grid import RESIDENT, SYSTEMS, Engine, Grid, Model, Point
+from tools.worker import Worker, WorkerError
 
 TINY_MODEL = {"layers": 2, "dense_layers": 1, "experts": 4}
 LOCALITY = "deepseek-v3.2"
