@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +151,14 @@ def _hot_tier(pool: Any) -> dict[str, list[int]]:
 
 def pool_bytes(pool: Any) -> dict[str, int]:
     """Bytes of a pool in each memory, counted by its buffers; hot_rows: of a layer."""
-    row_bytes = pool.kv_buffer[0][0].nbytes
     if hasattr(pool, "hot_caches"):
-        return {
-            "device_bytes": pool.device_bytes,
-            "host_bytes": pool.host_tier.nbytes,
-            "hot_rows": pool.hot_caches[0].num_rows,
-            "row_bytes": row_bytes,
-        }
-    buffers = [*pool.index_k_with_scale_buffer, *pool.kv_buffer]
-    device = sum(buffer.nbytes for buffer in buffers)
-    return {"device_bytes": device, "host_bytes": 0, "hot_rows": 0, "row_bytes": row_bytes}
+        device, host = pool.device_bytes, pool.host_tier.nbytes
+        hot_rows = pool.hot_caches[0].num_rows
+    else:
+        buffers = [*pool.index_k_with_scale_buffer, *pool.kv_buffer]
+        device, host, hot_rows = sum(buffer.nbytes for buffer in buffers), 0, 0
+    return {"device_bytes": device, "host_bytes": host, "hot_rows": hot_rows,
+            "row_bytes": pool.kv_buffer[0][0].nbytes}  # fmt: skip
 
 
 # --- in a Worker ------------------------------------------------------------------------
@@ -225,14 +222,13 @@ class RecordedEngine:
 
     def _passes(self) -> list[dict]:
         """The passes recorded since the last call."""
-        return list(self._complete_lines())
-
-    def _complete_lines(self) -> Iterator[dict]:
+        found = []
         while line := self._record.readline():
             if not line.endswith("\n"):  # being written
                 self._record.seek(self._record.tell() - len(line))
-                return
-            yield json.loads(line)
+                break
+            found.append(json.loads(line))
+        return found
 
     def close(self) -> None:
         self._engine.shutdown()

@@ -34,12 +34,12 @@ import numpy as np
 
 from benchmarks.harness import OtherLoad, argument_parser, finish, measured
 from benchmarks.serving import pd_figures, shared
-from benchmarks.serving.pd_cluster import Cores, Decode, Prefill, Router, decoding
 from benchmarks.serving.pd_figures import ESS, OFF, ON, ONE_TIER
 from benchmarks.serving.pd_load import SATURATED, Result, requests_of, run_load
 from benchmarks.serving.shared import end_on_sigterm, prompts_of
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, INDEX_KEY_BYTES
 from sglang_ess.layout import PAGE_SLOTS as PAGE
+from tools.pd_cluster import Cores, Decode, Prefill, Router, decoding
 
 REQUEST_SECONDS = 900  # after which a request counts as an error
 SETTLE_SECONDS = 0.5  # between two looks at a server's counters

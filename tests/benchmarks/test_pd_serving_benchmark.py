@@ -12,7 +12,6 @@ from aiohttp import web
 
 from benchmarks.harness import Report, finish, measured
 from benchmarks.serving import pd_serving
-from benchmarks.serving.pd_cluster import Cores, Node, logged_batches, summed_counters
 from benchmarks.serving.pd_figures import (
     ESS,
     OFF,
@@ -38,6 +37,7 @@ from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache import capacity
 from sglang_ess.mem_cache.capacity import Geometry
 from sglang_ess.testing.tiny_model import TinyModelConfig
+from tools.pd_cluster import Cores, Node, logged_batches, summed_counters
 
 SCENARIOS = [pd_serving.OUTPUT, pd_serving.THRASH]
 GRIDS = [pd_serving.QUICK, pd_serving.FULL]

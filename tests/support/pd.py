@@ -8,6 +8,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tools import pd_cluster
 from tools.processes import HttpProcess
 
 # A log line of a check of SGLang's own that failed, or of a scheduler that died.
@@ -167,28 +168,25 @@ class PdCluster:
         env: dict[str, str] | None = None,
         node: type[Node] = Node,
     ):
-        launcher, bootstrap = "sglang_ess.launch_server", str(fixed_port())
-        both = ("--model-path", str(model), "--disaggregation-transfer-backend", "mooncake", *flags)
-        role = "--disaggregation-mode"
-        first = (role, "prefill", "--disaggregation-bootstrap-port", bootstrap)
+        launcher, bootstrap = "sglang_ess.launch_server", fixed_port()
         # The nodes import SGLang and load the model at the same time.
         self.prefill = node(
             launcher,
-            *(*both, *first, *prefill_flags),
+            *(*pd_cluster.prefill_flags(model, bootstrap), *flags, *prefill_flags),
             log=Path(directory) / "prefill.log",
             env=env,
         )
         self.decode = node(
             launcher,
-            *(*both, role, "decode", *decode_flags),
+            *(*pd_cluster.decode_flags(model), *flags, *decode_flags),
             log=Path(directory) / "decode.log",
             env=env,
         )
-        pair = ("--prefill", self.prefill.url, bootstrap, "--decode", self.decode.url)
+        pair = pd_cluster.router_flags(self.prefill.url, bootstrap, self.decode.url)
         metrics = ("--prometheus-port", str(fixed_port()))  # 29000 for every gateway otherwise
         self.router = Node(
             "sglang_router.launch_router",
-            *("--pd-disaggregation", *router_flags, *metrics, *pair),
+            *(*router_flags, *metrics, *pair),
             log=Path(directory) / "router.log",
         )
         self.router.ready_path = "/health" if "--mini-lb" in router_flags else "/readiness"

@@ -1,8 +1,9 @@
-"""The processes of pd_serving: a prefill server, a decode server and a router, on their cores.
+"""A prefill server, a decode server and a router on this machine: their flags, and on own cores.
 
-In production prefill and decode are different machines. Here the decode server has a core to
-itself, and everything else shares the others: SGLang's schedulers poll without pause while a
-request waits for its transfer, so a shared core would charge decode for prefill's waiting.
+The flags are those of every cluster here (tests/support/pd.py, scripts/pd.sh). The classes are for
+measurements. In production prefill and decode are different machines, so the decode server gets a
+core to itself, and everything else shares the others: SGLang's schedulers poll without pause while
+a request waits for its transfer, and a shared core would charge decode for prefill's waiting.
 """
 
 from __future__ import annotations
@@ -24,13 +25,32 @@ WAIT_SECONDS = 1800  # the router's own limit
 # Below the client and the router: their clock readings must not wait for a polling scheduler.
 PREFILL_NICE = 5
 DECODE_LOG_INTERVAL = 4  # steps between two of the decode server's log lines
-TRANSFER = ("--disaggregation-transfer-backend", "mooncake")
 COMMON = (
     *("--kv-cache-dtype", "fp8_e4m3", "--chunked-prefill-size", "2048"),
     *("--skip-tokenizer-init", "--incremental-streaming-output", "--skip-server-warmup"),
 )
 BATCH = re.compile(r"Decode batch.*?#running-req: (\d+)")
 COUNTER = re.compile(r"sglang:ess_(\w+?)_total\{[^}]*\} (\S+)")
+
+
+def prefill_flags(model: str, bootstrap: int) -> tuple[str, ...]:
+    """bootstrap: port at which the decode server and the router ask for this server"""
+    own = ("--disaggregation-bootstrap-port", str(bootstrap))
+    return (*_node_flags(model, "prefill"), *own)
+
+
+def decode_flags(model: str) -> tuple[str, ...]:
+    return _node_flags(model, "decode")
+
+
+def _node_flags(model: str, mode: str) -> tuple[str, ...]:
+    transfer = ("--disaggregation-transfer-backend", "mooncake")
+    return "--model-path", str(model), "--disaggregation-mode", mode, *transfer
+
+
+def router_flags(prefill_url: str, bootstrap: int, decode_url: str) -> tuple[str, ...]:
+    nodes = ("--prefill", prefill_url, str(bootstrap), "--decode", decode_url)
+    return "--pd-disaggregation", *nodes
 
 
 @dataclass(frozen=True)
@@ -100,8 +120,7 @@ class Prefill(Node):
 
     def __init__(self, model: str, *flags: str, log: Path, cores: Sequence[int]):
         self.bootstrap = free_port()
-        own = ("--model-path", model, "--disaggregation-mode", "prefill", *TRANSFER)
-        own += ("--disaggregation-bootstrap-port", str(self.bootstrap), *COMMON)
+        own = (*prefill_flags(model, self.bootstrap), *COMMON)
         super().__init__(
             "sglang_ess.launch_server", *own, *flags, log=log, cores=cores, nice=PREFILL_NICE
         )
@@ -111,8 +130,8 @@ class Decode(Node):
     """A decode server. Its log has the batch of every DECODE_LOG_INTERVAL-th step."""
 
     def __init__(self, model: str, *flags: str, log: Path, cores: Sequence[int]):
-        own = ("--model-path", model, "--disaggregation-mode", "decode", *TRANSFER)
-        own += ("--decode-log-interval", str(DECODE_LOG_INTERVAL), "--enable-metrics", *COMMON)
+        own = (*decode_flags(model), "--enable-metrics", *COMMON)
+        own += ("--decode-log-interval", str(DECODE_LOG_INTERVAL))
         super().__init__("sglang_ess.launch_server", *own, *flags, log=log, cores=cores)
 
     def facts(self) -> dict:
@@ -151,8 +170,7 @@ class Router(Node):
     ready_path = "/health"
 
     def __init__(self, prefill: Prefill, decode: Decode, log: Path, cores: Sequence[int]):
-        flags = ("--pd-disaggregation", "--mini-lb", "--decode", decode.url)
-        flags += ("--prefill", prefill.url, str(prefill.bootstrap))
+        flags = ("--mini-lb", *router_flags(prefill.url, prefill.bootstrap, decode.url))
         super().__init__("sglang_router.launch_router", *flags, log=log, cores=cores)
 
 
