@@ -107,5 +107,5 @@ def _reason(error: Exception) -> str:
             "got a call at its top level, which SGLang's processes ran again. Move it there."
         )
     if f"(exit code: {REFUSED})" in str(error):
-        return "the scheduler refused: it printed its reason, `sglang-ess: ...`, on stderr above."
+        return "the scheduler refused: its line, `sglang-ess: ...`, is on stderr above."
     return errors.refusal(error)
