@@ -91,23 +91,19 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 def select(rows: Iterable[dict], /, name=None, metric=None, kind=None, **config) -> list[dict]:
     """The rows with this name, metric and kind (None: any) and at least this config."""
-    wanted = {key: value for key, value in (("name", name), ("metric", metric), ("kind", kind))
-              if value is not None}  # fmt: skip
+    wanted = {"name": name, "metric": metric, "kind": kind}
     return [
         row
         for row in rows
-        if all(row[key] == value for key, value in wanted.items())
+        if all(value in (None, row.get(key)) for key, value in wanted.items())
         and config.items() <= row["config"].items()
     ]
 
 
 def find(rows: Iterable[dict], name, metric, /, **config) -> dict | None:
     """The last measured row with this name, metric and at least this config."""
-    found = None
-    for row in select(rows, name, metric):
-        if row["kind"] == "measured" and config.items() <= row["config"].items():
-            found = row
-    return found
+    found = select(rows, name, metric, "measured", **config)
+    return found[-1] if found else None
 
 
 def field_of(row: Mapping, key: Key) -> Any:
@@ -428,12 +424,12 @@ def _draw_bars(axes: Any, panel: Panel) -> None:
     axes.set_xticks(np.arange(len(names)), names, fontsize=7, rotation=60 if len(names) > 6 else 0)
 
 
-def plot(path: Path, *panels: Panel, size: tuple[float, float] | None = None) -> None:
+def plot(path: Path, *panels: Panel) -> None:
     """Write a PNG with the panels side by side. Needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size or (5.5 * len(panels), 4.5), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     for place, panel in enumerate(panels, start=1):
         draw(figure.add_subplot(1, len(panels), place), panel)

@@ -15,13 +15,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 from benchmarks.harness import Report, argument_parser, plot, print_failed
 from benchmarks.serving import shared
 
+SECTIONS = ("pcie", "fetch", "swap", "attention", "steps", "other_steps")
 DEFAULT_US = (400.0, 30.0)  # indexer, preattn: of a layer at batch 160; see arguments()
 
 
@@ -30,7 +28,7 @@ def arguments():
     add = parser.add_argument
     add("--interpret", action="store_true", help="miniature on the CPU")
     add("--seconds", type=float, help="start nothing new after this [no limit]")
-    add("--only", action="append", choices=list(SECTIONS), help="sections [all]")
+    add("--only", action="append", choices=SECTIONS, help="sections [all]")
     add("--indexer-us", type=float, default=DEFAULT_US[0],
         help="stand-in for the indexer at batch 160, us a layer [%(default)s: twice what ESS's "
         "figure 7 hides behind half of it at 128 K context, rounded down]")  # fmt: skip
@@ -38,35 +36,6 @@ def arguments():
         help="stand-in for the projections between plan and attention [%(default)s: their "
         "weights' bytes at 2 TB/s]")  # fmt: skip
     return parser
-
-
-def operations() -> SimpleNamespace:
-    """The modules of the operations: imported late, as --interpret must be set before."""
-    from benchmarks.kernels import attention, fetch, plan, points, step
-
-    modules = (attention, fetch, plan, points, step)
-    return SimpleNamespace(**{module.__name__.split(".")[-1]: module for module in modules})
-
-
-def steps(run, ops) -> None:
-    for name in ops.step.step_kernels(run)[:1]:
-        ops.step.measure_steps(run, name, run.step_points)
-
-
-def other_steps(run, ops) -> None:
-    points = [point for point in run.step_points if point[0] == max(run.sizes.batches)]
-    for name in ops.step.step_kernels(run)[1:]:
-        ops.step.measure_steps(run, name, points)
-
-
-SECTIONS: dict[str, Callable[[Any, SimpleNamespace], None]] = {
-    "pcie": lambda run, ops: ops.fetch.measure_peak(run),
-    "fetch": lambda run, ops: ops.fetch.measure_fetch(run),
-    "swap": lambda run, ops: ops.plan.measure_plans(run),
-    "attention": lambda run, ops: ops.attention.measure_attention(run),
-    "steps": steps,
-    "other_steps": other_steps,
-}
 
 
 def card_facts(device) -> dict:
@@ -83,13 +52,17 @@ def card_facts(device) -> dict:
 
 def run_sections(bench, args, sizes) -> None:
     """Every section asked for; one that breaks as a whole is a failed row."""
-    ops = operations()
-    run = ops.points.Run(bench, sizes, (args.indexer_us, args.preattn_us), args.seed)
-    for name, section in SECTIONS.items():
+    # Imported late, as --interpret must be set before.
+    from benchmarks.kernels import attention, fetch, plan, points, step
+
+    run = points.Run(bench, sizes, (args.indexer_us, args.preattn_us), args.seed)
+    calls = (fetch.measure_peak, fetch.measure_fetch, plan.measure_plans,
+             attention.measure_attention, step.measure_first, step.measure_others)  # fmt: skip
+    for name, section in zip(SECTIONS, calls, strict=True):
         if args.only and name not in args.only:
             continue
         try:
-            section(run, ops)
+            section(run)
         except Exception as error:
             bench.fail(f"section {name}", {}, error)
 

@@ -155,6 +155,19 @@ class Step:
         return Subject([op])
 
 
+def measure_first(run: Run) -> None:
+    """Steps with the preferred decode kernel."""
+    for name in step_kernels(run)[:1]:
+        measure_steps(run, name, run.step_points)
+
+
+def measure_others(run: Run) -> None:
+    """Steps with the other decode kernels, at the largest batch."""
+    points = [point for point in run.step_points if point[0] == max(run.sizes.batches)]
+    for name in step_kernels(run)[1:]:
+        measure_steps(run, name, points)
+
+
 def measure_steps(run: Run, name: str, points) -> None:
     """Steps with decode kernel `name` at points (batch, misses)."""
     bench, heads, stand_ins = run.bench, run.sizes.heads[0], {}

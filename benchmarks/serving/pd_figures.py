@@ -71,9 +71,6 @@ def ratio(above: float | None, below: float | None) -> float | None:
     return None if above is None or not below else above / below
 
 
-# --- summary ----------------------------------------------------------------------------
-
-
 def summarise(report: Report, itl_target_ms: float) -> None:
     """Fill report.summary."""
     found = {}
@@ -83,9 +80,8 @@ def summarise(report: Report, itl_target_ms: float) -> None:
         report.summarise(f"output_tokens_per_s_{suffix}", found[system])
         for metric in ("batch_mean", "batch_max", "itl_p50", "itl_p99", "ttft_p50", "ttft_p99"):
             report.summarise(f"{metric}_{suffix}", report.median("output", metric, **config))
-        for metric in ("device_bytes", "slots"):
-            value = report.median("output", metric, system=system)
-            report.summarise(f"{metric}_{suffix}", value)
+        for metric in ("device_bytes", "slots"):  # not of one rate
+            report.summarise(f"{metric}_{suffix}", report.median("output", metric, system=system))
     report.summarise("output_ratio", ratio(found[ESS], found[ONE_TIER]))
     report.summarise("p99_itl_ms", report.summary.get("itl_p99_ess"))
     if "p99_itl_ms" in report.summary:
@@ -104,13 +100,9 @@ def summarise(report: Report, itl_target_ms: float) -> None:
 
 def curve(report: Report, name: str, metric: str, **config) -> list[tuple[float, float]]:
     """(rate, median) by rising rate; saturation is left out."""
-    points = {}
-    for row in report.rows:
-        rate = row["config"].get("rate")
-        if rate is not None and rate != SATURATION:
-            if found := find([row], name, metric, **config):
-                points[rate] = found["median"]
-    return sorted(points.items())
+    rows = report.select(name, metric, "measured", **config)
+    points = {row["config"].get("rate", SATURATION): row["median"] for row in rows}
+    return sorted((rate, value) for rate, value in points.items() if rate != SATURATION)
 
 
 def _summarise_thrash(report: Report) -> None:
@@ -122,9 +114,6 @@ def _summarise_thrash(report: Report) -> None:
             report.summarise(name, ratio(points[-1][1], max(value for _, value in points)))
     if len(last) == 2 and last[ON][0] == last[OFF][0]:  # the same rate
         report.summarise("thrash_gain", ratio(last[ON][1], last[OFF][1]))
-
-
-# --- for people -------------------------------------------------------------------------
 
 
 def print_tables(report: Report, link: str) -> None:
@@ -145,13 +134,11 @@ def print_tables(report: Report, link: str) -> None:
 def panels(report: Report, link: str) -> tuple[Panel, ...]:
     """Output tokens/s of both systems; p99 inter-token latency; thrash with admission."""
 
-    def rows(name: str, metric: str, series: str, **config) -> list[dict]:
-        names = dict.fromkeys(row["config"].get(series) for row in report.select(name, metric))
-        return [
-            {"rate": rate, "median": value, series: of}
-            for of in names
-            for rate, value in curve(report, name, metric, **{series: of}, **config)
-        ]
+    def rows(name: str, metric: str, **config) -> list[dict]:
+        """By rising rate, without saturation."""
+        found = report.select(name, metric, "measured", **config)
+        found = [row for row in found if row["config"]["rate"] != SATURATION]
+        return sorted(found, key=lambda row: row["config"]["rate"])
 
     def levels(metric: str) -> dict[str, float]:
         values = {
@@ -163,11 +150,11 @@ def panels(report: Report, link: str) -> tuple[Panel, ...]:
     target = report.summary.get("itl_target_ms")
     axes = {"xlabel": "requests/s", "ylabel": "output tokens/s"}
     return (
-        Panel(rows("output", "output", "system"), "rate", series="system",
+        Panel(rows("output", "output"), "rate", series="system",
               levels=levels("output"), axes=axes | {"title": "Equal decode device bytes"}),
-        Panel(rows("output", "itl_p99", "system"), "rate", series="system",
+        Panel(rows("output", "itl_p99"), "rate", series="system",
               levels=levels("itl_p99") | ({"target": target} if target else {}),
               axes=axes | {"ylabel": "ms", "title": "p99 inter-token latency"}),
-        Panel(rows("thrash", "output", "admission", linked=True), "rate", series="admission",
+        Panel(rows("thrash", "output", linked=True), "rate", series="admission",
               axes=axes | {"title": f"Small hot tier, {link}, by admission"}),
     )  # fmt: skip

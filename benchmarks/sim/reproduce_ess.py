@@ -2,25 +2,19 @@
 
     python -m benchmarks.sim.reproduce_ess [--quick] [--json PATH] [--plot PATH]
 
-Fitted, by least squares, and never on a row with ESS (ess_fit.py refuses one):
-- compute (layer_us, token_bytes, step_us) on the three distinct baseline rows of Table 2 and the
-  four readings of figure 1;
-- overlap (transfer_ratio, preattn_us, da_us, dba_us) on the 15 readings of figure 7;
-- misses on figures 5 and 9: `--misses generated` is the production LRU on generated top-k streams,
-  which fit_locality.py fitted to these figures; `interpolated` the figures themselves.
-Everything else is a data sheet, a config file or a published kernel figure: sim/data/*/*.toml.
+Fitted, by least squares, and never on a row with ESS (ess_fit.py refuses one): compute on the
+distinct baseline rows of Table 2 and figure 1; overlap on figure 7; misses on figures 5 and 9
+(`--misses generated`: the production LRU on streams that fit_locality.py fitted to them;
+`interpolated`: the figures). All else is a data sheet or a published figure: sim/data/*/*.toml.
 
 What the paper leaves open, and the reading taken here:
 - the GPU: H200, as the rows of Table 2 hold about 80 GiB of latent rows and keys;
 - misses at MTP 4: twice those at MTP 2 (interpolated), those of four queries (generated);
 - two-batch overlap at 128K: off, as batch 13 takes 48 ms there and batch 12 at 32K about 60;
-- everything at 64K: a digest's claim is all there is; batches by Table 2's memory, baseline 26,
-  two-batch overlap where it is faster.
+- all at 64K: batches by Table 2's memory, baseline 26, two-batch overlap where it is faster.
 Another table has the other readings, each fitted on its own: `fit error` is its largest on a
-baseline row. Two terms of the model were added after a first look at the predictions, which were
-off by 2.0 % in the mean and 4.2 % at most: whole tiles, kept because the fitted rows fit better
-(chi square 5.1 to 3.5), and the bytes that DA's merge moves.
-Exit status: 0; 1 where a target is missed.
+baseline row. Two terms were added after a first look at the predictions: whole tiles, as the fitted
+rows then fit better, and the bytes that DA's merge moves. Exit status: 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -186,18 +180,12 @@ def other_readings(misses: Misses, other: Misses, other_name: str) -> dict[str, 
     }
 
 
-def row_of(
-    name: str, role: str, config: dict, metric: str, unit: str, value: float, **more
-) -> dict:
-    return simulated(name, config, metric, unit, [value], role=role, **more)
-
-
 def table_row(row: Row, made: Reproduction, role: str) -> dict:
     config = {"queries": row.queries, "accepted": row.accepted, "context": row.context,
               "batch": row.batch, "ratio": row.ratio}  # fmt: skip
     mean = float(made.misses(row).mean()) if row.ratio < 1 else 0.0
-    return row_of(
-        "table2", role, config, "throughput", "tokens/s", made.throughput(row),
+    return simulated(
+        "table2", config, "throughput", "tokens/s", [made.throughput(row)], role=role,
         paper=row.throughput, error=made.error(row), step_ms=made.seconds(row) * 1e3,
         paper_step_ms=row.step_seconds * 1e3, misses=mean,
     )  # fmt: skip
@@ -205,16 +193,16 @@ def table_row(row: Row, made: Reproduction, role: str) -> dict:
 
 def figure1_row(point: Point, made: Reproduction) -> dict:
     row = Row(point.queries, 1.7, point.context, point.batch, 1.0, float("nan"))
-    return row_of(
-        "figure1", "fit", {"batch": point.batch}, "step", "ms", made.seconds(row) * 1e3,
-        paper=point.seconds * 1e3, error=made.seconds(row) / point.seconds - 1,
-    )  # fmt: skip
+    seconds = made.seconds(row)
+    facts = {"paper": point.seconds * 1e3, "error": seconds / point.seconds - 1}
+    config = {"batch": point.batch}
+    return simulated("figure1", config, "step", "ms", [seconds * 1e3], role="fit", **facts)
 
 
 def figure7_rows(calibration: Calibration) -> list[dict]:
     return [
-        row_of("figure7", "fit", {"mode": mode, "misses": misses}, "added", "us",
-               figure7_us(calibration, mode, misses), paper=us)
+        simulated("figure7", {"mode": mode, "misses": misses}, "added", "us",
+                  [figure7_us(calibration, mode, misses)], role="fit", paper=us)
         for mode in MODES
         for misses, us in zip(published.FIGURE7_MISSES, published.FIGURE7[mode], strict=True)
     ]  # fmt: skip
@@ -252,12 +240,12 @@ def add_rows(report: harness.Report, made: Reproduction) -> None:
 def add_readings(report: harness.Report, readings: dict[str, Reproduction]) -> None:
     for name, made in readings.items():
         errors = np.abs(made.errors())
-        report.add(
-            row_of("sensitivity", "predicted", {"reading": name}, "mean_abs_error", "ratio",
-                   errors.mean(), max_abs_error=float(errors.max()), fit_error=made.fit_error(),
-                   best_batch_mtp4=made.best_batch(4, 2.8),
-                   gains=[made.gain(32 * K), made.gain_64k(), made.gain(128 * K)])
-        )  # fmt: skip
+        report.add(simulated(
+            "sensitivity", {"reading": name}, "mean_abs_error", "ratio", [errors.mean()],
+            role="predicted", max_abs_error=float(errors.max()), fit_error=made.fit_error(),
+            best_batch_mtp4=made.best_batch(4, 2.8),
+            gains=[made.gain(32 * K), made.gain_64k(), made.gain(128 * K)],
+        ))  # fmt: skip
 
 
 def missed_targets(summary: dict[str, float]) -> list[str]:

@@ -2,20 +2,13 @@
 
     python -m benchmarks.sim.reproduce_sparseserve [--quick] [--json PATH] [--plot PATH]
 
-The model is a roofline (weights and selected KV over the bandwidth of device memory, matmuls at a
-share of the peak, loads over the link), a stack model of the blocks that a head selects, and the
-production LRU and working sets over them. sparseserve.toml has every number with its source.
-
-Stated in the paper: the machine, the models, block, budget and chunk, bounds of the four transfer
-rates, how the overlap rises with the window, the limits of goodput.
-Assumed: 65 % of peak in matmuls; vLLM's 90 % of memory and 1.5 GiB of workspace; LongBench's
-lengths in tokens and output limits; a window of infinite length misses nothing; the decode step
-behind the limit on P99 is one of 32 requests of 4K (Sarathi-Serve's, which the paper follows).
+The model: a roofline, a stack model of the blocks that a head selects, and the production LRU and
+working sets over them. sparseserve.toml has every number with its source, stated or assumed.
 Fitted, one number: the device memory that the decode batches of Figure 1 had for blocks, to the
 growth of its loads (21.36x). It enters the three rows of Figure 1 and no other.
-Not known: absolute curves, hit rates, the working set of the first steps, what Figures 1 and 14a
-ran. One load of 200 requests and one seed: a goodput moves by a few percent with another.
-docs/simulator.md says where the model is far off, and why.
+The paper has no absolute curves, hit rates, or settings of Figures 1 and 14a. One load of 200
+requests and one seed: a goodput moves by a few percent with another. docs/simulator.md says where
+the model is far off, and why.
 """
 
 from __future__ import annotations
@@ -105,9 +98,6 @@ def record(report: harness.Report, name: str, value: float, **config) -> None:
     report.summarise(name, value / item.paper)
 
 
-# --- transfers and prefill: closed forms ------------------------------------------------
-
-
 def prompts(setting: Setting, model: DenseModel, count: int, seed: int) -> np.ndarray:
     return setting.draw(count, model.max_prompt_tokens, seed)[0].astype(float)
 
@@ -147,9 +137,6 @@ def chunked_attention(setting: Setting, model: DenseModel, chunk: int, seed: int
             for first in np.arange(0, length, chunk)
         )
     return chunked / plain
-
-
-# --- decode batches ---------------------------------------------------------------------
 
 
 class Batches:
@@ -221,9 +208,6 @@ def figure_1(batches: Batches, num_bytes: float, rate: float) -> dict[str, float
         "batch_6_to_12_down": speed[6] / speed[12],
         "loads_6_to_12": found[12][0] / found[6][0],
     }
-
-
-# --- serving ----------------------------------------------------------------------------
 
 
 class Serving:
@@ -309,21 +293,16 @@ def measure_serving(
     return found
 
 
-# --- output -----------------------------------------------------------------------------
-
-
-def _verdict(row: Mapping) -> str | None:
-    """Whether the direction is right; None for a row that is no prediction."""
-    if row["basis"] in (FITTED, CONSTRUCTION):
-        return None
-    return "yes" if row["right"] else "NO"
+def is_prediction(row: Mapping) -> bool:
+    return row["basis"] not in (FITTED, CONSTRUCTION)
 
 
 def print_tables(report: harness.Report, effects: Sequence[dict]) -> None:
     columns = {
         "": "name", "paper": "paper", "model": "median",
         "model/paper": lambda row: row["median"] / row["paper"], "unit": "unit",
-        "rests on": "basis", "direction": _verdict,
+        "rests on": "basis",
+        "direction": lambda row: ("NO", "yes")[row["right"]] if is_prediction(row) else None,
     }  # fmt: skip
     harness.print_table(effects, columns)
     columns = {"goodput": "model", "": "system", "req/s": "median"}
@@ -368,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
             for name, value in serving_effects(serving, goodputs).items():
                 record(report, name, value, model=model.name)
     effects = [row for row in report.rows if "paper" in row]
-    known = [row for row in effects if row["basis"] not in (FITTED, CONSTRUCTION)]
+    known = [row for row in effects if is_prediction(row)]
     report.summarise("fitted_gib", num_bytes / GIB)
     report.summarise("directions_right", sum(row["right"] for row in known))
     report.summarise("directions", len(known))
