@@ -2,14 +2,12 @@
 
     python -m benchmarks.layer_budgets [--quick] [--json PATH] [--plot PATH]
 
-Three sets of production HotCaches decode the same generated streams (DeepSeek-V3.2's localities,
-fitted to ESS's figures). In `uniform` every layer keeps the same number of rows. In `auto` a
-Rebalancer moves rows, as on a CPU server, by sampled ghost caches that its plans feed. In `ages` an
-AgeRebalancer moves them, as on a GPU server, by how old the rows are. `before` is the time until
-rows have moved, once; `after` the same number of steps from then on.
-One more ghost is timed alone after each plan. Ghosts run for a part of a round of steps;
-`ghost_share` is their time by that of all plans of a round. Misses come from generated streams, so
-their rows are of kind "simulated".
+Three sets of production HotCaches decode the same generated streams. In `uniform` every layer keeps
+the same number of rows. In `auto` a Rebalancer moves rows, as on a CPU server, by sampled ghost
+caches that its plans feed. In `ages` an AgeRebalancer moves them, as on a GPU server, by how old
+the rows are. `before` is the time until rows have moved, once; `after` AFTER_STEPS from then on.
+One more ghost is timed alone after each plan. `ghost_share` is the ghosts' time by that of all
+plans of a round, in a part of which they run.
 """
 
 from __future__ import annotations
@@ -51,10 +49,6 @@ class Phase:
 
     misses: list[np.ndarray] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-
-    @property
-    def per_step(self) -> np.ndarray:
-        return np.mean(self.misses, axis=0)
 
 
 def age_snapshot_of(caches: list[HotCache]) -> AgeSnapshot:
@@ -110,11 +104,6 @@ class Side:
             self.phase.misses.append(np.zeros(len(self.caches), np.int64))
         self.phase.misses[-1][layer] = misses
 
-    def begin(self) -> Phase:
-        """Start a new phase; returns the one that ends."""
-        ended, self.phase = self.phase, Phase()
-        return ended
-
 
 class Stage:
     """Streams of some layers for a batch of requests, and the sides that serve them."""
@@ -144,8 +133,10 @@ class Stage:
         self._timed = [GhostCache(self.num_slots, rate, sizes) for _ in self.layers]
         self.ghost_seconds: list[float] = []
 
-    def run(self, steps: int) -> None:
-        """Decode steps of all sides, which take turns to be first."""
+    def run(self, steps: int) -> dict[str, Phase]:
+        """Decode steps of all sides, which take turns to be first; what each side found."""
+        for side in self.sides.values():
+            side.phase = Phase()
         for step in range(steps):
             for side in self.sides.values():
                 if side.rebalancer is not None:
@@ -163,6 +154,7 @@ class Stage:
                 began = clock()
                 ghost.access(topk)
                 self.ghost_seconds.append(clock() - began)
+        return {name: side.phase for name, side in self.sides.items()}
 
 
 def measure(report: harness.Report, point: dict, num_layers: int, seed: int) -> None:
@@ -172,31 +164,25 @@ def measure(report: harness.Report, point: dict, num_layers: int, seed: int) -> 
     auto, by_age = stage.sides["auto"], stage.sides["ages"]
     topk = Locality.load(PROFILE).topk
     auto.rebalancer = Rebalancer(auto.layers, topk, schedule)
-    for side in stage.sides.values():
-        side.begin()
     stage.ghost_seconds.clear()
     watched = -(-num_layers // rebalance.LAYERS_A_STEP) + schedule.warmup_steps + schedule.counted
     # One round too, that ends with the other's.
     age_schedule = AgeSchedule(warmup_steps=watched - AgeSchedule.counted)
     demand = point["requests"] * (topk + 1)
     by_age.rebalancer = ByAge(by_age.layers, demand, topk, age_schedule)
-    stage.run(watched)
-    before = {name: side.begin() for name, side in stage.sides.items()}
+    before = stage.run(watched)
     stage.run(1 + num_layers)  # decides, and moves the rows
     rows_of = {name: [c.num_rows for c in side.caches] for name, side in stage.sides.items()}
     rows = rows_of["auto"]
     curves = auto.rebalancer.curves
-    for side in stage.sides.values():
-        side.begin()
-    stage.run(AFTER_STEPS)
-    after = {name: side.begin() for name, side in stage.sides.items()}
+    after = stage.run(AFTER_STEPS)
     for side in stage.sides.values():
         side.layers.check_integrity()
     config = point | {"layers": num_layers}
     for when, phases in (("before", before), ("after", after)):
         for name, phase in phases.items():
             at = config | {"side": name, "when": when}
-            found = (phase.per_step / point["requests"]).tolist()
+            found = (np.mean(phase.misses, axis=0) / point["requests"]).tolist()
             report.add(
                 harness.simulated("misses", at, "misses", "rows/request/layer/step", found,
                                   rows=rows_of[name]),
@@ -213,7 +199,7 @@ def measure(report: harness.Report, point: dict, num_layers: int, seed: int) -> 
         curves, [stage.rows] * num_layers
     )
     got, aged = (
-        after[name].per_step.sum() / after["uniform"].per_step.sum() for name in ("auto", "ages")
+        np.sum(after[name].misses) / np.sum(after["uniform"].misses) for name in ("auto", "ages")
     )
     plans = np.median(after["auto"].seconds) / np.median(after["uniform"].seconds)
     report.add(
@@ -229,18 +215,12 @@ def measure(report: harness.Report, point: dict, num_layers: int, seed: int) -> 
     report.add(harness.measured("budgets", config, "plan_time", "ratio", [plans]))
 
 
-# --- output -----------------------------------------------------------------------------
-
 FIGURES = {
-    "miss_ratio": ("budgets", "miss_ratio"),
-    "age_miss_ratio": ("budgets", "age_miss_ratio"),
-    "expected_miss_ratio": ("budgets", "expected_miss_ratio"),
-    "plan_time_ratio": ("budgets", "plan_time"),
-    "ghost_share": ("ghost", "share"),
-    "ghost_share_while_on": ("ghost", "share_while_on"),
-    "curve_error": ("curve_error", "error"),
-    "total_curve_error": ("budgets", "total_curve_error"),
-}
+    **{key: ("budgets", key) for key in ("miss_ratio", "age_miss_ratio", "expected_miss_ratio",
+                                         "total_curve_error")},
+    "plan_time_ratio": ("budgets", "plan_time"), "ghost_share": ("ghost", "share"),
+    "ghost_share_while_on": ("ghost", "share_while_on"), "curve_error": ("curve_error", "error"),
+}  # fmt: skip
 
 
 def print_tables(report: harness.Report) -> None:

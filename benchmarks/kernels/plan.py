@@ -116,23 +116,13 @@ class HiSparse:
     def _swap(self, index: int) -> None:
         s = self.steady.sizes
         self._call(
-            top_k_tokens=self.steady.positions[index],
-            device_buffer_tokens=self._tokens[index],
-            host_cache_locs=self._host_locs,
-            device_buffer_locs=self._locs,
-            host_cache=self.host,
-            device_buffer=self._hot,
-            top_k_device_locs=self._found,
-            req_pool_indices=self._requests,
-            seq_lens=self._lengths,
-            lru_slots=self._lru[index],
-            item_size_bytes=FP8_ROW_BYTES,
-            num_top_k=s.topk,
-            hot_buffer_size=s.buffer,
-            page_size=1,
-            block_size=BLOCK_SIZE,
-            num_real_reqs=self._num_requests,
-        )
+            top_k_tokens=self.steady.positions[index], top_k_device_locs=self._found,
+            device_buffer_tokens=self._tokens[index], device_buffer_locs=self._locs,
+            host_cache_locs=self._host_locs, host_cache=self.host, device_buffer=self._hot,
+            req_pool_indices=self._requests, num_real_reqs=self._num_requests,
+            seq_lens=self._lengths, lru_slots=self._lru[index], item_size_bytes=FP8_ROW_BYTES,
+            num_top_k=s.topk, hot_buffer_size=s.buffer, page_size=1, block_size=BLOCK_SIZE,
+        )  # fmt: skip
 
     def _before(self) -> None:
         self._tokens.copy_(self._tokens_before)

@@ -11,12 +11,10 @@ TCP; Poisson arrivals, token ids in and out, streamed, greedy.
  (C) Warm-up across the hand-over, on and off: misses in a request's first 8 decode steps, and
      inter-token latency while requests keep joining.
 
-One machine stands in for two: the decode server has the last core, everything else the others. So
-that prefill limits nothing, prompts are documents in the prefill server's radix cache: each request
-computes its last page there and transfers all its rows. No two requests that decode together have
-one document, and the decode server has no radix cache. In (B) and (C) fetches are slowed
-(--ess-link-gib) to the share of a core's memory bandwidth, measured at start, that a H100's PCIe
-link is of its HBM's: 55 of 3350 GB/s.
+So that prefill limits nothing, prompts are documents in the prefill server's radix cache: each
+request computes its last page there and transfers all its rows. No two requests that decode
+together have one document. In (B) and (C) --ess-link-gib slows fetches to LINK_SHARE of a core's
+memory bandwidth, measured at start.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,6 +68,10 @@ class Scenario:
     @property
     def mean_output(self) -> float:
         return sum(self.outputs) / 2
+
+    def rates(self, saturated: Result, shares: Sequence[float]) -> list[float]:
+        """Request rates as shares of that of a saturated load."""
+        return [share * saturated.tokens_per_s / self.mean_output for share in shares]
 
     def server_flags(self) -> tuple[str, ...]:
         """Flags of both servers. The batch limit is never reached."""
@@ -129,9 +131,6 @@ FULL = Grid(burst=60, shares=(0.25, 0.5, 0.75, 1.0), seconds=45, thrash_burst=32
             without_link=True)  # fmt: skip
 
 
-# --- the systems ------------------------------------------------------------------------
-
-
 class Bench(shared.Bench):
     """One run: a report, and servers as the parts need them.
 
@@ -185,8 +184,7 @@ class System:
         self.bench = side.bench
 
     def load(self, outputs: tuple[int, int], rate: float, count: int) -> Result:
-        seed = self.bench.seed
-        requests = requests_of(self.side.documents, outputs, rate, count, seed)
+        requests = requests_of(self.side.documents, outputs, rate, count, self.bench.seed)
         return run_load(self.router.url, requests, REQUEST_SECONDS)
 
     def point(self, name: str, config: dict, rate: float, count: int) -> Result:
@@ -200,20 +198,16 @@ class System:
         batches = decode.batches(offset)
         rows = pd_figures.point_rows(name, config, result, batches, counted, spent)
         self.bench.add(rows, others)
-        what = ", ".join(f"{key} {value}" for key, value in config.items())
-        got = f"{result.tokens_per_s:.0f} tokens/s in {result.seconds:.0f} s, " * any(
-            result.completed
-        )
-        self.bench.progress(f"{name}, {what}: {got}{len(result.errors)} errors")
+        got = f"{len(result.errors)} errors"
+        if result.completed:
+            got += f", {result.tokens_per_s:.0f} tokens/s in {result.seconds:.0f} s"
+        self.bench.progress(f"{name}, {config}: {got}")
         return result
 
 
 def arrivals_in(seconds: float, rate: float) -> int:
     """Number of requests of a point; fewer than 6 would make no figure."""
     return max(round(rate * seconds), 6)
-
-
-# --- the parts --------------------------------------------------------------------------
 
 
 def device_gib() -> float:
@@ -233,9 +227,7 @@ def output(bench: Bench) -> None:
             with side.system(name, *flags) as system:
                 record_sizes(bench, name, system.decode.facts())
                 result = system.point("output", {"system": name}, SATURATED, grid.burst)
-                if name == ESS:
-                    saturated = result.tokens_per_s / OUTPUT.mean_output
-                    rates = [share * saturated for share in grid.shares]
+                rates = rates or OUTPUT.rates(result, grid.shares)
                 for rate in rates:
                     count = min(arrivals_in(grid.seconds, rate), grid.burst)
                     system.point("output", {"system": name}, rate, count)
@@ -263,10 +255,9 @@ def record_sizes(bench: Bench, name: str, facts: dict) -> None:
 
 def warmup(system: System, config: dict, rate: float) -> None:
     """Part (C) on one decode server."""
-    grid = system.bench.grid
+    grid, report = system.bench.grid, system.bench.report
     misses = handover_misses(system, grid.handovers)
-    row = measured("warmup", config, "handover_misses", "rows/layer", misses)
-    system.bench.report.add(row)
+    report.add(measured("warmup", config, "handover_misses", "rows/layer", misses))
     system.point("warmup", config, rate, max(arrivals_in(grid.seconds, rate), 8))
 
 
@@ -310,21 +301,15 @@ def thrash(bench: Bench) -> None:
     grid, link = bench.grid, ("--ess-link-gib", str(bench.link_gib))
     with bench.side(THRASH, "thrash") as side:
         rates: list[float] = []
-        for admission in (ON, OFF):
-            flags = thrash_flags("--ess-admission", admission, *link)
-            config = {"admission": admission, "linked": True}
-            with side.system(f"admission {admission}", *flags) as system:
+        for admission, linked in ((ON, True), (OFF, True), (OFF, False))[: 2 + grid.without_link]:
+            flags = thrash_flags("--ess-admission", admission, *(link if linked else ()))
+            config = {"admission": admission, "linked": linked}
+            with side.system(f"admission {admission}, linked {linked}", *flags) as system:
                 if not rates:
                     result = system.point("thrash", config, SATURATED, grid.thrash_burst)
-                    saturated = result.tokens_per_s / THRASH.mean_output
-                    rates = [share * saturated for share in grid.thrash_shares]
-                for rate in rates:
+                    rates = THRASH.rates(result, grid.thrash_shares)
+                for rate in rates if linked else rates[-1:]:
                     system.point("thrash", config, rate, arrivals_in(grid.thrash_seconds, rate))
-        if grid.without_link:
-            config = {"admission": OFF, "linked": False}
-            with side.system("no link", *thrash_flags("--ess-admission", OFF)) as system:
-                rate = rates[-1]
-                system.point("thrash", config, rate, arrivals_in(grid.thrash_seconds, rate))
 
 
 PARTS = {"output": output, "thrash": thrash}

@@ -8,11 +8,10 @@ runs with admission off, on, and by working sets alone (a request joins only if 
 fits, as if a miss could only do harm).
 
 worst_on: the least, over the grid, of tokens/s with admission against the better of the two others;
-worst_working_sets: the least of working sets alone against off. All this is simulated:
-docs/simulator.md says how far to trust it. Measured is what a round of admission costs the
-scheduler with 100 to 10,000 requests waiting (admission_rounds.py): round_growth is its time with
-the most by that with the fewest, whole_queue_growth the same where every waiting request is asked
-about.
+worst_working_sets: the least of working sets alone against off. Both are simulated. Measured is a
+round of admission with 100 to 10,000 requests waiting (admission_rounds.py): round_growth is its
+time with the most by that with the fewest, whole_queue_growth the same where admission asks about
+every waiting request.
 """
 
 from __future__ import annotations
@@ -27,17 +26,8 @@ from dataclasses import dataclass, replace
 from tqdm import tqdm
 
 from benchmarks import harness
-from benchmarks.sim.admission_rounds import (
-    BOUNDED,
-    LOOKS,
-    PLACES,
-    QUICK_ROUNDS,
-    ROUNDS,
-    RUNNING,
-    WAITING,
-    WHOLE,
-    round_seconds,
-)
+from benchmarks.sim import admission_rounds
+from benchmarks.sim.admission_rounds import BOUNDED, LOOKS, WAITING, WHOLE, round_seconds
 from sglang_ess.admission.policy import Admission, Candidate
 from sglang_ess.sim.engine.simulation import Simulation, workload_of
 from sglang_ess.sim.inputs.arrivals import Arrivals, Lengths
@@ -118,8 +108,8 @@ def measure(report: harness.Report, quick: bool, seed: int) -> dict[Point, dict[
 
 def measure_rounds(report: harness.Report, quick: bool) -> None:
     """Milliseconds of a round by requests waiting, and how they grow."""
-    rounds = QUICK_ROUNDS if quick else ROUNDS
-    fixed = {"running": RUNNING, "places": PLACES}
+    rounds = admission_rounds.QUICK_ROUNDS if quick else admission_rounds.ROUNDS
+    fixed = {"running": admission_rounds.RUNNING, "places": admission_rounds.PLACES}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         for waiting in WAITING:
             for look, seconds in pool.submit(round_seconds, waiting, rounds).result().items():

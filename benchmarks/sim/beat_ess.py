@@ -2,12 +2,11 @@
 
     python -m benchmarks.sim.beat_ess [--quick] [--json PATH] [--plot PATH]
 
-Misses: the generated streams of locality deepseek-v3.2 at 32K, MTP 2, with ESS's rows (ratio 0.2
-of the context for each request and layer) in four arrangements, all on the same streams: ESS's
-own, one tier shared by the requests, a shared tier with budgets by layer, and Belady's optimum in
-ESS's arrangement. Throughput: ESS's own settings (Table 1; 32K and 128K), cost model and memory
-equation of reproduce_ess.py. Every step of the gain runs at the batch that is best for it and is
-compared with the same model's baseline without ESS, as in the paper. Nothing is fitted here.
+Misses: generated streams of deepseek-v3.2 at 32K, MTP 2, with ESS's rows (ratio 0.2 of the context
+for each request and layer) in the arrangements of `arrangements`. Throughput: ESS's own settings
+(Table 1; 32K and 128K), cost model and memory equation of reproduce_ess.py. Every step of the gain
+runs at the batch that is best for it and is compared with the same model's baseline without ESS,
+as in the paper. Nothing is fitted here.
 
 The steps:
   ESS                 rows of its own for each request, DA or DBA, its largest batch
@@ -52,9 +51,6 @@ MIN_ROWS = 1.4
 PUBLISHED = {32 * K: 69.4, 128 * K: 122.7}
 
 
-# --- misses -----------------------------------------------------------------------------
-
-
 def arrangements(report: harness.Report, locality: Locality, quick: bool, seed: int) -> None:
     """Misses of ESS's rows in other arrangements, and of Belady's optimum in ESS's arrangement."""
     requests, steps, tail = (2, 30, 40) if quick else (4, 60, 80)
@@ -88,9 +84,6 @@ def arrangements(report: harness.Report, locality: Locality, quick: bool, seed: 
     harness.print_table(found, columns, "Ratio 0.2 at 32K")
 
 
-# --- throughput -------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Point:
     """One step of the gain at one batch. misses: [layers]; rows: per request and layer"""
@@ -118,9 +111,8 @@ class Setting:
             row.batch for row in ESS_ROWS if (row.context, row.queries) == (context, QUERIES)
         )
         plain = self.cost("layerwise")
-        self.baseline = plain.node_tokens_per_second(
-            base.batch, plain.step(base.batch, context).seconds
-        )
+        seconds = plain.step(base.batch, context).seconds
+        self.baseline = plain.node_tokens_per_second(base.batch, seconds)
 
     def cost(self, overlap: str) -> CostModel:
         halves = {"two_batch_overlap": True} if overlap == "halves" else {}
@@ -174,12 +166,10 @@ class Setting:
 
 def curves_of(locality: Locality, context: int, quick: bool) -> list[MissCurve]:
     """Each layer's misses per request and step, by hot rows a request."""
-    rows = [n for n in ROWS if n < context] + [context // 2, context]
-    rows = sorted(set(rows))
+    rows = sorted({*(n for n in ROWS if n < context), context // 2, context})
+    sampling = Sampling(20 if quick else 60, 10, QUERIES)
     with tqdm(total=locality.num_layers, desc="curves", file=sys.stderr, disable=None) as bar:
-        misses = miss_curves(
-            locality, context, rows, Sampling(20 if quick else 60, 10, QUERIES), progress=bar.update
-        )
+        misses = miss_curves(locality, context, rows, sampling, progress=bar.update)
     lookups = float(QUERIES * locality.topk)
     return [
         MissCurve(tuple(rows), tuple(np.minimum.accumulate(line).tolist()), lookups, 0, 1)

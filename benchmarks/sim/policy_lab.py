@@ -4,10 +4,9 @@
 
 1. LRU (the production HotCache), the other policies of sglang_ess.sim.policies and Belady's optimum
    at several sizes on the "glm-5.1" profile, next to the figures that HiSparse publishes.
-2. The same number of hot rows in three organisations: rows of its own for each request, either the
-   same number (HiSparse) or in proportion to its context (ESS); one shared tier; one shared tier
-   with per-layer budgets. On "deepseek-v3.2" with two queries a step. Budgets come from the steps
-   before those that count.
+2. The same number of hot rows on "deepseek-v3.2": rows of its own for each request, either the same
+   number (HiSparse) or in proportion to its context (ESS); one shared tier; one with per-layer
+   budgets, which come from the steps before those that count.
 3. LRU curves of sampled ghost caches compared with exact ones.
 Belady knows the stream only to its end, so for every policy the last steps are simulated and not
 counted.
@@ -82,9 +81,6 @@ FULL = Effort(300, 400, 300, 16, SCENARIOS)
 QUICK = Effort(100, 80, 80, 4, SCENARIOS[:2])
 
 
-# --- what is measured -------------------------------------------------------------------
-
-
 def measure_policies(report: harness.Report, effort: Effort, seed: int) -> None:
     """Missed lookups of a tier of one request, by policy and size; and lookups per second."""
     locality = Locality.load("glm-5.1")
@@ -115,14 +111,10 @@ def measure_organisations(
     """Misses by organisation, of a few layers that stand for all. Returns their streams."""
     locality = Locality.load("deepseek-v3.2")
     steps = effort.before + effort.counted + effort.after
-    streams = []
-    for layer in locality.spread(effort.layers):
-        made = lab.generate(
-            locality, layer, scenario.contexts, steps, queries=QUERIES, prefix=scenario.prefix,
-            seed=seed,
-        )  # fmt: skip
-        streams.append(made[0])
-    warmup = made[1]
+    shape = {"queries": QUERIES, "prefix": scenario.prefix, "seed": seed}
+    made = [lab.generate(locality, layer, scenario.contexts, steps, **shape)
+            for layer in locality.spread(effort.layers)]  # fmt: skip
+    streams, warmup = [stream for stream, _ in made], made[0][1]
     rows = int(RATIO * sum(scenario.contexts))
     budgets = lab.budgets(streams, rows, warmup=warmup, steps=effort.before).rows
     for name, organisation, policy, by_layer in RUNS:
@@ -159,9 +151,6 @@ def measure_ghosts(report: harness.Report, streams: list[lab.Stream], effort: Ef
                                   worst=100 * errors.max(), exact=exact[:, i].mean(),
                                   estimate=found[:, i].mean())
             )  # fmt: skip
-
-
-# --- output -----------------------------------------------------------------------------
 
 
 def summarise(report: harness.Report) -> None:

@@ -29,21 +29,8 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.harness import simulated
-from benchmarks.sim import published
-from benchmarks.sim.ess_fit import (
-    COMPUTE,
-    MODEL,
-    OVERLAP,
-    PAPER,
-    Point,
-    Reading,
-    figure1_points,
-    figure7_us,
-    fit_compute,
-    fit_overlap,
-    require_unseen,
-    table_points,
-)
+from benchmarks.sim import ess_fit, published
+from benchmarks.sim.ess_fit import Point, Reading, figure1_points, require_unseen, table_points
 from benchmarks.sim.published import BASELINES, ESS_ROWS, K, Row
 from sglang_ess.sim.inputs.specs import Calibration, load
 from sglang_ess.sim.model.decode_tiers import Sampling, measure
@@ -71,7 +58,7 @@ def _measured(context: int, rows: int, queries: int, count: int, seed: int) -> n
 
     `count` layers are simulated. The others take their share of figure 5 of the same sum.
     """
-    locality = Locality.load(MODEL)
+    locality = Locality.load(ess_fit.MODEL)
     layers = list(locality.spread(count))
     found = measure(
         locality, context, 2, rows, Sampling(40, 40, queries, layers, seed), shared=False
@@ -92,10 +79,10 @@ class Reproduction:
     misses: [61] misses of a row; points: what compute is fitted to
     """
 
-    def __init__(self, misses: Misses, points: list[Point], reading: Reading = PAPER):
+    def __init__(self, misses: Misses, points: list[Point], reading: Reading = ess_fit.PAPER):
         self.misses, self.points, self.reading = misses, points, reading
-        start = load("calibration", "ess-paper")
-        self.calibration: Calibration = fit_overlap(fit_compute(start, points, reading), reading)
+        computing = ess_fit.fit_compute(load("calibration", "ess-paper"), points, reading)
+        self.calibration: Calibration = ess_fit.fit_overlap(computing, reading)
 
     def seconds(self, row: Row, **changes: Any) -> float:
         """Time of a step. A baseline row keeps every latent row on the device."""
@@ -127,7 +114,7 @@ class Reproduction:
     def gain_64k(self, choices: tuple[bool, ...] = (True, False)) -> float:
         """The gain at 64K with Table 2's memory and the better two-batch overlap of `choices`."""
         context = 64 * K
-        model = load("model", MODEL)
+        model = load("model", ess_fit.MODEL)
         memory = Memory(model, published.DEVICE_BYTES, charges=Charges.paper(model))
         base = Row(2, 1.7, context, BASE_BATCH_64K, 1.0, float("nan"))
         rows = [base] + [
@@ -147,9 +134,6 @@ class Reproduction:
 def _gain(throughputs: dict[Row, float]) -> float:
     base = max(rate for row, rate in throughputs.items() if row.ratio == 1)
     return max(rate for row, rate in throughputs.items() if row.ratio < 1) / base - 1
-
-
-# --- report -----------------------------------------------------------------------------
 
 
 def points() -> list[Point]:
@@ -202,7 +186,7 @@ def figure1_row(point: Point, made: Reproduction) -> dict:
 def figure7_rows(calibration: Calibration) -> list[dict]:
     return [
         simulated("figure7", {"mode": mode, "misses": misses}, "added", "us",
-                  [figure7_us(calibration, mode, misses)], role="fit", paper=us)
+                  [ess_fit.figure7_us(calibration, mode, misses)], role="fit", paper=us)
         for mode in MODES
         for misses, us in zip(published.FIGURE7_MISSES, published.FIGURE7[mode], strict=True)
     ]  # fmt: skip
@@ -221,7 +205,7 @@ def summarise(report: harness.Report, made: Reproduction) -> None:
     report.summarise("gain_64k", 100 * made.gain_64k())
     report.summarise("gain_64k_tbo_on", 100 * made.gain_64k((True,)))
     report.summarise("gain_64k_tbo_off", 100 * made.gain_64k((False,)))
-    for name in (*COMPUTE, *OVERLAP):
+    for name in (*ess_fit.COMPUTE, *ess_fit.OVERLAP):
         report.summarise(name, getattr(made.calibration, name))
 
 

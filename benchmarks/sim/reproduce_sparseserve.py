@@ -21,14 +21,8 @@ import numpy as np
 
 from benchmarks import harness
 from sglang_ess.layout import GIB
-from sglang_ess.sim.engine.block_serving import (
-    SYSTEMS,
-    BlockCache,
-    BlockServer,
-    Result,
-    System,
-    load,
-)
+from sglang_ess.sim.engine import block_serving
+from sglang_ess.sim.engine.block_serving import SYSTEMS, BlockCache, BlockServer, Result, System
 from sglang_ess.sim.engine.blocks import DenseModel, Roofline, Setting
 
 DATA = Path(__file__).with_name("sparseserve.toml")
@@ -222,20 +216,17 @@ class Serving:
     def result(self, system: System, rate: float) -> Result:
         key = system.name, rate
         if key not in self._known:
-            requests = load(self.setting, self.model, self._requests, rate, self._seed)
-            self._known[key] = BlockServer(
-                self.setting, self.model, system, requests, self._seed
-            ).run()
+            shape = self.setting, self.model
+            requests = block_serving.load(*shape, self._requests, rate, self._seed)
+            self._known[key] = BlockServer(*shape, system, requests, self._seed).run()
         return self._known[key]
 
     def keeps_limits(self, result: Result) -> bool:
         contexts = np.full(SLO_BATCH, float(SLO_CONTEXT))
         decode = self._cost.linear(SLO_BATCH) + self._cost.decode_attention(contexts, False)
-        limits = self.setting.limits
-        tail = np.percentile(result.tbt, 99)
-        return tail <= limits.tbt_decode_steps * decode and (
-            result.queue.mean() <= limits.queue_seconds
-        )
+        limits, tail = self.setting.limits, np.percentile(result.tbt, 99)
+        in_time = result.queue.mean() <= limits.queue_seconds
+        return in_time and tail <= limits.tbt_decode_steps * decode
 
     def goodput(self, system: System, start: float, steps: int) -> float:
         """The highest rate that keeps the limits. The search begins at `start`."""
@@ -255,25 +246,22 @@ def serving_effects(serving: Serving, goodputs: list[float]) -> dict[str, float]
     """Control and segmented prefill, at rates below and above the whole system's goodput."""
     whole, chunked = SYSTEMS[-1], SYSTEMS[-2]
     rates = [goodputs[-1] * CONTROL_RISE**k for k in range(-3, 4)]
-    results = {
-        (system.name, rate): serving.result(system, rate)
-        for system in (whole, UNCONTROLLED)
-        for rate in rates
-    }
-    speeds = [results[UNCONTROLLED.name, rate].tokens_per_second for rate in rates]
+    speeds = [serving.result(UNCONTROLLED, rate).tokens_per_second for rate in rates]
     drops = [1 - after / before for before, after in zip(speeds, speeds[1:], strict=False)]
     # The paper's two rates are the first between which throughput falls.
     first = next((i for i, drop in enumerate(drops) if drop > FALL), int(np.argmax(drops)))
-    worst = rates[first + 1]
-    carried = [rate for rate in rates if rate <= goodputs[-1]]
+    without, controlled = (
+        serving.result(system, rates[first + 1]).loads for system in (UNCONTROLLED, whole)
+    )
+    ttft_ratios = [
+        serving.result(chunked, rate).ttft.mean() / serving.result(whole, rate).ttft.mean()
+        for rate in rates
+        if rate <= goodputs[-1]
+    ]
     return {
         "uncontrolled_drop": drops[first],
-        "controlled_loads_cut": results[UNCONTROLLED.name, worst].loads
-        / max(1.0, results[whole.name, worst].loads),
-        "segmented_ttft": max(
-            serving.result(chunked, rate).ttft.mean() / serving.result(whole, rate).ttft.mean()
-            for rate in carried
-        ),
+        "controlled_loads_cut": without / max(1.0, controlled),
+        "segmented_ttft": max(ttft_ratios),
     }
 
 
