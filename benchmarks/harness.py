@@ -1,17 +1,9 @@
 """The harness of every benchmark: options, rows, the result file, tables and plots.
 
-A benchmark measures, adds rows to a Report, and calls `finish`. Its result file is JSON:
-
-    machine   the host: CPU, cores, memory, load at the start and at the end
-    versions  Python, SGLang, torch, ...; the commit; whether the checkout had changes (dirty)
-    command   the command line; date: day of the run (UTC); seed; quick: whether --quick was given
-    config    further settings of the run
-    rows      one object per figure: name, kind, config, metric, unit, median, p10, p90, mean, n,
-              load1 (the load of the machine when the row was added), and fields of the benchmark
-    summary   flat names to numbers: the headline figures
-
-A row's kind is `measured`, `simulated` (a number that a simulation gave) or `failed` (its numbers
-are null and `error` says why). Every file in results/ has this form.
+A benchmark measures, adds rows to a Report, and calls `finish`. docs/benchmarking.md has the form
+of its result file. A row has name, kind, config, metric, unit, median, p10, p90, mean, n, load1
+(the load of the machine when it was added), and fields of the benchmark. Its kind is `measured`,
+`simulated` (a number that a simulation gave) or `failed` (`error` says why it has no numbers).
 
 This module imports neither torch nor SGLang: both read the environment at import. Code that needs
 them with an environment of its own runs in a Worker (tools/worker.py).
@@ -38,6 +30,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sglang", "torch", "numba", "transformers", "numpy")
+SPREAD = ("median", "p10", "p90", "mean")
 Key = str | Callable[[Mapping], Any]  # a row's field, or a function of the row: see field_of
 
 
@@ -61,9 +54,8 @@ def measured(name, config: dict, metric, unit, samples: Sequence[float], **extra
     """
     if not len(samples):
         return failed(name, config, metric, unit, "no samples", **extra)
-    low, middle, high = np.percentile(np.asarray(samples, float), (10, 50, 90))
-    spread = {"median": float(middle), "p10": float(low), "p90": float(high)}
-    spread["mean"] = float(np.mean(samples))
+    found = *np.percentile(np.asarray(samples, float), (50, 10, 90)), np.mean(samples)
+    spread = dict(zip(SPREAD, map(float, found), strict=True))
     row = {"name": name, "kind": "measured", "config": config, "metric": metric, "unit": unit}
     return row | spread | {"n": len(samples)} | extra
 
@@ -75,9 +67,8 @@ def simulated(name, config: dict, metric, unit, samples: Sequence[float], **extr
 
 def failed(name, config: dict, metric, unit, error, **extra) -> dict:
     """A row for a point that gave no number."""
-    spread = {"median": None, "p10": None, "p90": None, "mean": None, "n": 0}
     row = {"name": name, "kind": "failed", "config": config, "metric": metric, "unit": unit}
-    return row | spread | {"error": str(error)} | extra
+    return row | dict.fromkeys(SPREAD) | {"n": 0, "error": str(error)} | extra
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:

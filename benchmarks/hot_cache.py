@@ -208,9 +208,9 @@ def measure_fetch(report: harness.Report, num_steps: int, seed: int) -> None:
             if step >= WARM_STEPS:
                 kinds[kind].append(count * ROW_BYTES / seconds / 1e9)
     tier.check_integrity()
+    fixed = HEADLINE | {"row_bytes": ROW_BYTES, "threads": 1}
     for kind, rates in kinds.items():
-        config = HEADLINE | {"kind": kind, "row_bytes": ROW_BYTES, "threads": 1}
-        report.add(harness.measured("fetch", config, "rate", "GB/s", rates))
+        report.add(harness.measured("fetch", fixed | {"kind": kind}, "rate", "GB/s", rates))
 
 
 def measure_recording(report: harness.Report, num_steps: int, seed: int) -> None:
@@ -248,12 +248,12 @@ def measure_recording(report: harness.Report, num_steps: int, seed: int) -> None
         for before, after in zip(*(kind[WARM_STEPS:] for kind in seconds.values()), strict=True)
     ]
     facts = {"dropped": writer.dropped, "exact": not found.differences, "threads": 1}
+    size = writer.written_bytes / (writer.records * TOPK)
     report.add(
         harness.measured("recording", HEADLINE, "time", "us/query", per_query, **facts),
-        harness.measured("recording", HEADLINE, "size", "B/index",
-                         [writer.written_bytes / (writer.records * TOPK)]),
+        harness.measured("recording", HEADLINE, "size", "B/index", [size]),
         harness.measured("replay", HEADLINE, "lookups", "lookups/s", [rate], **facts),
-    )  # fmt: skip
+    )
 
 
 def measure_point(report: harness.Report, point: dict, num_steps: int, seed: int) -> None:

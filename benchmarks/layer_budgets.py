@@ -21,8 +21,8 @@ import torch
 from benchmarks import harness
 from sglang_ess.sim.model.locality import Locality, TopkStream
 from sglang_ess.tiers import HotCache, HotLayers, PlanBuffers, lru
-from sglang_ess.tiers.balance import budgets as layer_budgets
 from sglang_ess.tiers.balance import rebalance
+from sglang_ess.tiers.balance.budgets import expected_misses
 from sglang_ess.tiers.balance.ghost_cache import GhostCache
 from sglang_ess.tiers.balance.rebalance import AgeRebalancer, AgeSchedule, Rebalancer, Schedule
 from sglang_ess.tiers.contract import AgeSnapshot
@@ -116,9 +116,8 @@ class Stage:
         self._slots = np.arange(self.num_slots, dtype=np.int32).reshape(requests, context)
         self._which = np.arange(requests)
         self._lengths = np.full(requests, context)
-        self._streams = [
-            TopkStream(locality, layer, requests, context, seed) for layer in self.layers
-        ]
+        shape = requests, context, seed
+        self._streams = [TopkStream(locality, layer, *shape) for layer in self.layers]
         buffers = PlanBuffers(requests * locality.topk)
         self.sides = {name: Side(num_layers, self.rows, self.num_slots, buffers) for name in SIDES}
         for layer, stream in enumerate(self._streams):
@@ -145,11 +144,10 @@ class Stage:
                 torch.from_numpy(stream.next(self._which, self._lengths, self._slots, 1))
                 for stream in self._streams
             ]
-            order = list(self.sides.values())
-            order = order[step % len(order) :] + order[: step % len(order)]
-            for side in order:
+            first = step % len(SIDES)
+            for name in SIDES[first:] + SIDES[:first]:
                 for layer in range(len(self.layers)):
-                    side.step(topks, layer)
+                    self.sides[name].step(topks, layer)
             for ghost, topk in zip(self._timed, topks, strict=True):
                 began = clock()
                 ghost.access(topk)
@@ -178,16 +176,13 @@ def measure(report: harness.Report, point: dict, num_layers: int, seed: int) -> 
     after = stage.run(AFTER_STEPS)
     for side in stage.sides.values():
         side.layers.check_integrity()
-    config = point | {"layers": num_layers}
+    config, unit = point | {"layers": num_layers}, "rows/request/layer/step"
     for when, phases in (("before", before), ("after", after)):
         for name, phase in phases.items():
             at = config | {"side": name, "when": when}
             found = (np.mean(phase.misses, axis=0) / point["requests"]).tolist()
-            report.add(
-                harness.simulated("misses", at, "misses", "rows/request/layer/step", found,
-                                  rows=rows_of[name]),
-                harness.measured("plan", at, "time", "s", phase.seconds),
-            )  # fmt: skip
+            report.add(harness.simulated("misses", at, "misses", unit, found, rows=rows_of[name]))
+            report.add(harness.measured("plan", at, "time", "s", phase.seconds))
     plan_seconds = before["uniform"].seconds
     share = sum(stage.ghost_seconds[: len(plan_seconds)]) / sum(plan_seconds)
     share_of_round = share * watched / (watched + Schedule().rest)
@@ -195,9 +190,7 @@ def measure(report: harness.Report, point: dict, num_layers: int, seed: int) -> 
     counted = np.mean(before["auto"].misses[-schedule.counted :], axis=0)
     estimated = [curve.at(stage.rows) for curve in curves]
     errors = np.abs(np.divide(estimated, counted) - 1)
-    expected = layer_budgets.expected_misses(curves, rows) / layer_budgets.expected_misses(
-        curves, [stage.rows] * num_layers
-    )
+    expected, even = (expected_misses(curves, sizes) for sizes in (rows, [stage.rows] * num_layers))
     got, aged = (
         np.sum(after[name].misses) / np.sum(after["uniform"].misses) for name in ("auto", "ages")
     )
@@ -207,11 +200,11 @@ def measure(report: harness.Report, point: dict, num_layers: int, seed: int) -> 
         harness.measured("ghost", config, "share", "ratio", [share_of_round]),
         harness.simulated("curve_error", config, "error", "ratio", errors.tolist()),
     )
-    for metric, value in (("miss_ratio", got), ("age_miss_ratio", aged),
-                          ("expected_miss_ratio", expected),
-                          ("total_curve_error", sum(estimated) / counted.sum() - 1)):  # fmt: skip
-        report.add(harness.simulated("budgets", config, metric, "ratio", [value], rows=rows,
-                                     model_layers=list(stage.layers)))  # fmt: skip
+    figures = {"miss_ratio": got, "age_miss_ratio": aged, "expected_miss_ratio": expected / even,
+               "total_curve_error": sum(estimated) / counted.sum() - 1}  # fmt: skip
+    facts = {"rows": rows, "model_layers": list(stage.layers)}
+    for metric, value in figures.items():
+        report.add(harness.simulated("budgets", config, metric, "ratio", [value], **facts))
     report.add(harness.measured("budgets", config, "plan_time", "ratio", [plans]))
 
 

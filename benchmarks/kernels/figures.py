@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 
-from benchmarks.harness import Panel, Report, print_table, table
+from benchmarks.harness import Panel, Report, print_table
 from sglang_ess.attention.overlap import CostTable, Mode
 
 PLAN_POINT = {"batch": 160, "topk": 2048}
@@ -37,12 +37,12 @@ def fetch_share(report: Report) -> float | None:
 
 def swap_ratio(report: Report, reorder: bool) -> float | None:
     """The lowest ratio of HiSparse's time to ours, over the points that both have."""
-    found = []
-    for theirs in report.select("swap", kind="measured", system="hisparse"):
-        point = theirs["config"] | {"system": "ours_triton", "reorder": reorder}
-        if ours := report.median("swap", "time", **point):
-            found.append(theirs["median"] / ours)
-    return least(found)
+    ours = {"system": "ours_triton", "reorder": reorder}
+    return least(
+        theirs["median"] / mine
+        for theirs in report.select("swap", kind="measured", system="hisparse")
+        if (mine := report.median("swap", "time", **theirs["config"] | ours))
+    )
 
 
 def step_kernels(report: Report) -> list[str]:
@@ -144,9 +144,9 @@ def print_tables(report: Report, costs: CostTable | None) -> None:
     for key, value in report.summary.items():
         relation, limit = TARGETS.get(key, (None, None))
         met = None if limit is None else "met" if COMPARE[relation](value, limit) else "missed"
-        lines.append([key, value, limit and f"{relation} {limit}", met])
-    if lines:
-        print(table(("", "value", "target", ""), lines))
+        target = limit and f"{relation} {limit}"
+        lines.append({"": key, "value": value, "target": target, "met": met})
+    print_table(lines, {key: key for key in ("", "value", "target", "met")})
     print("cost table of the overlap: " + ("complete" if costs else "not complete, not written"))
 
 
@@ -155,10 +155,9 @@ def panels(report: Report) -> list[Panel]:
     batch = max((row["config"]["batch"] for row in report.select("fetch")), default=0)
     found = []
     for name, y, series, config in (
-        ("fetch", "gb_per_s", "system", {}),
-        ("swap", "median", ("system", "reorder"), {}),
+        ("fetch", "gb_per_s", "system", {}), ("swap", "median", ("system", "reorder"), {}),
         ("step", "median", ("kernel", "mode"), {"bare": False}),
-    ):
+    ):  # fmt: skip
         rows = report.select(name, kind="measured", batch=batch, **config)
         rows.sort(key=lambda row: row["config"]["misses"])
         axes = {"title": f"{name}, {batch} requests", "xlabel": "misses a request",

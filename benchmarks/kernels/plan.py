@@ -1,9 +1,8 @@
 """plan, and a whole swap-in: plan and fetch, in comparison with SGLang's HiSparse kernel.
 
-HiSparse resolves a request's top-k and copies its misses in one kernel, one block a request, so
-its counterpart is our plan and fetch. With rebuild_order, which the server runs after attention
-has its rows, that is all that one layer and step costs. Both get the same requests, hot rows of
-the same bytes, order of use and misses (points.Steady), and start each sample from that state.
+HiSparse resolves a request's top-k and copies its misses in one kernel, so its counterpart is our
+plan and fetch, and rebuild_order, which the server runs after attention has its rows. Both get the
+same requests, hot rows of the same bytes, order of use and misses (points.Steady).
 """
 
 from __future__ import annotations

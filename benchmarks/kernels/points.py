@@ -2,9 +2,8 @@
 
 A steady point is (batch, misses a request): every request has `buffer` rows hot, the most
 recently used `topk` of them from its last step. Its next top-k takes exactly `misses` slots that
-are not hot and the rest from the hot ones, LAST_SHARE of them from the last step. No row is shared,
-so the union is the sum. Several input sets, each with a state of its own, take turns as layers do.
-HiSparse gets the same requests, hot slots, order of use and top-k.
+are not hot and the rest from the hot ones, LAST_SHARE of them from the last step. No row is shared.
+Several input sets, each with a state of its own, take turns as layers do.
 """
 
 from __future__ import annotations
@@ -89,8 +88,7 @@ class Run:
         self.bench, self.sizes, self.us, self.seed = bench, sizes, us, seed
         bench.progress("filling the host tier")
         generator = torch.Generator(bench.device).manual_seed(seed)
-        slots = max(sizes.batches) * sizes.context
-        self.host = host_tier(slots, bench.device, generator)
+        self.host = host_tier(max(sizes.batches) * sizes.context, bench.device, generator)
 
     @property
     def points(self) -> list[tuple[int, int]]:
@@ -139,9 +137,8 @@ class Steady:
         rows = _shuffled(sets, self.num_rows, device, generator)
         self.hot_row = rows.view(sets, batch, sizes.buffer)
         self.state = self._state()
-        self._before = HotState(
-            **{f.name: getattr(self.state, f.name).clone() for f in fields(HotState)}
-        )
+        copies = {f.name: getattr(self.state, f.name).clone() for f in fields(HotState)}
+        self._before = HotState(**copies)
         self.buffers = PlanBuffers.new(batch, sizes.topk, device)
 
     def _choose(self, generator) -> torch.Tensor:

@@ -1,12 +1,11 @@
 """How benchmarks/kernels times an operation: it is checked first, on the device or interpreted.
 
 On a CUDA device a sample is one replay of a CUDA graph that holds the subject's operations, one
-for each of its input sets. The figure is the time between two events around the replay over the
-number of operations, so it excludes the host's launch gaps. Before each sample, untimed, `before`
-restores the state, and a write of twice the L2 evicts it. What cannot be captured is timed by
-events ("events") or, where the host takes part, by the host's clock up to a synchronize ("wall").
-Without a device the same calls run under Triton's interpreter: rows of kind "interpreted", whose
-figures say nothing about speed.
+for each of its input sets: the time between two events around it over the number of operations,
+without the host's launch gaps. Before each sample, untimed, `before` restores the state, and a
+write of twice the L2 evicts it. What cannot be captured is timed by events ("events") or, where the
+host takes part, by its clock up to a synchronize ("wall"). Without a device the same calls run
+under Triton's interpreter: rows of kind "interpreted", whose figures say nothing about speed.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
 Figures are those of sglang.benchmark.serving (bench_serving): Poisson arrivals; time to first token
 from the moment a request was sent; inter-token latency the gap between two chunks over the tokens
 in the second one; output tokens/s all tokens of completed requests over the time from the first
-request sent to the last one answered. Its own client does not fit: it counts a token by the text
-that it adds, and the servers here take and give token ids, so that no tokenizer or detokenizer
-takes decode's core (random bytes often add no text at all).
+request sent to the last one answered. Its own client counts a token by the text that it adds. The
+servers here take and give token ids, so that no tokenizer takes decode's core.
 """
 
 from __future__ import annotations

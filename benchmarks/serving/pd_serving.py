@@ -318,9 +318,8 @@ PARTS = {"output": output, "thrash": thrash}
 def parser():
     options = argument_parser(__doc__)
     options.add_argument("--only", choices=PARTS, help="one part instead of all")
-    options.add_argument("--link-gib", type=float, help="GiB/s that count as the link in (B) and "
-                         "(C) [measured: the share of one core's memory bandwidth that a H100's "
-                         "link is of its HBM's]")  # fmt: skip
+    options.add_argument("--link-gib", type=float, help="GiB/s of the link in (B) and (C) "
+                         "[LINK_SHARE of one core's memory bandwidth]")  # fmt: skip
     return options
 
 
@@ -348,10 +347,9 @@ def main(argv: list[str] | None = None) -> int:
     report, link = bench.report, f"link {link_gib:g} GiB/s"
     pd_figures.summarise(report, ITL_TARGET_MS)
     pd_figures.print_tables(report, link)
-    panels = pd_figures.panels(report, link)
     finish(
-        report, options, *panels, grid=asdict(grid), cores=asdict(bench.cores),
-        decode_threads=len(bench.cores.decode), link_gib_per_s=link_gib, output=asdict(OUTPUT),
+        report, options, *pd_figures.panels(report, link), grid=asdict(grid),
+        cores=asdict(bench.cores), decode_threads=len(bench.cores.decode), link_gib_per_s=link_gib, output=asdict(OUTPUT),
         thrash=asdict(THRASH), hot_ratio=HOT_RATIO, device_gib=device_gib(),
         itl_target_ms=ITL_TARGET_MS, minutes=bench.minutes(),
     )  # fmt: skip

@@ -49,11 +49,6 @@ class Window:
     def tokens_per_s(self) -> float:
         return self.batch * len(self.steps) / sum(self.steps)
 
-    @property
-    def retracted(self) -> int:
-        """Requests since the engine's start."""
-        return self.passes[-1]["retracted"]
-
     def counted(self, key: str) -> np.ndarray:
         """lookups or misses in the window, by layer; empty one-tier."""
         return np.array(self.passes[-1][key]) - np.array(self.passes[0][key])
@@ -93,7 +88,7 @@ def buys_rows(
         row("decode", "tokens/s", speeds),
         row("decode_ratio", "x", ratios(speeds, [window.tokens_per_s for window in one_tier])),
         row("decode_step", "ms", [1e3 * step for window in windows for step in window.steps]),
-        row("retractions", "requests", [windows[-1].retracted - before]),
+        row("retractions", "requests", [windows[-1].passes[-1]["retracted"] - before]),
     ]
     for key, unit in (("device_bytes", "B"), ("host_bytes", "B"), ("slots", ""), ("hot_rows", "")):
         rows.append(row(key, unit, [sizes[key]]))
@@ -127,9 +122,9 @@ def summarise(report: Report) -> None:
         report.summarise(f"hit_rate_{workload}", report.median("buys", "hit_rate", **config))
     for name, system in (("one_tier", ONE_TIER), ("ess", HEADLINE)):
         config = {"system": system, "workload": "unshared"}
-        for metric in ("device_bytes", "host_bytes", "slots", "requests"):
-            report.summarise(f"{metric}_{name}", report.median("buys", metric, **config))
-        report.summarise(f"decode_tokens_per_s_{name}", report.median("buys", "decode", **config))
+        for metric in ("device_bytes", "host_bytes", "slots", "requests", "decode"):
+            key = "decode_tokens_per_s" if metric == "decode" else metric
+            report.summarise(f"{key}_{name}", report.median("buys", metric, **config))
     slots = [report.summary.get(f"slots_{name}") for name in ("ess", "one_tier")]
     report.summarise("slots_ratio", None if None in slots else slots[0] / slots[1])
     retractions = [row["median"] for row in report.rows if row["metric"] == "retractions"]

@@ -95,10 +95,8 @@ def measure(report: harness.Report, quick: bool, seed: int) -> dict[Point, dict[
     requests = CLIENTS * (1 if quick else 2)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         runs = [pool.submit(simulate, point, requests, seed) for point in points]
-        found = {
-            point: run.result()
-            for point, run in zip(points, tqdm(runs, file=sys.stderr, disable=None), strict=True)
-        }
+        results = [run.result() for run in tqdm(runs, file=sys.stderr, disable=None)]
+    found = dict(zip(points, results, strict=True))
     for point, figures in found.items():
         config = vars(point) | {"clients": CLIENTS, "requests": requests}
         for metric, value in figures.items():
@@ -117,11 +115,9 @@ def measure_rounds(report: harness.Report, quick: bool) -> None:
                 report.add(harness.measured("admission round", config, "round", "ms",
                                             [1000 * value for value in seconds]))  # fmt: skip
     for key, look in (("round_growth", BOUNDED), ("whole_queue_growth", WHOLE)):
-        few, many = (
-            report.median("admission round", "round", looks_at=look, waiting=waiting)
-            for waiting in (WAITING[0], WAITING[-1])
-        )
-        report.summarise(key, many / few)
+        rows = sorted(report.select("admission round", looks_at=look),
+                      key=lambda row: row["config"]["waiting"])  # fmt: skip
+        report.summarise(key, rows[-1]["median"] / rows[0]["median"])
 
 
 def summarise(report: harness.Report, found: Mapping[Point, Mapping[str, float]]) -> None:

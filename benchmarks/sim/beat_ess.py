@@ -55,11 +55,11 @@ def arrangements(report: harness.Report, locality: Locality, quick: bool, seed: 
     """Misses of ESS's rows in other arrangements, and of Belady's optimum in ESS's arrangement."""
     requests, steps, tail = (2, 30, 40) if quick else (4, 60, 80)
     layers = locality.spread(12) if quick else range(locality.num_layers)
+    shape = [CONTEXT] * requests, WARMUP_STEPS + steps + tail
     made = [
-        lab.generate(locality, layer, [CONTEXT] * requests, WARMUP_STEPS + steps + tail,
-                     queries=QUERIES, seed=seed)
+        lab.generate(locality, layer, *shape, queries=QUERIES, seed=seed)
         for layer in tqdm(layers, desc="streams", file=sys.stderr, disable=None)
-    ]  # fmt: skip
+    ]
     streams, warmup = [stream for stream, _ in made], made[0][1] + WARMUP_STEPS
     rows = int(RATIO * CONTEXT) * requests
     budgets = lab.budgets(streams, rows, warmup=warmup, steps=steps)
@@ -107,9 +107,8 @@ class Setting:
         unlimited = replace(self._deployment, host_gib=HOST_GIB)
         self.memory = Memory.of(self.model, gpu, unlimited, charge)
         base = next(row for row in BASELINES if (row.context, row.queries) == (context, QUERIES))
-        self.ess_batch = max(
-            row.batch for row in ESS_ROWS if (row.context, row.queries) == (context, QUERIES)
-        )
+        theirs = [r for r in ESS_ROWS if (r.context, r.queries) == (context, QUERIES)]
+        self.ess_batch = max(row.batch for row in theirs)
         plain = self.cost("layerwise")
         seconds = plain.step(base.batch, context).seconds
         self.baseline = plain.node_tokens_per_second(base.batch, seconds)
@@ -145,9 +144,9 @@ class Setting:
         tried = np.linspace(0.0, self.model.topk * QUERIES, 120)
         seconds = np.array([cost.step(batch, self.context, m).seconds for m in tried])
         cost_us = 1e6 * (seconds - seconds[0]) / self.model.layers
+        costs = [np.interp(curve.misses, tried, cost_us) for curve in self.curves]
         return [
-            replace(c, misses=tuple(np.interp(c.misses, tried, cost_us).tolist()))
-            for c in self.curves
+            replace(c, misses=tuple(us.tolist())) for c, us in zip(self.curves, costs, strict=True)
         ]
 
     def best(self, of: Callable[[int], Point]) -> Point:
@@ -205,15 +204,14 @@ def gains(report: harness.Report, locality: Locality, quick: bool, seed: int) ->
         check(report, locality, context, point, quick, seed)
 
 
-def check(
-    report: harness.Report, locality: Locality, context: int, point: Point, quick, seed
-) -> None:
+def check(report, locality: Locality, context: int, point: Point, quick: bool, seed: int) -> None:
     """Simulate the last point in one shared tier, row by row: how far off are the curves?"""
-    layers = locality.spread(4 if quick else 16)
-    found = measure(
-        locality, context, 4 if quick else 12, [point.budgets[layer] for layer in layers],
-        Sampling(20 if quick else 40, 20, QUERIES, layers, seed),
-    )  # fmt: skip
+    requests, steps, layers = (
+        (4, 20, locality.spread(4)) if quick else (12, 40, locality.spread(16))
+    )
+    sampling = Sampling(steps, 20, QUERIES, layers, seed)
+    rows = [point.budgets[layer] for layer in layers]
+    found = measure(locality, context, requests, rows, sampling)
     error = found.mean / point.misses[list(layers)].mean() - 1
     report.summarise(f"curve_error_{context // K}k", error)
     print(f"in one shared tier, row by row, {len(layers)} layers: {error:+.1%} misses")

@@ -94,15 +94,14 @@ def measure_policies(report: harness.Report, effort: Effort, seed: int) -> None:
             found = lab.run([stream], "shared", policy, rows, seed=seed)
             seconds = clock() - start
             misses = found.misses[0, first : first + 2 * effort.counted, 0] / found.lookups
-            samples = [float(part.mean()) for part in np.array_split(misses, WINDOWS)]
+            percent = [100 * float(part.mean()) for part in np.array_split(misses, WINDOWS)]
             config = {"policy": policy, "rows": rows, "context": context}
-            published = HISPARSE.get((policy, rows))
-            report.add(
-                harness.simulated("policy", config, "missed", "%", [100 * s for s in samples],
-                                  published=published)
-            )  # fmt: skip
+            paper = {"published": HISPARSE.get((policy, rows))}
             rate = stream.steps.size / seconds
-            report.add(harness.measured("speed", config, "lookups", "lookups/s", [rate]))
+            report.add(
+                harness.simulated("policy", config, "missed", "%", percent, **paper),
+                harness.measured("speed", config, "lookups", "lookups/s", [rate]),
+            )
 
 
 def measure_organisations(
@@ -126,12 +125,11 @@ def measure_organisations(
             warmup=warmup + effort.before, tail=effort.after, seed=seed,
         )  # fmt: skip
         config = {"scenario": scenario.name, "run": name, "rows": rows, "queries": QUERIES}
-        by_request = found.by_request.round(1).tolist()
-        report.add(
-            harness.simulated("organisation", config, "misses", "rows/request/layer/step",
-                              found.by_layer.tolist(), by_request=by_request, layers=effort.layers,
-                              layer_rows=[int(found.rows.min()), int(found.rows.max())])
-        )  # fmt: skip
+        report.add(harness.simulated(
+            "organisation", config, "misses", "rows/request/layer/step", found.by_layer.tolist(),
+            by_request=found.by_request.round(1).tolist(), layers=effort.layers,
+            layer_rows=[int(found.rows.min()), int(found.rows.max())],
+        ))  # fmt: skip
     return streams
 
 
@@ -145,12 +143,10 @@ def measure_ghosts(report: harness.Report, streams: list[lab.Stream], effort: Ef
         found = np.array([[curve.at(size) for size in sizes] for curve in curves])
         for i, ratio in enumerate(GHOST_RATIOS):
             errors = np.abs(found[:, i] / exact[:, i] - 1)
-            config = {"rate": rate, "ratio": ratio, "rows": sizes[i]}
-            report.add(
-                harness.simulated("ghost", config, "error", "%", (100 * errors).tolist(),
-                                  worst=100 * errors.max(), exact=exact[:, i].mean(),
-                                  estimate=found[:, i].mean())
-            )  # fmt: skip
+            config, percent = {"rate": rate, "ratio": ratio, "rows": sizes[i]}, 100 * errors
+            facts = {"worst": percent.max(), "exact": exact[:, i].mean(),
+                     "estimate": found[:, i].mean()}  # fmt: skip
+            report.add(harness.simulated("ghost", config, "error", "%", percent.tolist(), **facts))
 
 
 def summarise(report: harness.Report) -> None:

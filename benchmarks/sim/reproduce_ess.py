@@ -60,9 +60,8 @@ def _measured(context: int, rows: int, queries: int, count: int, seed: int) -> n
     """
     locality = Locality.load(ess_fit.MODEL)
     layers = list(locality.spread(count))
-    found = measure(
-        locality, context, 2, rows, Sampling(40, 40, queries, layers, seed), shared=False
-    )
+    sampling = Sampling(40, 40, queries, layers, seed)
+    found = measure(locality, context, 2, rows, sampling, shared=False)
     shape = published.FIGURE5 * found.misses.sum() / published.FIGURE5[layers].sum()
     shape[layers] = found.misses
     return shape
@@ -116,18 +115,15 @@ class Reproduction:
         context = 64 * K
         model = load("model", ess_fit.MODEL)
         memory = Memory(model, published.DEVICE_BYTES, charges=Charges.paper(model))
-        base = Row(2, 1.7, context, BASE_BATCH_64K, 1.0, float("nan"))
-        rows = [base] + [
-            replace(base, batch=memory.max_batch(context, ratio), ratio=ratio)
-            for ratio in RATIOS_64K
-        ]
+        batches = {1.0: BASE_BATCH_64K} | {r: memory.max_batch(context, r) for r in RATIOS_64K}
+        rows = [Row(2, 1.7, context, b, ratio, float("nan")) for ratio, b in batches.items()]
         return _gain({
             row: max(self.throughput(row, two_batch_overlap=choice) for choice in choices)
             for row in rows
         })  # fmt: skip
 
-    def best_batch(self, queries: int, accepted: float) -> int:
-        rows = [r for r in ESS_ROWS if (r.queries, r.accepted) == (queries, accepted)]
+    def best_batch_mtp4(self) -> int:
+        rows = [row for row in ESS_ROWS if (row.queries, row.accepted) == (4, 2.8)]
         return max(rows, key=self.throughput).batch
 
 
@@ -197,14 +193,13 @@ def summarise(report: harness.Report, made: Reproduction) -> None:
     report.summarise("mean_abs_error", errors.mean())
     report.summarise("max_abs_error", errors.max())
     report.summarise("fit_error", made.fit_error())
-    report.summarise("best_batch_mtp4", made.best_batch(4, 2.8))
+    report.summarise("best_batch_mtp4", made.best_batch_mtp4())
     at = {row.batch: made.throughput(row) for row in ESS_ROWS if row.accepted == 2.8}
     report.summarise("mtp4_128_over_160", at[128] / at[160])
-    report.summarise("gain_32k", 100 * made.gain(32 * K))
-    report.summarise("gain_128k", 100 * made.gain(128 * K))
-    report.summarise("gain_64k", 100 * made.gain_64k())
-    report.summarise("gain_64k_tbo_on", 100 * made.gain_64k((True,)))
-    report.summarise("gain_64k_tbo_off", 100 * made.gain_64k((False,)))
+    gains = {"32k": made.gain(32 * K), "128k": made.gain(128 * K), "64k": made.gain_64k()}
+    gains |= {"64k_tbo_on": made.gain_64k((True,)), "64k_tbo_off": made.gain_64k((False,))}
+    for name, gain in gains.items():
+        report.summarise(f"gain_{name}", 100 * gain)
     for name in (*ess_fit.COMPUTE, *ess_fit.OVERLAP):
         report.summarise(name, getattr(made.calibration, name))
 
@@ -227,7 +222,7 @@ def add_readings(report: harness.Report, readings: dict[str, Reproduction]) -> N
         report.add(simulated(
             "sensitivity", {"reading": name}, "mean_abs_error", "ratio", [errors.mean()],
             role="predicted", max_abs_error=float(errors.max()), fit_error=made.fit_error(),
-            best_batch_mtp4=made.best_batch(4, 2.8),
+            best_batch_mtp4=made.best_batch_mtp4(),
             gains=[made.gain(32 * K), made.gain_64k(), made.gain(128 * K)],
         ))  # fmt: skip
 

@@ -13,7 +13,7 @@ the model is far off, and why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ FITTED, CONSTRUCTION = "FITTED", "construction"  # rows that are no prediction
 DECODE_STEPS, SKIPPED_STEPS = 200, 50
 SLO_BATCH, SLO_CONTEXT = 32, 4096  # Sarathi-Serve sec. 5.1: whose definition sec. 4.2 follows
 CONTROL_RISE = 0.3 / 0.25  # of the rate, in sec. 4.3.2
+GOODPUT_PARTS = [*(system.name for system in SYSTEMS[1:]), "_total"]
 GOODPUTS = {
     "LWM-7B": (1.20, 1.33, 1.88, 1.33, 1.25, 5.00),
     "Llama3-8B": (1.13, 1.12, 1.19, 1.11, 1.10, 1.83),
@@ -76,9 +77,7 @@ ITEMS = {
         *(
             Item(f"goodput_{model}{part}", paper, "x", "assumed lengths")
             for model, papers in GOODPUTS.items()
-            for part, paper in zip(
-                [*(system.name for system in SYSTEMS[1:]), "_total"], papers, strict=True
-            )
+            for part, paper in zip(GOODPUT_PARTS, papers, strict=True)
         ),
     )
 }
@@ -110,12 +109,11 @@ def transfers(setting: Setting, model: DenseModel, seed: int) -> dict[str, float
     def overlapped(rate: float) -> float:
         return float(np.maximum(compute, written / rate).sum() / compute.sum())
 
+    direct = (written / machine.flash_h2d_bytes_per_second).sum() / compute.sum()
     return {
         "flash_h2d_speedup": machine.flash_h2d_bytes_per_second / machine.memcpy_bytes_per_second,
         "save_memcpy": overlapped(machine.memcpy_save_bytes_per_second),
-        "save_gpu_direct": float(
-            1 + (written / machine.flash_h2d_bytes_per_second).sum() / compute.sum()
-        ),
+        "save_gpu_direct": float(1 + direct),
         "save_flash_d2h": overlapped(machine.flash_d2h_bytes_per_second),
     }
 
@@ -126,10 +124,8 @@ def chunked_attention(setting: Setting, model: DenseModel, chunk: int, seed: int
     chunked = plain = 0.0
     for length in prompts(setting, model, 300, seed):
         plain += cost.prefill_attention(length, 0)
-        chunked += sum(
-            cost.prefill_attention(min(chunk, length - first), first)
-            for first in np.arange(0, length, chunk)
-        )
+        for first in np.arange(0, length, chunk):
+            chunked += cost.prefill_attention(min(chunk, length - first), first)
     return chunked / plain
 
 
@@ -265,9 +261,7 @@ def serving_effects(serving: Serving, goodputs: list[float]) -> dict[str, float]
     }
 
 
-def measure_serving(
-    report: harness.Report, serving: Serving, steps: int, progress: Callable[[str], None]
-) -> list[float]:
+def measure_serving(report: harness.Report, serving: Serving, steps: int, progress) -> list[float]:
     """Add a row for each goodput. Returns them in requests per second."""
     name, found = serving.model.name, []
     for system in SYSTEMS:
