@@ -43,9 +43,8 @@ class Attention:
         self.rows = make_rows(num_rows, device, generator)
         shape = batch, heads, ROW_DIM
         self.q = torch.randn(shape, generator=generator, device=device).bfloat16()
-        picks = torch.rand(
-            sizes.sets_of(batch), batch, sizes.buffer, generator=generator, device=device
-        )
+        shape = sizes.sets_of(batch), batch, sizes.buffer
+        picks = torch.rand(shape, generator=generator, device=device)
         first = torch.arange(batch, device=device)[:, None] * sizes.buffer
         self.indices = (picks.argsort(2)[:, :, : sizes.topk] + first).int().contiguous()
         self.lengths = torch.full((batch,), sizes.topk, dtype=torch.int32, device=device)
@@ -73,8 +72,8 @@ def measure_attention(run: Run) -> None:
             bench.begin(f"attention {config}")
             case = Attention(sizes, batch, heads, bench.device, run.seed)
             for name in KERNELS:
-                bench.time(
-                    "attention", {"kernel": name} | config,
-                    lambda k=name, c=case, h=heads: c.subject(
-                        make_kernel(k, bench.device, torch.uint8, h)),
-                )  # fmt: skip
+
+                def subject(name=name, case=case, heads=heads):
+                    return case.subject(make_kernel(name, bench.device, torch.uint8, heads))
+
+                bench.time("attention", {"kernel": name} | config, subject)

@@ -26,10 +26,6 @@ RATIOS = {
 }
 
 
-def _parts() -> dict[str, list[float]]:
-    return {part: [] for part in PARTS}
-
-
 @dataclass
 class Timing:
     """Seconds of one or more runs of a point.
@@ -40,8 +36,8 @@ class Timing:
 
     prefill: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
-    split: dict[str, list[float]] = field(default_factory=_parts)
-    prefill_split: dict[str, list[float]] = field(default_factory=_parts)
+    split: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PARTS})
+    prefill_split: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PARTS})
 
     def __iadd__(self, other: Timing) -> Timing:
         self.prefill += other.prefill
@@ -132,10 +128,9 @@ def summarise(report: Report, growth: tuple[int, int]) -> None:
         report.summarise(f"{part}_growth", small and large and large / small)
     report.summarise("context_growth", growth[1] / growth[0])
     for metric in ("prefill", "decode"):
-        mine = report.median("serving", metric, **at_headline, kv="bf16")
-        report.summarise(f"{metric}_tokens_per_s", mine)
-        fp8 = report.median("serving", metric, **at_headline, kv="fp8_e4m3")
-        report.summarise(f"fp8_{metric}_tokens_per_s", fp8)
+        for prefix, kv in (("", "bf16"), ("fp8_", "fp8_e4m3")):
+            mine = report.median("serving", metric, **at_headline, kv=kv)
+            report.summarise(f"{prefix}{metric}_tokens_per_s", mine)
         shape = {"batch": batch if metric == "decode" else 1, "context": context}
         theirs = report.median("serving", metric, system="transformers", **shape)
         report.summarise(f"transformers_{metric}_tokens_per_s", theirs)

@@ -349,8 +349,8 @@ def main(argv: list[str] | None = None) -> int:
     pd_figures.print_tables(report, link)
     finish(
         report, options, *pd_figures.panels(report, link), grid=asdict(grid),
-        cores=asdict(bench.cores), decode_threads=len(bench.cores.decode), link_gib_per_s=link_gib, output=asdict(OUTPUT),
-        thrash=asdict(THRASH), hot_ratio=HOT_RATIO, device_gib=device_gib(),
+        cores=asdict(bench.cores), decode_threads=len(bench.cores.decode), link_gib_per_s=link_gib,
+        output=asdict(OUTPUT), thrash=asdict(THRASH), hot_ratio=HOT_RATIO, device_gib=device_gib(),
         itl_target_ms=ITL_TARGET_MS, minutes=bench.minutes(),
     )  # fmt: skip
     return 0 if report.summary else 1

@@ -90,14 +90,13 @@ def buys_rows(
         row("decode_step", "ms", [1e3 * step for window in windows for step in window.steps]),
         row("retractions", "requests", [windows[-1].passes[-1]["retracted"] - before]),
     ]
-    for key, unit in (("device_bytes", "B"), ("host_bytes", "B"), ("slots", ""), ("hot_rows", "")):
-        rows.append(row(key, unit, [sizes[key]]))
+    units = {"device_bytes": "B", "host_bytes": "B", "slots": "", "hot_rows": ""}
+    rows += [row(key, unit, [sizes[key]]) for key, unit in units.items()]
     if sizes["hot_rows"]:
         rows.append(row("hit_rate", "ratio", [window.hit_rate for window in windows]))
         rows.append(row("misses", "rows/step", [window.misses_per_step for window in windows]))
-        by_layer = np.array([window.hit_rates for window in windows])
-        for layer, rates in enumerate(by_layer.T):
-            rows.append(row("layer_hit_rate", "ratio", rates, layer=layer))
+        by_layer = np.transpose([window.hit_rates for window in windows])
+        rows += [row("layer_hit_rate", "ratio", r, layer=i) for i, r in enumerate(by_layer)]
     return rows
 
 

@@ -144,9 +144,9 @@ class Setting:
         tried = np.linspace(0.0, self.model.topk * QUERIES, 120)
         seconds = np.array([cost.step(batch, self.context, m).seconds for m in tried])
         cost_us = 1e6 * (seconds - seconds[0]) / self.model.layers
-        costs = [np.interp(curve.misses, tried, cost_us) for curve in self.curves]
         return [
-            replace(c, misses=tuple(us.tolist())) for c, us in zip(self.curves, costs, strict=True)
+            replace(c, misses=tuple(np.interp(c.misses, tried, cost_us).tolist()))
+            for c in self.curves
         ]
 
     def best(self, of: Callable[[int], Point]) -> Point:
@@ -206,9 +206,8 @@ def gains(report: harness.Report, locality: Locality, quick: bool, seed: int) ->
 
 def check(report, locality: Locality, context: int, point: Point, quick: bool, seed: int) -> None:
     """Simulate the last point in one shared tier, row by row: how far off are the curves?"""
-    requests, steps, layers = (
-        (4, 20, locality.spread(4)) if quick else (12, 40, locality.spread(16))
-    )
+    requests, steps, num_layers = (4, 20, 4) if quick else (12, 40, 16)
+    layers = locality.spread(num_layers)
     sampling = Sampling(steps, 20, QUERIES, layers, seed)
     rows = [point.budgets[layer] for layer in layers]
     found = measure(locality, context, requests, rows, sampling)
