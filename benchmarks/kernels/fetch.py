@@ -69,8 +69,7 @@ class Fetches:
 def measure_fetch(run: Run) -> None:
     """Our fetch at run.points (batch, misses)."""
     for batch, misses in run.points:
-        config = {"system": "triton", "batch": batch, "misses": misses}
-        config["row_bytes"] = FP8_ROW_BYTES
+        config = {"system": "triton", "batch": batch, "misses": misses, "row_bytes": FP8_ROW_BYTES}
         run.bench.begin(f"fetch {config}")
         case = Fetches(run.host, run.sizes, batch, misses, run.bench.device, run.seed)
         run.bench.time("fetch", config, case.subject)

@@ -172,8 +172,7 @@ def measure_steps(run: Run, name: str, points) -> None:
     """Steps with decode kernel `name` at points (batch, misses)."""
     bench, heads, stand_ins = run.bench, run.sizes.heads[0], {}
     for batch, misses in points:
-        config = {"kernel": name, "batch": batch, "misses": misses}
-        config["row_bytes"] = FP8_ROW_BYTES
+        config = {"kernel": name, "batch": batch, "misses": misses, "row_bytes": FP8_ROW_BYTES}
         bench.begin(f"layer steps {config}")
         try:
             if batch not in stand_ins:

@@ -117,18 +117,14 @@ def _summarise_thrash(report: Report) -> None:
 
 
 def print_tables(report: Report, link: str) -> None:
-    def show(name: str, keys: dict[str, str], title: str) -> None:
-        """keys: {column: field of the config} that tell the loads apart."""
-        rows = pivot(report.select(name, kind="measured"), tuple(keys.values()))
-        print_table(rows, keys | COLUMNS, title)
-
-    rate = {"rate": "rate"}
-    title = "A. prefill-decode disaggregation at equal decode device bytes, by requests/s"
-    show("output", {"system": "system"} | rate, title)
-    keys = {"admission": "admission", "linked": "linked"} | rate
-    show("thrash", keys, f"B. a hot tier far below the working sets, {link}, by requests/s")
-    title = "C. warm-up across prefill-decode disaggregation"
-    show("warmup", {"warm-up": "pd_warmup"} | rate, title)
+    for name, keys, title in (
+        ("output", ("system", "rate"), "A. equal decode device bytes, by requests/s"),
+        ("thrash", ("admission", "linked", "rate"),
+         f"B. a hot tier far below the working sets, {link}, by requests/s"),
+        ("warmup", ("pd_warmup", "rate"), "C. warm-up across the hand-over"),
+    ):  # fmt: skip
+        rows = pivot(report.select(name, kind="measured"), keys)
+        print_table(rows, {key: key for key in keys} | COLUMNS, title)
 
 
 def panels(report: Report, link: str) -> tuple[Panel, ...]:

@@ -153,20 +153,16 @@ def print_tables(report: harness.Report) -> None:
 
 
 def panels(report: harness.Report) -> list[harness.Panel]:
-    speeds = report.select("admission", "tokens_per_s")
-    hot_rows = sorted({row["config"]["hot_rows"] for row in speeds})
-    found = [
-        harness.Panel(
-            [row for row in speeds if row["config"]["hot_rows"] == rows],
-            lambda row: f"{row['config']['share']:g}\n{row['config']['link']}", series="rule",
-            axes={"title": f"{rows:,} hot rows, simulated", "xlabel": "link", "ylabel": "tokens/s"},
-        )
-        for rows in (hot_rows[0], hot_rows[-1])
-    ]  # fmt: skip
+    hot_rows = sorted({row["config"]["hot_rows"] for row in report.select("admission")})
     axes = {"title": "A round, measured", "xlabel": "requests waiting", "ylabel": "ms",
             "xscale": "log", "yscale": "log"}  # fmt: skip
-    return [*found, harness.Panel(report.select("admission round"), "waiting", series="looks_at",
-                                  axes=axes)]  # fmt: skip
+    return [
+        *(harness.Panel(report.select("admission", "tokens_per_s", hot_rows=rows),
+                        lambda row: "{share:g}\n{link}".format(**row["config"]), series="rule",
+                        axes={"title": f"{rows:,} hot rows, simulated", "ylabel": "tokens/s"})
+          for rows in (hot_rows[0], hot_rows[-1])),
+        harness.Panel(report.select("admission round"), "waiting", series="looks_at", axes=axes),
+    ]  # fmt: skip
 
 
 def main() -> None:

@@ -222,10 +222,8 @@ def main() -> None:
     arrangements(report, locality, args.quick, args.seed)
     gains(report, locality, args.quick, args.seed)
     panels = [
-        harness.Panel(
-            report.select("tokens_per_s", context=context), "step", series="memory", kind="bar",
-            axes={"title": f"{context // K}K, tokens/s of a node, simulated"},
-        )
+        harness.Panel(report.select("tokens_per_s", context=context), "step", series="memory",
+                      kind="bar", axes={"title": f"{context // K}K, tokens/s of a node, simulated"})
         for context in SETTINGS
     ]  # fmt: skip
     harness.finish(report, args, *panels)
