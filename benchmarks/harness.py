@@ -93,8 +93,9 @@ def select(rows: Iterable[dict], /, name=None, metric=None, kind=None, **config)
 
 def find(rows: Iterable[dict], name, metric, /, **config) -> dict | None:
     """The last measured row with this name, metric and at least this config."""
-    found = select(rows, name, metric, "measured", **config)
-    return found[-1] if found else None
+    # Not select's own **config: a config may have a kind.
+    rows = select(rows, name, metric, "measured")
+    return next((r for r in reversed(rows) if config.items() <= r["config"].items()), None)
 
 
 def field_of(row: Mapping, key: Key) -> Any:
@@ -153,8 +154,9 @@ class Report:
         if value is not None:
             self.summary[key] = float(value)
 
-    def as_dict(self, seed: int, **config) -> dict:
-        return {
+    def write(self, path: Path, seed: int, more: Mapping[str, Any] | None = None, **config) -> None:
+        """Write the result file. more: further keys of it; config: settings of the run"""
+        content = {
             "machine": self.machine | {"loadavg_end": os.getloadavg()},
             "versions": versions(),
             "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
@@ -165,10 +167,8 @@ class Report:
             "rows": self.rows,
             "summary": self.summary,
         }
-
-    def write(self, path: Path, seed: int, **config) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.as_dict(seed, **config), indent=1) + "\n")
+        path.write_text(json.dumps(content | (more or {}), indent=1) + "\n")
 
 
 def finish(report: Report, args: argparse.Namespace, *panels: Panel, **config) -> None:

@@ -295,17 +295,16 @@ def summarise(report: harness.Report) -> None:
         "hit_sustained_lookups_per_s": ("sustained", "lookups", HITS),
         "hit_share_of_roof": ("share_of_roof", "share", HITS),
         "ordered_dict_lookups_per_s": ("ordered_dict", "lookups", HEADLINE),
-        "fetch_gb_per_s": ("fetch", "rate", {"kind": "fetch"}),
-        "memcpy_gb_per_s": ("fetch", "rate", {"kind": "memcpy"}),
-        "torch_indexed_gb_per_s": ("fetch", "rate", {"kind": "torch_indexed"}),
+        **{f"{kind}_gb_per_s": ("fetch", "rate", {"kind": kind})
+           for kind in ("fetch", "memcpy", "torch_indexed")},
         "recording_us_per_query": ("recording", "time", HEADLINE),
         "recording_bytes_per_index": ("recording", "size", HEADLINE),
         "replay_lookups_per_s": ("replay", "lookups", HEADLINE),
-    }
+    }  # fmt: skip
     for key, (name, metric, config) in figures.items():
         report.summarise(key, report.median(name, metric, **config))
-    row = harness.find(report.rows, "plan", "lookups", **HEADLINE | turn)
-    report.summarise("miss_ratio", row and row["miss_ratio"])
+    missed = report.figure("plan", "lookups", "miss_ratio", **HEADLINE | turn)
+    report.summarise("miss_ratio", missed)
 
 
 def print_tables(report: harness.Report) -> None:

@@ -12,7 +12,6 @@ every section on the CPU under Triton's interpreter, to try the code: its rows g
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 
@@ -102,14 +101,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_json(report: Report, costs, args) -> None:
     """The report, and in the same file the cost table that OverlapPolicy reads."""
-    content = report.as_dict(
-        args.seed, quick=args.quick, interpreted=args.interpret, sections=args.only,
+    report.write(
+        args.json, args.seed, {"overlap_costs": costs.as_dict()} if costs else None,
+        quick=args.quick, interpreted=args.interpret, sections=args.only,
         indexer_us=args.indexer_us, preattn_us=args.preattn_us,
     )  # fmt: skip
-    if costs:
-        content["overlap_costs"] = costs.as_dict()
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
