@@ -124,8 +124,8 @@ def chunked_attention(setting: Setting, model: DenseModel, chunk: int, seed: int
     chunked = plain = 0.0
     for length in prompts(setting, model, 300, seed):
         plain += cost.prefill_attention(length, 0)
-        for first in np.arange(0, length, chunk):
-            chunked += cost.prefill_attention(min(chunk, length - first), first)
+        firsts = np.arange(0, length, chunk)
+        chunked += sum(cost.prefill_attention(min(chunk, length - f), f) for f in firsts)
     return chunked / plain
 
 
