@@ -26,6 +26,11 @@ GRACE = 60.0
 SOON = 20.0  # seconds that what takes a moment may take on a busy machine; less than GRACE
 
 
+def hang_up_ends() -> None:
+    """Undo nohup's ignored SIGHUP, which the tests may run under: the launcher respects it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class StandIn(leftovers.Marked):
     """Start tests.support.stand_in with this behaviour."""
 
@@ -41,6 +46,7 @@ class StandIn(leftovers.Marked):
                 stderr=output,
                 env=os.environ | self.env,
                 start_new_session=True,
+                preexec_fn=hang_up_ends,
             )
 
     def send(self, number: int) -> None:
