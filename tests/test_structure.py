@@ -4,6 +4,7 @@ import ast
 import importlib
 import io
 import re
+import sys
 import tokenize
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_below_the_line_nothing_imports_sglang():
 )
 def test_below_the_line_few_libraries(name):
     found = structure.imported(structure.modules()[name].read_text())
-    roots = {target.split(".")[0] for target in found} - set(structure.stdlib())
+    roots = {target.split(".")[0] for target in found} - sys.stdlib_module_names
     if structure.room(name) == "ess_patches":  # asks a running SGLang for its version
         roots -= {"sglang"}
     assert roots - LIBRARIES - set(SOURCES) == set()

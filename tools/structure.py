@@ -8,7 +8,6 @@ tests/test_structure.py holds the tree to the order below. docs/structure.md exp
 from __future__ import annotations
 
 import ast
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -174,11 +173,6 @@ def sglang_importers() -> list[str]:
         and room(name) != "ess_patches"
         and any(target.split(".")[0] == "sglang" for target in imported(file.read_text()))
     ]
-
-
-def stdlib() -> frozenset[str]:
-    """Names of the standard library's modules."""
-    return sys.stdlib_module_names
 
 
 def top_modules() -> list[str]:
