@@ -17,6 +17,7 @@ from sglang_ess.mem_cache import capacity
 from sglang_ess.mem_cache.capacity import GPU_TIER, GPU_TIER_THAT_MOVES, Geometry, choose_capacity
 from sglang_ess.tiers.balance.rebalance import ghost_bytes
 from sglang_ess.tiers.hot_cache_cuda import MAX_LAYER_SHARE
+from sglang_ess.tiers.index_groups import IndexGroups
 from tests.support import parity
 from tests.support.engine import EngineProcess
 
@@ -51,8 +52,8 @@ def test_every_value_is_served_everywhere(value, on_cpu, monkeypatch):
      ({"layer_budgets": "auto", "hot_ratio": 1.0}, 4, False, False)],
 )  # fmt: skip
 def test_when_rows_move(options, layers, on_cpu, on_gpu):
-    assert capacity.moves_rows(EssConfig(**options), layers) is on_cpu
-    assert capacity.moves_rows(EssConfig(**options), layers, on_cpu=False) is on_gpu
+    assert capacity.moves_rows(EssConfig(**options), IndexGroups.single(layers)) is on_cpu
+    assert capacity.moves_rows(EssConfig(**options), IndexGroups.single(layers), False) is on_gpu
 
 
 def test_ghosts_are_charged():

@@ -3,6 +3,8 @@
     device bytes = slots x (index keys + maps) + hot rows x (layers x row) + staging + plan + ghosts
     host bytes   = slots x layers x row
 
+Maps, row states and ghosts exist once for each index group, rows for each layer.
+
 SGLang sizes its pool once, with the device bytes that it has left for KV. The numbers are chosen
 then, and the pool is built by them.
 """
@@ -33,6 +35,7 @@ from sglang_ess.tiers import free_host_bytes
 from sglang_ess.tiers.balance.rebalance import ghost_bytes
 from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES
 from sglang_ess.tiers.hot_cache_cuda import MAX_LAYER_SHARE, DeviceTier
+from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.tiers.lru import STATE_SIZE
 from sglang_ess.tiers.throttled_link import probe_bytes
 
@@ -44,7 +47,7 @@ MIN_HOT_ROWS = 64
 AUTO_HOT_RATIO = 0.2
 # The host tier's share of free host memory. The rest is for the process and the page cache.
 AUTO_HOST_SHARE = 0.6
-STATE_BYTES = STATE_SIZE * 8  # counters of one layer's hot tier
+STATE_BYTES = STATE_SIZE * 8  # counters of one group's hot tier
 
 
 def size(num_bytes: int) -> str:
@@ -56,20 +59,20 @@ def size(num_bytes: int) -> str:
 class TierBytes:
     """Device bytes of a hot tier without its rows.
 
-    row_state    bytes per hot row and layer; row_shared: bytes per hot row, once for all layers
-    layer_state  bytes per layer
+    row_state    bytes per hot row and index group; row_shared: per hot row, once for all groups
+    group_state  bytes per index group
     page_rows    rows are allocated in multiples of this
-    moves        a CUDA tier whose rows may move between layers
+    moves        a CUDA tier whose rows may move between index groups
     """
 
     row_state: int
     row_shared: int
-    layer_state: int
+    group_state: int
     page_rows: int
     moves: bool = False
 
     def shared(self, topk: int, row_bytes: int) -> int:
-        """Bytes of the buffers that layers use one after another, without row_shared."""
+        """Bytes of the buffers that groups use one after another, without row_shared."""
         return PLAN_QUERIES_CPU * topk * PLAN_LOOKUP_BYTES_CPU
 
 
@@ -105,7 +108,9 @@ class Geometry:
     row_bytes    one latent row
     index_bytes  index keys of one slot, all layers
     page_slots   slots of a page
-    ghosts       layers have ghost caches, by which hot rows move between them
+    ghosts       index groups have ghost caches, by which hot rows move between them
+    groups       the index groups of the layers; None: each layer is one
+    Raises: ValueError for groups of another number of layers.
     """
 
     layers: int
@@ -116,16 +121,39 @@ class Geometry:
     page_slots: int
     tier: TierBytes = CPU_TIER
     ghosts: bool = False
+    groups: IndexGroups | None = None
+
+    def __post_init__(self) -> None:
+        if self.groups is not None and self.groups.layers != self.layers:
+            raise ValueError(
+                f"index groups must cover {self.layers} layers: got {self.groups.layers}."
+            )
+
+    @property
+    def index_groups(self) -> IndexGroups:
+        return self.groups or IndexGroups.single(self.layers)
+
+    @property
+    def num_groups(self) -> int:
+        """Index groups, each with one map and one order of use."""
+        return len(self.groups.sizes) if self.groups is not None else self.layers
+
+    @property
+    def num_ghosts(self) -> int:
+        """Ghost caches: one for each index group that can exchange rows with another."""
+        sizes = self.index_groups.by_size().values()
+        return sum(len(groups) for groups in sizes if len(groups) > 1) if self.ghosts else 0
 
     @property
     def slot_device_bytes(self) -> int:
-        """Bytes of a slot: index keys, and its entry in each layer's map and in the staging map."""
-        return self.index_bytes + (self.layers + 1) * MAP_BYTES
+        """Bytes of a slot: index keys, and its entry in each group's map and in the staging map."""
+        return self.index_bytes + (self.num_groups + 1) * MAP_BYTES
 
     @property
     def hot_row_bytes(self) -> int:
-        """Bytes of one hot row in every layer."""
-        return self.layers * (self.row_bytes + self.tier.row_state) + self.tier.row_shared
+        """Bytes of one hot row in every layer, and of its state in every group."""
+        rows, states = self.layers * self.row_bytes, self.num_groups * self.tier.row_state
+        return rows + states + self.tier.row_shared
 
     def paged(self, rows: int) -> int:
         """Rows that are allocated for `rows` rows: whole pages."""
@@ -147,7 +175,8 @@ class Geometry:
             + (self.paged(hot_rows) - hot_rows) * self.layers * self.row_bytes
             + self.staging_bytes(slots)
             + self.tier.shared(self.topk, self.row_bytes)
-            + self.layers * (self.tier.layer_state + (ghost_bytes(padded) if self.ghosts else 0))
+            + self.num_groups * self.tier.group_state
+            + self.num_ghosts * ghost_bytes(padded)
         )
 
     def host_bytes(self, slots: int) -> int:
@@ -158,7 +187,7 @@ class Geometry:
 class Capacity:
     """The sizes of a pool.
 
-    hot_rows: per layer, on average; device_limit_bytes: what SGLang left for KV
+    hot_rows: per index group, on average; device_limit_bytes: what SGLang left for KV
     """
 
     geometry: Geometry
@@ -360,10 +389,14 @@ def _largest_graph() -> int | None:
     return None if decode.backend == Backend.DISABLED or not decode.bs else max(decode.bs)
 
 
-def moves_rows(config: EssConfig, layers: int, on_cpu: bool = True) -> bool:
-    """Whether hot rows may move between layers. Pointless with one layer or with every row hot."""
+def moves_rows(config: EssConfig, groups: IndexGroups, on_cpu: bool = True) -> bool:
+    """Whether hot rows may move between index groups of as many layers.
+
+    Pointless where no two groups have as many, or with every row hot.
+    """
     wanted = config.layer_budgets or ("auto" if on_cpu else "uniform")
-    return wanted == "auto" and config.hot_ratio != 1.0 and layers > 1
+    several = max(map(len, groups.by_size().values())) > 1
+    return wanted == "auto" and config.hot_ratio != 1.0 and several
 
 
 def _padding_bytes(configurator: Any) -> int:
@@ -380,12 +413,12 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
     from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
 
     model, dtype = configurator.model_config, configurator.kv_cache_dtype
-    layers = configurator.layer_info.num_effective_layers
+    layers, groups = configurator.layer_info.num_effective_layers, index_groups(configurator)
     row_bytes = calculate_mla_kv_cache_dim(model_config=model, kv_cache_dtype=dtype)
     row_bytes *= dtype.itemsize
     cell_bytes = create_memory_pool_configurator(configurator)._cell_size
     on_cpu = configurator.device == "cpu"
-    moves = moves_rows(config, layers, on_cpu)
+    moves = moves_rows(config, groups, on_cpu)
     gpu_tier = GPU_TIER_THAT_MOVES if moves else GPU_TIER
     index_bytes = cell_bytes - layers * row_bytes
     if config.index_dtype == "float32":  # SGLang counts fp8 keys
@@ -399,4 +432,14 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
         page_slots=configurator.pool_page_size,
         tier=CPU_TIER if on_cpu else gpu_tier,
         ghosts=on_cpu and moves,
+        groups=groups,
     )
+
+
+def index_groups(configurator: Any) -> IndexGroups:
+    """The index groups of the layers of a KVCacheConfigurator for sparse attention."""
+    from sglang.srt.configs.model_config import dsa_layer_skips_topk
+
+    model, layers = configurator.model_config.hf_config, configurator.layer_info
+    layer_ids = range(layers.start_layer, layers.end_layer)
+    return IndexGroups.of_layers([not dsa_layer_skips_topk(model, i) for i in layer_ids])
