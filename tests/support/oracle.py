@@ -8,17 +8,20 @@ they are rounded), so that each decision is checked on its own.
 """
 
 import inspect
+import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.linalg import hadamard
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sglang_ess.cpu.ops.rows import quantize_index
 from sglang_ess.layout import INDEX_DIM, LATENT_DIM, ROPE_DIM
+from sglang_ess.testing.tiny_config import ARCHS
 
 ByPosition = dict[int, np.ndarray]  # query position -> what was decided there
 FLOAT32_UNIT = 2.0**-24  # unit roundoff
@@ -48,13 +51,23 @@ class Verdict:
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
+def reference_model(path, changes=None, **options):
+    """A tiny checkpoint as the model of transformers that computes the same (ARCHS.reference).
+
+    changes: of config.json; options: of from_pretrained
+    """
+    stored = json.loads((Path(path) / "config.json").read_text()) | (changes or {})
+    model_type = stored.pop("model_type")
+    (reference,) = {one.reference for one in ARCHS.values() if one.model_type == model_type}
+    config = AutoConfig.for_model(reference, **stored)
+    return AutoModelForCausalLM.from_pretrained(str(path), config=config, **options)
+
+
 class Oracle:
     """A checkpoint in transformers, eager attention."""
 
     def __init__(self, path, dtype=torch.float32):
-        self.model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, attn_implementation="eager"
-        ).eval()
+        self.model = reference_model(path, dtype=dtype, attn_implementation="eager").eval()
         self.config = self.model.config
         self.topk = self.config.index_topk
 

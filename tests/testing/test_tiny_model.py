@@ -10,14 +10,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from sglang_ess.testing.tiny_model import ARCHS, TinyModelConfig, main, write_tiny_model
+from sglang_ess.testing.tiny_model import (
+    ARCHS,
+    TinyModelConfig,
+    main,
+    sharing_fields,
+    write_tiny_model,
+)
 from sglang_ess.testing.tiny_tokenizer import NUM_BYTES, SPECIAL_TOKENS, VOCAB_SIZE
+from tests.support.oracle import reference_model
 
 TOKENS = 1100
 CHANGED = TOKENS - 1 - 1000
-both_archs = pytest.mark.parametrize("arch", list(ARCHS))
+# One of each model that transformers has: others of the same reference have its weights.
+OF_REFERENCE = {arch.reference: name for name, arch in reversed(ARCHS.items()) if arch.reference}
+referenced = pytest.mark.parametrize("arch", list(OF_REFERENCE.values()))
+every_arch = pytest.mark.parametrize("arch", list(ARCHS))
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +45,7 @@ def tokenizer(paths):
 @pytest.fixture(scope="session")
 def models(paths):
     """{arch: transformers model in float32}"""
-    return {arch: load(path) for arch, path in paths.items()}
+    return {arch: load(paths[arch]) for arch in OF_REFERENCE.values()}
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +53,10 @@ def prompt():
     return torch.randint(0, NUM_BYTES, (1, TOKENS), generator=torch.Generator().manual_seed(7))
 
 
-def load(path, attention="eager"):
+def load(path, attention="eager", **config):
     """The model in float32; fails unless the checkpoint has exactly the model's tensors."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
+    model, info = reference_model(
+        path, config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
     )
     assert not any(info.values()), info
     return model.eval()
@@ -68,12 +78,12 @@ def tensors(path):
 # Files
 
 
-@both_archs
+@referenced
 def test_transformers_loads_it(models, arch):
     assert type(models[arch]).__name__ == ARCHS[arch].architecture
 
 
-@both_archs
+@every_arch
 def test_names_and_dtypes_are_those_of_a_hub_checkpoint(paths, arch):
     stored = tensors(paths[arch])
     layer = "model.layers.1."
@@ -86,7 +96,37 @@ def test_names_and_dtypes_are_those_of_a_hub_checkpoint(paths, arch):
     assert stored[layer + "self_attn.indexer.k_norm.bias"] == ([128], "BF16")
     assert {dtype for name, (_, dtype) in stored.items() if "correction" not in name} == {"BF16"}
     with_indexer = [any(f"layers.{i}.self_attn.indexer." in n for n in stored) for i in range(4)]
-    assert with_indexer == [True, True, arch == "v32", True]
+    assert with_indexer == [one == "full" for one in TinyModelConfig(arch=arch).indexer_types]
+
+
+@pytest.mark.parametrize("arch", [name for name in ARCHS if name not in OF_REFERENCE.values()])
+def test_archs_of_one_reference_have_its_weights(paths, arch):
+    one, other = paths[OF_REFERENCE[ARCHS[arch].reference]], paths[arch]
+    assert tensors(one) == tensors(other)
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(topk_freq=4, skip_offset=3, layers=9),
+        dict(topk_freq=3, skip_offset=1, layers=7),
+        dict(sharing="FSSFFSSS", layers=8),
+    ],
+    ids=str,
+)
+def test_every_way_to_say_sharing_says_the_same(options):
+    """As freq and offset or as a pattern, without the list: SGLang and transformers agree."""
+    from sglang.srt.configs.model_config import dsa_layer_skips_topk
+
+    config = TinyModelConfig(arch="glm", **options)
+    fields = sharing_fields(config)
+    reference = AutoConfig.for_model("glm_moe_dsa", num_hidden_layers=config.layers, **fields)
+    assert reference.indexer_types == config.indexer_types
+    read = SimpleNamespace(architectures=["GlmMoeDsaForCausalLM"], index_topk=1, **fields)
+    layers = range(config.layers)
+    skipped = ["shared" if dsa_layer_skips_topk(read, i) else "full" for i in layers]
+    assert skipped == config.indexer_types
 
 
 def test_equal_seeds_give_equal_bytes(paths, tmp_path):
@@ -116,6 +156,7 @@ def test_weights_are_readable_by_others(paths):
         {"arch": "glm", "layers": 6, "topk_freq": 4, "rope": "yarn"},
         {"arch": "glm", "layers": 2, "topk_freq": 1, "dtype": "float32", "index_topk": 512},
         {"arch": "glm", "layers": 2, "experts": 6, "experts_per_token": 6},
+        {"arch": "glm", "layers": 5, "sharing": "FSSFS"},
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
@@ -157,7 +198,7 @@ def observe(model, ids):
     )
 
 
-@both_archs
+@referenced
 def test_next_token_is_uncertain_but_far_from_uniform(runs, arch):
     result = runs[arch].logprobs
     entropy = -(result.exp() * result).sum(-1).mean().item()
@@ -167,12 +208,12 @@ def test_next_token_is_uncertain_but_far_from_uniform(runs, arch):
     assert result.argmax(-1).unique().numel() > 100
 
 
-@both_archs
+@referenced
 def test_attention_is_peaked(runs, arch):
     assert all(0.1 < peak < 0.6 for peak in runs[arch].peaks), runs[arch].peaks
 
 
-@both_archs
+@referenced
 def test_one_token_1000_back_changes_the_next(models, paths, runs, prompt, arch):
     base = runs[arch].logprobs[-1, :NUM_BYTES]
 
@@ -187,18 +228,16 @@ def test_one_token_1000_back_changes_the_next(models, paths, runs, prompt, arch)
     assert effect > 0.02 and effect > 100 * floor
 
 
-@both_archs
+@referenced
 def test_topk_restricts_attention(paths, runs, prompt, arch):
-    dense = AutoModelForCausalLM.from_pretrained(
-        paths[arch], dtype=torch.float32, attn_implementation="eager", index_topk=16_384
-    ).eval()
+    dense = load(paths[arch], index_topk=16_384)
     difference = (runs[arch].logprobs - logprobs(dense, prompt))[:, :NUM_BYTES].abs().amax(-1)
     print(f"{arch}: top-k 128 against dense, last 200 queries: {difference[-200:].median():.2f}")
     assert difference[:128].max() < 1e-3  # all rows are selected while there are at most 128
     assert difference[-200:].median() > 0.2
 
 
-@both_archs
+@referenced
 def test_index_scores_do_not_tie(runs, arch):
     """relu gives scores of 0; between two of them, any row on the top-k border is right."""
     scores = runs[arch].scores
@@ -208,7 +247,7 @@ def test_index_scores_do_not_tie(runs, arch):
         assert row.std() > 0.1
 
 
-@both_archs
+@referenced
 def test_every_expert_is_used(models, runs, arch):
     share = torch.bincount(runs[arch].experts.flatten(), minlength=8) / runs[arch].experts.numel()
     assert share.min() > 0.02 and share.max() < 0.4, share
@@ -271,7 +310,7 @@ def test_chat_template(tokenizer):
 # SGLang
 
 
-@both_archs
+@every_arch
 def test_sglang_reads_the_config(paths, arch):
     from sglang.srt.configs.model_config import (
         ModelConfig,
@@ -282,16 +321,16 @@ def test_sglang_reads_the_config(paths, arch):
 
     config = get_config(str(paths[arch]), trust_remote_code=False)
     assert is_deepseek_dsa(config)
-    skipped = [dsa_layer_skips_topk(config, layer) for layer in range(5)]
-    assert skipped == [False, False, arch == "glm", False, False]
-    assert getattr(config, "indexer_rope_interleave", False) == (arch == "glm")
+    skipped = ["shared" if dsa_layer_skips_topk(config, i) else "full" for i in range(4)]
+    assert skipped == TinyModelConfig(arch=arch).indexer_types
+    assert getattr(config, "indexer_rope_interleave", False) != ARCHS[arch].indexer_halves
     model = ModelConfig(str(paths[arch]))
     assert (model.dtype, model.context_len) == (torch.bfloat16, 16_384)
     assert (model.kv_lora_rank, model.qk_rope_head_dim, model.index_head_dim) == (512, 64, 128)
     assert model.hf_eos_token_id == {257}
 
 
-@both_archs
+@referenced
 def test_sglang_uses_our_chat_template(paths, arch):
     from sglang.srt.entrypoints.openai.chat_encoding import resolve_chat_encoding_spec
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
@@ -302,7 +341,7 @@ def test_sglang_uses_our_chat_template(paths, arch):
     assert tokenizer.decode(tokenizer.encode(" a  é . ")) == " a  é . "
 
 
-@both_archs
+@referenced
 @pytest.mark.parametrize("rope", ["yarn", "plain"])
 def test_rope_and_softmax_scale_agree(tmp_path, arch, rope, monkeypatch):
     from sglang.srt.configs.model_config import ModelConfig
@@ -332,7 +371,7 @@ def test_rope_and_softmax_scale_agree(tmp_path, arch, rope, monkeypatch):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"arch": "gpt"}, "arch must be v32 or glm: got 'gpt'"),
+        ({"arch": "gpt"}, f"arch must be {' or '.join(ARCHS)}: got 'gpt'"),
         ({"layers": 0}, "layers must be an integer >= 1: got 0"),
         ({"hidden": 100}, "hidden must be a multiple of 64 >= 64: got 100"),
         ({"context": 100}, "context must be a multiple of 64 >= 256: got 100"),
@@ -343,7 +382,10 @@ def test_rope_and_softmax_scale_agree(tmp_path, arch, rope, monkeypatch):
         ({"index_topk": 20_000}, "index_topk must be <= context 16384: got 20000"),
         ({"yarn_factor": 5}, "yarn_factor must divide context 16384: got 5"),
         ({"dense_layers": 5}, "dense_layers must be <= layers 4: got 5"),
-        ({"topk_freq": 2}, "topk_freq must be 1 for arch v32"),
+        ({"topk_freq": 2}, "topk_freq must be 1 and sharing all F for arch v32"),
+        ({"sharing": "FFSF"}, "for arch v32 (it shares no indexer): got 1 and 'FFSF'"),
+        ({"arch": "glm", "sharing": "SFSF"}, "sharing must be F and S, F first: got 'SFSF'"),
+        ({"arch": "glm", "sharing": "FS"}, "sharing must have 4 letters, one a layer: got 'FS'"),
         ({"rope": "linear"}, "rope must be yarn or plain: got 'linear'"),
         ({"dtype": "float16"}, "dtype must be bfloat16 or float32: got 'float16'"),
     ],

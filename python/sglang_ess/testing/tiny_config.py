@@ -6,6 +6,7 @@ SGLang's 656-byte fp8 row.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -18,20 +19,43 @@ RMS_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class _Arch:
+class Arch:
+    """What sets an architecture apart, beside its sizes. tiny_model.py and tiny_weights.py read it.
+
+    reference: the model_type of transformers that computes the same; None: it has none
+    rope, groups, topk_groups, topk_freq, skip_offset: defaults of TinyModelConfig's fields
+    shares: whether layers may read another layer's top-k
+    indexer_halves: the indexer rotates (i, i + rope/2), and not (2i, 2i + 1) as attention does
+    """
+
     architecture: str
     model_type: str
-    rope: str
-    rope_theta: int
-    groups: int
-    topk_groups: int
-    topk_freq: int
+    reference: str | None
+    help: str
+    rope: str = "plain"
+    rope_theta: int = 10_000
+    groups: int = 1
+    topk_groups: int = 1
+    topk_freq: int = 1
+    skip_offset: int = 2
+    shares: bool = False
+    indexer_halves: bool = True
 
 
 ARCHS = {
-    "v32": _Arch("DeepseekV32ForCausalLM", "deepseek_v32", "yarn", 10_000, 2, 1, 1),
-    "glm": _Arch("GlmMoeDsaForCausalLM", "glm_moe_dsa", "plain", 1_000_000, 1, 1, 2),
-}
+    "v32": Arch(
+        "DeepseekV32ForCausalLM", "deepseek_v32", "deepseek_v32", "DeepSeek-V3.2",
+        rope="yarn", groups=2,
+    ),
+    "v3": Arch(
+        "DeepseekV3ForCausalLM", "deepseek_v3", "deepseek_v32", "DeepSeek-V3 with an indexer",
+        rope="yarn", groups=2,
+    ),
+    "glm": Arch(
+        "GlmMoeDsaForCausalLM", "glm_moe_dsa", "glm_moe_dsa", "GLM-5",
+        rope_theta=1_000_000, topk_freq=2, shares=True, indexer_halves=False,
+    ),
+}  # fmt: skip
 
 
 def count(default: int | None, low: int = 1, step: int = 1, help: str = "") -> Any:
@@ -39,17 +63,25 @@ def count(default: int | None, low: int = 1, step: int = 1, help: str = "") -> A
     return field(default=default, metadata={"low": low, "step": step, "help": help})
 
 
+def letters(help: str) -> Any:
+    """Return a field for a word of F and S that begins with F, or None."""
+    return field(default=None, metadata={"letters": True, "help": help})
+
+
 def choice(default: str | None, choices: tuple[str, ...], help: str) -> Any:
     return field(default=default, metadata={"choices": choices, "help": help})
 
 
 def field_problems(config: Any) -> Iterator[str]:
-    """Yield one line for each field, made by `count` or `choice`, that breaks its own rule."""
+    """Yield one line for each field, made by the functions above, that breaks its own rule."""
     for one in fields(config):
         value, rule = getattr(config, one.name), one.metadata
         if value is None:
-            continue  # arch is unknown, which has its own line
-        if "choices" in rule:
+            continue  # arch is unknown, which has its own line; or an optional field
+        if "letters" in rule:
+            if not re.fullmatch("F[FS]*", str(value)):
+                yield f"{one.name} must be F and S, F first: got {value!r}"
+        elif "choices" in rule:
             if value not in rule["choices"]:
                 yield f"{one.name} must be {' or '.join(rule['choices'])}: got {value!r}"
         elif type(value) is not int or value < rule["low"] or value % rule["step"]:
@@ -61,8 +93,10 @@ def field_problems(config: Any) -> Iterator[str]:
 class TinyModelConfig:
     """Shape of a tiny model. A field left None takes the architecture's value on creation.
 
-    topk_freq (glm) is index_topk_freq: from layer 1 on, only every topk_freq-th layer runs an
+    topk_freq, skip_offset (architectures that share): SGLang's index_topk_freq and
+    index_skip_topk_offset. From layer skip_offset - 1 on, only every topk_freq-th layer runs an
     indexer, and the others reuse its choice.
+    sharing: index_topk_pattern in their place, a letter for each layer: F runs an indexer
     rope: SGLang's own CPU backend serves only "yarn"; this project's CPU platform serves both.
     dtype: a float32 checkpoint is served as float16 unless SGLang is told --dtype float32.
     Raises: ValueError, one line, naming every field that is out of range.
@@ -70,7 +104,7 @@ class TinyModelConfig:
 
     # SGLang's packed CPU GEMM and KV pages need multiples of 32 and 64. With fewer than two
     # indexer heads many scores would tie at 0.
-    arch: str = choice("v32", tuple(ARCHS), "v32: DeepSeek-V3.2; glm: GLM-5")
+    arch: str = choice("v32", tuple(ARCHS), "; ".join(f"{n}: {a.help}" for n, a in ARCHS.items()))
     layers: int = count(4)
     dense_layers: int = count(1, low=0, help="leading layers with a dense MLP")
     heads: int = count(8)
@@ -83,7 +117,9 @@ class TinyModelConfig:
     topk_groups: int | None = count(None, help="expert groups a token may use")
     index_heads: int = count(8, low=2)
     index_topk: int = count(128, help="KV rows each query attends to")
-    topk_freq: int | None = count(None, help="glm: one indexer every N layers")
+    topk_freq: int | None = count(None, help="one indexer every N layers")
+    skip_offset: int | None = count(None, help="the first layers that all have an indexer, plus 1")
+    sharing: str | None = letters("FSSS...: F for each layer with an indexer")
     q_lora_rank: int = count(128, low=32, step=32)
     # On a GPU SGLang's dense prefill of short prompts uses FA3, which takes DeepSeek's 128 and
     # 128: "Q/K headdim in (128, 192] and V headdim in (96, 128]".
@@ -97,7 +133,7 @@ class TinyModelConfig:
     seed: int = count(0, low=0)
 
     def __post_init__(self):
-        for name in ("rope", "groups", "topk_groups", "topk_freq"):
+        for name in ("rope", "groups", "topk_groups", "topk_freq", "skip_offset"):
             if getattr(self, name) is None and self.arch in ARCHS:
                 object.__setattr__(self, name, getattr(ARCHS[self.arch], name))
         problems = [*field_problems(self)] or [*self._relation_problems()]
@@ -125,14 +161,21 @@ class TinyModelConfig:
             yield f"yarn_factor must divide context {self.context}: got {self.yarn_factor}"
         if self.dense_layers > self.layers:
             yield f"dense_layers must be <= layers {self.layers}: got {self.dense_layers}"
-        if self.arch == "v32" and self.topk_freq != 1:
-            yield f"topk_freq must be 1 for arch v32 (it shares no indexer): got {self.topk_freq}"
+        if self.sharing and len(self.sharing) != self.layers:
+            yield f"sharing must have {self.layers} letters, one a layer: got {self.sharing!r}"
+        if not ARCHS[self.arch].shares and "shared" in self.indexer_types:
+            yield (
+                f"topk_freq must be 1 and sharing all F for arch {self.arch} (it shares no "
+                f"indexer): got {self.topk_freq} and {self.sharing!r}"
+            )
 
     @property
     def indexer_types(self) -> list[str]:
-        """Give "full" or "shared" for each layer, at index_skip_topk_offset 2 (the default)."""
-        every = self.topk_freq or 1
-        return ["shared" if max(i - 1, 0) % every else "full" for i in range(self.layers)]
+        """Give "full" or "shared" for each layer."""
+        if self.sharing:
+            return ["full" if letter == "F" else "shared" for letter in self.sharing]
+        skipped = (max(i - self.skip_offset + 1, 0) % self.topk_freq for i in range(self.layers))
+        return ["shared" if one else "full" for one in skipped]
 
     @property
     def attention_mscale(self) -> float:

@@ -92,13 +92,19 @@ def model_config(config: TinyModelConfig, vocab_size: int, token_ids: dict[str, 
         "routed_scaling_factor": ROUTED_SCALING_FACTOR,
         "ep_size": 1,
     }
-    if config.arch == "glm":
+    if not arch.indexer_halves:
         # transformers hard-codes the interleaved rope of GLM's indexer; SGLang reads it here.
         result["indexer_rope_interleave"] = True
-        result["index_topk_freq"] = config.topk_freq
-        result["index_skip_topk_offset"] = 2
-        result["indexer_types"] = config.indexer_types
+    if arch.shares:
+        result |= sharing_fields(config) | {"indexer_types": config.indexer_types}
     return result
+
+
+def sharing_fields(config: TinyModelConfig) -> dict:
+    """Return what config.json says of sharing, beside the list indexer_types, which is the same."""
+    if config.sharing:
+        return {"index_topk_pattern": config.sharing}
+    return {"index_topk_freq": config.topk_freq, "index_skip_topk_offset": config.skip_offset}
 
 
 def write_tiny_model(out_dir: str | os.PathLike, config: TinyModelConfig) -> Path:
@@ -161,7 +167,7 @@ def run_command(
         default = "as the arch has it" if one.default is None else one.default
         parser.add_argument(
             f"--{one.name.replace('_', '-')}",
-            type=str if "choices" in one.metadata else int,
+            type=int if "low" in one.metadata else str,
             default=one.default,
             help=f"{one.metadata['help']} [{default}]".strip(),
         )

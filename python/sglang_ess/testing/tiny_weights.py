@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save
 
 from sglang_ess.testing.tiny_config import (
+    ARCHS,
     INDEX_HEAD_DIM,
     KV_LORA_RANK,
     QK_ROPE_HEAD_DIM,
@@ -148,7 +149,7 @@ def _rope_rows(config) -> np.ndarray:
     Attention and GLM's indexer pair rows (2i, 2i+1). V3.2's indexer pairs (i, i + rope/2).
     """
     rows = np.arange(QK_ROPE_HEAD_DIM)
-    return rows.reshape(2, -1).T.reshape(-1) if config.arch == "v32" else rows
+    return rows.reshape(2, -1).T.reshape(-1) if ARCHS[config.arch].indexer_halves else rows
 
 
 def _index_queries(config, draws, shared):
