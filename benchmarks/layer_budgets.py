@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import harness
 from sglang_ess.sim.model.locality import Locality, TopkStream
-from sglang_ess.tiers import HotCache, HotLayers, PlanBuffers, lru
+from sglang_ess.tiers import HotCache, HotGroups, PlanBuffers, lru
 from sglang_ess.tiers.balance import rebalance
 from sglang_ess.tiers.balance.budgets import expected_misses
 from sglang_ess.tiers.balance.ghost_cache import GhostCache
@@ -68,9 +68,9 @@ def _ages_of(cache: HotCache) -> np.ndarray:
 
 
 class ByAge:
-    """An AgeRebalancer over HotLayers, as a CUDA pool has one over a DeviceTier."""
+    """An AgeRebalancer over HotGroups, as a CUDA pool has one over a DeviceTier."""
 
-    def __init__(self, layers: HotLayers, demand: int, least: int, schedule: AgeSchedule):
+    def __init__(self, layers: HotGroups, demand: int, least: int, schedule: AgeSchedule):
         rows, slots = layers.caches[0].num_rows, layers.caches[0].num_slots
         self.decides = AgeRebalancer(len(layers.caches), rows, slots - 1, least, schedule)
         self._layers, self._demand, self._steps = layers, min(demand, rows), 0
@@ -89,7 +89,7 @@ class Side:
     def __init__(self, layers: int, rows: int, num_slots: int, buffers: PlanBuffers):
         arena = HotArena(layers * rows)
         self.caches = [HotCache(None, rows, num_slots, buffers, arena=arena) for _ in range(layers)]
-        self.layers = HotLayers(self.caches)
+        self.layers = HotGroups(self.caches)
         self.rebalancer: Rebalancer | ByAge | None = None
         self.phase = Phase()
 

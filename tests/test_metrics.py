@@ -19,7 +19,8 @@ from sglang_ess import metrics
 from sglang_ess.admission.policy import HOT_TIER, Admission, AdmissionLimits
 from sglang_ess.mem_cache.pool import EssTokenToKVPool
 from sglang_ess.metrics import Exporter, Metrics, Watch, log_line
-from sglang_ess.tiers import HotCache, HotLayers
+from sglang_ess.tiers import HotCache, HotGroups
+from sglang_ess.tiers.index_groups import IndexGroups
 from tests.support.server import Server
 
 ROW_BYTES, SLOTS = 656, 40
@@ -30,11 +31,12 @@ class Pool:
     """What of EssTokenToKVPool the metrics read."""
 
     hot_caches, figures = EssTokenToKVPool.hot_caches, EssTokenToKVPool.figures
-    start_layer, rebalancer = 3, None
+    start_layer, rebalancers = 3, ()
     host_tier = SimpleNamespace(row_bytes=ROW_BYTES, num_slots=SLOTS)
 
     def __init__(self, num_layers, num_rows, requests):
-        self.tier = HotLayers([HotCache(None, num_rows, SLOTS) for _ in range(num_layers)])
+        self.tier = HotGroups([HotCache(None, num_rows, SLOTS) for _ in range(num_layers)])
+        self.groups = IndexGroups.single(num_layers)
         self.request_misses = np.zeros(requests, np.int64)
 
 
@@ -65,7 +67,7 @@ def test_a_snapshot_begins_where_the_last_one_ended():
     pool, taken = make_pool(), Metrics()
     decode(pool, [1, 2, 3, -1], [1, 2, 3, 4])
     decode(pool, [1, 2, 5, -1], [5, 6, 7, 8])
-    first, second = taken.snapshot(pool, 20).layers
+    first, second = taken.snapshot(pool, 20).groups
     assert (first.layer, second.layer) == (3, 4)
     assert (first.lookups, first.misses, first.steps) == (6, 4, 2)
     assert (second.lookups, second.misses, second.evictions) == (8, 8, 4)
@@ -75,7 +77,7 @@ def test_a_snapshot_begins_where_the_last_one_ended():
 
     decode(pool, [1, 2, 5, -1], [5, 6, 7, 8])
     again = taken.snapshot(pool, 20)
-    assert [(layer.lookups, layer.misses) for layer in again.layers] == [(3, 0), (4, 0)]
+    assert [(layer.lookups, layer.misses) for layer in again.groups] == [(3, 0), (4, 0)]
     assert taken.snapshot(pool, 20).total("lookups") == 0
     assert Metrics().snapshot(pool, 20).total("lookups") == 21  # another one sees all of it
 
@@ -86,7 +88,7 @@ def test_a_cleared_cache_counts_from_nought():
     taken.snapshot(pool, 0)
     pool.hot_caches[0].clear()
     decode(pool, [1, 2])
-    (layer,) = taken.snapshot(pool, 0).layers
+    (layer,) = taken.snapshot(pool, 0).groups
     assert (layer.lookups, layer.misses) == (2, 2)
 
 
@@ -94,7 +96,7 @@ def test_installed_rows():
     pool, taken = make_pool(num_layers=1), Metrics()
     pool.hot_caches[0].install(torch.tensor([1, 2]), torch.zeros(2, 1), 0)
     pool.hot_caches[0].warm(torch.tensor([[2, 3]], dtype=torch.int32))
-    (layer,) = taken.snapshot(pool, 0).layers
+    (layer,) = taken.snapshot(pool, 0).groups
     assert (layer.installed_rows, layer.misses, layer.fetched_bytes) == (3, 0, 0)
 
 
@@ -123,15 +125,15 @@ def test_rows_that_move_between_layers():
     """Moves count since the last snapshot; each layer's gauge shows its rows now."""
     pool, taken = make_pool(), Metrics()
     assert taken.snapshot(pool, 0).rebalances == 0
-    pool.rebalancer = SimpleNamespace(rebalances=2, rows_moved=30)
+    pool.rebalancers = [SimpleNamespace(rebalances=2, rows_moved=30)]
     pool.hot_caches[1].resize(3)
     first = taken.snapshot(pool, 0)
     assert (first.rebalances, first.rows_moved) == (2, 30)
-    assert [layer.hot_rows for layer in first.layers] == [4, 3]
+    assert [layer.hot_rows for layer in first.groups] == [4, 3]
     registry = CollectorRegistry()
     exporter = Exporter(LABELS, [3, 4], registry)
     exporter.update(first)
-    pool.rebalancer.rows_moved = 35
+    pool.rebalancers[0].rows_moved = 35
     exporter.update(taken.snapshot(pool, 0))
     found = samples(generate_latest(registry).decode())
     assert (
@@ -285,7 +287,7 @@ def test_a_devices_figures_come_from_its_mirror(reporter):
     """A GPU copies its counters to the host now and then; the metrics do not wait for it."""
     layers = len(reporter.pool.hot_caches)
     one = {"lookups": 8, "misses": 2, "evictions": 0, "evicted_age": 0, "installs": 0, "short": 0}
-    figures = [{**one, "steps": 4, "occupied": 3, "rows": 4}] * layers
+    figures = [{**one, "steps": 4, "occupied": 3, "rows": 4, "layers": 1}] * layers
     reporter.pool.tier = SimpleNamespace(figures=lambda: figures, caches=reporter.pool.hot_caches)
     reporter.pool.request_misses = None  # not counted on a device
     metrics.decode_reported(None, reporter)

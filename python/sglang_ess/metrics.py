@@ -30,11 +30,12 @@ COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs")
 
 @dataclass(frozen=True)
 class LayerSnapshot:
-    """The hot tier of one layer: its size now, and its counts since the last snapshot.
+    """The hot tier of one index group: its size now, and its counts since the last snapshot.
 
-    layer: SGLang's layer_id
+    layer: SGLang's layer_id of the group's first layer; layers: how many read its top-k
     lookups: top-k entries resolved; misses: those of them that were fetched from the host tier
-    fetched_bytes: bytes of the misses; installed_rows: rows made hot by a write or by warm-up
+    fetched_bytes: of the misses, in all layers of the group; installed_rows: rows made hot by a
+        write or by warm-up
     evicted_age: steps since the last use of each evicted row, summed
     """
 
@@ -48,6 +49,7 @@ class LayerSnapshot:
     installed_rows: int
     evictions: int
     evicted_age: int
+    layers: int = 1
 
     @property
     def hit_ratio(self) -> float | None:
@@ -62,7 +64,7 @@ class LayerSnapshot:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All layers of one pool.
+    """All index groups of one pool.
 
     host_slots: rows of the host tier in one layer; host_slots_used: those that SGLang counts as
     used, without the evictable ones of the radix cache
@@ -70,15 +72,15 @@ class Snapshot:
     how many rows did
     """
 
-    layers: tuple[LayerSnapshot, ...]
+    groups: tuple[LayerSnapshot, ...]
     host_slots: int
     host_slots_used: int
     rebalances: int = 0
     rows_moved: int = 0
 
     def total(self, name: str) -> int:
-        """The sum of a field of LayerSnapshot over the layers."""
-        return sum(getattr(layer, name) for layer in self.layers)
+        """The sum of a field of LayerSnapshot over the groups."""
+        return sum(getattr(group, name) for group in self.groups)
 
 
 class Metrics:
@@ -90,15 +92,15 @@ class Metrics:
 
     def snapshot(self, pool: Any, used_slots: int) -> Snapshot:
         """pool: an EssTokenToKVPool"""
-        found, layers = pool.figures(), []
-        for layer, figures in enumerate(found.layers, pool.start_layer):
+        found, groups, layer = pool.figures(), [], pool.start_layer
+        for figures in found.groups:
             now = {name: figures[name] for name in (*COUNTERS, "steps")}
             before = self._before.get(layer, {})
             if any(now[name] < value for name, value in before.items()):
                 before = {}  # HotCache.clear() has reset the counters
             self._before[layer] = now
             since = {name: value - before.get(name, 0) for name, value in now.items()}
-            layers.append(
+            groups.append(
                 LayerSnapshot(
                     layer=layer,
                     hot_rows=figures["rows"],
@@ -106,16 +108,18 @@ class Metrics:
                     steps=since["steps"],
                     lookups=since["lookups"],
                     misses=since["misses"],
-                    fetched_bytes=since["misses"] * pool.host_tier.row_bytes,
+                    fetched_bytes=since["misses"] * figures["layers"] * pool.host_tier.row_bytes,
                     installed_rows=since["installs"],
                     evictions=since["evictions"],
                     evicted_age=since["evicted_age"],
+                    layers=figures["layers"],
                 )
             )
+            layer += figures["layers"]
         rebalances, rows_moved = self._moved_before
         self._moved_before = found.rebalances, found.rows_moved
         return Snapshot(
-            layers=tuple(layers),
+            groups=tuple(groups),
             host_slots=pool.host_tier.num_slots,
             host_slots_used=used_slots,
             rebalances=found.rebalances - rebalances,
@@ -124,14 +128,16 @@ class Metrics:
 
 
 def log_line(snapshot: Snapshot) -> str:
-    """The log line. Misses and bytes are those of all layers in one decode step."""
+    """The log line. Misses are those of all index groups in a decode step, bytes of all layers."""
     used, rows = snapshot.total("hot_rows_used"), snapshot.total("hot_rows")
-    parts = [f"hot rows {used / rows:.0%} ({used}/{rows}, {len(snapshot.layers)} layers)"]
+    layers, groups = snapshot.total("layers"), len(snapshot.groups)
+    of = f"{layers} layers" + (f" in {groups} index groups" if groups < layers else "")
+    parts = [f"hot rows {used / rows:.0%} ({used}/{rows}, {of})"]
     lookups, misses = snapshot.total("lookups"), snapshot.total("misses")
     if lookups:
-        steps = max(layer.steps for layer in snapshot.layers)
-        used_layers = [layer for layer in snapshot.layers if layer.lookups]
-        worst = min(used_layers, key=lambda layer: layer.hit_ratio or 0.0)
+        steps = max(group.steps for group in snapshot.groups)
+        used_groups = [group for group in snapshot.groups if group.lookups]
+        worst = min(used_groups, key=lambda group: group.hit_ratio or 0.0)
         parts += [
             f"hit rate {1 - misses / lookups:.1%} "
             f"(layer {worst.layer} lowest, {worst.hit_ratio:.1%})",
@@ -262,7 +268,7 @@ class Exporter:
 
     def update(self, snapshot: Snapshot) -> None:
         """Add a snapshot's counts and set the sizes."""
-        for layer in snapshot.layers:
+        for layer in snapshot.groups:
             for name, series in self._counters.items():
                 series[layer.layer].inc(getattr(layer, name))
             age = layer.eviction_age
@@ -321,8 +327,7 @@ class Watch:
         self._broken = False
         if reporter.current_scheduler_metrics_enabled:
             collector = reporter.metrics_collector
-            first = self._pool.start_layer
-            layers = range(first, first + len(self._pool.hot_caches))
+            layers = [self._pool.start_layer + first for first in self._pool.groups.firsts]
             self._exporter = Exporter(collector.labels, layers)
             self._requests.register_on_alloc_rows(self.rows_given_out)
             collector.ess_watch = self

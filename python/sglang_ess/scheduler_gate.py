@@ -141,7 +141,7 @@ class SchedulerGate:
             rate = pool.measure_link()
             self.admission = Admission(limits, rate)
             window = WorkingSetWindow(pool.host_tier.num_slots, SAMPLES, geometry.topk)
-            layers = len(pool.sample.layers)
+            layers = len(pool.sample.groups)
             self._feed = AdmissionFeed(self.admission, window, layers, self._totals())
             logger.info("ESS: host-to-device link %.1f GB/s at row size", rate / 1e9)
         buffers = getattr(scheduler, "disagg_metadata_buffers", None)

@@ -29,6 +29,7 @@ from sglang_ess.mem_cache import pool_cuda
 from sglang_ess.platforms import cuda as cuda_hooks
 from sglang_ess.tiers.contract import RowCorruption
 from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
+from sglang_ess.tiers.index_groups import IndexGroups
 from tests.support.device_tier import launches_are_late
 
 HEADS, SCALE, SLOTS, PAGE, LAYERS, TOPK = 4, 0.07, 120, 4, 2, 8
@@ -49,6 +50,7 @@ class Pool(pool_cuda.CudaEssTokenToKVPool):
         shape = SimpleNamespace(topk=TOPK, tier=SimpleNamespace(moves=False))
         sizes = {"hot_rows": hot_rows, "staging_rows": staging_rows}
         self.capacity = SimpleNamespace(geometry=shape, **sizes)
+        self.groups = IndexGroups.single(LAYERS)
         self._create_tiers()
         for rows in self.tier.rows:
             rows.fill_(nan)
@@ -308,7 +310,9 @@ def test_prompts_in_several_staging_groups_and_warmup(build, late):
     assert backend.in_upstream == ["extend"] * LAYERS * (2 + 2)
     assert backend.step.warm_spans == [(2, 5), (5, 6)]
     run.decode([1, 2, 3])
-    assert (backend.token_to_kv_pool.tier.state.slot_row[:, :PAGE] < 0).all()  # padding's
+    assert (
+        backend.token_to_kv_pool.tier.parts[0][1].state.slot_row[:, :PAGE] < 0
+    ).all()  # padding's
 
 
 def test_a_chunk_in_the_middle_of_a_prompt_warms_nothing(build):

@@ -15,6 +15,7 @@ from sglang_ess.cpu.ops.sparse_mla import sparse_mla, sparse_mla_reference
 from sglang_ess.tiers import HotCache
 
 SLOTS, HEADS, SCALE = 60, 3, 0.1
+FETCHES = passes.EarlyFetch()
 LAYER = SimpleNamespace(layer_id=0, scaling=SCALE)  # of SGLang's, what attention reads
 FORMATS = {
     "fp8": lambda latent, rope: pack_fp8_rows(latent, rope),
@@ -44,17 +45,17 @@ def hot_tier(rows, num_rows):
 
 @dataclass
 class Run:
-    """attend_hot; `plans` holds (query, column, queries, stop) of each pass."""
+    """attend_passes; `plans` holds (query, column, queries, stop) of each pass."""
 
     cache: HotCache
     plans: list
 
     def __call__(self, q, topk):
         self.plans.clear()
+        step = passes.GroupStep(self.cache, [topk], FETCHES, canary=self)
+        return passes.attend_passes(step.passes(0, 0, 0), self.cache.rows, LAYER, *q)
 
-        return passes.attend_hot(self.cache, LAYER, *q, topk, canary=self)
-
-    def check(self, cache, plan, layer_id):
+    def check(self, cache, plan, layer_id, layer):
         """As a canary would: the rows are there, and they are those of the host."""
         cache.check_integrity()
         self.plans.append((plan.first, plan.column, len(plan.rows), plan.stop))
@@ -65,7 +66,7 @@ def one_pass(q, rows, topk):
 
 
 def greedy_passes(topk, num_rows):
-    """What attend_hot does, in sets: [(query, column, queries)].
+    """What GroupStep does, in sets: [(query, column, queries)].
 
     A pass goes on query by query while their distinct slots fit; a query that alone does
     not fit is cut where the rows end.
@@ -246,11 +247,11 @@ def test_merging_parts_of_far_apart_weight():
 def skip_a_fetch(monkeypatch, cache):
     fetch, plans = cache.fetch, []
 
-    def short(plan):
+    def short(plan, layer):
         plans.append(plan)
         if len(plans) == 1:
             plan = replace(plan, miss_slots=plan.miss_slots[:-1], miss_rows=plan.miss_rows[:-1])
-        fetch(plan)
+        fetch(plan, layer)
 
     monkeypatch.setattr(cache, "fetch", short)
 
@@ -278,8 +279,8 @@ def merge_into_the_wrong_query(monkeypatch, cache):
 def fetch_the_wrong_row(monkeypatch, cache):
     fetch = cache.fetch
 
-    def swapped(plan):
-        fetch(replace(plan, miss_slots=plan.miss_slots[::-1].copy()))
+    def swapped(plan, layer):
+        fetch(replace(plan, miss_slots=plan.miss_slots[::-1].copy()), layer)
 
     monkeypatch.setattr(cache, "fetch", swapped)
 

@@ -62,14 +62,14 @@ def decode(monkeypatch):
 
 
 def hold_back(transfer, copy_rows):
-    def fetch(planned):
+    def fetch(planned, layer=0):
         kept = dataclasses.replace(
             planned,
             miss_slots=planned.miss_slots.clone(),
             miss_rows=planned.miss_rows.clone(),
             num_misses=planned.num_misses.clone(),
         )
-        transfer.queue.append(lambda: copy_rows(kept))
+        transfer.queue.append(lambda: copy_rows(kept, layer))
 
     return fetch
 

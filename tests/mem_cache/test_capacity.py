@@ -20,6 +20,7 @@ from sglang_ess.mem_cache.capacity import (
     max_slots,
 )
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
+from sglang_ess.tiers.index_groups import IndexGroups
 from tests.support.engine import EngineProcess
 
 PAGE, GIB = 64, 1 << 30
@@ -339,6 +340,7 @@ def test_more_real_pools(model, ess):
 
 def check_two_tier(facts, device_gib):
     geometry = facts["decided"]["geometry"]
+    geometry["groups"] = IndexGroups(tuple(geometry["groups"]["sizes"]))
     geometry = Geometry(**{**geometry, "tier": TierBytes(**geometry["tier"])})
     decided = Capacity(**{**facts["decided"], "geometry": geometry})
     assert sum(facts["buffers"].values()) == facts["device_bytes"] == decided.device_bytes
@@ -347,7 +349,7 @@ def check_two_tier(facts, device_gib):
     assert (facts["slots"], facts["hot_rows"]) == (decided.slots, decided.hot_rows)
     assert facts["staging_rows"] == decided.staging_rows
     assert {name.split(".")[0] for name in facts["buffers"]} == {
-        "index_key_cache", "tier", "rebalancer", "staging", "plan_buffers",
+        "index_key_cache", "tier", "rebalancers", "staging", "plan_buffers",
     }  # fmt: skip
 
 

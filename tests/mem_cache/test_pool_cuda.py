@@ -69,7 +69,7 @@ def write(pool, slots, seed, layers=range(LAYERS)):
 
 
 def hot(pool, layer) -> set[int]:
-    state, owned = pool.hot_caches[layer].state, pool.tier.owned
+    state, owned = pool.hot_caches[layer].state, pool.tier.parts[0][1].owned
     check_state(state, owned and owned.layer(layer))
     return set((state.slot_row >= 0).nonzero().flatten().tolist())
 
@@ -288,15 +288,15 @@ def test_freed_pages_are_not_hot_and_the_link_is_measured(build, schedule):
 def test_rows_move_before_a_step_behind_all_that_was_issued(build, schedule, caplog):
     """A prompt's rows are still under way when the host decides; nobody waits for the device."""
     pool = build(hot_rows=90, tier=GPU_TIER_THAT_MOVES)
-    assert pool.rebalancer.rows == (90, 90) and pool.tier.demand(3) == 3 * (TOPK + 1)
+    assert pool.rebalancers[0].rows == (90, 90) and pool.tier.demand(3) == 3 * (TOPK + 1)
     rows = write(pool, range(64, 134), 1)
     asked = []
 
     def step(demand, look):
         asked.append((demand, look))
-        return pool.rebalancer._moved(Budgets((150, 30), 1.0)) if len(asked) == 1 else None
+        return pool.rebalancers[0]._moved(Budgets((150, 30), 1.0)) if len(asked) == 1 else None
 
-    pool.rebalancer.step = step
+    pool.rebalancers[0].step = step
     with caplog.at_level("INFO"):
         pool.before_decode_step(3)
     assert "hot rows move between layers: 30 to 150 each" in caplog.text
@@ -309,7 +309,7 @@ def test_rows_move_before_a_step_behind_all_that_was_issued(build, schedule, cap
     pool.before_decode_step(2)
     assert [demand for demand, _ in asked] == [27, 18, 18]
     assert asked[0][1] is None and asked[2][1].ages.sum() == 140  # of the lists made for the move
-    assert (pool.rebalancer.rebalances, pool.rebalancer.rows_moved) == (1, 60)
+    assert (pool.rebalancers[0].rebalances, pool.rebalancers[0].rows_moved) == (1, 60)
     assert [cache.num_rows for cache in pool.hot_caches] == [150, 30]
 
 
@@ -319,4 +319,4 @@ def test_a_step_is_behind_what_prompts_left_under_way(build, schedule):
     write(pool, range(64, 134), 1)
     pool.before_decode_step(1)
     assert len(hot(pool, 0)) == len(hot(pool, 1)) == 70
-    assert pool.rebalancer is None
+    assert not pool.rebalancers

@@ -55,10 +55,10 @@ def _rounds(counted: int) -> None:
         answer = original(scheduler, request)
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         answer.internal_state["rebalances"] = {
-            "rebalances": pool.rebalancer.rebalances,
-            "rows_moved": pool.rebalancer.rows_moved,
+            "rebalances": pool.rebalancers[0].rebalances,
+            "rows_moved": pool.rebalancers[0].rows_moved,
             "rows": [cache.num_rows for cache in pool.hot_caches],
-            "spare": pool.tier.arena.spare,
+            "spare": pool.tier.spare,
         }
         return answer
 

@@ -1,6 +1,6 @@
 """A host tier and the hot tiers of its layers, with what every written slot must read as.
 
-CpuServed has HotLayers, CudaServed a DeviceTier (under Triton's interpreter where there is no
+CpuServed has HotGroups, CudaServed a DeviceTier (under Triton's interpreter where there is no
 GPU). Both decode steps the way that serving does, and check each row that attention would read.
 """
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ess_kernels.scatter import scatter_rows
-from sglang_ess.tiers import HotCache, HotLayers, PlanBuffers
+from sglang_ess.tiers import HotCache, HotGroups, PlanBuffers
 from sglang_ess.tiers.hot_arena import HotArena
 from sglang_ess.tiers.hot_cache_cuda import DeviceTier
 from tests.support.hot_state import check_state
@@ -72,8 +72,8 @@ class Served:
 
 class CpuServed(Served):
     def _new_tier(self, rows, topk, max_queries, moves):
-        arena, buffers = HotArena(max(0, rows) * len(self.host), self.host[0]), PlanBuffers()
-        return HotLayers([HotCache(one, rows, None, buffers, None, arena) for one in self.host])
+        arena, buffers = HotArena(max(0, rows) * len(self.host), self.host[:1]), PlanBuffers()
+        return HotGroups([HotCache(one, rows, None, buffers, None, arena) for one in self.host])
 
     def _write(self, layer, slots, values, width):
         for other in self.tier.caches:

@@ -7,23 +7,24 @@ def host_row_forgotten() -> None:
     """Host first: a decode step's row goes to the hot tier only; evicted, it is lost."""
     from sglang_ess.mem_cache.pool_cpu import CpuEssTokenToKVPool
 
-    install = CpuEssTokenToKVPool.install
+    write_step = CpuEssTokenToKVPool.write_step
 
-    def forgetful(pool, layer_id, loc, min_age):
-        install(pool, layer_id, loc, min_age)
-        if min_age == 0:
-            pool.kv_buffer[layer_id - pool.start_layer][loc] = 0
+    def forgetful(pool, layer, loc, *args):
+        write_step(pool, layer, loc, *args)
+        pool.kv_buffer[layer.layer_id - pool.start_layer][loc] = 0
 
-    CpuEssTokenToKVPool.install = forgetful
+    CpuEssTokenToKVPool.write_step = forgetful
 
 
 def stale_hot_row() -> None:
     """No stale copy: neither a write of the slot nor its being freed touches its hot row."""
     from sglang_ess.mem_cache.pool_cpu import CpuEssTokenToKVPool
+    from sglang_ess.tiers import HotCache
 
     CpuEssTokenToKVPool.invalidate_slots = lambda *_: None
     CpuEssTokenToKVPool._written = lambda *_: None
     CpuEssTokenToKVPool.install = lambda *_: None
+    HotCache.install = HotCache.refill = lambda *_: None
 
 
 def one_row_for_two_slots() -> None:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from sglang_ess.tiers import HostTier, HotCache, HotLayers, PlanBuffers, lru
+from sglang_ess.tiers import HostTier, HotCache, HotGroups, PlanBuffers, lru
 from sglang_ess.tiers.contract import COUNTERS
 from sglang_ess.tiers.hot_arena import HotArena
 
@@ -152,11 +152,11 @@ class Driver:
         self.content = [torch.zeros(num_slots, *row_shape, dtype=dtype) for _ in layer_rows]
         buffers = PlanBuffers()
         pairs = zip(self.host.rows, layer_rows, strict=True)
-        self.arena = HotArena(sum(layer_rows), self.host.rows[0])
+        self.arena = HotArena(sum(layer_rows), self.host.rows[:1])
         self.caches = [
             HotCache(rows, count, buffers=buffers, arena=self.arena) for rows, count in pairs
         ]
-        self.layers = HotLayers(self.caches)
+        self.layers = HotGroups(self.caches)
         self.models = [Model(count) for count in layer_rows]
         for cache, model in zip(self.caches, self.models, strict=True):
             cache.state[lru.STEP] = model.step = first_step

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_ess.tiers import HotCache, HotLayers, PlanBuffers, lru
+from sglang_ess.tiers import HotCache, HotGroups, PlanBuffers, lru
 from sglang_ess.tiers.hot_arena import HotArena
 
 
@@ -17,11 +17,11 @@ def host_rows(seed, num_slots=20):
 
 def make(*sizes, spare=0):
     """Layers of one arena, and their caches, one of each size."""
-    arena, buffers = HotArena(sum(sizes) + spare, host_rows(0)), PlanBuffers()
+    arena, buffers = HotArena(sum(sizes) + spare, [host_rows(0)]), PlanBuffers()
     caches = [
         HotCache(host_rows(i), size, buffers=buffers, arena=arena) for i, size in enumerate(sizes)
     ]
-    layers = HotLayers(caches)
+    layers = HotGroups(caches)
     for cache in caches:
         cache.layers = layers  # for use()
     return layers, caches
@@ -42,10 +42,10 @@ class TestResize:
         use(one, 1, 2, 3, 4)
         use(one, 2)
         one.resize(3)  # two free rows, and those of 1
-        assert one.slots_by_recency().tolist() == [3, 4, 2] and layers.arena.spare == 3
+        assert one.slots_by_recency().tolist() == [3, 4, 2] and layers.spare == 3
         assert one.counters["evictions"] == 1 and one.counters["evicted_age"] == 1
         two.resize(5)
-        assert layers.arena.spare == 0 and (one.num_rows, two.num_rows) == (3, 5)
+        assert layers.spare == 0 and (one.num_rows, two.num_rows) == (3, 5)
         assert use(two, 5, 6, 7, 8, 9) == [5, 6, 7, 8, 9] and use(one, 2, 3, 4) == []
         assert use(one, 11) == [11] and use(two, 5, 9) == []
 
@@ -65,7 +65,7 @@ class TestResize:
         for cache in caches:
             use(cache, 1, 2, 3, 4)
         assert layers.resize([2, 6, 4]) == 2
-        assert [cache.num_rows for cache in caches] == [2, 6, 4] and layers.arena.spare == 0
+        assert [cache.num_rows for cache in caches] == [2, 6, 4] and layers.spare == 0
         assert [use(cache, 3, 4) for cache in caches] == [[], [], []]
         assert layers.resize([7, 1, 4]) == 5
         assert [use(cache, 4) for cache in caches] == [[], [], []]
@@ -103,7 +103,7 @@ class TestResize:
             one.resize(rows)
         layers.check_integrity()
         with pytest.raises(ValueError, match="got 4, limit 3"):
-            HotCache(host_rows(3), 4, arena=layers.arena)
+            HotCache(host_rows(3), 4, arena=layers.caches[0].arena)
 
 
 def test_a_cache_with_an_arena_of_its_own_is_gone_at_once():
@@ -166,6 +166,6 @@ class TestFaults:
         with pytest.raises(RuntimeError, match="free or owned"):
             layers.check_integrity()
         layers, (one, two) = make(4, 2)
-        layers.arena.owner[0] = two.number
+        layers.caches[0].arena.owner[0] = two.number
         with pytest.raises(RuntimeError, match=r"owners of \[0, 3, 3\].*caches of \[0, 4, 2\]"):
             layers.check_integrity()

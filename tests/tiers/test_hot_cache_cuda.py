@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ess_kernels import hot_state
-from sglang_ess.tiers.hot_cache_cuda import passes
+from sglang_ess.tiers.batch_passes import passes
 from tests.support.served_tier import DEVICE
 from tests.support.served_tier import CudaServed as Served
 
@@ -22,6 +22,7 @@ def test_the_mirror_gives_counters_without_asking_the_device():
     cache, figures = served.tier.caches[1], served.tier.figures()[1]
     assert figures == {
         **cache.counters, "steps": cache.steps, "occupied": cache.occupied, "rows": cache.num_rows,
+        "layers": 1,
     }  # fmt: skip
     assert figures["occupied"] == 10
 

@@ -252,7 +252,7 @@ def test_figures_are_those_of_the_layers(served):
         served.tier.mirror()
     for cache, figures in zip(served.tier.caches, served.tier.figures(), strict=True):
         assert figures == cache.counters | {
-            "steps": cache.steps, "occupied": cache.occupied, "rows": cache.num_rows,
+            "steps": cache.steps, "occupied": cache.occupied, "rows": cache.num_rows, "layers": 1,
         }  # fmt: skip
     assert served.tier.figures()[1]["occupied"] == 10 and served.tier.totals() == (10, 0, 0)
 

@@ -3,11 +3,10 @@
 import numpy as np
 import torch
 
-from sglang_ess.attention.passes import Canary, attend_hot
+from sglang_ess.attention.passes import Canary, EarlyFetch, GroupStep, attend_passes
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend, attend_rows
 from sglang_ess.layout import PLAN_QUERIES_CPU
-from sglang_ess.mem_cache.pool import IDLE_STEPS
 from sglang_ess.tiers.warmup_window import warm_spans
 
 
@@ -15,14 +14,18 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
     """Decode reads hot rows, prefill reads staged ones, in the order in which one tier has them."""
 
     def __init__(self, model_runner):
-        super().__init__(model_runner, model_runner.token_to_kv_pool.topk_observers)
+        pool = model_runner.token_to_kv_pool
+        super().__init__(model_runner, pool.topk_observers, pool.groups)
         config = EssConfig.from_env()
         self._warms, self._canary = config.warmup == "on", Canary(config.canary_rate)
         self._warm_spans: list[tuple[int, int]] = []
-        self.token_to_kv_pool.request_misses = np.zeros(len(self.req_to_token), np.int64)
+        self._fetches = EarlyFetch()
+        self._step: GroupStep | None = None  # of the index group under way
+        pool.request_misses = np.zeros(len(self.req_to_token), np.int64)
 
     def init_forward_metadata(self, forward_batch) -> None:
         super().init_forward_metadata(forward_batch)
+        self._fetches.drop()
         spans = self.forward_metadata.spans
         if spans is None:
             self.token_to_kv_pool.before_decode_step()
@@ -35,8 +38,8 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
             self._warm_spans = []
 
     def _write(self, layer, loc, k, k_rope) -> None:
-        min_age = 0 if self.forward_metadata.spans is None else IDLE_STEPS
-        self.token_to_kv_pool.write(layer, loc, k, k_rope, min_age)
+        pool, decodes = self.token_to_kv_pool, self.forward_metadata.spans is None
+        (pool.write_step if decodes else pool.write_prompt)(layer, loc, k, k_rope)
 
     def _attend(self, layer, q, q_rope, topk) -> torch.Tensor:
         if self.forward_metadata.spans is None:
@@ -44,29 +47,38 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         return self._attend_staged(layer, q, q_rope, topk)
 
     def _attend_staged(self, layer, q, q_rope, topk) -> torch.Tensor:
-        """Prefill: attend through the staging buffers, then warm the hot tier."""
+        """Prefill: attend through the staging buffers, then warm the hot tier.
+
+        An index group is warmed when its last layer has written the rows of the new tokens.
+        """
         pool, outs = self.token_to_kv_pool, []
         for i, group in enumerate(pool.staging.groups):
             rows = pool.staging.rows(layer.layer_id - pool.start_layer, i)
             places = pool.staging.places_of(i, topk[group.queries])
             part = attend_rows(layer, q[group.queries], q_rope[group.queries], rows, places)
             outs.append(part[0])
-        for first, end in self._warm_spans:
-            pool.warm(layer.layer_id, topk[first:end])
+        index_group, position = pool.place(layer.layer_id)
+        if position == pool.groups.sizes[index_group] - 1:
+            for first, end in self._warm_spans:
+                pool.warm(index_group, topk[first:end])
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _attend_hot(self, layer, q, q_rope, topk) -> torch.Tensor:
         """Decode: attend from the hot tier, in blocks of queries that one plan may have."""
         pool, outs = self.token_to_kv_pool, []
-        cache = pool.hot_cache(layer.layer_id)
-        for first in range(0, len(q), PLAN_QUERIES_CPU):
+        group, position = pool.place(layer.layer_id)
+        cache = pool.hot_caches[group]
+        if position == 0:
+            blocks = topk.split(PLAN_QUERIES_CPU)
+            self._step = GroupStep(cache, blocks, self._fetches, self._canary)
+        step = self._step
+        assert step is not None and step.cache is cache, "a group's first layer begins its step"
+        for i, first in enumerate(range(0, len(q), PLAN_QUERIES_CPU)):
             block = slice(first, first + PLAN_QUERIES_CPU)
-            outs.append(
-                attend_hot(
-                    cache, layer, q[block], q_rope[block], topk[block], self._canary, first > 0
-                )
-            )
-            if cache.query_misses.any():
+            plans = step.passes(i, position, layer.layer_id)
+            rows = cache.arena.layers[position]
+            outs.append(attend_passes(plans, rows, layer, q[block], q_rope[block]))
+            if position == 0 and cache.query_misses.any():
                 requests = self.forward_metadata.req_rows[block].numpy()
-                pool.request_misses[requests] += cache.query_misses
+                pool.request_misses[requests] += cache.query_misses * cache.num_layers
         return outs[0] if len(outs) == 1 else torch.cat(outs)

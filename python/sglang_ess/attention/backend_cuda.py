@@ -51,7 +51,7 @@ class StepState:
     warm_spans  (first, end) of the queries that warm the hot tier in prefill
     halves      (queries, the indexer's metadata of these queries) of a DBA batch, the same for
                 every layer; None until a layer asks
-    layer       the layer whose top-k is known and whose attention is not done
+    layer       the index group whose top-k is known and whose attention is not done
     """
 
     mode: Mode
@@ -59,21 +59,28 @@ class StepState:
     halves: list[tuple[slice, Any]] | None = None
     layer: LayerStep | None = None
 
-    def take_layer(self, layer_index: int, shape: torch.Size) -> LayerStep | None:
-        """The layer that select() started, if it is this one and its top-k has this shape."""
+    def take_layer(self, group: int, shape: torch.Size) -> LayerStep | None:
+        """The group that select() started, if it is this one and its top-k has this shape."""
         step, self.layer = self.layer, None
-        if step is None or step.layer_index != layer_index or step.topk is None:
+        if step is None or step.group != group or step.topk is None:
             return None
         return step if step.topk.shape == shape else None
 
 
 class _PlannedRows:
-    """Minimal stand-in for HiSparseCoordinator: hands upstream the hot rows of the current plan."""
+    """Minimal stand-in for HiSparseCoordinator: hands upstream the hot rows of the current plan.
+
+    SGLang 0.5.23 calls it by position with seq_lens and topk_indices; its coming coordinator
+    protocol (managers/hisparse_protocol.py) by keyword with compressed_seq_lens and top_k_result.
+    """
 
     def __init__(self, backend: EssDsaBackend):
         self._backend = backend
 
-    def swap_in_selected_pages(self, req_pool_indices, seq_lens, topk_indices, layer_id):
+    def swap_in_selected_pages(
+        self, req_pool_indices, seq_lens=None, topk_indices=None, layer_id=None, *,
+        compressed_seq_lens=None, top_k_result=None,
+    ):  # fmt: skip
         """Hot rows [T, K] int32 of the layer under way; they are filled."""
         return self._backend.step.layer.buffers.rows
 
@@ -100,7 +107,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         self.decode = TwoTierDecode(pool.tier, pool.transfer, attend, merge_state, attend_short)
         modes = tuple(Mode) if config.overlap == "auto" else (Mode(config.overlap),)
         table = CostTable.read(config.overlap_costs) if config.overlap_costs else None
-        self.policy = OverlapPolicy(pool.layer_num, table, modes)
+        self.policy = OverlapPolicy(len(pool.groups), table, modes)
         self.chosen = self.policy.choose(1).mode  # for the steps to come
         self.step = StepState(self.chosen)
         self._steps = 0
@@ -177,7 +184,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         self._steps += 1
         if self._steps % MIRROR_STEPS or not tier.is_mirrored():
             return
-        self.policy.observe(tier.read()[0], self.dsa_index_topk)
+        self.policy.observe(tier.counters(), self.dsa_index_topk)
         tier.mirror()
         self._choose(batch)
 
@@ -234,15 +241,20 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         return out
 
     def _warm(self, layer_id: int, topk: torch.Tensor) -> None:
-        """Warm a layer with the last queries of each prompt that ends in this batch."""
+        """Warm an index group with the last queries of each prompt that ends in this batch.
+
+        Its last layer does so, when each layer has saved the rows of the new tokens.
+        """
         pool, spans = self.token_to_kv_pool, self.step.warm_spans
-        if not spans:
+        group, position = pool.place(layer_id)
+        cache = pool.hot_caches[group]
+        if not spans or position < cache.num_layers - 1:
             return
         # Copies: a prefill graph has one top-k buffer for all layers, and nobody waits for this.
         parts = [topk[first:end].clone() for first, end in spans]
         with pool.transfer.on_transfer_stream():
             for part in parts:
-                pool.hot_cache(layer_id).warm(part)
+                cache.warm(part)
             pool.transfer.record_stream(*parts)
 
     # --- decode ---------------------------------------------------------------------------
@@ -251,19 +263,19 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         """The indexer's top-k. Plan and fetch start at once, behind what precedes attention.
 
         get_topk(q_fp8, weights, metadata): upstream's, for the whole batch or a half of it
-        Effect: step.layer is the layer's step, which forward_decode goes on with.
+        Effect: step.layer is the index group's step, which forward_decode goes on with.
         """
         pool, slots, width = self.token_to_kv_pool, forward_batch.out_cache_loc, self.dsa_index_topk
-        index, batch = layer_id - pool.start_layer, len(q_fp8)
-        cache = pool.hot_caches[index]
+        group, batch = pool.place(layer_id)[0], len(q_fp8)
+        cache = pool.hot_caches[group]
         if not self._selects or not batch or len(slots) != batch:
             return get_topk(q_fp8, weights, metadata)
         if len(cache.passes(batch, width)) > 1 or not cache.has_room_for_writes(batch, width):
             return get_topk(q_fp8, weights, metadata)
-        step = self.decode.layer(index, slots)
+        step = self.decode.layer(group, slots)
         self.decode.reserve(step, width, pool.page_size)
         halves = []
-        if self.step.mode is Mode.DBA and self.decode.can_halve(index, batch, width):
+        if self.step.mode is Mode.DBA and self.decode.can_halve(group, batch, width):
             halves = self._halves(metadata, batch)
         parts = []
         for queries, half in halves:
@@ -287,19 +299,25 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None,
         topk_indices=None, **kwargs,
     ):  # fmt: skip
-        pool, index = self.token_to_kv_pool, layer.layer_id - self.token_to_kv_pool.start_layer
+        pool = self.token_to_kv_pool
+        group, position = pool.place(layer.layer_id)
         heads = q.view(-1, layer.tp_q_head_num, layer.v_head_dim if q_rope is not None
                        else layer.head_dim)  # fmt: skip
         if not len(heads):
             return heads.new_empty(0, layer.tp_q_head_num, layer.v_head_dim)
         topk = self._pad_topk_indices(topk_indices, len(heads))
-        for observer in self._observers:
-            observer.decode_topk(index, topk)
         new = (k, k_rope) if save_kv_cache else None
-        self.step.layer = step = self._write_and_start(index, forward_batch, topk, new)
-        if step.buffers is not None and self.step.mode is Mode.OFF:
+        if position == 0:
+            for observer in self._observers:
+                observer.decode_topk(group, topk)
+            self.step.layer = self._write_and_start(group, forward_batch, topk, new)
+        step = self.step.layer
+        assert step is not None and step.group == group, "a group's first layer begins its step"
+        if position:
+            self._follow(step, position, new)
+        if step.buffers is not None and (position or self.step.mode is Mode.OFF):
             self.decode.wait(step)
-            with pool.reading(step.cache.rows):
+            with pool.reading(step.rows):
                 out = super().forward_decode(
                     q, None, None, layer, forward_batch, False, q_rope=q_rope,
                     topk_indices=topk, **kwargs,
@@ -307,23 +325,30 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         else:
             _check_no_sink(kwargs.get("attn_sink"), step)
             out = self._with_lse(layer, heads, q_rope, topk, step)
-        self.step.layer = None  # in a capture it would keep the layer's buffers from the next one
-        if index == pool.layer_num - 1:
+        if step.is_last:  # in a capture it would keep the group's buffers from the next one
+            self.step.layer = None
+        if layer.layer_id - pool.start_layer == pool.layer_num - 1:
             pool.transfer.join()  # a capture must end in one stream
             # A warm-up and the capture after it are one pass for SGLang. The capture must make
             # what it reads, or a replay would read the warm-up's metadata.
             self.step = StepState(self.step.mode)
         return out
 
-    def _write_and_start(self, index, forward_batch, topk, new) -> LayerStep:
-        """The layer's step with its plan under way, started by select() or here.
+    def _follow(self, step: LayerStep, position: int, new) -> None:
+        """Go on with another layer of the group. new: as _write_and_start."""
+        self.decode.follow(step, position)
+        if new is not None:
+            self.decode.write(step, self.token_to_kv_pool.pack(*new))
+
+    def _write_and_start(self, group, forward_batch, topk, new) -> LayerStep:
+        """The group's step with its plan under way, started by select() or here.
 
         new: (latents [T, 1, 512], rope keys [T, 1, 64]) to save; None where the step writes none
         """
-        step = self.step.take_layer(index, topk.shape)
+        step = self.step.take_layer(group, topk.shape)
         selected = step is not None
         if not selected:
-            step = self.decode.layer(index, forward_batch.out_cache_loc)
+            step = self.decode.layer(group, forward_batch.out_cache_loc)
             if new is not None:
                 self.decode.reserve(step, topk.shape[1], self.token_to_kv_pool.page_size)
         if new is not None:
@@ -356,10 +381,10 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             return
         pool = self.token_to_kv_pool
         pool.synchronize()
-        index = int(self._random.integers(pool.layer_num))
+        layer_id = pool.start_layer + int(self._random.integers(pool.layer_num))
         picks = self._random.integers(0, 2**31, CANARY_ROWS)
-        name = f"layer {index + pool.start_layer}"
-        pool.hot_caches[index].check_rows(picks, name, first_slot=pool.page_size)
+        group, position = pool.place(layer_id)
+        pool.hot_caches[group].check_rows(picks, f"layer {layer_id}", pool.page_size, position)
 
 
 def _check(backend: EssDsaBackend, pool, index_kpool: int = 1) -> None:

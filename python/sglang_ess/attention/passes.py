@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 import torch
 
@@ -19,26 +22,102 @@ class Canary:
     def __init__(self, rate: float):
         self._rate, self._random = rate, np.random.default_rng(0)
 
-    def check(self, cache: HotCache, plan: Plan, layer_id: int) -> None:
-        """Raises: RowCorruption for a hot row that differs."""
+    def check(self, cache: HotCache, plan: Plan, layer_id: int, layer: int = 0) -> None:
+        """layer: position in the index group. Raises: RowCorruption for a hot row that differs."""
         if self._rate and self._random.random() < self._rate:
             rows = plan.rows.numpy()
             rows = rows[rows >= 0]
             if len(rows):
                 picks = self._random.choice(rows, CANARY_ROWS).astype(np.int64)
-                cache.check_rows(picks, f"layer {layer_id}")
+                cache.check_rows(picks, f"layer {layer_id}", layer=layer)
 
 
-def attend_hot(
-    cache: HotCache, layer, q: torch.Tensor, q_rope: torch.Tensor, topk: torch.Tensor,
-    canary: Canary, same_step: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """Plan, fetch and attend until every query is done: out [T, heads, 512] in q's dtype.
+class EarlyFetch:
+    """Fetches the missed rows of an index group, layer after layer, behind the caller's work.
 
-    layer: SGLang's RadixAttention, of which the scale and layer_id are read
-    q [T, heads, 512], q_rope [T, heads, 64]; topk [T, K] int32 slots, -1 pads
-    canary: checks each plan once its rows are fetched
-    same_step: these are more queries of the step before; see HotCache.plan
+    The rows of the later layers are known when the first one's plan is done. One thread copies
+    them in the order of the layers, as one link would.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ess-fetch")
+        self._copies: list[Future[None]] = []
+
+    def start(self, cache: HotCache, plan: Plan) -> None:
+        """Begin to fetch every layer. Valid until the next plan: wait for each before that."""
+        layers = range(cache.num_layers)
+        self._copies = [self._thread.submit(cache.fetch, plan, layer) for layer in layers]
+
+    def wait(self, layer: int) -> None:
+        """Wait until a layer's rows are there."""
+        self._copies[layer].result()
+
+    def drop(self) -> None:
+        """Wait for the copies of an abandoned step; they use buffers of the next one."""
+        copies, self._copies = self._copies, []
+        for copy in copies:
+            copy.exception()
+
+
+class GroupStep:
+    """One decode step of an index group: its plan, made in the first layer and executed in each.
+
+    cache   the group's hot tier
+    topk    blocks [queries, K] int32 slots, -1 pads; a plan covers at most one block
+    fetches the copier of later layers' rows
+    canary  checks each plan once its rows are there
+
+    Each layer takes the same passes over the same rows, in its own copies of them. A pass changes
+    a layer's hot rows only when the layer executes it, so that layers may be at different passes.
+    Where the whole step is one pass, all layers' rows are fetched from its plan on.
+    """
+
+    def __init__(
+        self, cache: HotCache, topk: Sequence[torch.Tensor], fetches: EarlyFetch, canary: Canary
+    ):
+        self.cache, self._topk = cache, topk
+        self._fetches, self._canary = fetches, canary
+        self._plans: list[list[Plan]] = [[] for _ in topk]  # by block, for the later layers
+        self._early = False
+
+    def passes(self, block: int, layer: int, layer_id: int) -> Iterator[Plan]:
+        """Yield the plans of a block whose rows are there in this layer of the group."""
+        for plan in self._plans[block] if layer else self._make(block):
+            if self._early:
+                self._fetches.wait(layer)
+            else:
+                self.cache.fetch(plan, layer)
+            self._canary.check(self.cache, plan, layer_id, layer)
+            yield plan
+
+    def _make(self, block: int) -> Iterator[Plan]:
+        start: tuple[int, int] | None = (0, 0)
+        while start is not None:
+            plan = self.cache.plan(self._topk[block], start, same_step=block > 0)
+            start = plan.stop
+            if self.cache.num_layers > 1:
+                plan = self._keep(block, plan)
+            yield plan
+
+    def _keep(self, block: int, plan: Plan) -> Plan:
+        """Keep a plan for the later layers, and begin to fetch their rows if it is the only one."""
+        if len(self._topk) > 1 or plan.stop is not None or self._plans[block]:
+            plan = plan.kept()
+        elif len(plan.miss_slots) and self.cache.keeps_installed():
+            self._early = True
+            self._fetches.start(self.cache, plan)
+        self._plans[block].append(plan)
+        return plan
+
+
+def attend_passes(
+    plans: Iterable[Plan], rows: torch.Tensor, layer, q: torch.Tensor, q_rope: torch.Tensor
+) -> torch.Tensor:
+    """Attend to each plan's rows until every query is done: out [T, heads, 512] in q's dtype.
+
+    plans: of one block of queries, in order; each is asked for when its rows may be fetched
+    rows: the layer's hot rows; layer: SGLang's RadixAttention, of which the scale is read
+    q [T, heads, 512], q_rope [T, heads, 64]
 
     A query whose top-k the hot tier holds is attended in one piece, and the result is that of one
     tier, bit for bit. Otherwise its parts are merged by log-sum-exp in float32 and rounded once,
@@ -46,18 +125,12 @@ def attend_hot(
     """
     outs: list[torch.Tensor] = []
     parts: tuple[torch.Tensor, torch.Tensor] | None = None  # of the query that is cut, so far
-    start: tuple[int, int] | None = (0, 0)
-    while start is not None:
-        plan = cache.plan(topk, start, same_step)
-        cache.fetch(plan)
-        canary.check(cache, plan, layer.layer_id)
-        start, first, last = plan.stop, plan.first, plan.queries.stop
-        is_cut = start is not None and start[1] > 0  # the pass ends inside its only query
+    for plan in plans:
+        first, last = plan.first, plan.queries.stop
+        is_cut = plan.stop is not None and plan.stop[1] > 0  # the pass ends inside its only query
         if plan.column > 0 or is_cut:
             query = slice(first, first + 1)
-            part = attend_rows(
-                layer, q[query].float(), q_rope[query].float(), cache.rows, plan.rows[:1]
-            )
+            part = attend_rows(layer, q[query].float(), q_rope[query].float(), rows, plan.rows[:1])
             if parts is None:
                 parts = part
             else:
@@ -68,8 +141,8 @@ def attend_hot(
             parts, first = None, first + 1
         if first < last or not outs:
             whole = slice(first, last)
-            rows = plan.rows[first - plan.first :]
-            outs.append(attend_rows(layer, q[whole], q_rope[whole], cache.rows, rows)[0])
+            hot_rows = plan.rows[first - plan.first :]
+            outs.append(attend_rows(layer, q[whole], q_rope[whole], rows, hot_rows)[0])
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

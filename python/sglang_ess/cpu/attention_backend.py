@@ -8,6 +8,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sglang_ess.cpu.ops.sparse_mla import sparse_mla
 from sglang_ess.layout import LATENT_DIM, PAGE_SLOTS, ROPE_DIM
+from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.tiers.topk_observer import PassQueries, TopkObserver
 
 
@@ -57,14 +58,20 @@ class CpuSparseMlaBackend(AttentionBackend):
     """Absorbed MLA on the CPU over the rows that the indexer selected.
 
     The indexer hands over slots, not positions, as SGLang's fused top-k does on CUDA.
-    observers: see each layer's top-k list before attention reads its rows
+    observers: see each index group's top-k list before attention reads its rows
+    groups: the index groups of the layers; needed for observers only
     """
 
     forward_metadata: SparseMetadata  # of the pass under way
 
-    def __init__(self, model_runner, observers: Sequence[TopkObserver] = ()):
+    def __init__(
+        self,
+        model_runner,
+        observers: Sequence[TopkObserver] = (),
+        groups: IndexGroups | None = None,
+    ):
         super().__init__()
-        self._observers = tuple(observers)
+        self._observers, self._groups = tuple(observers), groups
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.kv_cache_dtype = model_runner.kv_cache_dtype
@@ -122,11 +129,15 @@ class CpuSparseMlaBackend(AttentionBackend):
         self.token_to_kv_pool.set_mla_kv_buffer(layer, loc, k, k_rope)
 
     def _observe(self, layer_index: int, topk: torch.Tensor) -> None:
-        for observer in self._observers:
+        """Show the list to the observers in the first layer that reads it."""
+        if self._groups is None:
+            return
+        group, position = self._groups.places[layer_index]
+        for observer in self._observers if position == 0 else ():
             if self.forward_metadata.spans is None:
-                observer.decode_topk(layer_index, topk)
+                observer.decode_topk(group, topk)
             else:
-                observer.prefill_topk(layer_index, topk)
+                observer.prefill_topk(group, topk)
 
     def _attend(self, layer, q, q_rope, topk) -> torch.Tensor:
         """Attention over the slots topk [T, top-k]: out [T, heads, 512]."""

@@ -15,7 +15,7 @@ from sglang_ess.tiers.warmup_window import WARMUP_QUERIES
 logger = logging.getLogger(__name__)
 
 IDS = "ess_warm_up_ids"  # attribute of a request: Groups, or None where no payload came
-# For each layer: groups of positions, the oldest use first.
+# For each index group: sets of positions by the age of their last use, the oldest first.
 Groups = list[list[np.ndarray]]
 
 
@@ -33,7 +33,7 @@ class RequestWarmup:
         self.refused = 0
 
     def working_set(self, req: Any) -> int | None:
-        """Rows that the request needs in its largest layer, at least; None without a payload.
+        """Rows that the request needs in its largest index group, at least; None without a payload.
 
         Counted over the prompt's last 16 queries, close to the window that working sets are
         measured in. A payload omits what exceeds its size, so the true number may be larger.
@@ -41,8 +41,8 @@ class RequestWarmup:
         ids = self._take(req)
         if ids is None:
             return None
-        recent = [groups[1:] if len(groups) == NUM_CLASSES else groups for groups in ids]
-        return max(sum(map(len, groups)) for groups in recent)
+        recent = [ages[1:] if len(ages) == NUM_CLASSES else ages for ages in ids]
+        return max(sum(map(len, ages)) for ages in recent)
 
     def warm(self, req: Any, req_to_token: torch.Tensor) -> None:
         """Make the request's rows hot, those of its last query as the most recently used.
@@ -55,10 +55,10 @@ class RequestWarmup:
             return
         table_row = req_to_token[req.kv.req_pool_idx].cpu()
         width = self._pool.capacity.geometry.topk
-        for layer_id, groups in enumerate(ids, self._pool.start_layer):
-            topk = _as_queries([table_row[torch.from_numpy(group)] for group in groups], width)
+        for group, ages in enumerate(ids):
+            topk = _as_queries([table_row[torch.from_numpy(age)] for age in ages], width)
             for part in topk.split(WARMUP_QUERIES):
-                self._pool.warm(layer_id, part)
+                self._pool.warm(group, part)
 
     def _take(self, req: Any) -> Groups | None:
         if not hasattr(req, IDS):
@@ -67,9 +67,9 @@ class RequestWarmup:
         return getattr(req, IDS)
 
     def _decode(self, item: np.ndarray, req: Any) -> Groups | None:
-        layers = self._pool.capacity.geometry.layers
+        groups = len(self._pool.groups)
         try:
-            return decode(item, layers, len(req.origin_input_ids), req.bootstrap_room)
+            return decode(item, groups, len(req.origin_input_ids), req.bootstrap_room)
         except PayloadError as error:
             self.refused += 1
             if self.refused == 1:

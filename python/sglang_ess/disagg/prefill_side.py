@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 class PromptEndRecorder(TopkObserver):
     """Records the positions that the last WARMUP_QUERIES queries of each request select.
 
-    num_layers: layers whose top-k lists are observed; num_slots: slots of the pool
+    num_groups: index groups whose top-k lists are observed; num_slots: slots of the pool
     failures: payloads that could not be written
     """
 
-    def __init__(self, num_layers: int, num_slots: int):
-        self._num_layers = num_layers
+    def __init__(self, num_groups: int, num_slots: int):
+        self._num_groups = num_groups
         self._scratch = np.zeros(num_slots, np.uint8)
-        # Row of the request table -> (request, positions [queries, K] of each layer).
+        # Row of the request table -> (request, positions [queries, K] of each group).
         self._rows: dict[int, tuple[str, list[np.ndarray]]] = {}
         self._request_ids: Sequence[str] = ()
         self._queries: PassQueries | None = None
@@ -39,8 +39,8 @@ class PromptEndRecorder(TopkObserver):
     def begin_pass(self, request_ids: Sequence[str], queries: PassQueries) -> None:
         self._request_ids, self._queries = request_ids, queries
 
-    def prefill_topk(self, layer_index: int, topk: torch.Tensor) -> None:
-        """Record a layer's lists topk [T, K] int32 slots, -1 pads, of the pass that began last."""
+    def prefill_topk(self, group: int, topk: torch.Tensor) -> None:
+        """Record a group's lists topk [T, K] int32 slots, -1 pads, of the pass that began last."""
         queries = self._queries
         assert queries is not None and queries.spans is not None, "a prefill pass has begun"
         slots, lengths = topk.numpy(), queries.lengths.numpy()
@@ -51,8 +51,8 @@ class PromptEndRecorder(TopkObserver):
             known = self._rows.get(row)
             if known is None or known[0] != rid:
                 none = np.empty((0, topk.shape[1]), np.int32)
-                known = self._rows[row] = (rid, [none] * self._num_layers)
-            known[1][layer_index] = slots_to_positions(
+                known = self._rows[row] = (rid, [none] * self._num_groups)
+            known[1][group] = slots_to_positions(
                 slots[first:end],
                 np.full(end - first, row, np.int64),
                 lengths[first:end],
@@ -62,10 +62,10 @@ class PromptEndRecorder(TopkObserver):
 
     def write(self, req: Any, item: np.ndarray) -> None:
         """Write the payload of a request whose prompt is done into its item [ITEM_BYTES] uint8."""
-        rid, layers = self._rows.pop(req.kv.req_pool_idx, (None, []))
+        rid, lists = self._rows.pop(req.kv.req_pool_idx, (None, []))
         if rid == req.rid and req.bootstrap_room is not None:
             tokens = len(req.origin_input_ids)
-            payload.encode(layers, tokens, req.bootstrap_room, item)
+            payload.encode(lists, tokens, req.bootstrap_room, item)
 
 
 # This process's recorder: the platform sets it where it builds a prefill node's backend.

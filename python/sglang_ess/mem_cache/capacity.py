@@ -34,7 +34,7 @@ from sglang_ess.layout import (
 from sglang_ess.tiers import free_host_bytes
 from sglang_ess.tiers.balance.rebalance import ghost_bytes
 from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES
-from sglang_ess.tiers.hot_cache_cuda import MAX_LAYER_SHARE, DeviceTier
+from sglang_ess.tiers.hot_cache_cuda import MAX_LAYER_SHARE, TierScratch
 from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.tiers.lru import STATE_SIZE
 from sglang_ess.tiers.throttled_link import probe_bytes
@@ -77,12 +77,12 @@ class TierBytes:
 
 
 class GpuTierBytes(TierBytes):
-    """TierBytes of a DeviceTier."""
+    """TierBytes of DeviceTiers."""
 
     def shared(self, topk: int, row_bytes: int) -> int:
         plans = DevicePlanBuffers.bytes_for(PLAN_QUERIES_CUDA, topk)
         reserved = DevicePlanBuffers.bytes_for(1, PLAN_QUERIES_CUDA)
-        scratch = DeviceTier.HALVES * 4 + OrderScratch.bytes_for(0)
+        scratch = TierScratch.HALVES * 4 + OrderScratch.bytes_for(0)
         return plans + reserved + scratch + probe_bytes(row_bytes)
 
 
@@ -413,7 +413,8 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
     from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
 
     model, dtype = configurator.model_config, configurator.kv_cache_dtype
-    layers, groups = configurator.layer_info.num_effective_layers, index_groups(configurator)
+    layers = configurator.layer_info.num_effective_layers
+    groups = index_groups(model, configurator.layer_info)
     row_bytes = calculate_mla_kv_cache_dim(model_config=model, kv_cache_dtype=dtype)
     row_bytes *= dtype.itemsize
     cell_bytes = create_memory_pool_configurator(configurator)._cell_size
@@ -436,10 +437,11 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
     )
 
 
-def index_groups(configurator: Any) -> IndexGroups:
-    """The index groups of the layers of a KVCacheConfigurator for sparse attention."""
+def index_groups(model_config: Any, layer_info: Any) -> IndexGroups:
+    """The index groups of a model for sparse attention: SGLang's ModelConfig and ModelLayerInfo."""
     from sglang.srt.configs.model_config import dsa_layer_skips_topk
 
-    model, layers = configurator.model_config.hf_config, configurator.layer_info
-    layer_ids = range(layers.start_layer, layers.end_layer)
-    return IndexGroups.of_layers([not dsa_layer_skips_topk(model, i) for i in layer_ids])
+    layer_ids = range(layer_info.start_layer, layer_info.end_layer)
+    return IndexGroups.of_layers(
+        [not dsa_layer_skips_topk(model_config.hf_config, i) for i in layer_ids]
+    )

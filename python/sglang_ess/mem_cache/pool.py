@@ -36,12 +36,13 @@ IDLE_STEPS = 64
 class PoolFigures:
     """Counters of a pool's hot tier since the start.
 
-    layers: one dict a layer: `lookups`, `misses`, `evictions`, `evicted_age` (sum, in steps),
-        `installs`, `steps`, and now: `rows` (hot rows it has), `occupied` (of these, in use)
+    groups: one dict an index group: `lookups`, `misses`, `evictions`, `evicted_age` (sum, in
+        steps), `installs`, `steps`, and now: `rows` (hot rows it has), `occupied` (of these, in
+        use), `layers` (of the group: each miss fetched a row for each)
     rebalances, rows_moved: how often hot rows moved between layers, and how many
     """
 
-    layers: Sequence[dict[str, int]]
+    groups: Sequence[dict[str, int]]
     rebalances: int
     rows_moved: int
 
@@ -50,11 +51,13 @@ class EssTokenToKVPool(DSATokenToKVPool):
     """DSATokenToKVPool in two tiers; the base of the pools of both devices.
 
     capacity     how many slots and hot rows there are
+    groups       the index groups of the layers
     host_tier    every slot's row of every layer; kv_buffer is its [slots, 1, row width] by layer
-    tier         the hot tier; hot_caches are its layers
+    tier         the hot tier; hot_caches are those of its index groups
     staging      buffers from which a prefill pass reads its rows
-    sample       the last decode step's top-k of a few layers and requests, on the host
-    rebalancer   moves hot rows between layers; None where each layer keeps its own
+    sample       the last decode step's top-k of a few index groups and requests, on the host
+    rebalancers  move hot rows between index groups of as many layers; empty where each keeps its
+        own
     request_misses [requests + 1] int64: rows fetched for the request that owns this row of the
         request table; its reader sets it back to 0. None where misses are not counted by request
 
@@ -66,11 +69,12 @@ class EssTokenToKVPool(DSATokenToKVPool):
     tier: HotTiers
     staging: Any
     sample: TopkSample
-    rebalancer: Rebalancer | AgeRebalancer | None = None
+    rebalancers: Sequence[Rebalancer | AgeRebalancer] = ()
     request_misses: np.ndarray | None = None
 
     def _create_buffers(self) -> None:
         self.capacity = capacity.decided()
+        self.groups = self.capacity.geometry.index_groups
         slots = self.size + self.page_size
         self.host_tier = HostTier(self.layer_num, slots, (1, self.kv_cache_dim), self.store_dtype)
         self.kv_buffer = self.host_tier.rows
@@ -93,7 +97,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
         num_queries: decode batch size including padding. Unused on the CPU; the CUDA pool sizes
         its reserve by it.
         """
-        if (budgets := self._rebalance(num_queries)) is not None:
+        for budgets in self._rebalance(num_queries):
             logger.info(
                 "ESS: hot rows move between layers: %d to %d each, %.1f misses/step expected",
                 min(budgets.rows),
@@ -102,20 +106,21 @@ class EssTokenToKVPool(DSATokenToKVPool):
             )
 
     @abstractmethod
-    def _rebalance(self, num_queries: int) -> Budgets | None:
-        """Start moving rows to new budgets, if there is a rebalancer and it pays. Returns them."""
+    def _rebalance(self, num_queries: int) -> list[Budgets]:
+        """Start moving rows to new budgets, where there are rebalancers and it pays."""
 
     @property
     def hot_caches(self) -> Sequence[Any]:
-        """The hot tier of each layer, by layer_index: HotCache, or DeviceHotCache on CUDA."""
+        """The hot tier of each index group: HotCache, or DeviceHotCache on CUDA."""
         return self.tier.caches
 
-    def hot_cache(self, layer_id: int) -> Any:
-        return self.hot_caches[layer_id - self.start_layer]
+    def place(self, layer_id: int) -> tuple[int, int]:
+        """(index group, position in the group) of a layer."""
+        return self.groups.places[layer_id - self.start_layer]
 
     @abstractmethod
-    def warm(self, layer_id: int, topk: torch.Tensor) -> None:
-        """HotCache.warm of a layer with topk [queries, K] int32 on the host."""
+    def warm(self, group: int, topk: torch.Tensor) -> None:
+        """HotCache.warm of an index group with topk [queries, K] int32 on the host."""
 
     # --- slots whose rows change --------------------------------------------------------
 
@@ -139,10 +144,9 @@ class EssTokenToKVPool(DSATokenToKVPool):
 
     def figures(self) -> PoolFigures:
         """The counters; on CUDA those of the last copy to the host."""
-        moves = self.rebalancer
-        if moves is None:
-            return PoolFigures(self.tier.figures(), 0, 0)
-        return PoolFigures(self.tier.figures(), moves.rebalances, moves.rows_moved)
+        rebalances = sum(one.rebalances for one in self.rebalancers)
+        moved = sum(one.rows_moved for one in self.rebalancers)
+        return PoolFigures(self.tier.figures(), rebalances, moved)
 
     def totals(self) -> tuple[int, int, int] | None:
         """Rows fetched, rows evicted and the sum of their ages in steps, of all layers since the

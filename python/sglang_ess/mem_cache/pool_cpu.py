@@ -11,8 +11,8 @@ from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
 from sglang_ess.layout import GIB, PLAN_QUERIES_CPU
-from sglang_ess.mem_cache.pool import EssTokenToKVPool
-from sglang_ess.tiers import HotCache, HotLayers, PlanBuffers, lru, throttled_link
+from sglang_ess.mem_cache.pool import IDLE_STEPS, EssTokenToKVPool
+from sglang_ess.tiers import HotCache, HotGroups, PlanBuffers, lru, throttled_link
 from sglang_ess.tiers.balance.budgets import Budgets
 from sglang_ess.tiers.balance.rebalance import Rebalancer
 from sglang_ess.tiers.hot_arena import HotArena
@@ -30,69 +30,105 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
     plan_buffers  scratch of plans, shared by the layers
     trace         recorder of --ess-trace, or None
 
-    SGLang's setters drop the hot rows of the slots they write; write(), attention's own, refreshes
-    them instead.
+    SGLang's setters drop the hot rows of the slots they write. Attention writes by write_step and
+    write_prompt, which refresh them instead.
     """
 
     trace: TraceRecorder | None = None
-    rebalancer: Rebalancer | None
+    rebalancers: list[Rebalancer]
 
     def _create_tiers(self) -> None:
         config = EssConfig.from_env() or EssConfig()
-        topk, hot_rows = self.capacity.geometry.topk, self.capacity.hot_rows
+        topk = self.capacity.geometry.topk
         host_rows = [rows.squeeze(1) for rows in self.kv_buffer]
         self.plan_buffers = PlanBuffers(PLAN_QUERIES_CPU * topk)
         self._link = None if config.link_gib is None else ThrottledLink(config.link_gib * GIB)
         if config.trace:
             self.trace = TraceRecorder(config.trace, *self._trace_facts())
-        new_cache = HotCache if self.trace is None else self.trace.hot_cache
-        arena = HotArena(self.layer_num * hot_rows, host_rows[0])
-        self.tier = HotLayers(
-            [
-                new_cache(rows, hot_rows, buffers=self.plan_buffers, link=self._link, arena=arena)
-                for rows in host_rows
-            ]
-        )
+        self.tier = HotGroups(self._new_caches(host_rows))
+        self.rebalancers = []
         if self.capacity.geometry.ghosts:
-            self.rebalancer = Rebalancer(self.tier, topk)
-        self.sample = TopkSample(self.layer_num, topk)
+            self.rebalancers = [
+                Rebalancer(HotGroups([self.hot_caches[group] for group in groups]), topk)
+                for groups in self.groups.by_size().values()
+                if len(groups) > 1
+            ]
+        self.sample = TopkSample(len(self.groups), topk)
         self.staging = Staging(host_rows, self.capacity.staging_rows)
         self.request_misses = np.zeros(1, np.int64)
 
+    def _new_caches(self, host_rows: list[torch.Tensor]) -> list[HotCache]:
+        hot_rows, by_size = self.capacity.hot_rows, self.groups.by_size()
+        new_cache = HotCache if self.trace is None else self.trace.hot_cache
+        arenas = {
+            size: HotArena(len(groups) * hot_rows, host_rows[:size])
+            for size, groups in by_size.items()
+        }
+        return [
+            new_cache(
+                [host_rows[layer] for layer in self.groups.members(group)], hot_rows,
+                buffers=self.plan_buffers, link=self._link, arena=arenas[size],
+            )
+            for group, size in enumerate(self.groups.sizes)
+        ]  # fmt: skip
+
     def _trace_facts(self) -> tuple:
-        """The pool's part of a trace's header: layers, top-k, slots, and facts for readers."""
+        """The pool's part of a trace's header: groups, top-k, slots, and facts for readers."""
         rows, topk = self.kv_buffer[0], self.capacity.geometry.topk
         meta = {"row_bytes": rows[0].nbytes, "page_slots": self.page_size}
-        return self.layer_num, topk, len(rows), meta | {"plan_queries": PLAN_QUERIES_CPU}
+        meta |= {"plan_queries": PLAN_QUERIES_CPU, "group_layers": self.groups.sizes}
+        return len(self.groups), topk, len(rows), meta
 
     @property
     def topk_observers(self) -> list[TopkObserver]:
         return [self.sample] if self.trace is None else [self.sample, self.trace]
 
-    def _rebalance(self, num_queries: int) -> Budgets | None:
-        return None if self.rebalancer is None else self.rebalancer.step()
+    def _rebalance(self, num_queries: int) -> list[Budgets]:
+        found = [one.step() for one in self.rebalancers]
+        return [budgets for budgets in found if budgets is not None]
 
-    def warm(self, layer_id: int, topk: torch.Tensor) -> None:
-        self.hot_cache(layer_id).warm(topk)
+    def warm(self, group: int, topk: torch.Tensor) -> None:
+        self.hot_caches[group].warm(topk)
 
     # --- writes -------------------------------------------------------------------------
 
-    def write(self, layer, loc, cache_k_nope, cache_k_rope, min_age: int) -> None:
-        """set_mla_kv_buffer that leaves the slots loc [n] int64 hot where there is room.
+    def write_step(self, layer, loc, cache_k_nope, cache_k_rope) -> None:
+        """set_mla_kv_buffer of a decode step: the slots loc [n] get hot rows if there is room.
 
-        min_age: see HotCache.install, which refreshes a slot that is hot in any case
+        The first layer of an index group decides which are; the others fill the same hot rows.
         """
         super().set_mla_kv_buffer(layer, loc, cache_k_nope, cache_k_rope)
-        self.install(layer.layer_id, loc, min_age)
+        group, position = self.place(layer.layer_id)
+        rows = self._host_rows(layer.layer_id - self.start_layer, loc)
+        if position == 0:
+            self.hot_caches[group].install(loc, rows)
+        else:
+            self.hot_caches[group].refill(position, rows)
 
-    def install(self, layer_id: int, loc: torch.Tensor, min_age: int) -> None:
-        """Give the slots loc [n] int64, just written, hot rows; see HotCache.install."""
-        host_rows = self.kv_buffer[layer_id - self.start_layer].squeeze(1)
+    def write_prompt(self, layer, loc, cache_k_nope, cache_k_rope) -> None:
+        """set_mla_kv_buffer of a prefill pass, whose slots take free and long unused hot rows only.
+
+        They become hot when the last layer of the index group has written its rows.
+        """
+        super().set_mla_kv_buffer(layer, loc, cache_k_nope, cache_k_rope)
+        group, position = self.place(layer.layer_id)
+        last = self.groups.sizes[group] - 1
+        if position == 0 < last:
+            self.hot_caches[group].invalidate(loc)
+        if position == last:
+            self.install(group, loc, IDLE_STEPS)
+
+    def install(self, group: int, loc: torch.Tensor, min_age: int) -> None:
+        """Give the slots loc [n] int64, written in every layer, hot rows; see HotCache.install."""
         # In parts: a long prefill chunk must not make the plan buffers grow.
         for part in loc.split(PLAN_QUERIES_CPU * self.capacity.geometry.topk):
-            # Not host_rows[part]: for few rows that is 100 times slower on the CPU.
-            rows = torch.index_select(host_rows, 0, part)
-            self.hot_cache(layer_id).install(part, rows, min_age)
+            rows = [self._host_rows(layer, part) for layer in self.groups.members(group)]
+            self.hot_caches[group].install(part, rows, min_age)
+
+    def _host_rows(self, layer_index: int, loc: torch.Tensor) -> torch.Tensor:
+        """A copy of the host rows of the slots loc in a layer."""
+        # Not rows[loc]: for few rows that is 100 times slower on the CPU.
+        return torch.index_select(self.kv_buffer[layer_index].squeeze(1), 0, loc)
 
     def invalidate_slots(self, loc: torch.Tensor) -> None:
         self.tier.invalidate(loc.view(-1).long())
@@ -110,7 +146,8 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
     def _written(self, layer, loc_info, layer_id_override) -> None:
         loc, _, _ = unwrap_write_loc(loc_info)
         layer_id = layer.layer_id if layer_id_override is None else layer_id_override
-        self.hot_cache(layer_id).invalidate(loc)
+        group, _ = self.place(layer_id)
+        self.hot_caches[group].invalidate(loc)
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
         super().move_kv_cache(tgt_loc, src_loc)
@@ -137,5 +174,5 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
 
     @property
     def _scratch_bytes(self) -> int:
-        ghosts = self.rebalancer.nbytes if self.rebalancer is not None else 0
+        ghosts = sum(one.nbytes for one in self.rebalancers)
         return ghosts + self.plan_buffers.nbytes

@@ -1,4 +1,4 @@
-"""The KV pool of a CUDA device in two tiers: pinned host rows, a DeviceTier in front of them."""
+"""The KV pool of a CUDA device in two tiers: pinned host rows, DeviceTiers in front of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_ess.layout import PLAN_QUERIES_CUDA
 from sglang_ess.mem_cache.pool import IDLE_STEPS, EssTokenToKVPool
 from sglang_ess.tiers.balance.budgets import Budgets
 from sglang_ess.tiers.balance.rebalance import AgeRebalancer
-from sglang_ess.tiers.hot_cache_cuda import DeviceTier
+from sglang_ess.tiers.hot_groups_cuda import DeviceTiers
 from sglang_ess.tiers.link_probe import LinkProbe
 from sglang_ess.tiers.staging_cuda import DeviceStaging
 from sglang_ess.tiers.topk_observer import TopkObserver
@@ -24,26 +24,28 @@ from sglang_ess.tiers.transfer_stream import TransferStream
 class CudaEssTokenToKVPool(EssTokenToKVPool):
     """EssTokenToKVPool whose hot tier is on a CUDA device.
 
-    tier      DeviceTier: hot rows, state and scratch of all layers
+    tier      hot rows, state and scratch of all index groups
     transfer  the stream on which everything that touches the tiers runs, in order
 
     get_key_buffer gives SGLang's kernels what reading() was given: hot rows or staged ones.
     """
 
-    tier: DeviceTier
-    rebalancer: AgeRebalancer | None
+    tier: DeviceTiers
+    rebalancers: list[AgeRebalancer]
 
     def _create_tiers(self) -> None:
         self.transfer = TransferStream(self.device)
         topk = self.capacity.geometry.topk
         moves, hot_rows = self.capacity.geometry.tier.moves, self.capacity.hot_rows
-        self.tier = DeviceTier(
-            self.kv_buffer, hot_rows, topk, PLAN_QUERIES_CUDA, self.device, moves
+        self.tier = DeviceTiers(
+            self.groups, self.kv_buffer, hot_rows, topk, PLAN_QUERIES_CUDA, self.device, moves
         )
-        if moves:
-            self.rebalancer = AgeRebalancer(self.layer_num, hot_rows, self.tier.max_rows, topk)
+        self._moving = [tier for groups, tier in self.tier.parts if moves and len(groups) > 1]
+        self.rebalancers = [
+            AgeRebalancer(len(tier.caches), hot_rows, tier.max_rows, topk) for tier in self._moving
+        ]
         pinned = torch.device(self.device).type == "cuda"
-        self.sample = TopkSample(self.layer_num, topk, pinned)
+        self.sample = TopkSample(len(self.groups), topk, pinned)
         self._probe = LinkProbe(self.kv_buffer[0], self.device, self.transfer)
         self.staging = DeviceStaging(
             self.kv_buffer, self.capacity.staging_rows, self.device, self.transfer
@@ -70,24 +72,24 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         super().before_decode_step(num_queries)
         self.transfer.join()
 
-    def _rebalance(self, num_queries: int) -> Budgets | None:
+    def _rebalance(self, num_queries: int) -> list[Budgets]:
         """Decide by the ages that were last copied to the host; nobody waits for newer ones."""
-        if self.rebalancer is None:
-            return None
-        tier = self.tier
-        budgets = self.rebalancer.step(tier.demand(num_queries), tier.age_snapshot())
-        if budgets is not None:
-            with self.transfer.on_transfer_stream():
-                tier.resize(budgets.rows)
-        return budgets
+        moved = []
+        for rebalancer, tier in zip(self.rebalancers, self._moving, strict=True):
+            budgets = rebalancer.step(tier.demand(num_queries), tier.age_snapshot())
+            if budgets is not None:
+                with self.transfer.on_transfer_stream():
+                    tier.resize(budgets.rows)
+                moved.append(budgets)
+        return moved
 
     def measure_link(self) -> float:
         return self._probe.bytes_per_second()
 
-    def warm(self, layer_id: int, topk: torch.Tensor) -> None:
+    def warm(self, group: int, topk: torch.Tensor) -> None:
         with self.transfer.on_transfer_stream():
             slots = topk.to(self.device, non_blocking=True)
-            self.hot_cache(layer_id).warm(slots)
+            self.hot_caches[group].warm(slots)
             self.transfer.record_stream(slots)
 
     @contextmanager
@@ -140,14 +142,23 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         return rows
 
     def write_prompt(self, layer_id: int, loc: torch.Tensor, rows: torch.Tensor) -> None:
-        """Save rows [n, 1, width] of the slots loc [n] int64; make them hot if there is room."""
-        cache = self.hot_cache(layer_id)
+        """Save rows [n, 1, width] of the slots loc [n] int64; make them hot if there is room.
+
+        The first layer of an index group decides which become hot; the others fill the same rows.
+        """
+        group, position = self.place(layer_id)
+        cache = self.hot_caches[group]
         # A copy: SGLang writes the next pass's slots into this tensor, and the main stream does
         # not wait for a prompt's saves at the end of its pass.
         slots = loc.clone()
         with self.transfer.on_transfer_stream():
-            scatter_rows(rows, slots, cache.host_rows)
-            cache.install(slots, rows, IDLE_STEPS, first_slot=self.page_size)
+            scatter_rows(rows, slots, cache.host_layers[position])
+            if position == 0:
+                cache.install(slots, rows, IDLE_STEPS, first_slot=self.page_size)
+            elif cache.installed is not None and len(cache.installed) == len(slots):
+                cache.refill(position, rows)
+            else:  # a write of this layer alone
+                cache.invalidate(slots)
             self.transfer.record_stream(slots, rows)
 
     # --- SGLang's write paths -----------------------------------------------------------

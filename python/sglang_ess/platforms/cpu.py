@@ -93,24 +93,29 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
             lambda runner: (
                 CpuTwoTierBackend(runner)
                 if isinstance(runner.token_to_kv_pool, EssTokenToKVPool)
-                else CpuSparseMlaBackend(runner, _one_tier_observers(runner.token_to_kv_pool))
+                else CpuSparseMlaBackend(runner, *_one_tier_observers(runner))
             )
         )
 
 
-def _one_tier_observers(pool) -> list:
-    """The recorder of prompt ends on a prefill node that sends warm-up ids; else nothing."""
+def _one_tier_observers(runner) -> tuple:
+    """The recorder of prompt ends and the index groups it records, on a prefill node that sends
+    warm-up ids; else nothing.
+    """
     from sglang.srt.runtime_context import get_disagg
 
     config = _config()
     if not (config.enabled and config.pd_warmup == "on"):
-        return []
+        return ()
     if get_disagg().disaggregation_mode != "prefill":
-        return []
+        return ()
     from sglang_ess.disagg import prefill_side
+    from sglang_ess.mem_cache.capacity import index_groups
 
-    prefill_side.active = prefill_side.PromptEndRecorder(pool.layer_num, pool.size + pool.page_size)
-    return [prefill_side.active]
+    pool, groups = runner.token_to_kv_pool, index_groups(runner.model_config, runner.layer_info)
+    recorder = prefill_side.PromptEndRecorder(len(groups), pool.size + pool.page_size)
+    prefill_side.active = recorder
+    return [recorder], groups
 
 
 def _config() -> EssConfig:

@@ -6,8 +6,8 @@ contract.py lists what a hot tier promises.
 from sglang_ess.tiers.contract import RowCorruption
 from sglang_ess.tiers.host_tier import HostTier, free_host_bytes
 from sglang_ess.tiers.hot_cache import HotCache, Plan, PlanBuffers
-from sglang_ess.tiers.hot_layers import HotLayers
+from sglang_ess.tiers.hot_groups import HotGroups
 
 __all__ = [
-    "HostTier", "HotCache", "HotLayers", "Plan", "PlanBuffers", "RowCorruption", "free_host_bytes",
+    "HostTier", "HotCache", "HotGroups", "Plan", "PlanBuffers", "RowCorruption", "free_host_bytes",
 ]  # fmt: skip

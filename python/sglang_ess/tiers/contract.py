@@ -1,8 +1,10 @@
 """What a hot tier promises, whichever device it is on.
 
-The host tier has a row for every slot and layer. A hot tier has copies of one layer's rows that
-decode is using, keyed by slot. `hot_cache.py` (CPU) and `hot_cache_cuda.py` (CUDA) implement the
-protocols below; tests/tiers/test_hot_tier_contract.py runs against both.
+The host tier has a row for every slot and layer. A hot tier belongs to an index group, the layers
+that read one top-k (index_groups.py). It has copies of the rows that decode is using, keyed by
+slot: a slot's hot row has the same number in each layer of the group. `hot_cache.py` (CPU) and
+`hot_cache_cuda.py` (CUDA) implement the protocols below; tests/tiers/test_hot_tier_contract.py
+runs against both.
 
 The invariants. Each has a test that fails when it is broken:
 
@@ -61,12 +63,12 @@ class RowCorruption(RuntimeError):
 
 @dataclass(frozen=True)
 class AgeSnapshot:
-    """Ages of the hot rows of all layers at one step.
+    """Ages of the hot rows of all index groups at one step.
 
-    ages       [layers, ages] int: rows last used 0, 1, ... steps ago; the last entry counts all
+    ages       [groups, ages] int: rows last used 0, 1, ... steps ago; the last entry counts all
                older rows
-    evictions  [layers] int, since the start
-    steps      [layers] int, since the start
+    evictions  [groups] int, since the start
+    steps      [groups] int, since the start
     """
 
     ages: np.ndarray
@@ -105,7 +107,7 @@ PlanT = TypeVar("PlanT", bound=Planned)
 
 
 class HotTier(Protocol[PlanT]):
-    """The hot tier of one layer.
+    """The hot tier of one index group. `layer` is a position in the group, 0 for the first.
 
     A slot is hot (it has a hot row, equal to its host row) or not. A hot row is free or belongs to
     one slot. The least recently used rows are evicted first; free rows are taken before any.
@@ -117,7 +119,7 @@ class HotTier(Protocol[PlanT]):
 
     @property
     def num_rows(self) -> int:
-        """Hot rows that the layer has now."""
+        """Hot rows that the group has now, in each of its layers."""
 
     def plan(self, topk: torch.Tensor) -> PlanT:
         """Give the slots of topk [queries, K] int32, -1 pads, hot rows. Begins a step.
@@ -125,14 +127,17 @@ class HotTier(Protocol[PlanT]):
         The missed slots own their rows from now on; fetch fills them.
         """
 
-    def fetch(self, planned: PlanT, /) -> None:
-        """Copy the plan's missed rows from the host tier to the device."""
+    def fetch(self, planned: PlanT, /, layer: int = 0) -> None:
+        """Copy the plan's missed rows of one layer from the host tier to the device."""
 
-    def install(self, slots: torch.Tensor, rows: torch.Tensor, min_age: int = 0) -> int | None:
+    def install(
+        self, slots: torch.Tensor, rows: torch.Tensor | Sequence[torch.Tensor], min_age: int = 0
+    ) -> int | None:
         """Make slots [n] int64, just written, hot where there is room.
 
-        rows [n, ...]: their values, equal to the host rows. A hot slot is updated. Another slot
-        takes a free row, or the least recently used one if that is at least min_age steps old.
+        rows [n, ...]: the first layer's values, equal to the host rows; of a group of several
+        layers a sequence with those of each. A hot slot is updated. Another slot takes a free
+        row, or the least recently used one if that is at least min_age steps old.
         Returns how many are hot; None where the host does not know without waiting.
         """
 
@@ -158,8 +163,8 @@ class HotTier(Protocol[PlanT]):
     def occupied(self) -> int:
         """Hot rows in use. Waits for the device."""
 
-    def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0) -> None:
-        """Compare a sample of hot rows with their host rows. Waits for the device.
+    def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0, layer: int = 0) -> None:
+        """Compare a sample of one layer's hot rows with their host rows. Waits for the device.
 
         picks [n] int64: rows, each taken modulo the row count; free rows pass
         name: of the layer, for the message; first_slot: lower slots take padding's writes and pass
@@ -168,24 +173,25 @@ class HotTier(Protocol[PlanT]):
 
 
 class HotTiers(Protocol):
-    """The hot tiers of all layers, which share one number of hot rows."""
+    """The hot tiers of all index groups."""
 
     @property
     def caches(self) -> Sequence[HotTier[Any]]:
-        """By layer_index."""
+        """By group."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Hot rows of each layer now."""
+        """Hot rows of each group now."""
 
     @property
     def nbytes(self) -> int:
         """Device bytes of all layers."""
 
     def resize(self, sizes: Sequence[int]) -> int:
-        """Give each layer sizes[layer_index] hot rows. Call it between steps.
+        """Give each group sizes[group] hot rows. Call it between steps.
 
-        A layer that shrinks keeps its most recently used rows. Returns the rows that moved.
+        Rows move between groups of as many layers only. A group that shrinks keeps its most
+        recently used rows. Returns the rows that moved.
         Raises: ValueError for sizes outside the limits.
         """
 
@@ -193,10 +199,10 @@ class HotTiers(Protocol):
         """Free the hot rows of slots [n] int64 in every layer."""
 
     def figures(self) -> list[dict[str, int]]:
-        """For each layer: its counters, "steps", "occupied" and "rows" (hot rows it has)."""
+        """For each group: its counters, "steps", "occupied", "rows" (hot rows) and "layers"."""
 
     def totals(self) -> tuple[int, int, int] | None:
-        """misses, evictions and evicted_age of all layers since the start.
+        """misses, evictions and evicted_age since the start, in rows of all layers.
 
         None where the device has not reported since the last call; nobody waits for it.
         """

@@ -1,30 +1,34 @@
-"""The hot rows of several layers in one allocation; each row belongs to one layer at a time."""
+"""The hot rows of several index groups; each row belongs to one group at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 NOBODY = -1
-# Per row: its slot and its place in the layer's queue (4 B each), and its owner (2 B).
+# Per row: its slot and its place in the group's queue (4 B each), and its owner (2 B).
 ARENA_ROW_BYTES = 10
 
 
 class HotArena:
-    """Hot rows shared by the HotCaches of several layers.
+    """Hot rows shared by the HotCaches of index groups that have as many layers each.
 
-    rows       [num_rows, ...] like a host tier's rows; None to run the policy without rows
-    row_slot   [num_rows] int32 slot whose copy the row holds, in its owner's layer; -1: free
+    layers     for each layer of a group, [num_rows, ...] like its host rows; empty to run the
+               policy without rows. Row r has the same slot in each
+    row_slot   [num_rows] int32 slot whose copy the row holds, in its owner's layers; -1: free
     row_place  [num_rows] int32 the row's entry in its owner's queue; -1: free
     owner      [num_rows] int16 number of the cache that owns the row; NOBODY: spare
+    host_rows: of the layers of one group, for their format
     Only HotCache.resize changes an owner, and only of rows that hold no copy: attention reads a
     row by its number, whatever its owner.
     """
 
-    def __init__(self, num_rows: int, host_rows: torch.Tensor | None = None):
-        self.rows: torch.Tensor | None = None
-        if host_rows is not None:
-            self.rows = torch.zeros(num_rows, *host_rows.shape[1:], dtype=host_rows.dtype)
+    def __init__(self, num_rows: int, host_rows: Sequence[torch.Tensor] = ()):
+        self.layers = [
+            torch.zeros(num_rows, *rows.shape[1:], dtype=rows.dtype) for rows in host_rows
+        ]
         self.row_slot = np.full(num_rows, -1, np.int32)
         self.row_place = np.full(num_rows, -1, np.int32)
         self.owner = np.full(num_rows, NOBODY, np.int16)

@@ -1,10 +1,11 @@
-"""One layer's hot tier on the CPU: copies of host rows, keyed by slot, shared by all requests."""
+"""One index group's hot tier on the CPU: copies of host rows, keyed by slot, for all requests."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +16,14 @@ from sglang_ess.tiers.hot_arena import ARENA_ROW_BYTES, HotArena
 from sglang_ess.tiers.row_words import as_words
 from sglang_ess.tiers.throttled_link import ThrottledLink
 
+NOTHING = np.empty(0, np.int32)
 # Per hot row: its part of the arena, its entry in the free list, and two entries of the queue with
 # their steps (4 B each).
 HOT_ROW_OVERHEAD_BYTES = ARENA_ROW_BYTES + 20
 
 
 class PlanBuffers:
-    """Scratch of plan and install. Layers share it and use it one after another.
+    """Scratch of plan and install. Index groups share it and use it one after another.
 
     It grows to the largest plan seen and keeps that size.
     """
@@ -54,7 +56,7 @@ class Plan:
     miss_slots  [misses] int32 host rows to fetch, each once
     miss_rows   [misses] int32 the hot rows that take them
     stop        (query, column) where the next pass begins; None after the last
-    The arrays are views of PlanBuffers, valid until the next plan or install of any layer.
+    The arrays are views of PlanBuffers, valid until the next plan or install of any group.
     """
 
     first: int
@@ -69,9 +71,25 @@ class Plan:
         """The batch's queries that the pass covers."""
         return slice(self.first, self.first + self.rows.shape[0])
 
+    def kept(self) -> Plan:
+        """A copy, which later plans leave alone."""
+        slots, rows = self.miss_slots.copy(), self.miss_rows.copy()
+        return replace(self, rows=self.rows.clone(), miss_slots=slots, miss_rows=rows)
+
+
+class Installed(NamedTuple):
+    """slots [n] int64 as given to install; slots[sources] got the hot rows targets, both int32."""
+
+    slots: np.ndarray
+    sources: np.ndarray
+    targets: np.ndarray
+
+
+NONE_INSTALLED = Installed(NOTHING, NOTHING, NOTHING)
+
 
 class HotCache:
-    """An LRU cache of one layer's host rows. Implements contract.HotTier.
+    """An LRU cache of the host rows of one index group. Implements contract.HotTier.
 
     plan and warm make slots hot, install may, invalidate and eviction end it. After writing a
     host row, call install or invalidate for its slot before the next plan. A plan whose slots all
@@ -79,45 +97,70 @@ class HotCache:
     Otherwise a pass ends when every row left is in use by the pass, and Plan.stop says where the
     next pass goes on.
 
-    host_rows  [slots, ...] one layer of the host tier; None to run the policy without rows
+    A group of several layers has one state for all of them. Its first layer plans and installs.
+    Each layer, in its turn, calls refill with its own new rows and fetch for each pass, in the
+    order of the first layer.
+
+    host_rows  [slots, ...] of each layer of the group, or of the only one; None to run the policy
+               without rows
     num_rows   hot rows, 1 to the number of slots
     num_slots  slots of the host tier, where host_rows is None
-    buffers    scratch shared with other layers; None: its own
+    buffers    scratch shared with other groups; None: its own
     link       delays each copy from the host tier; None: no delay
-    arena      has the hot rows, shared with other layers' caches; None: an arena of its own
+    arena      has the hot rows, shared with other groups of as many layers; None: its own
     ghost      optional observer of the same lookups; set it and reset it at any time
+    installed  the last install of the first layer alone, until the group's last layer has refilled
     query_misses [queries] int64: misses of the last step, by query
     With as many rows as slots nothing is evicted, and no order of use is kept.
-    Raises: ValueError for a num_rows outside its limits or rows not of 8-byte words, RuntimeError
-    for rows whose strides would take a copy.
+    Raises: ValueError for a num_rows outside its limits, rows not of 8-byte words or an arena for
+    another number of layers, RuntimeError for rows whose strides would take a copy.
     """
 
     def __init__(
         self,
-        host_rows: torch.Tensor | None,
+        host_rows: torch.Tensor | Sequence[torch.Tensor] | None,
         num_rows: int,
         num_slots: int | None = None,
         buffers: PlanBuffers | None = None,
         link: ThrottledLink | None = None,
         arena: HotArena | None = None,
     ):
-        self.num_slots = len(host_rows) if host_rows is not None else num_slots or 0
+        if isinstance(host_rows, torch.Tensor):
+            host_rows = (host_rows,)
+        self.host_layers: tuple[torch.Tensor, ...] = tuple(host_rows or ())
+        self.num_slots = len(self.host_layers[0]) if self.host_layers else num_slots or 0
         self._check_size(num_rows)
-        self.host_rows, self._link = host_rows, link
-        self._host_words: np.ndarray | None = None
-        self._hot_words: np.ndarray | None = None
-        if host_rows is not None:
-            self._host_words = as_words(host_rows)
-        self.arena = arena or HotArena(num_rows, host_rows)
-        self.rows, self.row_slot = self.arena.rows, self.arena.row_slot
-        self.row_place = self.arena.row_place
-        if self.rows is not None:
-            self._hot_words = as_words(self.rows)
+        self._link = link
+        self.arena = arena or HotArena(num_rows, self.host_layers)
+        if len(self.arena.layers) != len(self.host_layers):
+            raise ValueError(
+                f"an arena must have rows for each layer of a group: got {len(self.arena.layers)} "
+                f"for {len(self.host_layers)} layers."
+            )
+        self._host_words = [as_words(rows) for rows in self.host_layers]
+        self._hot_words = [as_words(rows) for rows in self.arena.layers]
+        self.row_slot, self.row_place = self.arena.row_slot, self.arena.row_place
         self.buffers = buffers or PlanBuffers()
         self.query_misses = np.zeros(0, np.int64)
+        self.installed = NONE_INSTALLED
         self.ghost: LookupObserver | None = None
         self.number = self.arena.next_number()
         self._use_arrays(lru.new_state(self.num_slots, self.arena.take(self.number, num_rows)))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the group."""
+        return max(1, len(self.host_layers))
+
+    @property
+    def host_rows(self) -> torch.Tensor | None:
+        """The first layer's host rows."""
+        return self.host_layers[0] if self.host_layers else None
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """The first layer's hot rows; those of the others are in arena.layers."""
+        return self.arena.layers[0] if self.arena.layers else None
 
     def _check_size(self, num_rows: int) -> None:
         if not 1 <= num_rows <= self.num_slots:
@@ -178,16 +221,19 @@ class HotCache:
             None if stop_query == num_queries else (stop_query, stop_column),
         )
 
-    def fetch(self, plan: Plan) -> None:
-        """Copy the plan's missed rows from the host tier."""
-        self._load(plan.miss_slots, plan.miss_rows)
+    def fetch(self, plan: Plan, layer: int = 0) -> None:
+        """Copy the plan's missed rows of one layer of the group from the host tier."""
+        self._load(layer, plan.miss_slots, plan.miss_rows)
 
     # --- writes -------------------------------------------------------------------------
 
-    def install(self, slots: torch.Tensor, rows: torch.Tensor, min_age: int = 0) -> int:
+    def install(
+        self, slots: torch.Tensor, rows: torch.Tensor | Sequence[torch.Tensor], min_age: int = 0
+    ) -> int:
         """Make the slots just written hot where there is room. Returns how many are hot.
 
-        slots [n] int64; rows [n, ...] their values as the host tier has them
+        slots [n] int64; rows [n, ...] their values as the host tier has them, of the first layer
+        or a sequence of those of each layer written so far. Call refill for the others.
         A hot slot is updated. Another takes a free row, or the least recently used one if that
         is at least min_age steps old.
         """
@@ -198,9 +244,31 @@ class HotCache:
         count: int = lru.install(
             slots.numpy(), min_age, *self._lru, self.free, self.state, sources, targets
         )
-        if self.rows is not None:
-            self._copy(as_words(rows), sources[:count], targets[:count])
+        sources, targets = sources[:count], targets[:count]
+        values = [rows] if isinstance(rows, torch.Tensor) else rows
+        if len(values) < self.num_layers:
+            self.installed = Installed(slots.numpy().copy(), sources.copy(), targets.copy())
+        for layer, written in enumerate(values):
+            self._copy(layer, written, sources, targets)
         return count
+
+    def refill(self, layer: int, rows: torch.Tensor) -> None:
+        """Fill the hot rows of the last install in another layer of the group.
+
+        rows [n, ...]: that layer's values of the installed slots, as the host tier has them
+        """
+        self._copy(layer, rows, self.installed.sources, self.installed.targets)
+        if layer == self.num_layers - 1:
+            self.installed = NONE_INSTALLED
+
+    def keeps_installed(self) -> bool:
+        """Whether all slots of the last install got a row and have it still.
+
+        If so, the plans made since then fetch none of these slots, and none into their rows.
+        """
+        slots, sources, targets = self.installed
+        whole = len(sources) == len(slots)
+        return whole and bool((self.slot_row[slots[sources]] == targets).all())
 
     def invalidate(self, slots: torch.Tensor) -> None:
         """Free the hot rows of slots [n] int64."""
@@ -222,7 +290,8 @@ class HotCache:
         unread = self.buffers.rows[: topk.numel()].reshape(topk.shape)
         lookups = topk.contiguous().numpy()
         count: int = lru.warm(lookups, *self._lru, self.free, self.state, unread, slots, rows)
-        self._load(slots[:count], rows[:count])
+        for layer in range(len(self.host_layers)):
+            self._load(layer, slots[:count], rows[:count])
         return count
 
     def clear(self) -> None:
@@ -273,7 +342,7 @@ class HotCache:
 
     @property
     def num_rows(self) -> int:
-        """Hot rows that the layer has now."""
+        """Hot rows that the group has now, in each of its layers."""
         return int(self.state[lru.ROWS])
 
     @property
@@ -284,7 +353,7 @@ class HotCache:
     @property
     def nbytes(self) -> int:
         """Device bytes of rows, maps and queue, without the shared buffers and the ghost."""
-        row_bytes = ARENA_ROW_BYTES + (self.rows[0].nbytes if self.rows is not None else 0)
+        row_bytes = ARENA_ROW_BYTES + sum(rows[0].nbytes for rows in self.arena.layers)
         return self.num_rows * row_bytes + sum(array.nbytes for array in self._arrays.values())
 
     def slots_by_recency(self) -> np.ndarray:
@@ -294,24 +363,21 @@ class HotCache:
         slots: np.ndarray = self.row_slot[rows[self.row_place[rows] == places]]
         return slots
 
-    def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0) -> None:
-        """Compare a sample of hot rows with their host rows.
+    def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0, layer: int = 0) -> None:
+        """Compare a sample of hot rows of one layer of the group with their host rows.
 
         picks [n] int64: rows of the arena, each taken modulo its size; free rows and those of
-            other layers pass
+            other groups pass
         name: of the layer, for the message; first_slot: lower slots pass
         Raises: RowCorruption with the slot and both checksums.
         """
-        if self._host_words is None or self._hot_words is None:
+        if not self.host_layers:
             return
-        row = lru.first_difference(
-            self._host_words, self._hot_words, self.slot_row, self.row_slot, picks, first_slot
-        )
+        host, hot = self._host_words[layer], self._hot_words[layer]
+        row = lru.first_difference(host, hot, self.slot_row, self.row_slot, picks, first_slot)
         if row >= 0:
             slot = int(self.row_slot[row])
-            raise RowCorruption.of(
-                name, slot, int(row), self._hot_words[row], self._host_words[slot]
-            )
+            raise RowCorruption.of(name, slot, int(row), hot[row], host[slot])
 
     def check_integrity(self) -> None:
         """Check the state of every row and that hot rows equal host rows. Raises: RuntimeError."""
@@ -326,7 +392,7 @@ class HotCache:
                 len(rows) == len(slots) and (self.slot_row[self.row_slot[rows]] == rows).all()
             ),
             "a row must be free or owned": np.array_equal(np.sort(np.append(free, rows)), own),
-            "a layer must own as many rows as it has": len(own) == self.num_rows,
+            "a group must own as many rows as it has": len(own) == self.num_rows,
             "a free row must have no place in the queue": (
                 (self.row_place[own[self.row_slot[own] < 0]] < 0).all()
             ),
@@ -334,27 +400,31 @@ class HotCache:
                 ((head <= live) & (live < tail)).all() and (self.queue[live] == rows).all()
             ),
             "a hot row must equal its host row": (
-                self._hot_words is None
-                or self._host_words is None
-                or np.array_equal(self._hot_words[rows], self._host_words[self.row_slot[rows]])
+                all(
+                    np.array_equal(hot[rows], host[self.row_slot[rows]])
+                    for hot, host in zip(self._hot_words, self._host_words, strict=True)
+                )
             ),
         }  # fmt: skip
         if broken := [rule for rule, holds in problems.items() if not holds]:
             raise RuntimeError("; ".join(broken))
 
-    def _load(self, slots: np.ndarray, rows: np.ndarray) -> None:
-        """Copy the slots' host rows into hot rows, delayed by the link."""
-        if self._host_words is None or self._hot_words is None:
+    def _load(self, layer: int, slots: np.ndarray, rows: np.ndarray) -> None:
+        """Copy a layer's host rows of the slots into its hot rows, delayed by the link."""
+        if not self.host_layers or not len(rows):
             return
         since = time.perf_counter()
-        self._copy(self._host_words, slots, rows)
+        host, hot = self._host_words[layer], self._hot_words[layer]
+        lru.copy_rows(host, hot, slots, rows, len(rows))
         if self._link is not None:
-            num_bytes = len(slots) * self._hot_words[0].nbytes
-            self._link.carried(num_bytes, time.perf_counter() - since)
+            self._link.carried(len(slots) * hot[0].nbytes, time.perf_counter() - since)
 
-    def _copy(self, source: np.ndarray, source_rows: np.ndarray, rows: np.ndarray) -> None:
-        if self._hot_words is not None and len(rows):
-            lru.copy_rows(source, self._hot_words, source_rows, rows, len(rows))
+    def _copy(
+        self, layer: int, values: torch.Tensor, sources: np.ndarray, targets: np.ndarray
+    ) -> None:
+        if self.host_layers and len(targets):
+            hot = self._hot_words[layer]
+            lru.copy_rows(as_words(values), hot, sources, targets, len(targets))
 
 
 if TYPE_CHECKING:

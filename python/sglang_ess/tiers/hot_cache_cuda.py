@@ -1,4 +1,4 @@
-"""The hot tier on a CUDA device: rows and state of all layers, and one DeviceHotCache a layer.
+"""The hot tier on a CUDA device: rows and state of index groups, and a DeviceHotCache for each.
 
 Shapes are static, counts stay on the device, and a batch that one plan cannot hold is cut into
 passes beforehand, so that decode never waits for the device and can be captured. The kernels
@@ -19,14 +19,15 @@ from ess_kernels.fetch import fetch
 from ess_kernels.hot_state import HotState
 from ess_kernels.install import install
 from ess_kernels.invalidate import invalidate
-from ess_kernels.plan import MAX_WIDTH, WARM, PlanBuffers, plan
+from ess_kernels.plan import WARM, PlanBuffers, plan
 from ess_kernels.rebuild_order import OrderScratch, Owned, rebuild_order
 from ess_kernels.resize_layers import resize_layers, resize_table
 from ess_kernels.scatter import scatter_rows
 from sglang_ess.layout import PAGE_SLOTS
+from sglang_ess.tiers.batch_passes import Pass, passes
 from sglang_ess.tiers.contract import AgeSnapshot, Device, HotTier, HotTiers, RowCorruption
 
-MAX_LAYER_SHARE = 8  # a layer may grow to 8x its equal share; the scratch is sized for it
+MAX_LAYER_SHARE = 8  # an index group may grow to 8x its equal share; the scratch is sized for it
 
 
 def whole_pages(num_rows: int) -> int:
@@ -35,70 +36,95 @@ def whole_pages(num_rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """The part of a batch's top-k that one plan resolves."""
+class TierScratch:
+    """Memory that index groups use one after another.
 
-    queries: slice
-    columns: slice
-
-
-def passes(num_queries: int, width: int, num_rows: int, max_queries: int) -> list[Pass]:
-    """Cut a top-k [num_queries, width] into plans that num_rows hot rows can always hold.
-
-    max_queries: of one plan
-    A pass selects at most as many slots as it has lookups, so shapes alone decide. A query wider
-    than the tier is cut by columns; attention merges its parts by log-sum-exp.
-    """
-    columns = min(width, num_rows, MAX_WIDTH)
-    queries = 1 if columns < width else min(max_queries, num_rows // columns)
-    return [
-        Pass(slice(q, min(q + queries, num_queries)), slice(k, min(k + columns, width)))
-        for q in range(0, num_queries, queries)
-        for k in range(0, width, columns)
-    ]
-
-
-class DeviceTier:
-    """Hot rows, state and scratch of every layer. Implements contract.HotTiers.
-
-    host_rows  per layer [slots, ...]: the host tier, pinned where the device is a GPU
-    num_rows   hot rows of each layer at the start; batches are cut by it at any time
-    topk, max_queries: width and queries of the largest plan
-    moves      all rows are in one arena, and resize may move them between layers
-    rows       per layer [num_rows rounded up to a page, ...] on the device; the arena if moves
-    sizes      hot rows of each layer now; their sum never changes
-    caches     by layer_index
-    Layers use the scratch one after another; both halves of a two-batch overlap are live at once.
-    A step may only be planned while each layer has demand() rows, so resize must leave as many.
-    Raises: ValueError for a num_rows outside [1, slots].
+    plan        of a batch; both halves of a two-batch overlap are live at once
+    reserved    the step's written rows; they are filled after the plan has used `plan`
+    num_misses  [HALVES] int32
+    order       of rebuild_order
     """
 
     HALVES = 2
 
-    def __init__(self, host_rows: Sequence[torch.Tensor], num_rows: int, topk: int,
-                 max_queries: int, device: Device, moves: bool = False) -> None:  # fmt: skip
-        first, layers = host_rows[0], len(host_rows)
+    plan: PlanBuffers
+    reserved: PlanBuffers
+    num_misses: torch.Tensor
+    order: OrderScratch
+
+    @classmethod
+    def new(cls, topk: int, max_queries: int, largest_rows: int, device: Device) -> TierScratch:
+        """topk, max_queries: of the largest plan; largest_rows: that a group may have."""
+        return cls(
+            PlanBuffers.new(max_queries, topk, device),
+            PlanBuffers.new(1, max_queries, device),
+            torch.zeros(cls.HALVES, dtype=torch.int32, device=device),
+            OrderScratch.new(largest_rows, device),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        plans = self.plan.nbytes + self.reserved.nbytes + self.num_misses.nbytes
+        return plans + self.order.nbytes
+
+
+class DeviceTier:
+    """Hot rows and state of index groups that have as many layers each. Implements HotTiers.
+
+    host_rows  per group: [slots, ...] of each of its layers, or of its only one. The host tier,
+               pinned where the device is a GPU
+    num_rows   hot rows of each group at the start; batches are cut by it at any time
+    topk, max_queries: width and queries of the largest plan
+    moves      all rows are in one arena, and resize may move them between groups
+    scratch    shared with other tiers; None: its own
+    rows       per layer [num_rows rounded up to a page, ...] on the device; if moves, the arena's
+               for each position in a group
+    sizes      hot rows of each group now; their sum never changes
+    caches     by group
+    A step may only be planned while each group has demand() rows, so resize must leave as many.
+    Raises: ValueError for a num_rows outside [1, slots].
+    """
+
+    def __init__(
+        self,
+        host_rows: Sequence[torch.Tensor | Sequence[torch.Tensor]],
+        num_rows: int,
+        topk: int,
+        max_queries: int,
+        device: Device,
+        moves: bool = False,
+        scratch: TierScratch | None = None,
+    ):
+        members = [(one,) if isinstance(one, torch.Tensor) else tuple(one) for one in host_rows]
+        first, groups = members[0][0], len(members)
+        self.num_layers = len(members[0])
         self.num_rows, self.num_slots, self.topk = num_rows, len(first), topk
         self.max_queries = max_queries
-        self.sizes = (num_rows,) * layers
+        self.sizes = (num_rows,) * groups
         # Rows taken at most before the next rebuild_order: a plan's, and one written row per query.
         self.need = min(num_rows, max_queries * (topk + 1))
-        self.state = HotState.new(layers, self.num_slots, num_rows, device, shared=moves)
-        self.owned = Owned.new(layers, num_rows, device) if moves else None
+        self.state = HotState.new(groups, self.num_slots, num_rows, device, shared=moves)
+        self.owned = Owned.new(groups, num_rows, device) if moves else None
         paged = whole_pages(num_rows)
 
         def zeros(count: int) -> torch.Tensor:
             return torch.zeros(count, *first.shape[1:], dtype=first.dtype, device=device)
 
-        self.rows = [zeros(layers * paged)] * layers if moves else [zeros(paged) for _ in host_rows]
-        self.buffers = PlanBuffers.new(max_queries, topk, device)
-        # The step's written rows; they are filled after the plan has used the buffers above.
-        self.reserved = PlanBuffers.new(1, max_queries, device)
-        self._num_misses = torch.zeros(self.HALVES, dtype=torch.int32, device=device)
-        self.scratch = OrderScratch.new(num_rows * (MAX_LAYER_SHARE if moves else 1), device)
-        self.caches = [DeviceHotCache(self, i, rows) for i, rows in enumerate(host_rows)]
+        if moves:
+            self.rows = [zeros(groups * paged) for _ in members[0]]
+            hot_rows = [self.rows] * groups
+        else:
+            hot_rows = [[zeros(paged) for _ in layers] for layers in members]
+            self.rows = [rows for layers in hot_rows for rows in layers]
+        self._own_scratch = scratch is None
+        if scratch is None:
+            scratch = TierScratch.new(topk, max_queries, largest_group(num_rows, moves), device)
+        self.scratch = scratch
+        pairs = zip(members, hot_rows, strict=True)
+        self.caches = [DeviceHotCache(self, i, *pair) for i, pair in enumerate(pairs)]
         self._pinned = torch.device(device).type == "cuda"
-        self._split = np.ones(len(host_rows), bool)  # what the layers' words[SPLIT] say
+        self._split = np.ones(groups, bool)  # what the groups' words[SPLIT] say
         self._mirror: tuple[torch.Tensor, ...] | None = None
         self._copied: torch.cuda.Event | None = None
         self._snapshot_given = False
@@ -109,7 +135,7 @@ class DeviceTier:
     def buffers_for(self, queries: int, width: int, first: int = 0, half: int = 0) -> PlanBuffers:
         """Buffers for a plan [queries, width] that starts at query `first` of the batch."""
         start, stop = first * self.topk, first * self.topk + queries * width
-        b, rows = self.buffers, slice(first, first + queries)
+        b, rows = self.scratch.plan, slice(first, first + queries)
 
         def grid(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.view(-1)[start:stop].view(queries, width)
@@ -123,7 +149,7 @@ class DeviceTier:
             query_misses=b.query_misses[rows],
             miss_slots=b.miss_slots[start:stop],
             miss_rows=b.miss_rows[start:stop],
-            num_misses=self._num_misses[half : half + 1],
+            num_misses=self.scratch.num_misses[half : half + 1],
         )
 
     def invalidate(self, slots: torch.Tensor) -> None:
@@ -131,9 +157,9 @@ class DeviceTier:
         invalidate(self.state, slots)
 
     def set_split(self, split: np.ndarray) -> None:
-        """Set whether each layer lists hits and misses apart, from its next plan on.
+        """Set whether each group lists hits and misses apart, from its next plan on.
 
-        split: [layers] bool
+        split: [groups] bool
         """
         if np.array_equal(split, self._split):
             return
@@ -143,20 +169,20 @@ class DeviceTier:
             host = host.pin_memory()
         self.state.words[:, hot_state.SPLIT].copy_(host, non_blocking=True)
 
-    # --- rows by layer --------------------------------------------------------------------
+    # --- rows by group --------------------------------------------------------------------
 
     @property
     def max_rows(self) -> int:
-        """Hot rows that one layer may have at most."""
-        return min(self.num_slots, len(self.scratch.rank))
+        """Hot rows that one group may have at most."""
+        return min(self.num_slots, len(self.scratch.order.rank))
 
     def demand(self, num_queries: int) -> int:
-        """Hot rows of one layer that a pass of a decode step may need at once.
+        """Hot rows of one group that a pass of a decode step may need at once.
 
         More queries may need fewer rows: when their writes find no room, they take none.
         """
         first = passes(num_queries, self.topk, self.num_rows, self.max_queries)[:1]
-        lookups = sum(_lookups(part) for part in first)
+        lookups = sum(part.lookups for part in first)
         return lookups + num_queries if self.has_room(lookups, num_queries) else lookups
 
     def has_room(self, lookups: int, writes: int) -> bool:
@@ -164,11 +190,11 @@ class DeviceTier:
         return writes <= self.max_queries and lookups + writes <= self.num_rows
 
     def resize(self, sizes: Sequence[int]) -> int:
-        """Give each layer sizes[layer_index] hot rows. Returns the rows that moved.
+        """Give each group sizes[group] hot rows. Returns the rows that moved.
 
-        A layer that shrinks gives up free rows first, then its least recently used ones. Call it
+        A group that shrinks gives up free rows first, then its least recently used ones. Call it
         between steps, on the transfer stream.
-        Raises: ValueError unless sizes has a row for each layer and the same sum as before.
+        Raises: ValueError unless sizes has a row for each group and the same sum as before.
         """
         if self.owned is None:
             raise ValueError("rows must be in one arena to move: got a DeviceTier without `moves`.")
@@ -176,7 +202,7 @@ class DeviceTier:
         if self._pinned:
             table = table.pin_memory()
         table = table.to(self.state.words.device, non_blocking=True)
-        resize_layers(self.state, self.owned, self.scratch, table, max(sizes))
+        resize_layers(self.state, self.owned, self.scratch.order, table, max(sizes))
         moved = sum(max(0, new - old) for new, old in zip(sizes, self.sizes, strict=True))
         self.sizes = tuple(sizes)
         return moved
@@ -222,8 +248,8 @@ class DeviceTier:
             self._copied.record()
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Wait for the last mirror(). Returns counters [layers, NUM_COUNTERS] int64 and words
-        [layers, NUM_WORDS] int32.
+        """Wait for the last mirror(). Returns counters [groups, NUM_COUNTERS] int64 and words
+        [groups, NUM_WORDS] int32.
         """
         if self._mirror is None:
             self.mirror()
@@ -234,7 +260,7 @@ class DeviceTier:
         return counters.numpy().copy(), words.numpy().copy()
 
     def totals(self) -> tuple[int, int, int] | None:
-        """misses, evictions and evicted_age of all layers, as of the last mirror().
+        """misses, evictions and evicted_age in rows of all layers, as of the last mirror().
 
         None while the copy is under way; nobody waits for it.
         """
@@ -242,63 +268,83 @@ class DeviceTier:
             return None
         counters = self._mirror[0].numpy().sum(axis=0)
         misses, evictions, evicted_age = (
-            int(counters[figure])
+            int(counters[figure]) * self.num_layers
             for figure in (hot_state.MISSES, hot_state.EVICTIONS, hot_state.EVICTED_AGE)
         )
         return misses, evictions, evicted_age
 
     def figures(self) -> list[dict[str, int]]:
-        """For each layer, as of the last mirror(): its counters, "steps", "occupied", "rows"."""
+        """For each group, as of the last mirror(): its counters, "steps", "occupied", "rows" and
+        "layers".
+        """
         counters, words = self.read()
         return [
             {
-                **dict(zip(hot_state.COUNTERS, layer.tolist(), strict=True)),
+                **dict(zip(hot_state.COUNTERS, group.tolist(), strict=True)),
                 "steps": int(hot_state.steps(word.astype(np.int64))),
                 "occupied": int(word[hot_state.ROWS] - word[hot_state.NUM_FREE]),
                 "rows": int(word[hot_state.ROWS]),
+                "layers": self.num_layers,
             }
-            for layer, word in zip(counters, words, strict=True)
+            for group, word in zip(counters, words, strict=True)
         ]
 
     @property
     def nbytes(self) -> int:
-        """Device bytes of all layers, including scratch."""
-        rows = self.rows[0].nbytes + self.owned.nbytes if self.owned is not None else sum(
-            rows.nbytes for rows in self.rows
-        )  # fmt: skip
-        shared = self.buffers.nbytes + self._num_misses.nbytes + self.scratch.nbytes
-        shared += self.reserved.nbytes
-        return rows + self.state.nbytes + shared
+        """Device bytes of all groups, and the scratch unless it is shared."""
+        owned = 0 if self.owned is None else self.owned.nbytes
+        scratch = self.scratch.nbytes if self._own_scratch else 0
+        return sum(rows.nbytes for rows in self.rows) + owned + self.state.nbytes + scratch
 
 
-def _lookups(part: Pass) -> int:
-    queries: int = part.queries.stop - part.queries.start
-    columns: int = part.columns.stop - part.columns.start
-    return queries * columns
+def largest_group(num_rows: int, moves: bool) -> int:
+    """Hot rows that a group may have at most, of num_rows at the start."""
+    return num_rows * (MAX_LAYER_SHARE if moves else 1)
 
 
 class DeviceHotCache:
-    """One layer of a DeviceTier. Implements contract.HotTier.
+    """One index group of a DeviceTier. Implements contract.HotTier.
+
+    host_layers, hot_layers: rows of each of its layers; host_rows, rows: of the first
+    installed: rows of the last install, for refill; only kept in a group of several layers
 
     The caller orders a step on one stream, or by events: reserve or invalidate, then for each
-    pass plan, fetch, attention, rebuild_order.
+    pass plan, fetch, attention, rebuild_order. The group's first layer does all of it; the others
+    write their new rows into the reserved ones, then fetch and attend, pass by pass.
     """
 
-    def __init__(self, tier: DeviceTier, index: int, host_rows: torch.Tensor):
+    def __init__(
+        self,
+        tier: DeviceTier,
+        index: int,
+        host_layers: Sequence[torch.Tensor],
+        hot_layers: Sequence[torch.Tensor],
+    ):
         self._tier, self._index = tier, index
-        self.host_rows, self.rows = host_rows, tier.rows[index]
+        self.host_layers, self.hot_layers = tuple(host_layers), tuple(hot_layers)
+        self.host_rows, self.rows = host_layers[0], hot_layers[0]
+        self.installed: torch.Tensor | None = None
         self.state, self.num_slots = tier.state.layer(index), tier.num_slots
         self._owned = None if tier.owned is None else tier.owned.layer(index)
 
     @property
+    def num_layers(self) -> int:
+        """Layers of the group."""
+        return len(self.host_layers)
+
+    @property
     def num_rows(self) -> int:
-        """Hot rows that the layer has now."""
+        """Hot rows that the group has now, in each of its layers."""
         return self._tier.sizes[self._index]
+
+    def buffers_for(self, queries: int, width: int, first: int = 0, half: int = 0) -> PlanBuffers:
+        """DeviceTier.buffers_for."""
+        return self._tier.buffers_for(queries, width, first, half)
 
     def passes(self, num_queries: int, width: int) -> list[Pass]:
         """The passes of a decode step.
 
-        The tier's num_rows decides and not the layer's present size, so that the passes of a
+        The tier's num_rows decides and not the group's present size, so that the passes of a
         captured graph stay valid when rows move.
         """
         return passes(num_queries, width, self._tier.num_rows, self._tier.max_queries)
@@ -317,17 +363,18 @@ class DeviceHotCache:
         half: 0 or 1, which half of a batch planned in two; advance: whether the step's tick ends
         Effect: overwrites the buffers of an earlier plan of these queries.
         """
-        buffers = self._tier.buffers_for(topk.shape[0], topk.shape[1], first, half)
+        buffers = self.buffers_for(topk.shape[0], topk.shape[1], first, half)
         plan(self.state, topk.contiguous(), buffers, advance, written=written)
         return buffers
 
-    def fetch(self, planned: PlanBuffers) -> None:
-        """Copy the plan's missed rows from the host tier to the device."""
-        fetch(self.host_rows, self.rows, planned.miss_slots, planned.miss_rows, planned.num_misses)
+    def fetch(self, planned: PlanBuffers, layer: int = 0) -> None:
+        """Copy the plan's missed rows of one layer from the host tier to the device."""
+        host, hot = self.host_layers[layer], self.hot_layers[layer]
+        fetch(host, hot, planned.miss_slots, planned.miss_rows, planned.num_misses)
 
     def rebuild_order(self) -> None:
         """Have rows ready for the next plan and its writes. Call it after each advancing plan."""
-        rebuild_order(self.state, self._tier.need, self._tier.scratch, self._owned)
+        rebuild_order(self.state, self._tier.need, self._tier.scratch.order, self._owned)
 
     def has_room_for_writes(self, num_queries: int, width: int) -> bool:
         """Return whether a step may reserve a row per query and its first plan still fits.
@@ -335,32 +382,48 @@ class DeviceHotCache:
         If not, the caller invalidates the written slots, and plan fetches them like others.
         """
         first = self.passes(num_queries, width)[0]
-        return self._tier.has_room(_lookups(first), num_queries)
+        return self._tier.has_room(first.lookups, num_queries)
 
     def reserve(self, slots: torch.Tensor, first_slot: int = 0) -> torch.Tensor:
         """Give hot rows to slots [n], which a decode step writes, one per query.
 
         The step's plan does not evict them. Returns targets [n] int32, the rows that scatter_rows
-        fills; -1 for slots below first_slot (padding). Valid until any layer's next reserve.
+        fills; -1 for slots below first_slot (padding). Valid until any group's next reserve.
         """
-        return install(self.state, slots, self._tier.reserved, first_slot=first_slot)
+        return install(self.state, slots, self._tier.scratch.reserved, first_slot=first_slot)
 
     def install(
-        self, slots: torch.Tensor, rows: torch.Tensor, min_age: int = 0, first_slot: int = 0
+        self,
+        slots: torch.Tensor,
+        rows: torch.Tensor | Sequence[torch.Tensor],
+        min_age: int = 0,
+        first_slot: int = 0,
     ) -> None:
         """Make slots [n] int64, just written, hot where there is room.
 
-        rows [n, ...]: their values; a slot takes the least recently used row only if that is at
-        least min_age steps old; slots below first_slot (padding) are left out
+        rows [n, ...]: their values in the first layer, or a sequence of those in each layer
+        written so far; call refill for the others. A slot takes the least recently used row only
+        if that is at least min_age steps old; slots below first_slot (padding) are left out.
         """
-        limit = min(self._tier.buffers.rows.numel(), self.num_rows)
+        buffers = self._tier.scratch.plan
+        values = [rows] if isinstance(rows, torch.Tensor) else rows
+        limit, kept = min(buffers.rows.numel(), self.num_rows), []
         for start in range(0, len(slots), limit):
             part = slice(start, start + limit)
-            targets = install(
-                self.state, slots[part], self._tier.buffers, min_age, True, first_slot
-            )
-            scatter_rows(rows[part], targets, self.rows)
+            targets = install(self.state, slots[part], buffers, min_age, True, first_slot)
+            if len(values) < self.num_layers:
+                kept.append(targets.clone())
+            for written, hot in zip(values, self.hot_layers, strict=False):
+                scatter_rows(written[part], targets, hot)
             self.rebuild_order()
+        self.installed = torch.cat(kept) if kept else None
+
+    def refill(self, layer: int, rows: torch.Tensor) -> None:
+        """Fill the hot rows of the last install in another layer of the group: rows [n, ...]."""
+        if self.installed is not None:
+            scatter_rows(rows, self.installed, self.hot_layers[layer])
+        if layer == self.num_layers - 1:
+            self.installed = None
 
     def invalidate(self, slots: torch.Tensor) -> None:
         """Free the hot rows of slots [n] int64."""
@@ -370,9 +433,10 @@ class DeviceHotCache:
         """Make the slots of topk [queries, K] int32 hot, the last query's most recently used."""
         for part in passes(len(topk), topk.shape[1], self.num_rows, self._tier.max_queries):
             lookups = topk[part.queries, part.columns].contiguous()
-            buffers = self._tier.buffers_for(*lookups.shape)
+            buffers = self.buffers_for(*lookups.shape)
             plan(self.state, lookups, buffers, advance=True, kind=WARM.value)
-            self.fetch(buffers)
+            for layer in range(self.num_layers):
+                self.fetch(buffers, layer)
             self.rebuild_order()
 
     # --- figures and checks; they wait for the device ---------------------------------------
@@ -390,10 +454,10 @@ class DeviceHotCache:
     def occupied(self) -> int:
         return self.num_rows - int(self.state.words[hot_state.NUM_FREE])
 
-    def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0) -> None:
-        """Compare a sample of hot rows with their host rows.
+    def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0, layer: int = 0) -> None:
+        """Compare a sample of one layer's hot rows with their host rows.
 
-        picks [n] int: rows of the layer, each taken modulo num_rows; free rows pass
+        picks [n] int: rows of the group, each taken modulo num_rows; free rows pass
         name: of the layer, for the message; first_slot: lower slots take padding's writes and pass
         Raises: RowCorruption with the slot and both checksums.
         """
@@ -403,8 +467,9 @@ class DeviceHotCache:
             rows = self._owned.rows.cpu()[start + rows].long()
         slots = self.state.row_slot.cpu()[rows].long()
         rows, slots = rows[slots >= first_slot], slots[slots >= first_slot]
-        hot = self.rows[rows.to(self.rows.device)].cpu().flatten(1).view(torch.uint8)
-        host = self.host_rows[slots].flatten(1).view(torch.uint8)
+        hot_rows, host_rows = self.hot_layers[layer], self.host_layers[layer]
+        hot = hot_rows[rows.to(hot_rows.device)].cpu().flatten(1).view(torch.uint8)
+        host = host_rows[slots].flatten(1).view(torch.uint8)
         differ = (hot != host).any(1).nonzero().flatten()
         if not len(differ):
             return

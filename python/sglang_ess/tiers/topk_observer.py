@@ -26,17 +26,20 @@ class PassQueries:
 
 
 class TopkObserver:
-    """Sees every layer's top-k list before its rows are fetched. Override what is of interest."""
+    """Sees every index group's top-k list before its rows are fetched, once for all its layers.
+
+    Override what is of interest.
+    """
 
     def begin_pass(self, request_ids: Sequence[str], queries: PassQueries) -> None:
         """A forward pass begins. Not called on CUDA, where a replayed graph runs no Python."""
 
-    def decode_topk(self, layer_index: int, topk: torch.Tensor) -> None:
-        """A decode step selects topk [T, K] int32 slots, -1 pads, in this layer.
+    def decode_topk(self, group: int, topk: torch.Tensor) -> None:
+        """A decode step selects topk [T, K] int32 slots, -1 pads, in this index group.
 
         On CUDA this is captured with the step, so it must launch the same work at each capture
         and replay, and may not wait for the device.
         """
 
-    def prefill_topk(self, layer_index: int, topk: torch.Tensor) -> None:
-        """A prefill pass selects topk [T, K] int32 slots, -1 pads, in this layer. CPU only."""
+    def prefill_topk(self, group: int, topk: torch.Tensor) -> None:
+        """A prefill pass selects topk [T, K] int32 slots, -1 pads, in this group. CPU only."""

@@ -11,24 +11,24 @@ import torch
 from sglang_ess.tiers.topk_observer import TopkObserver
 
 SAMPLES = 8  # requests of a step
-LAYERS = 4  # spaced evenly: layers differ by up to ten times in what they miss
+GROUPS = 4  # spaced evenly: they differ by up to ten times in what they miss
 
 
 class TopkSample(TopkObserver):
-    """The last decode step's top-k of a few layers and requests.
+    """The last decode step's top-k of a few index groups and requests.
 
-    layers  the sampled ones, by layer_index
-    rows    [layers, SAMPLES, topk] int32 on the host, -1 pads
+    groups  the sampled ones
+    rows    [groups, SAMPLES, topk] int32 on the host, -1 pads
     """
 
-    def __init__(self, num_layers: int, topk: int, pinned: bool = False):
-        count = min(LAYERS, num_layers)
-        self.layers = tuple((2 * i + 1) * num_layers // (2 * count) for i in range(count))
+    def __init__(self, num_groups: int, topk: int, pinned: bool = False):
+        count = min(GROUPS, num_groups)
+        self.groups = tuple((2 * i + 1) * num_groups // (2 * count) for i in range(count))
         self.rows = torch.full((count, SAMPLES, topk), -1, dtype=torch.int32, pin_memory=pinned)
-        self._index = {layer: i for i, layer in enumerate(self.layers)}
+        self._index = {group: i for i, group in enumerate(self.groups)}
 
-    def decode_topk(self, layer_index: int, topk: torch.Tensor) -> None:
+    def decode_topk(self, group: int, topk: torch.Tensor) -> None:
         """Copy the lists of the step's first requests: topk [requests, K] int32."""
-        if (index := self._index.get(layer_index)) is not None:
+        if (index := self._index.get(group)) is not None:
             first = topk[:SAMPLES]
             self.rows[index, : len(first), : first.shape[1]].copy_(first, non_blocking=True)

@@ -22,7 +22,9 @@ STATE_PLACES = np.array([lru.STEP, *(getattr(lru, name.upper()) for name in COUN
 
 
 class TraceRecorder(TopkObserver):
-    """Writes the trace of one pool's layers, and follows the slots of the requests in decode.
+    """Writes the trace of one pool, and follows the slots of the requests in decode.
+
+    The "layers" of a trace are the pool's index groups.
 
     Between begin_step and end_step the queries of plans are those of the step, in order, and plans
     are written as records of positions; the writer's thread finds them. A plan outside a step, or
@@ -119,7 +121,7 @@ class TraceRecorder(TopkObserver):
 class RecordedHotCache(HotCache):
     """A HotCache that writes each of its changes to a trace.
 
-    recorder, layer: where, and as which; else as HotCache
+    recorder, layer: where, and as which (the index group); else as HotCache
     """
 
     def __init__(self, recorder: TraceRecorder, layer: int, *args: Any, **kwargs: Any):
@@ -148,7 +150,9 @@ class RecordedHotCache(HotCache):
             self.recorder.plan(self, topk.contiguous().numpy(), first, same_step)
         return plan
 
-    def install(self, slots: torch.Tensor, rows: torch.Tensor, min_age: int = 0) -> int:
+    def install(
+        self, slots: torch.Tensor, rows: torch.Tensor | Sequence[torch.Tensor], min_age: int = 0
+    ) -> int:
         count = super().install(slots, rows, min_age)
         self._log_slots(Kind.INSTALL, slots, min_age)
         return count

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_ess.tiers import HotCache, HotLayers, PlanBuffers
+from sglang_ess.tiers import HotCache, HotGroups, PlanBuffers
 from sglang_ess.tiers.balance import rebalance
 from sglang_ess.tiers.balance.ghost_cache import GhostCache
 from sglang_ess.tiers.balance.rebalance import Rebalancer, Schedule
@@ -23,7 +23,7 @@ class Stage:
         self.caches = [
             HotCache(None, EVEN, NUM_SLOTS, buffers, arena=arena) for _ in widths
         ]  # fmt: skip
-        self.arena, self.layers = arena, HotLayers(self.caches)
+        self.arena, self.layers = arena, HotGroups(self.caches)
         self.widths, self._random = list(widths), np.random.default_rng(0)
         self.rebalancer = Rebalancer(self.layers, schedule=schedule, rate=1.0, **options)
 

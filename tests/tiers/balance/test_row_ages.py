@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.layer_budgets import age_snapshot_of
-from sglang_ess.tiers import HotCache, HotLayers, PlanBuffers
+from sglang_ess.tiers import HotCache, HotGroups, PlanBuffers
 from sglang_ess.tiers.balance import rebalance
 from sglang_ess.tiers.balance.ghost_cache import GhostCache
 from sglang_ess.tiers.balance.rebalance import AgeRebalancer, AgeSchedule
@@ -28,7 +28,7 @@ class Stage:
     def __init__(self, exponents, min_rows=1):
         arena, buffers = HotArena(EVEN * len(exponents)), PlanBuffers()
         self.caches = [HotCache(None, EVEN, NUM_SLOTS, buffers, arena=arena) for _ in exponents]
-        self.layers = HotLayers(self.caches)
+        self.layers = HotGroups(self.caches)
         self.exponents, self._random = list(exponents), np.random.default_rng(0)
         self.rebalancer = AgeRebalancer(len(exponents), EVEN, NUM_SLOTS, min_rows, QUICK)
         self.found = []  # budgets

@@ -1,5 +1,8 @@
 """Moves hot rows between layers while they serve, to where they save the most misses.
 
+A layer here is an index group: its layers share one top-k. All groups of one rebalancer have as
+many layers, so that a row costs the same in each.
+
     watch (seed ghosts, warm up, count) -> budgets -> resize, a few layers a step -> rest -> ...
 
 Ghosts run only part of the time, which keeps their cost below 2 % of planning. Seeding or resizing
@@ -26,7 +29,7 @@ from sglang_ess.tiers.balance.ghost_cache import GhostCache, MissCurve
 from sglang_ess.tiers.balance.row_ages import age_curve
 from sglang_ess.tiers.contract import AgeSnapshot
 from sglang_ess.tiers.hot_cache import HotCache
-from sglang_ess.tiers.hot_layers import HotLayers
+from sglang_ess.tiers.hot_groups import HotGroups
 
 # Sampled slots of a host tier, and limits of the sampling rate. At a hot ratio of 0.2 that is about
 # 400 sampled rows, which estimates a layer's misses within a few per cent
@@ -99,7 +102,7 @@ class Schedule:
 class Rebalancer:
     """Measures the layers with ghosts and resizes them, a few in each step.
 
-    layers      hot tiers of one host tier, with hot rows for some of its slots, not for all
+    layers      hot tiers of one arena, with hot rows for some of the slots, not for all
     min_rows    rows that each layer keeps in any case: a query's top-k, attended in one pass
     rate        sampling rate of the ghosts
     budgets     of the last round that moved rows; curves: of the last round; None before
@@ -108,7 +111,7 @@ class Rebalancer:
 
     def __init__(
         self,
-        layers: HotLayers,
+        layers: HotGroups,
         min_rows: int = 1,
         schedule: Schedule | None = None,
         rate: float | None = None,
@@ -199,7 +202,7 @@ class Rebalancer:
         that shrinks most.
         """
         for _ in range(min(LAYERS_A_STEP, len(self._pending))):
-            takes = 0 < self._change(self._pending[-1]) <= self.layers.arena.spare
+            takes = 0 < self._change(self._pending[-1]) <= self.layers.spare
             cache = self._pending.pop(-1 if takes else 0)
             cache.resize(cache.num_rows + self._change(cache))
 

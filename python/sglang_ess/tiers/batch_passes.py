@@ -1,0 +1,38 @@
+"""Cuts a decode batch's top-k into parts that a hot tier on a device can always hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ess_kernels.plan import MAX_WIDTH
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The part of a batch's top-k that one plan resolves."""
+
+    queries: slice
+    columns: slice
+
+    @property
+    def lookups(self) -> int:
+        """Entries of the part."""
+        queries: int = self.queries.stop - self.queries.start
+        columns: int = self.columns.stop - self.columns.start
+        return queries * columns
+
+
+def passes(num_queries: int, width: int, num_rows: int, max_queries: int) -> list[Pass]:
+    """Cut a top-k [num_queries, width] into plans that num_rows hot rows can always hold.
+
+    max_queries: of one plan
+    A pass selects at most as many slots as it has lookups, so shapes alone decide. A query wider
+    than the tier is cut by columns; attention merges its parts by log-sum-exp.
+    """
+    columns = min(width, num_rows, MAX_WIDTH)
+    queries = 1 if columns < width else min(max_queries, num_rows // columns)
+    return [
+        Pass(slice(q, min(q + queries, num_queries)), slice(k, min(k + columns, width)))
+        for q in range(0, num_queries, queries)
+        for k in range(0, width, columns)
+    ]
