@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sglang_ess.sim.engine.fetches import TierFetches
 from sglang_ess.sim.model.decode_tiers import (
     PAGE_SLOTS,
     DecodeTiers,
@@ -14,6 +15,7 @@ from sglang_ess.sim.model.decode_tiers import (
 )
 from sglang_ess.sim.model.locality import Layers, Locality
 from sglang_ess.tiers import HotCache
+from sglang_ess.tiers.index_groups import IndexGroups
 
 K, CONTEXT = 64, 640
 SHAPE = Locality(K, CONTEXT, 0.0, Layers(0.25, (0.1, 0.1, 0.1), (60.0, 150.0, 400.0)))
@@ -92,6 +94,26 @@ def test_misses_by_request_add_up():
         2,
         3,
     }
+
+
+def test_a_group_is_planned_once_and_fetches_for_each_layer(monkeypatch):
+    plans, plan = [], HotCache.plan
+    monkeypatch.setattr(HotCache, "plan", lambda self, *a, **k: plans.append(self) or plan(
+        self, *a, **k))  # fmt: skip
+    sizes, each = (1, 3, 2), tiers(rows=150)
+    fetches = TierFetches(tiers(rows=150), IndexGroups(sizes))
+    for request in (1, 2):
+        each.join(request, CONTEXT, "recent")
+        fetches.join(request, CONTEXT, cold=False)
+    for _ in range(4):
+        plans.clear()
+        found, own = fetches.step(2), list(plans)
+        misses = each.step()
+        assert (found.misses == np.repeat(misses, sizes) / 2).all()
+        assert found.rows == (misses * sizes).sum() > 0
+        assert len({id(cache) for cache in own}) == 3 and len(plans) == 2 * len(own)
+    single = TierFetches(tiers(rows=150), 6)
+    assert single.step(1).misses.shape == (6,)
 
 
 def test_slots_come_back_and_their_rows_go():

@@ -137,5 +137,5 @@ def test_a_bad_file_is_refused_with_line_and_field(tmp_path, old, new, line, fie
 
 
 def test_an_unknown_name_lists_those_there_are():
-    with pytest.raises(SpecError, match=r"deepseek-v3.2, glm-5.1"):
+    with pytest.raises(SpecError, match=r"deepseek-v3.2, glm-5.1, glm-5.2"):
         Locality.load("no-such-model")

@@ -58,18 +58,31 @@ def test_hot_rows_fill_what_slots_leave_and_no_more_than_there_are():
     assert rows < paper.hot_rows(100, 32768)
 
 
-def test_ours_charges_what_the_gpu_pool_allocates():
-    context, batch, rows = 32768, 40, 64 * 1000
+@pytest.mark.parametrize("name", ["deepseek-v3.2", "glm-5.2", "hy4"])
+def test_ours_charges_what_the_gpu_pool_allocates(name):
+    """Where layers share a top-k: index keys, map and row states once an index group."""
+    context, batch, rows, model = 32768, 40, 64 * 1000, load("model", name)
     geometry = capacity.Geometry(
-        layers=61, row_bytes=656, index_bytes=61 * 132, topk=2048, context_tokens=context,
-        page_slots=64, tier=capacity.GPU_TIER,
+        layers=model.layers, row_bytes=656, index_bytes=len(model.groups) * 132, topk=2048,
+        context_tokens=context, page_slots=64, tier=capacity.GPU_TIER, groups=model.groups,
     )  # fmt: skip
-    found = Memory(MODEL, DEVICE_BYTES).device_used(batch, context, rows)
+    rank = Memory(model, DEVICE_BYTES)
+    found = rank.device_used(batch, context, rows)
     # Left out: pages of staging rows, layers' counters, reserved rows. Kilobytes.
     assert found == pytest.approx(geometry.device_bytes(batch * context, rows), abs=200e3)
     assert geometry.host_bytes(batch * context) == pytest.approx(
-        Memory(MODEL, DEVICE_BYTES).host_used(batch, context), rel=1e-4
+        rank.host_used(batch, context), rel=1e-4
     )
+
+
+def test_one_tier_of_glm_5_2_is_elided():
+    """51,168 B of rows and 2,772 B of index keys a token; at hot ratio 0.1 ESS holds 6.8 times."""
+    model = load("model", "glm-5.2")
+    plain = Memory(model, 32768 * 53940 * 10, charges=Charges.paper(model))
+    assert plain.resident_batch(32768) == 10
+    assert plain.max_batch(32768, 0.1) == 68  # 53940 / (2772 + 5117) = 6.84
+    ours = Charges.ours(model)
+    assert (ours.slot_bytes, ours.hot_row_bytes) == (2772 + 22 * 4, 51168 + 21 * 16 + 4)
 
 
 def test_the_constants_are_the_kernels():

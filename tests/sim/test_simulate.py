@@ -125,7 +125,9 @@ def test_the_list(capsys):
     assert status == 0
     for name in scenario_names():
         assert name in out
-    assert {"ess-paper-32k", "ess-paper-128k", "pd-h200", "thrash", "glm-5"} <= {*scenario_names()}
+    assert {"ess-paper-32k", "ess-paper-128k", "pd-h200", "thrash", "glm-5", "glm-5.2"} <= {
+        *scenario_names()
+    }
 
 
 # --- what is refused --------------------------------------------------------------------
@@ -242,6 +244,24 @@ def test_two_tiers_serve_more_than_one(name):
     else:
         assert ess.tokens_per_second > 1.1 * one_tier.tokens_per_second
         assert ess.batch_mean > 1.3 * one_tier.batch_mean
+
+
+def test_the_table_says_what_early_fetches_save(capsys):
+    """Of one step with the same misses: what layers wait for, and the whole of what they would."""
+    more = ("run.misses=400", "run.steps=6", "server.max_running=60")
+    settings = [word for setting in (*SHORT[2:], *more) for word in ("--set", setting)]
+    status, out, _ = run(capsys, "glm-5.2", *settings)
+    assert status == 0
+    lines = [line.split() for line in out.splitlines()]
+    waits, late = (
+        next(float(words[at]) for words in lines if words[:1] == [first])
+        for first, at in (("transfer", 1), ("without", 3))
+    )
+    assert 0 < waits < late
+    off = with_settings(read_scenario("glm-5.2"), [*more, "server.early_fetch=false"])
+    found = simulate.simulate(off)[0]
+    assert found.in_turn_seconds == pytest.approx(found.step_parts["transfer"])
+    assert 1000 * found.in_turn_seconds == pytest.approx(late, rel=0.1)
 
 
 def test_settings_are_typed(scenario):

@@ -32,20 +32,26 @@ def test_every_file_loads_and_says_where_each_number_is_from(kind, name):
 
 
 def test_the_files_that_users_are_told_of_are_there():
-    assert {"deepseek-v3.2", "glm-5"} <= set(names("models"))
+    assert {"deepseek-v3.2", "glm-5", "glm-5.2", "hy4"} <= set(names("models"))
     assert {"h100", "h200", "b200", "a100-40gb", "a100-80gb"} <= set(names("gpus"))
     assert {"pcie4", "pcie5", "nvlink-c2c"} <= set(names("links"))
     assert {"ess-paper-32k", "ess-paper-128k", "node-8"} <= set(names("deployments"))
 
 
 @pytest.mark.parametrize(
-    ("name", "total", "active"), [("deepseek-v3.2", 671e9, 37e9), ("glm-5", 744e9, 40e9)]
+    ("name", "total", "active"),
+    [
+        ("deepseek-v3.2", 671e9, 37e9),
+        ("glm-5", 744e9, 40e9),
+        ("glm-5.2", 744e9, 40e9),
+        ("hy4", 770e9, 49e9),
+    ],
 )
 def test_weights_add_up_to_the_published_parameters(name, total, active):
-    """671B, 37B active: DeepSeek-V3's report. 744B, 40B active: GLM-5's README."""
+    """671B, 37B active: DeepSeek-V3's report. 744B, 40B: GLM-5's README. 770B, 49B: Hy4's."""
     model = specs.load("model", name)
     moe = model.layers - model.dense_layers
-    rest = model.layers * (model.projection_weights + model.indexer_weights)
+    rest = model.layers * model.projection_weights + len(model.groups) * model.indexer_weights
     rest += model.dense_layers * model.dense_weights + 2 * model.vocabulary * model.hidden
 
     def weights(experts):
@@ -53,6 +59,54 @@ def test_weights_add_up_to_the_published_parameters(name, total, active):
 
     assert weights(model.experts) == pytest.approx(total, rel=0.01)
     assert weights(model.experts_per_token) == pytest.approx(active, rel=0.07)
+
+
+def test_glm_5_2_selects_where_sglang_says():
+    """SGLang's own rule on GLM-5.2's config values, and transformers' list of the layers."""
+    from sglang.srt.configs.model_config import dsa_layer_skips_topk
+    from transformers import GlmMoeDsaConfig
+
+    config = GlmMoeDsaConfig(index_topk_freq=4, index_skip_topk_offset=3)
+    config.architectures = ["GlmMoeDsaForCausalLM"]
+    model = specs.load("model", "glm-5.2")
+    firsts = [i for i, kind in enumerate(config.indexer_types) if kind == "full"]
+    assert firsts == [0, 1, 2, *range(6, 75, 4)] == list(model.groups.firsts)
+    assert firsts == [i for i in range(78) if not dsa_layer_skips_topk(config, i)]
+
+
+def test_hy4_selects_where_sglang_says():
+    from sglang.srt.configs.hy_v4 import HYV4Config
+
+    kinds = HYV4Config(num_hidden_layers=78).indexer_types
+    firsts = [i for i, kind in enumerate(kinds) if kind == "full"]
+    assert firsts == list(specs.load("model", "hy4").groups.firsts)
+
+
+def test_layers_that_share_have_no_index_keys():
+    model = specs.load("model", "glm-5.2")
+    assert (model.all_row_bytes, model.all_index_bytes) == (51168, 2772)
+    assert model.all_row_bytes + model.all_index_bytes == 53940  # as vLLM measured: recipes 893
+    each = specs.load("model", "glm-5")
+    assert (each.all_row_bytes, each.all_index_bytes) == (51168, 10296)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ("[1, 4]", "is refused: index_groups must add up to layers: got 5, layers 78."),
+        ("[0, 78]", "index_groups must be 1 or more: got (0, 78)."),
+        ("[]", "is refused: index_groups must add up to layers: got 0, layers 78."),
+        ("4", "index_groups must be a list: got 4."),
+        ("[1.5]", "index_groups[0] must be a whole number: got 1.5."),
+    ],
+)
+def test_bad_index_groups_are_one_line(tmp_path, groups, message):
+    path = tmp_path / "model.toml"
+    text = find("models", "glm-5.2").read_text()
+    path.write_text(re.sub(r"index_groups = .*", f"index_groups = {groups}", text))
+    with pytest.raises(SpecError) as error:
+        specs.load("model", path)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     per_token = "mean time between two tokens of a request: step time / accepted tokens"
     add("--itl-ms", type=float, required=True, metavar="MS", help=per_token)
     add("--overlap", choices=("auto", "da", "dba", "off"), help="of fetches with compute [auto]")
+    add(
+        "--no-early-fetch", action="store_true",
+        help="fetch each layer's rows in its turn, also in models whose layers share a top-k",
+    )  # fmt: skip
     budgets = "auto: as if a GPU's server gave layers different hot rows, which it does not yet"
     add("--layer-budgets", choices=("auto", "uniform"), default="uniform", help=budgets)
     profiles = f"{', '.join(names('localities'))}, a .toml file, or what --ess-trace wrote"
@@ -154,6 +158,8 @@ def _deployment(options: argparse.Namespace) -> Deployment:
     for name in ("host_gib", "kv_gib", "overlap"):
         if getattr(options, name) is not None:
             values[name] = getattr(options, name)
+    if options.no_early_fetch:
+        values["early_fetch"] = False
     return changed(found, **values)
 
 
@@ -179,7 +185,7 @@ def misses_of(
             raise SpecError(f"--locality must be {known}, a .toml file or a trace: got {chosen}.")
         trace = read_trace(Path(chosen))
         return MissTable.from_trace(
-            trace, model.layers, question.context, queries, bar("replaying", 0)
+            trace, model.groups, question.context, queries, bar("replaying", 0)
         )
     locality = Locality.load(chosen)
     if locality.topk != model.topk:
@@ -188,16 +194,16 @@ def misses_of(
         )
     done = bar("measuring misses", LAYERS * REQUESTS)
     return MissTable.from_profile(
-        locality, model.layers, question.context, queries, seed=options.seed,
+        locality, model.groups, question.context, queries, seed=options.seed,
         progress=lambda: done(1),
     )  # fmt: skip
 
 
 def _profile(name: str, model: Model) -> str:
-    """Name the model's own profile, one of its family, or the first with as many layers."""
+    """Name the model's own profile, one of its family, or the first of as many index groups."""
     known = names("localities")
     family = [other for other in known if other.split("-")[0] == name.split("-")[0]]
-    alike = [other for other in known if Locality.load(other).num_layers == model.layers]
+    alike = [other for other in known if Locality.load(other).num_layers == len(model.groups)]
     return name if name in known else (family or alike or known)[0]
 
 
@@ -233,11 +239,10 @@ def flags(question: Question, answer: Answer) -> list[str]:
     overlap = deployment.overlap if deployment.overlap in ("da", "dba", "off") else "auto"
     # One GiB more, because the pool also counts a page of padding.
     host_gib = min(math.ceil(advice.host_gib) + 1, deployment.host_gib)
-    step_ms = question.itl_seconds * 1000 * deployment.accepted_tokens
     return [
         "--ess-hot-gib", f"{advice.hot_gib:.2f}",
         "--ess-host-gib", f"{host_gib:g}",
-        "--ess-itl-ms", f"{step_ms:.1f}",
+        "--ess-itl-ms", f"{question.itl_seconds * 1000:g}",
         "--ess-overlap", overlap,
         "--ess-layer-budgets", "auto" if advice.budgets else "uniform",
         "--cuda-graph-max-bs-decode", str(advice.batch),
@@ -272,6 +277,8 @@ def lines(answer: Answer) -> Iterator[tuple[str, ...]]:
     yield row("ITL, ms", lambda p: f"{p.itl_ms:.1f}")
     yield row("decode step, ms", lambda p: f"{p.step_ms:.1f}")
     yield row("  waiting for rows, ms", lambda p: f"{p.parts['transfer']:.1f}")
+    if any(p.in_turn_ms > p.parts["transfer"] for p in found):
+        yield row("    without early fetches", lambda p: f"{p.in_turn_ms:.1f}")
     yield row("hot rows a layer", lambda p: f"{p.hot_rows:,}")
     yield row("  for each request", lambda p: f"{p.hot_rows / p.batch:,.0f}")
     yield row("  of the slots", lambda p: f"{p.ratio:.2f}")

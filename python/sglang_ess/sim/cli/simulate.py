@@ -151,6 +151,9 @@ def lines(results: Sequence[Results]) -> Iterator[tuple[str, ...]]:
     for part in sorted({part for result in results for part in result.step_parts}):
         cells = (f"{1000 * result.step_parts.get(part, 0.0):.1f}" for result in results)
         yield (f"  {part}", *cells)
+        late = [1000 * (r.in_turn_seconds - r.step_parts.get(part, 0.0)) for r in results]
+        if part == "transfer" and max(late) > 0:
+            yield row("    without early fetches", lambda r: f"{1000 * r.in_turn_seconds:.1f}")
     yield row("misses a request and layer", lambda r: f"{r.misses:.1f}")
     yield row("hit rate", lambda r: f"{r.hit_rate:.3f}")
     yield row("link in use", lambda r: f"{r.link_utilisation:.1%}")

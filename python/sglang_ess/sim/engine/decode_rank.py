@@ -54,6 +54,7 @@ class Round:
     requests [n] int64: the batch, empty for prompts; tokens [n] int64: that each request gains
     seconds  of this rank alone, the sum of parts
     rows     fetched rows; misses: mean per request and layer
+    in_turn  the part `transfer` without early fetches, as in StepTime
     """
 
     requests: np.ndarray
@@ -62,6 +63,7 @@ class Round:
     parts: dict[str, float]
     rows: int = 0
     misses: float = 0.0
+    in_turn: float = 0.0
 
 
 def acceptance_probability(queries: int, accepted: float) -> float:
@@ -305,7 +307,8 @@ class DecodeRank:
                 accepted=float(tokens.mean()),
             )  # fmt: skip
         misses = float(fetched.misses.mean())
-        return Round(batch, tokens, time.seconds, dict(time.parts), fetched.rows, misses)
+        parts = dict(time.parts)
+        return Round(batch, tokens, time.seconds, parts, fetched.rows, misses, time.in_turn)
 
     def _accepted(self, count: int) -> np.ndarray:
         """Draw the tokens [count] int64 that a step keeps. A rejected draft ends the row."""

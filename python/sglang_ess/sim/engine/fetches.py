@@ -14,6 +14,7 @@ import numpy as np
 
 from sglang_ess.admission.feed import Totals
 from sglang_ess.sim.model.decode_tiers import DecodeTiers
+from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.tiers.topk_sample import SAMPLES
 
 
@@ -75,18 +76,23 @@ class ConstantFetches:
 
 
 class TierFetches:
-    """Production hot tiers of sampled layers, each of which stands for equally many layers.
+    """Production hot tiers of sampled layers, each of which stands for equally many index groups.
 
-    tiers       DecodeTiers with a shared hot tier
-    num_layers  layers of the model
-    accepted    mean tokens by which a request grows in a step
+    A group is planned once. Each of its layers fetches the missed rows.
+
+    tiers     DecodeTiers with a shared hot tier
+    groups    the model's index groups, or its number of layers if each is one
+    accepted  mean tokens by which a request grows in a step
     """
 
-    def __init__(self, tiers: DecodeTiers, num_layers: int, accepted: float = 1.0):
+    def __init__(self, tiers: DecodeTiers, groups: IndexGroups | int, accepted: float = 1.0):
+        if isinstance(groups, int):
+            groups = IndexGroups.single(groups)
         self._tiers, self._accepted, self._steps = tiers, accepted, 0
         self.sample_layers = len(tiers.layers)
-        self._scale = num_layers / self.sample_layers
-        self._sample_of = np.arange(num_layers) * self.sample_layers // num_layers
+        samples = np.arange(len(groups)) * self.sample_layers // len(groups)
+        self._sample_of = np.repeat(samples, groups.sizes)  # of each layer of the model
+        self._scale = groups.layers / self.sample_layers
         self.totals = Totals()
 
     def join(self, request: int, tokens: int, cold: bool) -> None:

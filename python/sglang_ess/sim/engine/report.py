@@ -68,6 +68,7 @@ class Results:
     batch_mean      weighted by time; misses: per request, layer and step
     hit_rate        hits / looked-up rows; link_utilisation: fetched bytes / (time x gather rate)
     step_seconds    mean of a decode step; step_parts: its parts by name
+    in_turn_seconds the part `transfer`, if no fetch were issued before its layer's turn
     prefill_share   share of a decode rank's time that went into prompts (colocated)
     retractions     for lack of slots; preempted: by the admission
     deferred        rounds in which the admission kept the queue's head out, by reason
@@ -104,6 +105,7 @@ class Results:
     hot_rows: int
     host_gib: float
     peak_host_gib: float
+    in_turn_seconds: float
     series: Series = field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -149,7 +151,7 @@ class StepLog:
         self._gaps: list[np.ndarray] = []
         self._gap_counts: list[np.ndarray] = []
         self._parts: dict[str, float] = {}
-        self._prefill_seconds = 0.0
+        self._prefill_seconds = self._in_turn = 0.0
         self.tokens = self.rows = self.lookups = 0
 
     def add(self, rank: int, now: float, done: Any, seconds: float, waiting: int) -> None:
@@ -164,6 +166,7 @@ class StepLog:
         waited = seconds - done.seconds  # for slower ranks of its group
         for name, part in (*done.parts.items(), *([("wait", waited)] if waited > 0 else [])):
             self._parts[name] = self._parts.get(name, 0.0) + part
+        self._in_turn += done.in_turn
         self._steps.append((now, rank, len(batch), waiting, done.misses, seconds))
         since = table.last_token[batch]
         later = np.isfinite(since)
@@ -250,5 +253,6 @@ class StepLog:
             hot_rows=rank_facts.hot_rows,
             host_gib=rank_facts.slots * row_gib,
             peak_host_gib=max((rank.slots.peak for rank in ranks), default=0) * row_gib,
+            in_turn_seconds=self._in_turn / steps if steps else 0.0,
             series=series,
         )

@@ -40,6 +40,7 @@ def deployment_of(scenario: Scenario) -> Deployment:
         "kv_gib": scenario.memory.kv_gib,
         "host_gib": scenario.memory.host_gib,
         "overlap": scenario.server.overlap,
+        "early_fetch": scenario.server.early_fetch,
     }
     given = {name: value for name, value in own.items() if value is not None}
     return changed(deployment, **given)
@@ -65,10 +66,10 @@ def room_of(scenario: Scenario, system: str, model: Model, memory: Memory, longe
 
     Raises: SpecError if the slots or a top-k of hot rows do not fit.
     """
-    row_bytes, asked = model.layers * model.row_bytes, scenario.memory
+    row_bytes, asked = model.all_row_bytes, scenario.memory
     longest = whole_pages(longest)
     if system == ONE_TIER:
-        most = memory.device_bytes // (row_bytes + model.layers * model.index_bytes)
+        most = memory.device_bytes // (row_bytes + model.all_index_bytes)
         slots = int(most) // PAGE_SLOTS * PAGE_SLOTS
         return Room(slots, slots)
     on_host = memory.host_bytes // row_bytes
@@ -190,8 +191,9 @@ class Simulation:
         return DecodeRank(limits, requests, self._cost, fetches, gate, rng)
 
     def _fetches(self, seed: int) -> Fetches:
-        run, layers = self.scenario.run, self._model.layers
+        run = self.scenario.run
         if self.system == ONE_TIER or run.misses is not None or not len(self._workload):
+            layers = self._model.layers
             return ConstantFetches(layers, 0.0 if self.system == ONE_TIER else run.misses or 0.0)
         locality = Locality.load(self.scenario.locality)
         if locality.topk != self._model.topk:
@@ -207,7 +209,7 @@ class Simulation:
             queries=self._deployment.queries,
             seed=seed,
         )
-        return TierFetches(tiers, layers, self._deployment.accepted_tokens)
+        return TierFetches(tiers, self._model.groups, self._deployment.accepted_tokens)
 
     def _gate(self, fetches: Fetches) -> AdmissionGate:
         model, server = self._model, self.scenario.server

@@ -51,6 +51,7 @@ class ServerSettings(Checked):
     itl_ms          target of the admission
     warmup          prefill sends the ids of the rows that the prompt's end selected
     overlap         of fetches and compute
+    early_fetch     fetch the rows of an index group's later layers behind the layers before
     """
 
     mode: str = spec(choices=MODES, default=PD)
@@ -62,6 +63,7 @@ class ServerSettings(Checked):
     itl_ms: float | None = spec(POSITIVE, default=None)
     warmup: bool = True
     overlap: str | None = spec(choices=OVERLAPS, default=None)
+    early_fetch: bool | None = spec(default=None)
 
 
 @dataclass(frozen=True)

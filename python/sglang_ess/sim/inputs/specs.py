@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from sglang_ess.sim.inputs.files import (
     read,
     spec,
 )
+from sglang_ess.tiers.index_groups import IndexGroups
 
 __all__ = [
     "Calibration", "Deployment", "Gpu", "Link", "Model", "SpecError", "from_kernels", "load",
@@ -41,8 +43,11 @@ class Model(Checked):
     """A model with MLA and sparse attention, as its config.json describes it.
 
     row_bytes     latent row of one token in one layer
-    index_bytes   index key of one token in one layer
+    index_bytes   index key of one token in one layer that selects
     weight_bytes  one weight of the projections and experts
+    gated         a gate as wide as all heads' values multiplies attention's output
+    index_groups  layers of each index group: its first layer selects, the others read the same
+                  rows; left out: each layer selects. See `groups`.
     """
 
     layers: int = spec(AT_LEAST_ONE)
@@ -67,9 +72,16 @@ class Model(Checked):
     row_bytes: int = spec(AT_LEAST_ONE)
     index_bytes: int = spec(AT_LEAST_ONE)
     weight_bytes: float = spec(POSITIVE)
+    gated: bool = spec(default=False)
+    index_groups: tuple[int, ...] | None = spec(AT_LEAST_ONE, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.index_groups is not None and sum(self.index_groups) != self.layers:
+            raise ValueError(
+                f"index_groups must add up to layers: got {sum(self.index_groups)}, layers "
+                f"{self.layers}."
+            )
         if self.dense_layers > self.layers:
             raise ValueError(f"dense_layers must be at most layers: got {self.dense_layers}.")
         if self.experts_per_token > self.experts:
@@ -77,13 +89,31 @@ class Model(Checked):
                 f"experts_per_token must be at most experts: got {self.experts_per_token}."
             )
 
+    @cached_property
+    def groups(self) -> IndexGroups:
+        """The index groups. A hot tier, its map and its plan belong to a group."""
+        if self.index_groups is None:
+            return IndexGroups.single(self.layers)
+        return IndexGroups(self.index_groups)
+
+    @property
+    def all_row_bytes(self) -> int:
+        """Latent rows of one token in every layer."""
+        return self.layers * self.row_bytes
+
+    @property
+    def all_index_bytes(self) -> int:
+        """Index keys of one token: those of the layers that select."""
+        return len(self.groups) * self.index_bytes
+
     @property
     def projection_weights(self) -> int:
         """Weights of one layer's attention, without the indexer."""
         queries = self.hidden + self.heads * (self.nope_dim + self.rope_dim)
         latent = self.hidden * (self.kv_lora_rank + self.rope_dim)
         up = self.kv_lora_rank * self.heads * (self.nope_dim + self.v_dim)
-        return self.q_lora_rank * queries + latent + up + self.heads * self.v_dim * self.hidden
+        output = self.heads * self.v_dim * self.hidden
+        return self.q_lora_rank * queries + latent + up + output * (2 if self.gated else 1)
 
     @property
     def indexer_weights(self) -> int:
@@ -185,6 +215,8 @@ class Deployment(Checked):
     accepted_tokens  mean tokens that a request gains in one step
     overlap          of fetches and compute. layerwise: DA or DBA, the cheaper in each layer;
                      auto: also off; halves: also behind the other half of two-batch overlap
+    early_fetch      the rows of an index group's later layers are fetched behind the layers
+                     before them, as soon as the group is planned; false: each layer's in its turn
     decode_ranks     of the whole deployment, each with tensor_parallel GPUs
     expert_gpus      GPUs over which the experts are spread
     network_gb_s     rate of dispatch and combine, of one GPU
@@ -217,6 +249,7 @@ class Deployment(Checked):
     hand_off_us: float = spec(NOT_NEGATIVE)
     calibration: str = spec()
     kv_gib: float | None = spec(POSITIVE, default=None)
+    early_fetch: bool = spec(default=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,6 +11,9 @@ layer, for a micro-batch of n requests with q queries each:
     communication                   dispatch and combine: network_us + bytes / network_gb_s
     transfer                        the exposed part of plan and fetch, see overlap_time.py
 
+In an index group only the first layer has an indexer and is planned. The fetches of the others are
+issued with the first one's, unless the deployment says early_fetch = false.
+
 Two-batch overlap runs two micro-batches, each of which hides its communication behind the other's
 compute. A layer then takes 2 x max(compute, communication), and reads its weights twice. Without
 it a layer takes compute + communication. The model takes the write-back of new rows (0.3 ms in
@@ -19,6 +22,7 @@ the largest step of ESS) as hidden.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +31,14 @@ from typing import Any
 import numpy as np
 
 from sglang_ess.sim.inputs.specs import Calibration, Deployment, Gpu, Link, Model, load
-from sglang_ess.sim.model.overlap_time import HALVES, Window, beside_other_half, cheapest
+from sglang_ess.sim.model.overlap_time import (
+    HALVES,
+    Window,
+    beside_other_half,
+    cheapest,
+    grouped,
+    sharing,
+)
 
 GB, TERA, MICRO = 1e9, 1e12, 1e-6
 BF16_BYTES = 2
@@ -42,10 +53,14 @@ Misses = float | np.ndarray  # rows per request, layer and step: one figure or [
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one decode step, and its parts by name, which sum to it."""
+    """Seconds of one decode step, and its parts by name, which sum to it.
+
+    in_turn  the part `transfer`, if each layer's rows were fetched in its turn (no early fetch)
+    """
 
     seconds: float
     parts: Mapping[str, float]
+    in_turn: float = 0.0
 
 
 class CostModel:
@@ -71,6 +86,15 @@ class CostModel:
                 f"tensor_parallel must divide heads: got {deployment.tensor_parallel}, heads "
                 f"{model.heads}."
             )
+        self._selects = np.zeros(model.layers, bool)
+        self._selects[list(model.groups.firsts)] = True
+        is_dense = np.arange(model.layers) < model.dense_layers
+        # (dense, selects, layers): layers of one kind take the same time.
+        self._kinds: list[tuple[bool, bool, np.ndarray]] = []
+        for dense, selects in itertools.product((True, False), (True, False)):
+            layers = np.flatnonzero((is_dense == dense) & (self._selects == selects))
+            if len(layers):
+                self._kinds.append((dense, selects, layers))
 
     def step(self, batch: float, context_tokens: float, misses: Misses = 0.0) -> StepTime:
         """Time one decode step of `batch` requests of context_tokens each.
@@ -82,14 +106,13 @@ class CostModel:
             raise ValueError(f"batch must be 1 or more: got {batch}.")
         halves = 2 if self.deployment.two_batch_overlap and batch >= 2 else 1
         size, queries = batch / halves, self.deployment.queries
-        transfer = self.transfer(size, context_tokens, misses)
+        transfer = self.transfer(size, context_tokens, misses, halves)
         beside = halves == 2 and self.deployment.overlap == HALVES and transfer.any()
         parts = dict.fromkeys(("communication", "transfer"), 0.0)
-        first_moe = self.model.dense_layers
-        for dense, layers in ((True, slice(0, first_moe)), (False, slice(first_moe, None))):
-            compute = self.compute(size, queries, context_tokens, dense)
+        for dense, selects, layers in self._kinds:
+            compute = self.compute(size, queries, context_tokens, dense, selects)
             for name, seconds in compute.items():
-                parts[name] = parts.get(name, 0.0) + halves * len(transfer[layers]) * seconds
+                parts[name] = parts.get(name, 0.0) + halves * len(layers) * seconds
             total, talk = sum(compute.values()), self.communication(size * queries, dense)
             waits = transfer[layers]
             if beside:
@@ -102,20 +125,24 @@ class CostModel:
                 exposed = np.full(len(waits), talk)
             parts["transfer"] += halves * float(waits.sum())
             parts["communication"] += halves * float(exposed.sum())
+        in_turn = parts["transfer"]
+        if self._issues_early and not beside:
+            in_turn = halves * float(self._in_turn(size, context_tokens, misses).sum())
         parts["draft"] = (queries - 1) * self._draft_seconds(batch, context_tokens)
         parts["head"] = self._head_seconds(batch * queries)
         parts["step"] = self.calibration.step_us * MICRO
-        return StepTime(sum(parts.values()), parts)
+        return StepTime(sum(parts.values()), parts, in_turn)
 
     def compute(
-        self, requests: float, queries: int, context_tokens: float, dense: bool = False
-    ) -> dict[str, float]:
+        self, requests: float, queries: int, context_tokens: float, dense: bool = False,
+        selects: bool = True,
+    ) -> dict[str, float]:  # fmt: skip
         """Seconds of one layer's parts for a micro-batch, without fetches and communication."""
         model, tensor = self.model, self.deployment.tensor_parallel
         tokens = requests * queries
         return {
             "projections": self._matrices(model.projection_weights / tensor, tokens),
-            "indexer": self.indexer(requests, queries, context_tokens),
+            "indexer": self.indexer(requests, queries, context_tokens) if selects else 0.0,
             "attention": self.attention(tokens, context_tokens),
             "experts": self._dense(tokens) if dense else self._experts(tokens),
             "elementwise": self.calibration.token_bytes * tokens / self._hbm,
@@ -139,21 +166,59 @@ class CostModel:
         flops = tokens * rows * self.model.attention_flops / self.deployment.tensor_parallel
         return flops / (self.gpu.attention_tflops * TERA)
 
-    def transfer(self, requests: float, context_tokens: float, misses: Misses) -> np.ndarray:
-        """Return [layers] seconds that a micro-batch waits for its missed rows."""
+    def transfer(
+        self, requests: float, context_tokens: float, misses: Misses, halves: int = 1
+    ) -> np.ndarray:
+        """Return [layers] seconds that a micro-batch waits for its missed rows.
+
+        halves: 2 if another micro-batch runs in turns with it
+        """
+        each = self._per_layer(misses)
+        if not self._issues_early:
+            return self._in_turn(requests, context_tokens, each)
+        return grouped(
+            self.deployment.overlap, self.model.groups,
+            *self._fetches(requests, context_tokens, each),
+            self._without_indexer(requests, context_tokens, halves),
+        )  # fmt: skip
+
+    @property
+    def _issues_early(self) -> bool:
+        """Whether fetches are issued before their layer's turn. `halves` does not model that."""
+        shares = len(self.model.groups) < self.model.layers
+        return shares and self.deployment.early_fetch and self.deployment.overlap != HALVES
+
+    def _in_turn(self, requests: float, context_tokens: float, misses: Misses) -> np.ndarray:
+        """Return [layers] seconds that a micro-batch waits if each layer issues its own fetch."""
         each = self._per_layer(misses)
         if not each.any() and not self.calibration.plan_us:
             return np.zeros(len(each))
         choice = self.deployment.overlap
-        return cheapest(
-            "layerwise" if choice == HALVES else choice,
-            *self._fetches(requests, context_tokens, each),
-        )
+        choice = "layerwise" if choice == HALVES else choice
+        fetch, share, window = self._fetches(requests, context_tokens, each)
+        waits = cheapest(choice, fetch, share, window)
+        if self._selects.all():
+            return waits
+        return np.where(self._selects, waits, cheapest(choice, fetch, share, sharing(window)))
+
+    def _without_indexer(self, requests: float, context_tokens: float, halves: int) -> np.ndarray:
+        """Return [layers] seconds of a micro-batch in a layer, without its indexer and fetch.
+
+        Two halves take turns on the link as they do on the GPU, so one is alone in half the time.
+        """
+        queries = self.deployment.queries
+        seconds = np.zeros(self.model.layers)
+        for dense, _, layers in self._kinds:
+            total = sum(self.compute(requests, queries, context_tokens, dense, False).values())
+            talk = self.communication(requests * queries, dense)
+            seconds[layers] = max(total, talk) if halves == 2 else total + talk
+        return seconds
 
     def _fetches(
         self, requests: float, context_tokens: float, misses: Misses
     ) -> tuple[np.ndarray, np.ndarray, Window]:
-        """([layers] seconds of copies, [layers] missed shares, the window) of a micro-batch."""
+        """([layers] seconds of plan and copies, [layers] missed shares, the window) of a
+        micro-batch. The window is that of a layer that selects."""
         each, calibration = self._per_layer(misses), self.calibration
         queries = self.deployment.queries
         merge = self._merge_seconds(requests * queries)
@@ -167,8 +232,8 @@ class CostModel:
         )
         selected = queries * min(self.model.topk, context_tokens)
         share = np.minimum(1.0, each / selected)
-        fetch = calibration.plan_us * MICRO + self.fetch_seconds(requests * each)
-        return fetch, share, window
+        plans = np.where(self._selects, calibration.plan_us * MICRO, 0.0)
+        return plans + self.fetch_seconds(requests * each), share, window
 
     def fetch_seconds(self, rows: Any) -> Any:
         """Seconds that the link takes for scattered rows (number or array)."""
@@ -200,14 +265,15 @@ class CostModel:
         model, calibration = self.model, self.calibration
         moe = (model.experts_per_token + model.shared_experts) * model.expert_weights
         moe_layers = model.layers - model.dense_layers
-        weights = model.layers * (model.projection_weights + model.indexer_weights)
+        selecting = len(model.groups)
+        weights = model.layers * model.projection_weights + selecting * model.indexer_weights
         weights += model.dense_layers * model.dense_weights + moe_layers * moe
         seconds = 2 * weights * tokens / (self._matmul * calibration.prefill_share)
         end, short = prefix_tokens + tokens, model.topk
         rows = _selected_before(end, short) - _selected_before(prefix_tokens, short)
         attention = model.layers * rows * model.attention_flops
         seconds += attention / (self.gpu.prefill_tflops * TERA)
-        pairs = model.layers * (end**2 - prefix_tokens**2) / 2
+        pairs = selecting * (end**2 - prefix_tokens**2) / 2
         seconds += pairs * model.index_flops / (self._matmul * calibration.roofline_share)
         launches = model.layers * calibration.layer_us * MICRO if tokens else 0.0
         return seconds / self.deployment.prefill_gpus + launches
@@ -215,7 +281,7 @@ class CostModel:
     def hand_off_seconds(self, tokens: float) -> float:
         """Seconds to send a request's latent rows and index keys to its decode rank."""
         model, deployment = self.model, self.deployment
-        num_bytes = tokens * model.layers * (model.row_bytes + model.index_bytes)
+        num_bytes = tokens * (model.all_row_bytes + model.all_index_bytes)
         return deployment.hand_off_us * MICRO + num_bytes / (deployment.hand_off_gb_s * GB)
 
     # --- parts --------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from sglang_ess.sim.inputs.specs import Deployment, Gpu, Model
 from sglang_ess.sim.model.cost import HEAD_WEIGHT_BYTES
 from sglang_ess.tiers.throttled_link import probe_bytes
 
-ROW_STATE_BYTES = 16  # of a hot row in one layer (ess_kernels.hot_state)
-ROW_ORDER_BYTES = 4  # of a hot row, once for all layers (ess_kernels.rebuild_order)
+ROW_STATE_BYTES = 16  # of a hot row in one index group (ess_kernels.hot_state)
+ROW_ORDER_BYTES = 4  # of a hot row, once for all groups (ess_kernels.rebuild_order)
 ORDER_BYTES = 262_148  # of the same buffers, for any number of rows
 PLAN_BYTES_PER_LOOKUP = 20
 
@@ -28,7 +28,7 @@ class Charges:
     """Device bytes that the KV pool charges.
 
     slot_bytes         for each slot; slots come in pages of page_slots
-    hot_row_bytes      for one hot row in every layer
+    hot_row_bytes      for one hot row in every layer, with its state in every index group
     staging_row_bytes  for each token of the longest request
     fixed_bytes        for any size
     """
@@ -42,15 +42,16 @@ class Charges:
     @classmethod
     def paper(cls, model: Model) -> Charges:
         """As ESS counts: rows and index keys alone."""
-        return cls(model.layers * model.index_bytes, model.layers * model.row_bytes, 0, 0, 1)
+        return cls(model.all_index_bytes, model.all_row_bytes, 0, 0, 1)
 
     @classmethod
     def ours(cls, model: Model) -> Charges:
-        """As the GPU pool allocates."""
+        """As the GPU pool allocates: a map and row states for each index group."""
+        groups = len(model.groups)
         plans = PLAN_QUERIES_CUDA * model.topk * PLAN_BYTES_PER_LOOKUP
         return cls(
-            slot_bytes=model.layers * model.index_bytes + (model.layers + 1) * MAP_BYTES,
-            hot_row_bytes=model.layers * (model.row_bytes + ROW_STATE_BYTES) + ROW_ORDER_BYTES,
+            slot_bytes=model.all_index_bytes + (groups + 1) * MAP_BYTES,
+            hot_row_bytes=model.all_row_bytes + groups * ROW_STATE_BYTES + ROW_ORDER_BYTES,
             staging_row_bytes=STAGING_BUFFERS * model.row_bytes,
             fixed_bytes=plans + ORDER_BYTES + probe_bytes(model.row_bytes),
             page_slots=PAGE_SLOTS,
@@ -88,7 +89,7 @@ class Memory:
 
     def host_used(self, batch: float, context: float) -> float:
         """Host bytes of the latent rows."""
-        return self.slots(batch, context) * self.model.layers * self.model.row_bytes
+        return self.slots(batch, context) * self.model.all_row_bytes
 
     def hot_rows(self, batch: float, context: float) -> int:
         """Hot rows of a layer that fit together with the slots of the batch; 0 if none fit."""
@@ -101,7 +102,7 @@ class Memory:
 
     def resident_batch(self, context: float) -> int:
         """Requests that fit one-tier: every row on the device, no maps."""
-        row = self.model.layers * (self.model.row_bytes + self.model.index_bytes)
+        row = self.model.all_row_bytes + self.model.all_index_bytes
         return int(self.device_bytes // (self.slots(1, context) * row))
 
     def max_batch(self, context: float, ratio: float = 0.0) -> int:
@@ -131,7 +132,8 @@ def weight_bytes(model: Model, deployment: Deployment) -> float:
     """
     tensor = deployment.tensor_parallel
     moe = model.layers - model.dense_layers
-    attention = model.layers * (model.projection_weights / tensor + model.indexer_weights)
+    indexers = len(model.groups) * model.indexer_weights
+    attention = model.layers * model.projection_weights / tensor + indexers
     dense = model.dense_layers * model.dense_weights / tensor
     shared = moe * model.shared_experts * model.expert_weights
     routed = moe * model.experts / deployment.expert_gpus * model.expert_weights

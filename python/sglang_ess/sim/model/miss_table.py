@@ -17,9 +17,10 @@ from sglang_ess.sim.model.locality import Locality
 from sglang_ess.sim.model.trace_replay import SCALES, curve, layer_curves
 from sglang_ess.tiers.balance.budgets import allot
 from sglang_ess.tiers.balance.ghost_cache import MissCurve
+from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.trace.trace import Kind, Trace
 
-LAYERS = 12  # measured layers, which stand for all
+LAYERS = 12  # measured layers of the profile, which stand for all
 STEPS, SETTLE, REQUESTS = 24, 8, 2
 # Sizes at which misses are measured, as multiples of top-k.
 SIZES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0)
@@ -32,17 +33,19 @@ class MissTable:
     """Misses of one request by its hot rows.
 
     context  tokens of a request; with that many rows or more nothing misses
-    curves   one for each layer of the model: hot rows of a request -> misses a step
+    curves   one for each index group: hot rows of a request -> misses a step in each of its layers
+    groups   the model's index groups; None: each layer is one
     """
 
     context: int
     curves: tuple[MissCurve, ...]
+    groups: IndexGroups | None = None
 
     @classmethod
     def from_profile(
         cls,
         locality: Locality,
-        layers: int,
+        layers: int | IndexGroups,
         context: int,
         queries: int,
         *,
@@ -52,8 +55,10 @@ class MissTable:
     ) -> MissTable:
         """Measure `sampled` layers of the profile; each stands for several of the model's.
 
+        layers: of the model, or its index groups: then a layer of the profile stands for groups
         progress: called REQUESTS times for each sampled layer
         """
+        groups = IndexGroups.single(layers) if isinstance(layers, int) else layers
         chosen = locality.spread(sampled)
         sizes = [int(share * locality.topk) for share in SIZES]
         sizes = [rows for rows in sizes if rows < context]
@@ -72,20 +77,26 @@ class MissTable:
             MissCurve(rows, tuple(line.tolist()), queries * locality.topk, most, STEPS * REQUESTS)
             for line in points
         ]
-        return cls(context, tuple(measured[i] for i in _stands_for(locality, chosen, layers)))
+        curves = tuple(measured[i] for i in _stands_for(locality, chosen, len(groups)))
+        return cls(context, curves, groups)
 
     @classmethod
     def from_trace(
-        cls, trace: Trace, layers: int, context: int, queries: int,
+        cls, trace: Trace, layers: int | IndexGroups, context: int, queries: int,
         progress: Callable[[int], object] = lambda _: None,
     ) -> MissTable:  # fmt: skip
         """Replay a trace at several sizes. It has (queries of a step) / `queries` requests.
 
         progress: called with bytes read
+        layers: of the model, or its index groups, for which a trace has one layer each
         Raises: ValueError for a trace of another number of layers or without a decode step.
         """
-        if trace.layers != layers:
-            raise ValueError(f"trace must be of the model's {layers} layers: got {trace.layers}.")
+        groups = IndexGroups.single(layers) if isinstance(layers, int) else layers
+        if trace.layers != len(groups):
+            what = "layers" if len(groups) == groups.layers else "index groups"
+            raise ValueError(
+                f"trace must be of the model's {len(groups)} {what}: got {trace.layers}."
+            )
         plans = [e for e in trace.events() if e.kind == Kind.PLAN and e.layer == 0]
         steps = sum(not event.argument for event in plans)
         if not steps:
@@ -104,7 +115,12 @@ class MissTable:
             curves.append(
                 MissCurve(tuple(sorted(points)), tuple(misses), one.lookups, most, one.steps)
             )
-        return cls(context, tuple(curves))
+        return cls(context, tuple(curves), groups)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Layers of each curve."""
+        return self.groups.sizes if self.groups is not None else (1,) * len(self.curves)
 
     @property
     def floor(self) -> int:
@@ -116,24 +132,30 @@ class MissTable:
 
     def uniform(self, rows: float) -> np.ndarray:
         """Return [layers] misses with `rows` hot rows of a request in every layer."""
-        return np.array([curve.at(rows) for curve in self.curves])
+        return np.repeat([curve.at(rows) for curve in self.curves], self.sizes)
 
     def budgeted(self, levels: Sequence[int]) -> np.ndarray:
-        """Return [levels, layers] misses at the best budgets with a mean of each level's rows."""
-        return np.array([_shared_out(self, rows) for rows in levels])
+        """Return [levels, layers] misses at the best budgets with a mean of each level's rows.
+
+        Rows move between index groups of one size, since a row of a group is a row of each layer.
+        """
+        return np.array([np.repeat(_shared_out(self, rows), self.sizes) for rows in levels])
 
 
 @lru_cache(maxsize=256)  # the planner asks again with limits lifted
 def _shared_out(table: MissTable, rows: int) -> tuple[float, ...]:
-    """Return [layers] misses at the best budgets with a mean of `rows`."""
+    """Return [curves] misses at the best budgets with a mean of `rows`."""
     rows = min(max(rows, table.floor), table.context)
-    total = rows * len(table.curves)
-    budgets = allot(table.curves, total, table.floor, table.context, GRANULARITY)
-    return tuple(curve.at(count) for curve, count in zip(table.curves, budgets.rows, strict=True))
+    misses = np.empty(len(table.curves))
+    for alike in IndexGroups(table.sizes).by_size().values():
+        curves = [table.curves[i] for i in alike]
+        budgets = allot(curves, rows * len(curves), table.floor, table.context, GRANULARITY)
+        misses[alike] = [curve.at(n) for curve, n in zip(curves, budgets.rows, strict=True)]
+    return tuple(misses.tolist())
 
 
 def _stands_for(locality: Locality, chosen: Sequence[int], layers: int) -> list[int]:
-    """Return for each layer of the model the index of the chosen layer that stands for it."""
+    """Return for each of the model's layers (or index groups) the index of the chosen layer."""
     if locality.num_layers != layers:  # another model's profile: keep its mixture of layers
         return [layer * len(chosen) // layers for layer in range(layers)]
     reach = locality.layers.reach

@@ -5,13 +5,19 @@
     DBA   as DA, but the first half's fetch runs beside the second half's indexer
 
 Times are per micro-batch and layer. Figure 7 of ESS plots them for one setting.
+
+The layers of an index group read the same rows, so all of the group's fetches are known when its
+first layer is planned. They run on the link in the order of the layers, behind the compute of the
+layers before: see `grouped`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from sglang_ess.tiers.index_groups import IndexGroups
 
 MODES = ("off", "da", "dba")
 # Operator's choice -> modes of which each layer takes the cheapest.
@@ -54,11 +60,19 @@ def exposed(mode: str, fetch: np.ndarray, missed_share: np.ndarray, window: Wind
     elif mode == "da":
         cost = np.maximum(0, fetch - window.preattn - hits) + window.da
     else:
-        # The second half's fetch begins when both the link and the second indexer are done.
-        ready = np.maximum(fetch / 2, window.indexer / 2)
-        late = ready + fetch / 2 - window.indexer / 2
+        late = arrived(mode, fetch, window)
         cost = np.maximum(0, late - window.preattn - hits) + window.dba
     return np.where(fetch > 0, cost, 0.0)
+
+
+def arrived(mode: str, fetch: np.ndarray, window: Window) -> np.ndarray:
+    """Return [layers] seconds from the end of a layer's indexer to the end of its fetch."""
+    if mode != "dba":
+        return fetch
+    # The second half's fetch begins when both the link and the second indexer are done.
+    ready = np.maximum(fetch / 2, window.indexer / 2)
+    late: np.ndarray = ready + fetch / 2 - window.indexer / 2
+    return late
 
 
 def cheapest(
@@ -68,6 +82,49 @@ def cheapest(
     modes = [exposed(mode, fetch, missed_share, window) for mode in CHOICES[choice]]
     least: np.ndarray = np.minimum.reduce(modes)
     return least
+
+
+def grouped(
+    choice: str,
+    groups: IndexGroups,
+    fetch: np.ndarray,
+    missed_share: np.ndarray,
+    window: Window,
+    compute: np.ndarray,
+) -> np.ndarray:
+    """Return [layers] seconds that fetches add to each layer, if they are issued early.
+
+    fetch    [layers] seconds of the copies; with the plan's in each group's first layer
+    compute  [layers] seconds of a layer without indexer and fetch, communication included
+    All of a group's fetches are issued with the first, in order. Of a later layer's, only a rest is
+    left when that layer could issue its own. The rest hides as any fetch does, and behind all of
+    PreAttn in mode off too. The link is idle again when a group ends, because its last layer has
+    waited for the last fetch.
+    """
+    added = np.zeros(len(fetch))
+    members = np.arange(max(groups.sizes))[:, None] + np.array(groups.firsts)
+    inside = np.arange(max(groups.sizes))[:, None] < np.array(groups.sizes)
+    first = members[0]
+    each = [exposed(mode, fetch[first], missed_share[first], window) for mode in CHOICES[choice]]
+    ends = [arrived(mode, fetch[first], window) for mode in CHOICES[choice]]
+    chosen, column = np.argmin(each, axis=0), np.arange(len(first))
+    added[first] = np.array(each)[chosen, column]
+    # Of each group: when the link is done, and how far compute is, from the first's indexer on.
+    link = np.array(ends)[chosen, column]
+    now = compute[first] + added[first]
+    window = replace(sharing(window), early=window.preattn)
+    for place, there in zip(members[1:], inside[1:], strict=True):
+        layer = place[there]
+        link[there] += fetch[layer]
+        left = np.where(fetch[layer] > 0, np.maximum(0.0, link[there] - now[there]), 0.0)
+        added[layer] = cheapest(choice, left, missed_share[layer], window)
+        now[there] += compute[layer] + added[layer]
+    return added
+
+
+def sharing(window: Window) -> Window:
+    """The window of a layer without an indexer: nothing of it to halve, so DBA is DA."""
+    return replace(window, indexer=0.0, dba=window.da)
 
 
 def beside_other_half(

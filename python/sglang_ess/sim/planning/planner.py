@@ -85,6 +85,7 @@ class Advice:
     hot_gib      device memory of the hot rows; device_gib: of the whole KV pool
     host_gib     host memory of the latent rows
     step_ms      one decode step; itl_ms: step_ms / accepted tokens; parts: of the step, in ms
+    in_turn_ms   the part "transfer", if no fetch were issued before its layer's turn
     misses       mean of rows fetched per request, layer and step
     """
 
@@ -102,6 +103,7 @@ class Advice:
     tokens_per_second_per_node: float
     misses: float
     parts: dict[str, float] = field(default_factory=dict)
+    in_turn_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,16 @@ class Planner:
     """Answers one question.
 
     misses: table for the question's context and queries a step
-    Raises: QuestionError if the table is for another context or number of layers.
+    Raises: QuestionError if the table is for another context or other index groups.
     """
 
     def __init__(self, question: Question, misses: MissTable):
-        if misses.context != question.context or len(misses.curves) != question.model.layers:
+        groups = question.model.groups
+        if misses.context != question.context or misses.sizes != groups.sizes:
             raise QuestionError(
-                f"miss table must be of {question.model.layers} layers and {question.context} "
-                f"tokens: got {len(misses.curves)} and {misses.context}."
+                f"miss table must be of {groups.layers} layers in {len(groups)} index groups and "
+                f"{question.context} tokens: got {sum(misses.sizes)} in {len(misses.sizes)} and "
+                f"{misses.context}."
             )
         self.question, self._misses = question, misses
         self._cost = CostModel(
@@ -200,7 +204,7 @@ class Planner:
     def _resident(self, batch: int) -> Advice:
         model, longest = self.question.model, self.question.slots_tokens
         slots = self._memory.slots(batch, longest)
-        row = model.layers * (model.row_bytes + model.index_bytes)
+        row = model.all_row_bytes + model.all_index_bytes
         return self._advice(
             "one-tier", batch, False, int(slots), np.zeros(model.layers), slots * row, 0.0
         )
@@ -248,6 +252,7 @@ class Planner:
             tokens_per_second_per_node=self._cost.node_tokens_per_second(batch, step.seconds),
             misses=float(np.mean(misses)),
             parts={name: seconds * MS for name, seconds in step.parts.items()},
+            in_turn_ms=step.in_turn * MS,
         )
 
     # --- answer -------------------------------------------------------------------------
