@@ -7,7 +7,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sglang_ess.cpu.ops.sparse_mla import sparse_mla
-from sglang_ess.layout import LATENT_DIM, PAGE_SLOTS, ROPE_DIM
+from sglang_ess.layout import LATENT_DIM, PAGE_SLOTS
 from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.tiers.topk_observer import PassQueries, TopkObserver
 
@@ -118,7 +118,9 @@ class CpuSparseMlaBackend(AttentionBackend):
         if save_kv_cache:
             self._write(layer, forward_batch.out_cache_loc, k, k_rope)
         heads = layer.tp_q_head_num
-        q, q_rope = q.view(-1, heads, LATENT_DIM), q_rope.view(-1, heads, ROPE_DIM)
+        q = q.view(-1, heads, LATENT_DIM)
+        # Not -1: GLM-5.3-Flash has no rope, and q_rope no elements.
+        q_rope = q_rope.view(len(q), heads, q_rope.numel() // max(1, len(q) * heads))
         self._observe(layer.layer_id - self.token_to_kv_pool.start_layer, topk_indices)
         out = self._attend(layer, q, q_rope, topk_indices)
         return out.view(-1, heads * LATENT_DIM)

@@ -164,6 +164,7 @@ def _tier_facts(pool: Any) -> dict[str, Any]:
         "tiers": 2,
         "device_bytes": pool.device_bytes,
         "host_bytes": pool.host_tier.nbytes,
+        "index_groups": len(pool.groups),
         "hot_rows": max(rows),
         "hot_ratio": sum(rows) / sum(cache.num_slots for cache in pool.hot_caches),
         "staging_rows": pool.staging.num_rows,
@@ -196,7 +197,8 @@ _TIER_ROWS = {
     2: (
         (
             "device memory",
-            "{device_mib:.0f} MiB: index keys, maps, {hot_rows} hot rows a layer "
+            "{device_mib:.0f} MiB: index keys, maps of {index_groups} index groups, "
+            "{hot_rows} hot rows a layer "
             "({hot_ratio:.0%} of the slots), 2 x {staging_rows} staging rows",
         ),
         ("host tier", "{host_mib:.0f} MiB"),

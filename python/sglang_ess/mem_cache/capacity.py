@@ -409,17 +409,19 @@ def _padding_bytes(configurator: Any) -> int:
 
 def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
     """(SGLang's bytes per token, geometry) from a KVCacheConfigurator for sparse attention."""
+    from sglang.srt.configs.model_config import get_dsa_mtp_topk_width
     from sglang.srt.mem_cache.kv_cache_configurator import calculate_mla_kv_cache_dim
     from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
 
     model, dtype = configurator.model_config, configurator.kv_cache_dtype
-    layers = configurator.layer_info.num_effective_layers
-    groups = index_groups(model, configurator.layer_info)
+    groups = index_groups(configurator)
+    layers = groups.layers
     row_bytes = calculate_mla_kv_cache_dim(model_config=model, kv_cache_dtype=dtype)
     row_bytes *= dtype.itemsize
     cell_bytes = create_memory_pool_configurator(configurator)._cell_size
     on_cpu = configurator.device == "cpu"
     moves = moves_rows(config, groups, on_cpu)
+    topk = get_dsa_mtp_topk_width(model.hf_config)  # of a list: with pooled keys above index_topk
     gpu_tier = GPU_TIER_THAT_MOVES if moves else GPU_TIER
     index_bytes = cell_bytes - layers * row_bytes
     if config.index_dtype == "float32":  # SGLang counts fp8 keys
@@ -428,7 +430,7 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
         layers=layers,
         row_bytes=row_bytes,
         index_bytes=index_bytes,
-        topk=model.hf_config.index_topk,
+        topk=topk,
         context_tokens=model.context_len,
         page_slots=configurator.pool_page_size,
         tier=CPU_TIER if on_cpu else gpu_tier,
@@ -437,11 +439,17 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
     )
 
 
-def index_groups(model_config: Any, layer_info: Any) -> IndexGroups:
-    """The index groups of a model for sparse attention: SGLang's ModelConfig and ModelLayerInfo."""
+def index_groups(owner: Any) -> IndexGroups:
+    """The index groups of a model's sparse layers.
+
+    owner: SGLang's KVCacheConfigurator or ModelRunner
+    """
+    from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import dsa_layer_skips_topk
 
-    layer_ids = range(layer_info.start_layer, layer_info.end_layer)
-    return IndexGroups.of_layers(
-        [not dsa_layer_skips_topk(model_config.hf_config, i) for i in layer_ids]
-    )
+    info, hybrid = owner.layer_info, mambaish_config(owner.model_config)
+    layer_ids = list(range(info.start_layer, info.end_layer))
+    if hybrid is not None:  # the others are linear attention's
+        layer_ids = [i for i in hybrid.full_attention_layer_ids if i in layer_ids]
+    model = owner.model_config.hf_config
+    return IndexGroups.of_layers([not dsa_layer_skips_topk(model, i) for i in layer_ids])

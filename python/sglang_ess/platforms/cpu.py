@@ -112,7 +112,7 @@ def _one_tier_observers(runner) -> tuple:
     from sglang_ess.disagg import prefill_side
     from sglang_ess.mem_cache.capacity import index_groups
 
-    pool, groups = runner.token_to_kv_pool, index_groups(runner.model_config, runner.layer_info)
+    pool, groups = runner.token_to_kv_pool, index_groups(runner)
     recorder = prefill_side.PromptEndRecorder(len(groups), pool.size + pool.page_size)
     prefill_side.active = recorder
     return [recorder], groups
