@@ -79,8 +79,8 @@ def test_the_block_holds_what_config_json_says(server, tiny_v32):
     plan = 64 * config["index_topk"] * 12
     device = rows * (layers * (key + latent + 28 + 4) + 4) + 2 * staging * latent + plan
     assert block["device memory"] == (
-        f"{device / MIB:.0f} MiB: index keys, maps of {groups} index groups, {rows} hot rows a layer (100% of the slots), "
-        f"2 x {staging} staging rows"
+        f"{device / MIB:.0f} MiB: index keys, maps of {layers} index groups, "
+        f"{rows} hot rows a layer (100% of the slots), 2 x {staging} staging rows"
     )
     assert block["top-k"] == str(config["index_topk"])
     assert block["slots"] == f"{SLOTS} in pages of {PAGE}"

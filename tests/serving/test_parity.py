@@ -104,7 +104,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(request, models):
     name, kind = request.param
-    with SETUPS[kind].engine(models[name], faults=True) as engine:
+    with SETUPS[kind].engine(models[name], faults=[parity.FAULTS]) as engine:
         yield Served(name, kind, models[name], engine)
 
 

@@ -22,7 +22,7 @@ MIN_ROWS = 64  # capacity.MIN_HOT_ROWS
 RATIOS = {"all": 1.0, "quarter": 0.25, "tenth": 0.1, "minimum": MIN_ROWS / SLOTS}
 SHAPES = {
     "v32": dict(arch="v32", index_topk=32, layers=3, **parity.NARROW),
-    "glm": dict(arch="glm", index_topk=32, layers=4, topk_freq=2, **parity.NARROW),
+    "glm": dict(arch="glm", index_topk=32, layers=5, sharing="FFSSS", **parity.NARROW),
 }
 FORMATS = {"bf16": "bfloat16", "fp8": "fp8_e4m3"}
 

@@ -53,13 +53,13 @@ class Setup:
     def rounds_rows(self) -> bool:
         return self.kv_cache_dtype != "auto"
 
-    def engine(self, model, faults=False, **server_args) -> EngineProcess:
-        """faults: EngineProcess.switched(fault=...) wakes one of tests.support.faults."""
+    def engine(self, model, faults=(), ess=None, **server_args) -> EngineProcess:
+        """faults: patches whose faults EngineProcess.switched(fault=...) wakes."""
         # The recorders come last: they see what faults have done.
-        patches = [FAULTS] * faults + [*PATCHES] + [RECORD + "_rows"] * self.rounds_rows
+        patches = [*faults, *PATCHES] + [RECORD + "_rows"] * self.rounds_rows
         return EngineProcess(
             model,
-            ess={"index_dtype": self.index_dtype},
+            ess={"index_dtype": self.index_dtype} | (ess or {}),
             patches=patches,
             dtype=self.dtype,
             kv_cache_dtype=self.kv_cache_dtype,
