@@ -3,7 +3,8 @@
 A benchmark measures, adds rows to a Report, and calls `finish`. docs/benchmarking.md has the form
 of its result file. A row has name, kind, config, metric, unit, median, p10, p90, mean, n, load1
 (the load of the machine when it was added), and fields of the benchmark. Its kind is `measured`,
-`simulated` (a number that a simulation gave) or `failed` (`error` says why it has no numbers).
+`simulated` (a number that a simulation gave), `computed` (from sizes alone) or `failed` (`error`
+says why it has no numbers).
 
 This module imports neither torch nor SGLang: both read the environment at import. Code that needs
 them with an environment of its own runs in a Worker (tools/worker.py).
@@ -44,9 +45,6 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-# --- rows -------------------------------------------------------------------------------
-
-
 def measured(name, config: dict, metric, unit, samples: Sequence[float], **extra) -> dict:
     """A row with median, p10, p90 and mean of the samples; a failed row if there are none.
 
@@ -63,6 +61,11 @@ def measured(name, config: dict, metric, unit, samples: Sequence[float], **extra
 def simulated(name, config: dict, metric, unit, samples: Sequence[float], **extra) -> dict:
     """The same as `measured`, for numbers that a simulation gave."""
     return measured(name, config, metric, unit, samples, **extra) | {"kind": "simulated"}
+
+
+def computed(name, config: dict, metric, unit, value: float, **extra) -> dict:
+    """A row for a number that follows from others: the same on every machine."""
+    return measured(name, config, metric, unit, [value], **extra) | {"kind": "computed"}
 
 
 def failed(name, config: dict, metric, unit, error, **extra) -> dict:
@@ -184,9 +187,6 @@ def finish(report: Report, args: argparse.Namespace, *panels: Panel, **config) -
         plot(args.plot, *panels)
 
 
-# --- the machine ------------------------------------------------------------------------
-
-
 def machine_facts() -> dict[str, Any]:
     """The host now, its load included: no number of a shared machine means much without it."""
     usable = len(os.sched_getaffinity(0))
@@ -276,9 +276,6 @@ class Progress:
         print(f"[{time.monotonic() - self._start:5.0f} s] {text}", file=sys.stderr, flush=True)
 
 
-# --- tables -----------------------------------------------------------------------------
-
-
 def table(headers: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     """Text columns, right-aligned; None becomes "-" and floats get three digits."""
     cells = [list(headers)] + [[_cell(value) for value in line] for line in lines]
@@ -338,9 +335,6 @@ def print_summary(report: Report) -> None:
         print(f"\n{table(['summary', ''], report.summary.items())}")
 
 
-# --- plots ------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Panel:
     """One pair of axes, filled with rows.
@@ -392,8 +386,7 @@ def _draw_lines(axes: Any, panel: Panel) -> None:
         (line,) = axes.plot(places, [field_of(row, panel.y) for row in rows], style,
                             markersize=3, label=name)  # fmt: skip
         if panel.points is not None:
-            values = [np.nan if (value := field_of(row, panel.points)) is None else value
-                      for row in rows]  # fmt: skip
+            values = np.array([field_of(row, panel.points) for row in rows], float)  # None: nan
             axes.plot(places, values, "o", color=line.get_color(), fillstyle="none")
 
 

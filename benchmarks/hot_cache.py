@@ -20,7 +20,7 @@ another thread finds positions and writes. `replay` reads that trace and repeats
 from __future__ import annotations
 
 import tempfile
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from time import thread_time as clock
@@ -49,7 +49,6 @@ POINTS = [  # HEADLINE and HITS are the first two
     for ratio, miss in ((0.2, 0.09), (0.2, 0.0), (0.2, 0.02), (0.1, 0.09), (0.1, 0.02), (0.1, 0.0),
                         (1.0, 0.0))
 ]  # fmt: skip
-DICT_QUERIES = 4
 
 
 class Trace:
@@ -63,16 +62,15 @@ class Trace:
         self._order = np.argsort(self._random.random((batch, CONTEXT)), axis=1)  # core first
         self._last = self._order[:, :TOPK].copy()
 
-    def step(self) -> np.ndarray:
-        """[batch, TOPK] int32 slots, distinct within a request, in no order."""
+    def step(self, ordered: bool = False) -> np.ndarray:
+        """[batch, TOPK] int32 slots, distinct within a request.
+
+        ordered: in context order, as the CPU indexer gives them; else in none
+        """
         for request in range(len(self._last)):
             self._last[request] = self._next(self._order[request], self._last[request])
-        return np.take_along_axis(self.slots, self._last, axis=1)
-
-    def ordered_step(self) -> np.ndarray:
-        """step() with each request's slots in context order, as the CPU indexer gives them."""
-        self.step()
-        return np.take_along_axis(self.slots, np.sort(self._last, axis=1), axis=1)
+        positions = np.sort(self._last, axis=1) if ordered else self._last
+        return np.take_along_axis(self.slots, positions, axis=1)
 
     def _next(self, order: np.ndarray, last: np.ndarray) -> np.ndarray:
         kept = last[self._random.random(TOPK) < SIMILARITY]
@@ -164,20 +162,6 @@ def timed_plan(tier: HotCache, topk: np.ndarray) -> tuple[float, int, int]:
     return clock() - began, misses, passes
 
 
-def dict_lookups(order: OrderedDict, num_rows: int, topk: np.ndarray) -> float:
-    """Seconds of the same lookups in an OrderedDict, the LRU of Python's library."""
-    slots = topk.reshape(-1).tolist()
-    start = clock()
-    for slot in slots:
-        if slot in order:
-            order.move_to_end(slot)
-        else:
-            if len(order) == num_rows:
-                order.popitem(last=False)
-            order[slot] = True
-    return clock() - start
-
-
 def measure_fetch(report: harness.Report, num_steps: int, seed: int) -> None:
     """fetch of real rows, a memcpy of the same bytes and torch's indexed copy."""
     trace = Trace(HEADLINE["batch"], cold_ratio(HEADLINE["ratio"], HEADLINE["miss"]), seed)
@@ -229,7 +213,7 @@ def measure_recording(report: harness.Report, num_steps: int, seed: int) -> None
             "recorded": [recorder.hot_cache(None, rows, slots) for _ in range(NUM_LAYERS)],
         }
         for _ in range(WARM_STEPS + num_steps):
-            topk = trace.ordered_step()
+            topk = trace.step(ordered=True)
             for kind, caches in tiers.items():
                 start = clock()
                 if kind == "recorded":
@@ -273,13 +257,6 @@ def measure_point(report: harness.Report, point: dict, num_steps: int, seed: int
         report.add(harness.measured(name, config, "lookups", "lookups/s", rates, **facts))
     share = harness.ratios(found["roof"], found["plan"])
     report.add(harness.measured("share_of_roof", point, "share", "ratio", share))
-    if point == HEADLINE:
-        order = OrderedDict.fromkeys(stage.tiers[0].row_slot.tolist(), True)
-        rates = []
-        for _ in range(5):
-            topk = stage.trace.step()[:DICT_QUERIES]
-            rates.append(topk.size / dict_lookups(order, len(order), topk))
-        report.add(harness.measured("ordered_dict", point, "lookups", "lookups/s", rates))
 
 
 def summarise(report: harness.Report) -> None:
@@ -294,7 +271,6 @@ def summarise(report: harness.Report) -> None:
         "hit_lookups_per_s": ("plan", "lookups", HITS | turn),
         "hit_sustained_lookups_per_s": ("sustained", "lookups", HITS),
         "hit_share_of_roof": ("share_of_roof", "share", HITS),
-        "ordered_dict_lookups_per_s": ("ordered_dict", "lookups", HEADLINE),
         **{f"{kind}_gb_per_s": ("fetch", "rate", {"kind": kind})
            for kind in ("fetch", "memcpy", "torch_indexed")},
         "recording_us_per_query": ("recording", "time", HEADLINE),

@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,15 +41,7 @@ from benchmarks.harness import (
     simulated,
 )
 from benchmarks.serving.shared import prompts_of
-from benchmarks.serving.two_tier import (
-    PAGE,
-    Bench,
-    ess_name,
-    hang_up,
-    outlasting,
-    start,
-    take_turns,
-)
+from benchmarks.serving.two_tier import PAGE, Bench, ess_name, outlasting, take_turns
 from benchmarks.serving.two_tier_figures import Window
 from tools.worker import Worker
 
@@ -210,8 +201,7 @@ def measure(bench: Bench) -> list[Point]:
     grid, points = bench.grid, []
     prompts = prompts_of(bench.seed, max(grid.batches), max(grid.contexts))
     engines = engines_of(bench, bench.model("model"))
-    with ExitStack() as stack:
-        start(bench, stack, engines)
+    with bench.running(engines.values()):
         for number, (batch, context) in enumerate(grid.shapes):
             asked = [prompt[:context] for prompt in prompts[:batch]]
             for engine in engines.values():
@@ -221,7 +211,6 @@ def measure(bench: Bench) -> list[Point]:
             for engine in engines.values():
                 engine.call("drain")
             bench.progress(f"batch {batch}, context {context}: {_steps(points[-len(engines) :])}")
-        hang_up(engines)
     return points
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +66,6 @@ POINTS = tuple((b, c) for c in (512, 1024, 2048, 4096, 8192) for b in (1, 4, 16)
 FULL = Grid(POINTS, POINTS, growth=(1024, 8192), rounds=5, steps=48, their_steps=8)
 
 
-# --- measuring --------------------------------------------------------------------------
-
-
 class Bench(shared.Bench):
     """One run: the four systems, in workers that start with their first call."""
 
@@ -90,10 +86,6 @@ class Bench(shared.Bench):
                     max_total_tokens=self.grid.slots)  # fmt: skip
         env = self.env | EssConfig(enabled=False, platform="cpu").to_env()
         return Worker(TimedEngine, f"{stem}.jsonl", args, waits, env=env, log=Path(f"{stem}.log"))
-
-    @property
-    def workers(self) -> tuple[Worker, ...]:
-        return self.bf16, self.fp8, self.libgomp, self.theirs
 
     def config(self, system: str, batch: int, context: int, **more) -> dict:
         shape = {"batch": batch, "context": context, "threads": self.threads}
@@ -229,19 +221,12 @@ def parser():
 
 def measure(bench: Bench) -> None:
     """Raises: RuntimeError if the systems do not compute the same thing."""
-    with ExitStack() as stack:
-        for worker in bench.workers:
-            stack.enter_context(worker)
-            worker.start()
-        for worker in bench.workers:
-            worker.wait(shared.START_SECONDS)
+    with bench.running((bench.bf16, bench.fp8, bench.libgomp, bench.theirs)):
         load = OtherLoad()
         check(bench)
         side_by_side(bench)
         sweep(bench)
         bench.report.machine["other_cpu_ratio"] = load.ratio()
-        for worker in bench.workers:  # all at once: each takes seconds to end
-            worker.hang_up()
 
 
 def main(argv: list[str] | None = None) -> int:

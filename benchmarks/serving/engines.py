@@ -33,9 +33,6 @@ DROPPED_PASSES = 3
 FILL_SECONDS = 400
 
 
-# --- inside the scheduler's process -----------------------------------------------------
-
-
 def run_recorded_scheduler(*args, **kwargs) -> None:
     """SGLang's scheduler process; each of its passes appends a JSON line to the record."""
     _run_scheduler({}, *args, **kwargs)
@@ -159,9 +156,6 @@ def pool_bytes(pool: Any) -> dict[str, int]:
         device, host, hot_rows = sum(buffer.nbytes for buffer in buffers), 0, 0
     return {"device_bytes": device, "host_bytes": host, "hot_rows": hot_rows,
             "row_bytes": pool.kv_buffer[0][0].nbytes}  # fmt: skip
-
-
-# --- in a Worker ------------------------------------------------------------------------
 
 
 def greedy(new_tokens: int) -> dict[str, Any]:

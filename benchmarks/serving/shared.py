@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.harness import ROOT, OtherLoad, Progress, Report, argument_parser, failed
+from tools.worker import Worker
 
 VOCABULARY = 256  # the plain bytes of the tiny tokenizer
 START_SECONDS = 900  # an import of SGLang takes 15 s of CPU, much longer on a busy machine
@@ -82,6 +84,19 @@ class Bench:
 
     def model(self, name: str, **shape: Any) -> str:
         return write_tiny_model(self.directory / name, self.seed, **shape)
+
+    @contextmanager
+    def running(self, workers: Collection[Worker]) -> Iterator[None]:
+        """Start all at once and wait for all; at the end tell all at once: each takes seconds."""
+        self.progress(f"starting {len(workers)} systems at once")
+        with ExitStack() as stack:
+            for worker in workers:
+                stack.enter_context(worker).start()
+            for worker in workers:
+                worker.wait(START_SECONDS)
+            yield
+            for worker in workers:
+                worker.hang_up()
 
     def add(self, rows: Iterable[dict], load: OtherLoad) -> None:
         """Add rows with the share of the machine that other processes had meanwhile."""

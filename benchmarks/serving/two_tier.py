@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,9 +99,6 @@ FULL = Grid(prompt=4096, ratios=(0.1, 0.2), rounds=8, steps=24, cost_ratios=(1.0
             cost_rounds=20, cost_steps=16, prefill_rounds=5)  # fmt: skip
 
 
-# --- the systems ------------------------------------------------------------------------
-
-
 class Bench(shared.Bench):
     """One run: a report, and engines as the parts need them."""
 
@@ -175,9 +171,6 @@ def check(bench: Bench, engines: dict[str, Worker]) -> None:
     bench.progress(f"check passed: {len(exact)} systems write the same tokens")
 
 
-# --- measuring --------------------------------------------------------------------------
-
-
 def hold(bench: Bench, engines: dict[str, Worker], prompts, new_tokens: int) -> dict[str, int]:
     """Fill the engines one after another and hold them. {system: retractions on the way}."""
     found = {}
@@ -208,8 +201,7 @@ def buys(bench: Bench) -> None:
     """Part (a)."""
     grid = bench.grid
     engines = buys_engines(bench, bench.model("buys-model", **BUYS_MODEL))
-    with ExitStack() as stack:
-        start(bench, stack, engines)
+    with bench.running(engines.values()):
         check(bench, engines)
         sizes = {name: engine.call("sizes") for name, engine in engines.items()}
         for name, size in sizes.items():
@@ -232,7 +224,6 @@ def buys(bench: Bench) -> None:
                 bench.add(rows, load)
                 tokens = np.median([window.tokens_per_s for window in found])
                 bench.progress(f"{workload}, {name}: {tokens:.0f} tokens/s")
-        hang_up(engines)
 
 
 def costs(bench: Bench) -> None:
@@ -240,8 +231,7 @@ def costs(bench: Bench) -> None:
     grid = bench.grid
     engines = cost_engines(bench, bench.model("costs-model"))
     shape = {"batch": COST_BATCH, "context": COST_CONTEXT, "threads": bench.threads}
-    with ExitStack() as stack:
-        start(bench, stack, engines)
+    with bench.running(engines.values()):
         check(bench, engines)
         prefill_costs(bench, engines)
         load = OtherLoad()
@@ -260,7 +250,6 @@ def costs(bench: Bench) -> None:
                 rows.append(measured("costs", config, metric, "x", ratios(mine, theirs)))
             bench.add(rows, load)
             bench.progress(f"{name}: step {np.median(steps):.1f} ms")
-        hang_up(engines)
 
 
 def prefill_costs(bench: Bench, engines: dict[str, Worker]) -> None:
@@ -278,21 +267,6 @@ def prefill_costs(bench: Bench, engines: dict[str, Worker]) -> None:
         paired = ratios(found[name], found[ONE_TIER])
         bench.report.add(measured("costs", config, "prefill_ratio", "x", paired))
         bench.progress(f"{name}: prefill {np.median(found[name]):.0f} tokens/s")
-
-
-def start(bench: Bench, stack: ExitStack, engines: dict[str, Worker]) -> None:
-    bench.progress(f"starting {len(engines)} engines at once: {', '.join(engines)}")
-    for engine in engines.values():
-        stack.enter_context(engine)
-        engine.start()
-    for engine in engines.values():
-        engine.wait(shared.START_SECONDS)
-
-
-def hang_up(engines: dict[str, Worker]) -> None:
-    """Tell all of them to end at once: each takes seconds."""
-    for engine in engines.values():
-        engine.hang_up()
 
 
 def main(argv: list[str] | None = None) -> int:

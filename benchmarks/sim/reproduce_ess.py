@@ -44,6 +44,7 @@ QUICK_LAYERS = 12  # of the generated misses
 BASE_BATCH_64K = 26  # half of the 52 at 32K
 RATIOS_64K = (0.1, 0.15, 0.2, 0.3, 0.4)
 Misses = Callable[[Row], np.ndarray]
+POINTS = table_points() + figure1_points()
 
 
 def interpolated(row: Row) -> np.ndarray:
@@ -132,10 +133,6 @@ def _gain(throughputs: dict[Row, float]) -> float:
     return max(rate for row, rate in throughputs.items() if row.ratio < 1) / base - 1
 
 
-def points() -> list[Point]:
-    return table_points() + figure1_points()
-
-
 def other_readings(misses: Misses, other: Misses, other_name: str) -> dict[str, Reproduction]:
     """Reproductions under other readings of what the paper leaves open."""
 
@@ -144,16 +141,16 @@ def other_readings(misses: Misses, other: Misses, other_name: str) -> dict[str, 
         return lambda row: misses(replace(row, queries=2)) * (factor if row.queries == 4 else 1)
 
     def read(**changes: Any) -> Reproduction:
-        return Reproduction(misses, points(), Reading(changes=changes))
+        return Reproduction(misses, POINTS, Reading(changes=changes))
 
     long = Reading(long_changes={"two_batch_overlap": True})
     return {
-        f"misses {other_name}": Reproduction(other, points()),
-        "misses at MTP 4 as at MTP 2": Reproduction(scaled(1), points()),
-        "misses at MTP 4 2.5 x MTP 2's": Reproduction(scaled(2.5), points()),
-        "two-batch overlap at 128K": Reproduction(misses, points(), long),
+        f"misses {other_name}": Reproduction(other, POINTS),
+        "misses at MTP 4 as at MTP 2": Reproduction(scaled(1), POINTS),
+        "misses at MTP 4 2.5 x MTP 2's": Reproduction(scaled(2.5), POINTS),
+        "two-batch overlap at 128K": Reproduction(misses, POINTS, long),
         "compute fitted without figure 1": Reproduction(misses, table_points()),
-        "GPU H100": Reproduction(misses, points(), Reading(gpu="h100")),
+        "GPU H100": Reproduction(misses, POINTS, Reading(gpu="h100")),
         "overlap DA only": read(overlap="da"),
         "overlap off": read(overlap="off"),
         "overlap auto (DA, DBA or off)": read(overlap="auto"),
@@ -278,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         progress(f"misses of {row.name}")
         sources["generated"](row)
     progress("fitting compute and overlap, predicting ESS's rows")
-    made = Reproduction(sources[args.misses], points())
+    made = Reproduction(sources[args.misses], POINTS)
     add_rows(report, made)
     summarise(report, made)
     progress("other readings of what the paper leaves open")

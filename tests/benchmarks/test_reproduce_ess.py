@@ -8,13 +8,13 @@ import pytest
 from benchmarks.sim import ess_fit, published, reproduce_ess
 from benchmarks.sim.ess_fit import PAPER, Point, fit_compute, fit_overlap, require_unseen
 from benchmarks.sim.published import BASELINES, ESS_ROWS, K
-from benchmarks.sim.reproduce_ess import Reproduction, interpolated, points
+from benchmarks.sim.reproduce_ess import POINTS, Reproduction, interpolated
 from sglang_ess.sim.inputs.specs import load
 
 
 @pytest.fixture(scope="module")
 def made():
-    return Reproduction(interpolated, points())
+    return Reproduction(interpolated, POINTS)
 
 
 def test_the_tables_are_whole():
@@ -39,7 +39,7 @@ def test_misses_pass_through_the_figures():
 
 
 def test_the_fit_uses_baselines_and_figure_1_alone():
-    names = [point.name for point in points()]
+    names = [point.name for point in POINTS]
     assert len(names) == len(set(names)) == 3 + 4
     assert {n for n in names if not n.startswith("figure 1")} <= {r.name for r in BASELINES}
 
@@ -47,10 +47,10 @@ def test_the_fit_uses_baselines_and_figure_1_alone():
 @pytest.mark.parametrize("row", [ESS_ROWS[0], ESS_ROWS[-1]])
 def test_an_ess_row_is_refused_by_the_fit(row):
     with pytest.raises(AssertionError, match=f"predicted rows must not be fitted: got {row.name}"):
-        fit_compute(load("calibration", "ess-paper"), [*points(), Point.of(row)])
+        fit_compute(load("calibration", "ess-paper"), [*POINTS, Point.of(row)])
     renamed = dataclasses.replace(Point.of(row), name="something else")
     with pytest.raises(AssertionError, match="fitted rows must have no ESS"):
-        fit_compute(load("calibration", "ess-paper"), [*points(), renamed])
+        fit_compute(load("calibration", "ess-paper"), [*POINTS, renamed])
 
 
 def test_a_prediction_of_a_fitted_row_is_refused(made):
@@ -72,7 +72,7 @@ def test_a_fit_does_not_depend_on_where_it_begins(made, monkeypatch):
     for name in ("COMPUTE", "OVERLAP"):
         start = getattr(ess_fit, name)
         monkeypatch.setattr(ess_fit, name, {key: 0.5 * value for key, value in start.items()})
-    again = fit_overlap(fit_compute(load("calibration", "ess-paper"), points()))
+    again = fit_overlap(fit_compute(load("calibration", "ess-paper"), POINTS))
     assert dataclasses.astuple(again) == pytest.approx(
         dataclasses.astuple(made.calibration), rel=1e-3
     )
@@ -100,14 +100,14 @@ def test_predicted_rows_meet_the_targets(made):
 def test_two_batch_overlap_at_128k_does_not_fit_the_baselines(made):
     on = ess_fit.Reading(long_changes={"two_batch_overlap": True})
     assert PAPER.model(made.calibration, 2, 128 * K).deployment.two_batch_overlap is False
-    assert Reproduction(interpolated, points(), on).fit_error() > 10 * made.fit_error()
+    assert Reproduction(interpolated, POINTS, on).fit_error() > 10 * made.fit_error()
 
 
 def test_the_command_writes_its_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce_ess, "generated", lambda row, count, seed: interpolated(row))
     monkeypatch.setattr(
         reproduce_ess, "other_readings",
-        lambda misses, other, name: {f"misses {name}": Reproduction(other, points())},
+        lambda misses, other, name: {f"misses {name}": Reproduction(other, POINTS)},
     )  # fmt: skip
     found, plot = tmp_path / "found.json", tmp_path / "found.png"
     status = reproduce_ess.main(["--quick", "--json", str(found), "--plot", str(plot)])
