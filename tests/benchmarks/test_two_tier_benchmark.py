@@ -150,6 +150,30 @@ class TestSystems:
             }
             assert configs == {name: name != ONE_TIER for name in engines}
 
+    def test_systems_start_and_end_together(self, tmp_path):
+        done = []
+
+        class Engine:
+            def __init__(self, name):
+                self.name = name
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                done.append(("close", self.name))
+
+            def __getattr__(self, method):
+                return lambda *_: done.append((method, self.name))
+
+        bench = two_tier.Bench(two_tier.QUICK, seed=0, threads=2, directory=tmp_path)
+        with bench.running([Engine("a"), Engine("b")]):
+            done.append("run")
+        assert done == [
+            *(("start", name) for name in "ab"), *(("wait", name) for name in "ab"), "run",
+            *(("hang_up", name) for name in "ab"), *(("close", name) for name in "ba"),
+        ]  # fmt: skip
+
     def test_turns_rotate(self):
         asked = []
 
