@@ -166,7 +166,9 @@ def _rows_table(title: str, rows: list[dict[str, Any]]) -> str:
 def _number(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value.is_integer() else f"{value:,.4g}"
 
 
 def all_results() -> str:
