@@ -4,7 +4,6 @@ The machine knows operations, a queue of fetches and which operation waits for w
 none of the cost model's formulas.
 """
 
-from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -27,21 +26,13 @@ CALIBRATION = replace(load("calibration", "ess-paper"), preattn_us=12.0, plan_us
 
 
 def machine(operations):
-    """Run operations in order: (seconds, fetches to issue at its end, fetches to wait for), or a
-    function that gives the operations that come next for the set of fetches that are done.
+    """Run operations in order: (seconds, fetches to issue at its end, fetches to wait for first).
 
     A fetch is a pair of a name and its seconds on the link, which serves one after the other.
     Returns the seconds until the last operation is done.
     """
     now, link_free, done_at = 0.0, 0.0, {}
-    left = deque(operations)
-    while left:
-        operation = left.popleft()
-        if callable(operation):
-            done = {name for name, at in done_at.items() if at <= now}
-            left.extendleft(reversed(operation(done)))
-            continue
-        seconds, issues, needs = operation
+    for seconds, issues, needs in operations:
         now = max([now, *(done_at[name] for name in needs)]) + seconds
         for name, length in issues:
             link_free = max(link_free, now) + length
@@ -72,27 +63,21 @@ def operations(groups, fetch, missed, window, compute, mode, early=True, plan=0.
             if not fetch[layer] + (plan if layer == first else 0.0):
                 found.append((window.preattn + window.attention, [], []))
             else:
-                wait = waiting(layer, missed[layer], window, mode, on_its_way, halves)
-                found.append(wait)
+                found += waiting(layer, missed[layer], window, mode, on_its_way)
             found.append((compute[layer] - window.preattn - window.attention, [], []))
     return found
 
 
-def waiting(layer, missed, window, mode, on_its_way, halves):
-    """PreAttn and attention of a layer that fetches. Rows that are there need no split."""
-    split = window.dba if halves and not on_its_way else window.da
-
-    def come(done):
-        if mode == "off" or (on_its_way and layer in done):
-            before = window.preattn if on_its_way else window.early
-            return [(before, [], []), (window.preattn - before + window.attention, [], [layer])]
-        misses = window.attention * missed
-        return [
-            (window.preattn + window.attention - misses, [], []),
-            (misses + split, [], [layer]),
-        ]
-
-    return come
+def waiting(layer, missed, window, mode, on_its_way):
+    """PreAttn and attention of a layer that fetches. Only a group's first layer splits it."""
+    if mode == "off" or on_its_way:
+        before = window.preattn if on_its_way else window.early
+        return [(before, [], []), (window.preattn - before + window.attention, [], [layer])]
+    split, misses = window.dba if mode == "dba" else window.da, window.attention * missed
+    return [
+        (window.preattn + window.attention - misses, [], []),
+        (misses + split, [], [layer]),
+    ]
 
 
 def added(groups, fetch, missed, window, compute, mode, **options):

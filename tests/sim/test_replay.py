@@ -35,9 +35,9 @@ def counters(caches):
     return [cache.counters | {"steps": cache.steps} for cache in caches]
 
 
-def recorded(path, sizes, steps, slots=256, width=8):
+def recorded(path, sizes, steps, slots=256, width=8, **meta):
     """A trace of top-k steps, each with a top-k of each layer [layers, queries, width]."""
-    recorder = TraceRecorder(path, len(sizes), width, slots, {"row_bytes": 1024})
+    recorder = TraceRecorder(path, len(sizes), width, slots, {"row_bytes": 1024} | meta)
     caches = [recorder.hot_cache(None, rows, slots) for rows in sizes]
     for step in steps:
         for cache, topk in zip(caches, step, strict=True):
@@ -198,6 +198,20 @@ def test_the_command(unequal, tmp_path, capsys):
     assert points["best budgets"]["misses"] == points["96 a layer"]["misses"] == 120
     assert points["x1"]["device_bytes"] == 128 * 1024
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_miss_of_an_index_group_is_a_row_for_each_of_its_layers(tmp_path, unequal, capsys):
+    steps = list(zip(cycle(24, steps=96), cycle(96, steps=96), strict=True))
+    grouped = recorded(tmp_path / "groups", [64, 64], steps, group_layers=(1, 3))
+    plain, shared = ({p["name"]: p for p in command.Study(one).points()} for one in (
+        unequal, grouped))  # fmt: skip
+    assert shared["x1"]["misses"] == plain["x1"]["misses"] == 792
+    assert shared["x1"]["device_bytes"] == 4 * 64 * 1024
+    assert shared["x1"]["fetched_bytes_per_step"] == 1024 * (24 + 3 * 768) / 96
+    # Rows of groups of another size are of no use to each other.
+    assert "best budgets" in plain and "best budgets" not in shared
+    assert command.main([str(grouped.path)]) == 0
+    assert "2 index groups of 4 layers, top-k 8" in capsys.readouterr().out
 
 
 def test_the_command_says_when_counts_differ(unequal, monkeypatch, capsys):

@@ -30,6 +30,7 @@ from sglang_ess.sim.model.trace_replay import (
     replay,
 )
 from sglang_ess.tiers.balance.budgets import BudgetError
+from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.trace.trace import Trace, read_trace
 
 HALF, DOUBLE = 0.5, 2.0  # scales in the table of layers
@@ -91,6 +92,10 @@ class Study:
 
     def __init__(self, trace: Trace, rows: Sequence[int] = ()):
         self.trace = trace
+        # A trace's layers are the pool's index groups: a miss fetches a row for each layer of one.
+        sizes = trace.header["meta"].get("group_layers")
+        self.groups = IndexGroups(tuple(sizes)) if sizes else IndexGroups.single(trace.layers)
+        self.unit = "layer" if self.groups.layers == trace.layers else "index group"
         scales = [scale for scale in SCALES if scale != 1]
         with tqdm(total=(len(scales) + len(rows) + 2) * trace.bytes, unit="B", unit_scale=True,
                   desc="replay", disable=None, leave=False) as bar:  # fmt: skip
@@ -105,14 +110,23 @@ class Study:
             self.best = self._best(bar.update)
 
     def _best(self, progress: Progress) -> Replay | None:
-        """Replay with the best budgets for the recorded number of rows; None if no better."""
+        """Replay with the best budgets for the recorded number of rows; None if no better.
+
+        Rows move between index groups of as many layers.
+        """
+        recorded = [layer.rows for layer in self.recorded.layers]
+        rows = list(recorded)
         try:
-            budgets = best_budgets(self.scaled.values(), self.recorded.rows)
+            for alike in self.groups.by_size().values():
+                total = sum(recorded[i] for i in alike)
+                budgets = best_budgets(self.scaled.values(), total, alike)
+                for i, count in zip(alike, budgets.rows, strict=True):
+                    rows[i] = count
         except BudgetError:
             return None
-        if budgets.rows == tuple(layer.rows for layer in self.recorded.layers):
+        if rows == recorded:
             return None
-        best = replay(self.trace, rows=budgets.rows, progress=progress)
+        best = replay(self.trace, rows=rows, progress=progress)
         return best if best.misses_per_step < self.recorded.misses_per_step else None
 
     # --- what is shown ------------------------------------------------------------------
@@ -139,8 +153,11 @@ class Study:
 
     def print(self, console: Console) -> None:
         trace, steps = self.trace, max(one.counters["steps"] for one in self.recorded.layers)
+        units = f"{trace.layers} {self.unit}s"
+        if self.groups.layers != trace.layers:
+            units += f" of {self.groups.layers} layers"
         console.print(
-            f"{trace.path.name}: {trace.layers} layers, top-k {trace.topk}, {trace.slots:,} "
+            f"{trace.path.name}: {units}, top-k {trace.topk}, {trace.slots:,} "
             f"slots, {steps:,} decode steps ({self.end})",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
@@ -151,8 +168,8 @@ class Study:
         console.print(self._tier_table())
 
     def _layer_table(self) -> Table:
-        table = Table(title="Each layer", title_justify="left", box=SIMPLE_HEAD)
-        names = ["layer", "hot rows", "lookups", "hit rate", "misses /step", "evicted at age"]
+        table = Table(title=f"Each {self.unit}", title_justify="left", box=SIMPLE_HEAD)
+        names = [self.unit, "hot rows", "lookups", "hit rate", "misses /step", "evicted at age"]
         names += ["largest plan", f"hit rate x{HALF:g}", f"hit rate x{DOUBLE:g}"]
         for name in names + (["best rows", "then"] if self.best else []):
             table.add_column(name, justify="right")
@@ -197,21 +214,24 @@ class Study:
     def points(self) -> Iterator[dict[str, Any]]:
         """Yield the whole tier at each size. misses_ratio: to the recorded size."""
         named = {f"x{scale:g}": found for scale, found in self.scaled.items()}
-        named |= {f"{count} a layer": found for count, found in self.given.items()}
+        named |= {f"{count} a {self.unit}": found for count, found in self.given.items()}
         if self.best:
             named["best budgets"] = self.best
         row_bytes, before = self.trace.header["meta"].get("row_bytes"), self.recorded
         for name, found in named.items():
+            layers = list(zip(self.groups.sizes, found.layers, strict=True))
+            hot_rows = sum(size * one.rows for size, one in layers)
+            fetched = sum(size * one.misses_per_step for size, one in layers)
             misses = found.total("misses")
             yield {
                 "name": name,
                 "kind": "simulated",
                 "rows": found.rows,
-                "device_bytes": row_bytes and found.rows * row_bytes,
+                "device_bytes": row_bytes and hot_rows * row_bytes,
                 "hit_ratio": found.hit_ratio,
                 "misses": misses,
                 "misses_per_step": found.misses_per_step,
-                "fetched_bytes_per_step": row_bytes and found.misses_per_step * row_bytes,
+                "fetched_bytes_per_step": row_bytes and fetched * row_bytes,
                 "misses_ratio": misses / (before.total("misses") or 1),
                 "layers": [
                     {"rows": one.rows, "hit_ratio": one.hit_ratio} | one.counters
@@ -247,16 +267,18 @@ def _plot(study: Study, path: Path) -> None:
         points = [one.layers[i] for one in scaled]
         axes.plot([p.rows for p in points], [1 - p.hit_ratio for p in points], "0.7", lw=0.8)
     rows, misses = [one.rows / layers for one in scaled], [1 - one.hit_ratio for one in scaled]
-    axes.plot(rows, misses, "C0o-", lw=2, label="all layers")
+    axes.plot(rows, misses, "C0o-", lw=2, label=f"all {study.unit}s")
     recorded = study.recorded
     axes.plot(recorded.rows / layers, 1 - recorded.hit_ratio, "ks", label="as recorded")
     if study.best:
         axes.plot(study.best.rows / layers, 1 - study.best.hit_ratio, "C1*", ms=12,
                   label="best budgets, same number of rows")  # fmt: skip
-    axes.set(xscale="log", xlabel="hot rows a layer", ylabel="misses per lookup", ylim=(0, None))
+    axes.set(
+        xscale="log", xlabel=f"hot rows a {study.unit}", ylabel="misses per lookup", ylim=(0, None)
+    )
     axes.set_xticks(rows, [f"{count:,.0f}" for count in rows])
     axes.minorticks_off()
-    axes.set_title(f"{study.trace.path.name}: {layers} layers, top-k {study.trace.topk}")
+    axes.set_title(f"{study.trace.path.name}: {layers} {study.unit}s, top-k {study.trace.topk}")
     axes.legend()
     figure.savefig(path, dpi=130)
 

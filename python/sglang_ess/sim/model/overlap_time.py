@@ -96,10 +96,9 @@ def grouped(
 
     fetch    [layers] seconds of the copies; with the plan's in each group's first layer
     compute  [layers] seconds of a layer without indexer and fetch, communication included
-    All of a group's fetches are issued with the first, in order. Of a later layer's, only a rest is
-    left when that layer could issue its own. The rest hides as any fetch does, and behind all of
-    PreAttn in mode off too. The link is idle again when a group ends, because its last layer has
-    waited for the last fetch.
+    All of a group's fetches are issued with the first, in order. A later layer attends in one pass
+    in every mode, as in our server: it waits before attention for what is left of its fetch. The
+    link is idle again when a group ends, because its last layer has waited for the last fetch.
     """
     added = np.zeros(len(fetch))
     members = np.arange(max(groups.sizes))[:, None] + np.array(groups.firsts)
@@ -112,12 +111,11 @@ def grouped(
     # Of each group: when the link is done, and how far compute is, from the first's indexer on.
     link = np.array(ends)[chosen, column]
     now = compute[first] + added[first]
-    window = replace(sharing(window), early=window.preattn)
     for place, there in zip(members[1:], inside[1:], strict=True):
         layer = place[there]
         link[there] += fetch[layer]
-        left = np.where(fetch[layer] > 0, np.maximum(0.0, link[there] - now[there]), 0.0)
-        added[layer] = cheapest(choice, left, missed_share[layer], window)
+        left = np.maximum(0.0, link[there] - now[there] - window.preattn)
+        added[layer] = np.where(fetch[layer] > 0, left, 0.0)
         now[there] += compute[layer] + added[layer]
     return added
 

@@ -271,12 +271,16 @@ def layer_curves(replays: Iterable[Replay]) -> list[MissCurve]:
     return found
 
 
-def best_budgets(replays: Iterable[Replay], total: int) -> Budgets:
+def best_budgets(
+    replays: Iterable[Replay], total: int, layers: Sequence[int] | None = None
+) -> Budgets:
     """Return the hot rows of each layer, `total` in all, that miss least by their curves.
 
+    layers: indices of those that share the rows; None: all
     They stay within the replayed sizes. Raises: BudgetError if no budgets do.
     """
     curves = layer_curves(replays)
+    curves = curves if layers is None else [curves[i] for i in layers]
     floor = max(one.rows[0] for one in curves)
     cap = min(one.rows[-1] for one in curves)
     return allot(curves, total, floor, cap)
