@@ -61,25 +61,17 @@ def test_weights_add_up_to_the_published_parameters(name, total, active):
     assert weights(model.experts_per_token) == pytest.approx(active, rel=0.07)
 
 
-def test_glm_5_2_selects_where_sglang_says():
-    """SGLang's own rule on GLM-5.2's config values, and transformers' list of the layers."""
-    from sglang.srt.configs.model_config import dsa_layer_skips_topk
+def test_layers_select_where_transformers_says():
+    """By GLM-5.2's index_topk_freq and index_skip_topk_offset; by Hy4's rule for any depth."""
     from transformers import GlmMoeDsaConfig
+    from transformers.models.hy_v4.configuration_hy_v4 import HYV4Config
 
-    config = GlmMoeDsaConfig(index_topk_freq=4, index_skip_topk_offset=3)
-    config.architectures = ["GlmMoeDsaForCausalLM"]
-    model = specs.load("model", "glm-5.2")
-    firsts = [i for i, kind in enumerate(config.indexer_types) if kind == "full"]
-    assert firsts == [0, 1, 2, *range(6, 75, 4)] == list(model.groups.firsts)
-    assert firsts == [i for i in range(78) if not dsa_layer_skips_topk(config, i)]
-
-
-def test_hy4_selects_where_sglang_says():
-    from sglang.srt.configs.hy_v4 import HYV4Config
-
-    kinds = HYV4Config(num_hidden_layers=78).indexer_types
-    firsts = [i for i, kind in enumerate(kinds) if kind == "full"]
-    assert firsts == list(specs.load("model", "hy4").groups.firsts)
+    glm = GlmMoeDsaConfig(index_topk_freq=4, index_skip_topk_offset=3)
+    for name, config in (("glm-5.2", glm), ("hy4", HYV4Config(num_hidden_layers=78))):
+        firsts = [i for i, kind in enumerate(config.indexer_types) if kind == "full"]
+        assert firsts == list(specs.load("model", name).groups.firsts)
+    # What ROCm/ATOM 1260 says of GLM-5.2's checkpoint.
+    assert specs.load("model", "glm-5.2").groups.firsts == (0, 1, 2, *range(6, 75, 4))
 
 
 def test_layers_that_share_have_no_index_keys():
