@@ -150,7 +150,7 @@ def coordinator_of(point: Point, ratio: int | None, limit: int | None) -> tuple[
 
 
 def hisparse(point: Point, ratio: int | None = None, default_limit: bool = False) -> dict:
-    """Rows on the device and tokens on the host both bound the batch.
+    """Rows on the device and tokens on the host both bound the batch; no prompt is under way.
 
     default_limit: `beyond` is that of SGLang's default --max-running-requests; else of the largest
     batch, which is the least

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 
+from benchmarks.harness import ROOT
 from sglang_ess.config import ENV_VAR
 from tools.worker import Worker
 
@@ -186,6 +187,8 @@ def test_the_command(sizes, tmp_path):
     for model in ("glm52", "hy4"):
         assert summary[f"{model}_maps_states"] < summary[f"{model}_maps_states_before"] / 3
     assert summary["glm52_hisparse_beyond_gib"] > 10  # at 4,096 requests, SGLang's default
+    published = json.loads((ROOT / "results" / "capacity.json").read_text())["summary"]
+    assert summary == pytest.approx(published), "results/capacity.json is stale: write it again"
 
 
 def test_a_budget_without_a_request_has_no_ratio(sizes):
