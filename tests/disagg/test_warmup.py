@@ -12,9 +12,10 @@ from sglang_ess.disagg import decode_side, prefill_side
 from sglang_ess.disagg.metadata import EssMetadataBuffers
 from sglang_ess.disagg.payload import HEADER, ITEM_BYTES, encode
 from sglang_ess.disagg.prefill_side import PromptEndRecorder
+from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.tiers.topk_observer import PassQueries
 
-LAYERS, TOPK, SLOTS, ROOM = 2, 4, 256, 99
+GROUPS, TOPK, SLOTS, ROOM = 2, 4, 256, 99
 
 
 def request(rid="a", tokens=40, row=1, index=0, room=ROOM):
@@ -42,7 +43,7 @@ def buffers():
 
 @pytest.fixture
 def active(monkeypatch):
-    monkeypatch.setattr(prefill_side, "active", PromptEndRecorder(LAYERS, SLOTS))
+    monkeypatch.setattr(prefill_side, "active", PromptEndRecorder(GROUPS, SLOTS))
     return prefill_side.active
 
 
@@ -52,8 +53,8 @@ def record(active, table, positions, prefix=36, rid="a"):
     lengths = torch.arange(prefix, prefix + len(topk), dtype=torch.int32) + 1
     rows, spans = torch.ones(len(topk), dtype=torch.int64), ((1, prefix, len(topk)),)
     active.begin_pass([rid], PassQueries(torch.from_numpy(table), rows, lengths, spans))
-    for layer_index in range(LAYERS):
-        active.prefill_topk(layer_index, torch.from_numpy(topk))
+    for group in range(GROUPS):
+        active.prefill_topk(group, torch.from_numpy(topk))
 
 
 POSITIONS = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [0, 12, 13, 14]]
@@ -61,9 +62,10 @@ POSITIONS = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [0, 12, 13, 14]]
 
 def hot_pool():
     """Remembers what it is asked to warm, query by query."""
-    pool = SimpleNamespace(warmed=[[] for _ in range(LAYERS)], start_layer=3)
-    pool.capacity = SimpleNamespace(geometry=SimpleNamespace(layers=LAYERS, topk=TOPK))
-    pool.warm = lambda layer_id, topk: pool.warmed[layer_id - pool.start_layer].extend(
+    pool = SimpleNamespace(warmed=[[] for _ in range(GROUPS)])
+    pool.capacity = SimpleNamespace(geometry=SimpleNamespace(topk=TOPK))
+    pool.groups = IndexGroups.single(GROUPS)
+    pool.warm = lambda group, topk: pool.warmed[group].extend(
         row[row >= 0].tolist() for row in topk.numpy()
     )
     return pool
@@ -120,7 +122,7 @@ def test_a_plain_prefill_node_sends_nothing_and_a_cleared_slot_is_empty(buffers)
     assert not buffers.arrived
     warm_up = decode_side.RequestWarmup(hot_pool(), buffers)
     assert warm_up.working_set(request()) is None
-    encode([np.zeros((1, 1), np.int32)] * LAYERS, 40, ROOM, buffers.warmup[1].numpy())
+    encode([np.zeros((1, 1), np.int32)] * GROUPS, 40, ROOM, buffers.warmup[1].numpy())
     buffers.clear_slot(1)
     buffers.get_buf(1)
     assert not buffers.arrived and warm_up.refused == 0
@@ -141,7 +143,7 @@ def test_hostile_payloads_cost_one_warning_and_no_request(buffers, caplog, spoil
         warm_up = decode_side.RequestWarmup(pool, buffers)
         for room in (ROOM, ROOM + 1):
             positions = np.arange(12, dtype=np.int32).reshape(3, 4)
-            encode([positions] * LAYERS, 40, room, buffers.warmup[0].numpy())
+            encode([positions] * GROUPS, 40, room, buffers.warmup[0].numpy())
             spoil(buffers.warmup[0].numpy())
             buffers.bootstrap_room[0, 0] = room
             buffers.get_buf(0)
@@ -152,7 +154,7 @@ def test_hostile_payloads_cost_one_warning_and_no_request(buffers, caplog, spoil
 
 def test_a_payload_of_another_request_is_refused(buffers):
     """Positions beyond its prompt would be another request's slots."""
-    encode([np.array([[39]], np.int32)] * LAYERS, 40, ROOM, buffers.warmup[0].numpy())
+    encode([np.array([[39]], np.int32)] * GROUPS, 40, ROOM, buffers.warmup[0].numpy())
     buffers.bootstrap_room[0, 0] = ROOM
     buffers.get_buf(0)
     warm_up = decode_side.RequestWarmup(hot_pool(), buffers)
@@ -162,7 +164,7 @@ def test_a_payload_of_another_request_is_refused(buffers):
 def test_what_never_starts_is_forgotten(buffers):
     for room in range(1, 9):
         buffers.bootstrap_room[0, 0] = room
-        encode([np.zeros((1, 1), np.int32)] * LAYERS, 40, room, buffers.warmup[0].numpy())
+        encode([np.zeros((1, 1), np.int32)] * GROUPS, 40, room, buffers.warmup[0].numpy())
         buffers.get_buf(0)
     assert list(buffers.arrived) == [5, 6, 7, 8], "no more than there are items"
     warm_up = decode_side.RequestWarmup(hot_pool(), buffers)
@@ -182,10 +184,10 @@ def test_the_buffer_is_the_last_and_one_item_a_request(buffers):
 
 def test_a_recorder_that_fails_costs_the_ids_only(active, buffers, caplog):
     """A position beyond the prompt: encode refuses it."""
-    active._rows[1] = ("a", [np.array([[41]], np.int32)] * LAYERS)
+    active._rows[1] = ("a", [np.array([[41]], np.int32)] * GROUPS)
     with caplog.at_level(logging.WARNING, logger="sglang_ess.disagg.prefill_side"):
         buffers.set_buf(request())
-        active._rows[1] = ("a", [np.array([[41]], np.int32)] * LAYERS)
+        active._rows[1] = ("a", [np.array([[41]], np.int32)] * GROUPS)
         buffers.set_buf(request())
     assert active.failures == 2 and len(caplog.records) == 1
     assert not buffers.warmup[0, : HEADER.size].any()
