@@ -76,6 +76,16 @@ HOOKS = (
         test="tests/platforms/test_cuda.py",
     ),
     Hook(
+        target="sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
+        kind="around",
+        signature="(layer, x, topk_output, moe_runner_config)",
+        body="sglang_ess.platforms.cpu_hooks:moe_with_limit",
+        reason="SGLang's torch-native experts leave out the limit on SwiGLU's inputs "
+        "(swiglu_limit), which Hy4 has.",
+        when="cpu",
+        test="tests/serving/test_architectures.py",
+    ),
+    Hook(
         target="sglang.srt.layers.rotary_embedding.factory.get_rope_cpu",
         kind="around",
         signature="(head_size, rotary_dim, max_position, base, is_neox_style=True, "

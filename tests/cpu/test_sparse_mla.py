@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from sglang_ess.cpu.ops.rows import pack_fp8_rows
-from sglang_ess.cpu.ops.sparse_mla import _sparse_mla_kernel, sparse_mla, sparse_mla_reference
+from sglang_ess.cpu.ops.sparse_mla import (
+    _sparse_mla_kernel,
+    apply_sink,
+    sparse_mla,
+    sparse_mla_reference,
+)
 
 FORMATS = {
     "fp8": lambda latent, rope: pack_fp8_rows(latent, rope),
@@ -128,3 +133,14 @@ def test_shapes_are_checked():
         sparse_mla(*q, rows, slots.long(), 0.1)
     with pytest.raises(ValueError, match=r"slots \[2, K\]"):
         sparse_mla(*q, rows, slots[:1], 0.1)
+
+
+def test_a_sink_is_one_more_logit_whose_value_is_zero():
+    case = Case(3, 2, 8)
+    queries, rows, slots = inputs(case, "fp32")
+    slots[0, :] = -1  # of this query the sink takes all
+    out, lse = sparse_mla(*queries, rows, slots, case.scale)
+    sink = torch.tensor([0.5, -2.0])
+    share = (lse.double().exp() / (lse.double().exp() + sink.double().exp())).unsqueeze(-1)
+    torch.testing.assert_close(apply_sink(out, lse, sink).double(), out.double() * share)
+    assert not apply_sink(out, lse, sink)[0].any()

@@ -25,10 +25,11 @@ def _attention() -> None:
     """swap_neighbour: every query reads one selected row's neighbour in its place.
 
     read_foreign_row: one row of the query half a batch away, another request's mostly.
+    no_sink: attention sinks take no share.
     """
     import sglang_ess.cpu.attention_backend as backend
 
-    attend = backend.sparse_mla
+    attend, apply_sink = backend.sparse_mla, backend.apply_sink
 
     def faulty(q_nope, q_rope, rows, slots, scale):
         if _is("swap_neighbour"):
@@ -37,7 +38,10 @@ def _attention() -> None:
             slots = _replace_one(slots, lambda slot: slot.roll(slot.shape[0] // 2 + 1, 0))
         return attend(q_nope, q_rope, rows, slots, scale)
 
-    backend.sparse_mla = faulty
+    def faulty_sink(out, lse, sink):
+        return out if _is("no_sink") else apply_sink(out, lse, sink)
+
+    backend.sparse_mla, backend.apply_sink = faulty, faulty_sink
 
 
 def _replace_one(slots, replacement) -> torch.Tensor:

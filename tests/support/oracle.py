@@ -1,4 +1,4 @@
-"""transformers' DeepSeek-V3.2 and GLM-MoE-DSA as the oracle.
+"""transformers' DeepSeek-V3.2, GLM-MoE-DSA and HY-V4 as the oracle.
 
 Rounding turns decisions over: which positions a query attends to, which experts a token gets,
 to which side a row is rounded. A decision turned over moves logprobs by a lot, whether it was
@@ -60,7 +60,34 @@ def reference_model(path, changes=None, **options):
     model_type = stored.pop("model_type")
     (reference,) = {one.reference for one in ARCHS.values() if one.model_type == model_type}
     config = AutoConfig.for_model(reference, **stored)
-    return AutoModelForCausalLM.from_pretrained(str(path), config=config, **options)
+    result = AutoModelForCausalLM.from_pretrained(str(path), config=config, **options)
+    if reference == "hy_v4":
+        _pairs_to_halves(result[0] if isinstance(result, tuple) else result)
+    return result
+
+
+@torch.no_grad()
+def _pairs_to_halves(model) -> None:
+    """Reorder the rope dimensions of hy_v4's weights, in place.
+
+    SGLang's Hy4 rotates dimensions (2i, 2i + 1), transformers' (i, i + rope/2). Which of the two
+    the release has, a checkpoint of random weights does not say.
+    """
+
+    def reorder(parameter, heads):
+        rows = parameter.view(heads, -1, *parameter.shape[1:])
+        rope = rows[:, -ROPE_DIM:]
+        rows[:, -ROPE_DIM:] = torch.cat([rope[:, 0::2], rope[:, 1::2]], 1)
+
+    for block in model.model.layers:
+        attention = block.self_attn
+        reorder(attention.q_b_proj.weight, attention.num_heads)
+        reorder(attention.kv_a_proj_with_mqa.weight, 1)
+        if attention.indexer is not None:
+            reorder(attention.indexer.wq_b.weight, attention.indexer.n_heads)
+            for one in (attention.indexer.wk, attention.indexer.k_norm):
+                for parameter in one.parameters():
+                    reorder(parameter, 1)
 
 
 class Oracle:
@@ -99,7 +126,9 @@ class Oracle:
     def _rows(self, forced, verdict):
         """Note latents where they are normed and rope keys where they are rotated; force both."""
         module = inspect.getmodule(type(self.model))
-        rotate, current = module.apply_rotary_pos_emb_interleave, None
+        interleaved = hasattr(module, "apply_rotary_pos_emb_interleave")
+        name = "apply_rotary_pos_emb" + "_interleave" * interleaved
+        rotate, current = getattr(module, name), None
 
         def note_latent(layer):
             def hook(norm, inputs, output):
@@ -112,7 +141,7 @@ class Oracle:
 
         def rotating(q, k, cos, sin, *args, **kwargs):
             q, k = rotate(q, k, cos, sin, *args, **kwargs)
-            if kwargs.get("unsqueeze_dim", 1) != 1:  # GLM's indexer
+            if kwargs.get("unsqueeze_dim", 1) != 1:  # an indexer's
                 return q, k
             pairs = _paired(k.reshape(-1, ROPE_DIM))
             verdict.rows[current] = torch.cat([verdict.rows[current], pairs.float()], 1)
@@ -123,11 +152,11 @@ class Oracle:
             attention.kv_a_layernorm.register_forward_hook(note_latent(layer))
             for layer, attention in self.attentions()
         ]
-        module.apply_rotary_pos_emb_interleave = rotating
+        setattr(module, name, rotating)
         try:
             yield
         finally:
-            module.apply_rotary_pos_emb_interleave = rotate
+            setattr(module, name, rotate)
             for hook in hooks:
                 hook.remove()
 
@@ -248,12 +277,14 @@ class _RoundingTorch:
     """torch, but the indexer's query-key product rounds both sides to e4m3 first.
 
     interleaved: the indexer rotates pairs, which transformers leaves sorted into halves.
-    Products do not mind, rounding does, so the model's own order comes back first.
+    rope_last: these are the last dimensions of a key, where SGLang has them first.
+    Products do not mind, rounding does, so the engine's own order comes back first.
     disturbance: as fp8_index has it
     """
 
-    def __init__(self, interleaved: bool, disturbance: float):
-        self.interleaved, self.disturbance = interleaved, disturbance
+    def __init__(self, interleaved: bool, rope_last: bool, disturbance: float):
+        self.interleaved, self.rope_last = interleaved, rope_last
+        self.disturbance = disturbance
         self.generator = torch.Generator().manual_seed(0)
 
     def __getattr__(self, name):
@@ -267,6 +298,8 @@ class _RoundingTorch:
         return torch.matmul(a, b)
 
     def _fake_quantize(self, x, power_of_two):
+        if self.rope_last:
+            x = x.roll(ROPE_DIM, -1)
         if self.interleaved:
             x = torch.cat([_paired(x[..., :ROPE_DIM]), x[..., ROPE_DIM:]], dim=-1)
         rotated = x.float() @ torch.from_numpy(hadamard(INDEX_DIM)).float() * INDEX_DIM**-0.5
@@ -282,8 +315,9 @@ def fp8_index(oracle: Oracle, disturbance: float = 0.0):
     disturbance: the largest error of an element, relative to it, before it is rounded
     """
     module = inspect.getmodule(type(oracle.model))
-    interleaved = oracle.config.model_type == "glm_moe_dsa"
-    module.torch = _RoundingTorch(interleaved, disturbance)
+    model_type = oracle.config.model_type
+    interleaved, rope_last = model_type in ("glm_moe_dsa", "hy_v4"), model_type == "hy_v4"
+    module.torch = _RoundingTorch(interleaved, rope_last, disturbance)
     try:
         yield
     finally:

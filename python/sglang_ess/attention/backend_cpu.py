@@ -5,7 +5,7 @@ import torch
 
 from sglang_ess.attention.passes import Canary, EarlyFetch, GroupStep, attend_passes
 from sglang_ess.config import EssConfig
-from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend, attend_rows
+from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend, attend_all
 from sglang_ess.layout import PLAN_QUERIES_CPU
 from sglang_ess.tiers.warmup_window import warm_spans
 
@@ -55,8 +55,7 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         for i, group in enumerate(pool.staging.groups):
             rows = pool.staging.rows(layer.layer_id - pool.start_layer, i)
             places = pool.staging.places_of(i, topk[group.queries])
-            part = attend_rows(layer, q[group.queries], q_rope[group.queries], rows, places)
-            outs.append(part[0])
+            outs.append(attend_all(layer, q[group.queries], q_rope[group.queries], rows, places))
         index_group, position = pool.place(layer.layer_id)
         if position == pool.groups.sizes[index_group] - 1:
             for first, end in self._warm_spans:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from sglang_ess.cpu.attention_backend import attend_rows
+from sglang_ess.cpu.attention_backend import attend_all, attend_rows, with_sink
 from sglang_ess.tiers import HotCache, Plan
 from sglang_ess.tiers.contract import CANARY_ROWS
 
@@ -139,12 +139,12 @@ def attend_passes(
                 merge_into(*parts, *part)
             if is_cut:
                 continue
-            outs.append(parts[0].to(q.dtype))
+            outs.append(with_sink(layer, *parts).to(q.dtype))
             parts, first = None, first + 1
         if first < last or not outs:
             whole = slice(first, last)
             hot_rows = plan.rows[first - plan.first :]
-            outs.append(attend_rows(layer, q[whole], q_rope[whole], rows, hot_rows)[0])
+            outs.append(attend_all(layer, q[whole], q_rope[whole], rows, hot_rows))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from sglang_ess.cpu.ops.sparse_mla import sparse_mla
+from sglang_ess.cpu.ops.sparse_mla import apply_sink, sparse_mla
 from sglang_ess.layout import LATENT_DIM, PAGE_SLOTS
 from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.tiers.topk_observer import PassQueries, TopkObserver
@@ -106,6 +106,7 @@ class CpuSparseMlaBackend(AttentionBackend):
         q_rope=None,
         k_rope=None,
         topk_indices=None,
+        attn_sink=None,
         **kwargs,
     ):
         """Write this pass's rows, then attend. Returns [T, heads * 512] in q's dtype.
@@ -114,7 +115,9 @@ class CpuSparseMlaBackend(AttentionBackend):
 
         q [T, heads, 512] absorbed, q_rope [T, heads, 64]; k [T, 1, 512], k_rope [T, 1, 64]
         topk_indices [T, top-k] int32 slots, -1 pads
+        attn_sink [heads] float32: the layer's own, the same at each call (Hy4)
         """
+        layer.ess_sink = attn_sink
         if save_kv_cache:
             self._write(layer, forward_batch.out_cache_loc, k, k_rope)
         heads = layer.tp_q_head_num
@@ -144,7 +147,18 @@ class CpuSparseMlaBackend(AttentionBackend):
     def _attend(self, layer, q, q_rope, topk) -> torch.Tensor:
         """Attention over the slots topk [T, top-k]: out [T, heads, 512]."""
         rows = self.token_to_kv_pool.latent_rows(layer.layer_id)
-        return attend_rows(layer, q, q_rope, rows, topk)[0]
+        return attend_all(layer, q, q_rope, rows, topk)
+
+
+def attend_all(layer, q, q_rope, rows, indices) -> torch.Tensor:
+    """Attention of queries whose rows are all at hand: out [T, heads, 512]."""
+    return with_sink(layer, *attend_rows(layer, q, q_rope, rows, indices))
+
+
+def with_sink(layer, out, lse) -> torch.Tensor:
+    """out [T, heads, dim] once the layer's sink, if it has one, has taken its share."""
+    sink = getattr(layer, "ess_sink", None)
+    return out if sink is None else apply_sink(out, lse, sink)
 
 
 def attend_rows(layer, q, q_rope, rows, indices) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,8 @@
 """Hook bodies that let SGLang's own code run on a CPU. patches/ess_patches declares the hooks."""
 
+import torch
+import torch.nn.functional as F
+
 
 def device_capability(original, device=None):
     """torch.cuda.get_device_capability, which would raise: (0, 0), older than any device."""
@@ -36,3 +39,22 @@ _ROPE_PARAMETERS = (
     "partial_rotary_factor",
     "device",
 )
+
+
+def moe_with_limit(original, layer, x, topk_output, moe_runner_config):
+    """moe_forward_native: with the model's limit on SwiGLU's inputs, which upstream's leaves out.
+
+    x [T, hidden]. Returns [T, hidden] in x's dtype; experts are summed in float32.
+    """
+    limit = moe_runner_config.swiglu_limit
+    if limit is None:
+        return original(layer, x, topk_output, moe_runner_config)
+    weights, chosen, _ = topk_output
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    for expert in chosen.unique().tolist():
+        token, place = torch.where(chosen == expert)
+        gate, up = F.linear(x[token], layer.w13_weight[expert]).chunk(2, dim=-1)
+        inner = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+        result = F.linear(inner, layer.w2_weight[expert])
+        out.index_add_(0, token, result.float() * weights[token, place, None])
+    return out.to(x.dtype)

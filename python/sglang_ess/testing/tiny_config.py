@@ -7,7 +7,7 @@ SGLang's 656-byte fp8 row.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -26,6 +26,11 @@ class Arch:
     rope, groups, topk_groups, topk_freq, skip_offset: defaults of TinyModelConfig's fields
     shares: whether layers may read another layer's top-k
     indexer_halves: the indexer rotates (i, i + rope/2), and not (2i, 2i + 1) as attention does
+    indexer_rope_last: the indexer's rope dimensions are the last of a head, not the first
+    parts: tensors that the others lack: "gate" of attention's output, attention "sinks",
+        "streams" (HC_STREAMS residual streams, mixed by hyper-connections); "stacked" experts:
+        those of a layer are one tensor
+    config: what config.json says in addition
     """
 
     architecture: str
@@ -40,8 +45,12 @@ class Arch:
     skip_offset: int = 2
     shares: bool = False
     indexer_halves: bool = True
+    indexer_rope_last: bool = False
+    parts: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
+HC_STREAMS = 4
 ARCHS = {
     "v32": Arch(
         "DeepseekV32ForCausalLM", "deepseek_v32", "deepseek_v32", "DeepSeek-V3.2",
@@ -54,6 +63,13 @@ ARCHS = {
     "glm": Arch(
         "GlmMoeDsaForCausalLM", "glm_moe_dsa", "glm_moe_dsa", "GLM-5",
         rope_theta=1_000_000, topk_freq=2, shares=True, indexer_halves=False,
+    ),
+    "hy4": Arch(
+        "HYV4ForCausalLM", "hy_v4", "hy_v4", "Hy4",
+        rope_theta=10_000_000, topk_freq=4, shares=True, indexer_halves=False,
+        indexer_rope_last=True, parts=("gate", "sinks", "streams", "stacked"),
+        # The release's limit is 10, which no activation of a tiny model reaches.
+        config={"hc_mult": HC_STREAMS, "hc_magnitude": 2.0, "hc_eps": 1e-6, "swiglu_limit": 2.0},
     ),
 }  # fmt: skip
 

@@ -91,10 +91,14 @@ def model_config(config: TinyModelConfig, vocab_size: int, token_ids: dict[str, 
         "norm_topk_prob": True,
         "routed_scaling_factor": ROUTED_SCALING_FACTOR,
         "ep_size": 1,
+        **arch.config,
     }
     if not arch.indexer_halves:
         # transformers hard-codes the interleaved rope of GLM's indexer; SGLang reads it here.
         result["indexer_rope_interleave"] = True
+    if "streams" in arch.parts:
+        sparse = config.layers - config.dense_layers
+        result["mlp_layer_types"] = ["dense"] * config.dense_layers + ["sparse"] * sparse
     if arch.shares:
         result |= sharing_fields(config) | {"indexer_types": config.indexer_types}
     return result

@@ -23,6 +23,7 @@ from safetensors.torch import save
 
 from sglang_ess.testing.tiny_config import (
     ARCHS,
+    HC_STREAMS,
     INDEX_HEAD_DIM,
     KV_LORA_RANK,
     QK_ROPE_HEAD_DIM,
@@ -41,6 +42,7 @@ ATTENTION_GAIN = 1.0
 MLP_GAIN = 0.6
 EXPERT_GAIN = 0.3  # small: a near-tie in the router must not swamp the rest
 LOGIT_STD = 2.5
+SINK_MEAN = 6.0  # a sink takes 3 to 15 % of a head
 CONTROL_LOGIT_GAIN = -0.6  # times the mean's share of a hidden state: logits near -5
 
 
@@ -82,7 +84,7 @@ def checkpoint_tensors(
     config: TinyModelConfig, vocab_size: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (hub name, float32 values) of every tensor. Linear weights are [out, in]."""
-    draws = _Draws(config.seed, config.hidden)
+    draws, parts = _Draws(config.seed, config.hidden), ARCHS[config.arch].parts
     embedding = draws.normal("embedding", vocab_size, config.hidden)
     yield "model.embed_tokens.weight", embedding + np.float32(EMBEDDING_MEAN) * draws.mean
     for layer in range(config.layers):
@@ -90,10 +92,15 @@ def checkpoint_tensors(
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{prefix}{norm}.weight", draws.norm(prefix + norm, config.hidden)
         yield from _attention(config, draws, layer)
+        if "streams" in parts:
+            for stage in ("attn", "mlp"):
+                yield from _hyper(draws, f"{prefix}hc_{stage}_layer.hc_pre.hc_", 2)
         if layer < config.dense_layers:
             yield from _mlp(config, draws, prefix + "mlp.", config.intermediate, MLP_GAIN)
         else:
             yield from _moe(config, draws, prefix + "mlp.")
+    if "streams" in parts:
+        yield from _hyper(draws, "model.hc_head.hc_head_", 1)
     yield "model.norm.weight", draws.norm("final norm", config.hidden)
     head = draws.blind("head", vocab_size, gain=LOGIT_STD)
     # Control and reserved tokens read only the mean, negatively, so that none is ever likely.
@@ -122,11 +129,13 @@ def _attention(config, draws, layer):
     yield name + "kv_a_proj_with_mqa.weight", kv_a
     yield name + "kv_a_layernorm.weight", draws.norm(name + "kv_a norm", KV_LORA_RANK)
     yield name + "kv_b_proj.weight", np.concatenate([k_b, v_b], axis=1).reshape(-1, KV_LORA_RANK)
-    value_width = config.heads * config.v_dim
-    yield (
-        name + "o_proj.weight",
-        draws.matrix(name + "o", config.hidden, value_width, gain=ATTENTION_GAIN),
-    )
+    value_width, gain = config.heads * config.v_dim, ATTENTION_GAIN
+    if "gate" in ARCHS[config.arch].parts:
+        gain *= 2  # the gate's sigmoid takes about half
+        yield name + "linear_gate.weight", draws.blind(name + "gate", value_width)
+    if "sinks" in ARCHS[config.arch].parts:
+        yield name + "learnable_sink_param", SINK_MEAN + draws.normal(name + "sinks", config.heads)
+    yield name + "o_proj.weight", draws.matrix(name + "o", config.hidden, value_width, gain=gain)
     if source == layer:
         yield from _indexer(
             config,
@@ -184,12 +193,30 @@ def _attention_queries(config, draws, name, index_q):
     return q_b * np.float32(ATTENTION_LOGIT_STD / config.attention_mscale)
 
 
+def _hyper(draws, prefix, outputs):
+    """Yield one mixer of residual streams: what it reads of each, and what it adds to each.
+
+    outputs: 2, or 1 at the end, where nothing is added
+    """
+    width = outputs * HC_STREAMS
+    yield prefix + "fn", draws.matrix(prefix + "fn", width, HC_STREAMS * len(draws.mean))
+    yield prefix + "scale", np.full(outputs, 0.3, np.float32)
+    base = np.float32(0.3) * draws.normal(prefix + "base", width)
+    base[:HC_STREAMS] -= np.float32(math.log(HC_STREAMS - 1))  # sigmoid gives 1 / HC_STREAMS
+    yield prefix + "base", base
+
+
 def _indexer(config, draws, name, index_q, k_nope, k_rope):
     own = draws.matrix(name + "weights", config.index_heads, config.hidden, gain=0.1)
-    yield name + "wq_b.weight", index_q.reshape(-1, config.q_lora_rank)
-    yield name + "wk.weight", np.concatenate([k_rope[np.argsort(_rope_rows(config))], k_nope])
-    yield name + "k_norm.weight", draws.norm(name + "k_norm", INDEX_HEAD_DIM)
-    yield name + "k_norm.bias", np.float32(0.1) * draws.normal(name + "k_norm bias", INDEX_HEAD_DIM)
+    # The shift that puts the rope dimensions where the architecture has them.
+    by = -QK_ROPE_HEAD_DIM if ARCHS[config.arch].indexer_rope_last else 0
+    k = np.concatenate([k_rope[np.argsort(_rope_rows(config))], k_nope])
+    k_norm = draws.norm(name + "k_norm", INDEX_HEAD_DIM)
+    k_bias = np.float32(0.1) * draws.normal(name + "k_norm bias", INDEX_HEAD_DIM)
+    yield name + "wq_b.weight", np.roll(index_q, by, axis=1).reshape(-1, config.q_lora_rank)
+    yield name + "wk.weight", np.roll(k, by, axis=0)
+    yield name + "k_norm.weight", np.roll(k_norm, by)
+    yield name + "k_norm.bias", np.roll(k_bias, by)
     # Every hidden state contains the mean of the embeddings, so a head's weight keeps its sign.
     yield (
         name + "weights_proj.weight",
@@ -209,15 +236,25 @@ def _moe(config, draws, name):
     bias = np.abs(draws.normal(name + "router bias", config.experts))
     yield name + "gate.e_score_correction_bias", np.float32(0.1) * bias
     yield from _mlp(config, draws, name + "shared_experts.", config.moe_intermediate, MLP_GAIN)
-    for expert in range(config.experts):
-        prefix = f"{name}experts.{expert}."
-        yield from _mlp(config, draws, prefix, config.moe_intermediate, EXPERT_GAIN)
+    prefixes = [f"{name}experts.{expert}." for expert in range(config.experts)]
+    experts = [[*_mlp(config, draws, p, config.moe_intermediate, EXPERT_GAIN)] for p in prefixes]
+    if "stacked" not in ARCHS[config.arch].parts:
+        yield from (tensor for expert in experts for tensor in expert)
+        return
+    gate, up, down = (
+        np.stack([values for _, values in each]) for each in zip(*experts, strict=True)
+    )
+    yield name + "experts.gate_up_proj", np.concatenate([gate, up], axis=1)
+    yield name + "experts.down_proj", down
+
+
+_FLOAT32 = ("e_score_correction_bias", ".hc_", ".learnable_sink_param")  # in both libraries
 
 
 def _to_dtype(name: str, values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(values))
-    if name.endswith("e_score_correction_bias"):
-        return tensor  # float32 in both libraries
+    if any(part in name for part in _FLOAT32):
+        return tensor
     if name.endswith("indexer.weights_proj.weight"):
         # SGLang has it in bfloat16, transformers in float32. Store what both can represent.
         tensor = tensor.bfloat16()

@@ -219,3 +219,13 @@ def sparse_mla(
         lse.numpy(),
     )
     return out, lse
+
+
+def apply_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+    """Attention with one logit more in each softmax, whose value is zero.
+
+    out [T, heads, dim], lse [T, heads] natural log, as sparse_mla gives them, of all rows of a
+    query; sink [heads]. Returns out in its dtype. A query without a row stays zero.
+    """
+    share = torch.sigmoid(lse - sink.float())
+    return (out.float() * share.unsqueeze(-1)).to(out.dtype)
