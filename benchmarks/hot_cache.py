@@ -15,6 +15,9 @@ Seconds are CPU time of this thread.
 
 `recording` is the time that --ess-trace adds to the plans of a decode step in their own thread;
 another thread finds positions and writes. `replay` reads that trace and repeats the lookups.
+
+`index_groups` is a token's planning with GLM-5.2's 78 layers: a plan for each of its 21 index
+groups, over a plan for each layer; both in turn, in one run.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ ROW_BYTES = 656
 WARM_STEPS = 6
 HEADLINE = {"batch": 16, "ratio": 0.2, "miss": 0.09}  # 190 of 2048, ESS at 32K
 HITS = {"batch": 16, "ratio": 0.2, "miss": 0.0}
+GLM52 = {"batch": 2, "ratio": 0.2, "miss": 0.09, "layers": 78, "groups": 21}
 POINTS = [  # HEADLINE and HITS are the first two
     {"batch": batch, "ratio": ratio, "miss": miss}
     for batch in (16, 64)
@@ -240,6 +244,27 @@ def measure_recording(report: harness.Report, num_steps: int, seed: int) -> None
     )
 
 
+def measure_groups(report: harness.Report, num_steps: int, seed: int) -> None:
+    """A decode step's plans: one for each index group, and one for each layer."""
+    trace = Trace(GLM52["batch"], cold_ratio(GLM52["ratio"], GLM52["miss"]), seed)
+    slots, filling = GLM52["batch"] * CONTEXT, torch.from_numpy(trace.filling())
+    buffers, seconds = PlanBuffers(), {"groups": [], "layers": []}
+    rows = int(slots * GLM52["ratio"])
+    tiers = {k: [HotCache(None, rows, slots, buffers) for _ in range(GLM52[k])] for k in seconds}
+    for tier in (*tiers["groups"], *tiers["layers"]):
+        tier.warm(filling)
+    for _ in range(WARM_STEPS + num_steps):
+        topk = trace.step()
+        for kind, caches in tiers.items():
+            seconds[kind].append(sum(timed_plan(cache, topk)[0] for cache in caches))
+    kept = [found[WARM_STEPS:] for found in seconds.values()]
+    per_token = [one / GLM52["batch"] * 1e6 for one in kept[0]]
+    report.add(
+        harness.measured("index_groups", GLM52, "time", "us/token", per_token),
+        harness.measured("index_groups", GLM52, "share", "ratio", harness.ratios(*kept)),
+    )
+
+
 def measure_point(report: harness.Report, point: dict, num_steps: int, seed: int) -> None:
     """Add rows for plan and roof with the layers in turn, and for plan on one layer only."""
     stage = Point(**point, seed=seed)
@@ -273,6 +298,8 @@ def summarise(report: harness.Report) -> None:
         "hit_share_of_roof": ("share_of_roof", "share", HITS),
         **{f"{kind}_gb_per_s": ("fetch", "rate", {"kind": kind})
            for kind in ("fetch", "memcpy", "torch_indexed")},
+        "glm52_plan_share": ("index_groups", "share", GLM52),
+        "glm52_plan_us_per_token": ("index_groups", "time", GLM52),
         "recording_us_per_query": ("recording", "time", HEADLINE),
         "recording_bytes_per_index": ("recording", "size", HEADLINE),
         "replay_lookups_per_s": ("replay", "lookups", HEADLINE),
@@ -322,6 +349,8 @@ def main(argv: list[str] | None = None) -> None:
         measure_point(report, point, steps, args.seed)
     progress("fetch")
     measure_fetch(report, steps, args.seed)
+    progress("index groups")
+    measure_groups(report, steps, args.seed)
     progress("recording and replay")
     measure_recording(report, steps, args.seed)
     summarise(report)

@@ -5,7 +5,7 @@ line. The metrics are updated when SGLang publishes its own: with each prefill a
 when the scheduler becomes idle. A decode step itself costs nothing.
 
 Names follow SGLang's: the prefix "sglang:", the labels of its scheduler (model_name, tp_rank, ...),
-and the label "layer" for a figure of one layer. Hits are lookups - misses.
+and the label "layer" for a figure of one index group: its first layer. Hits are lookups - misses.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def _size(num_bytes: float) -> str:
 _LAYER_COUNTERS = {
     "lookups": "Top-k entries resolved in decode.",
     "misses": "Top-k entries that were not in the hot tier and were fetched from the host tier.",
-    "fetched_bytes": "Bytes of latent rows fetched from the host tier for misses.",
+    "fetched_bytes": "Bytes of latent rows fetched from the host tier for misses, in all layers "
+    "that read the top-k.",
     "installed_rows": "Rows made hot by a write of their slot or by warm-up.",
     "evictions": "Rows evicted from the hot tier.",
 }

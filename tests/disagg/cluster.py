@@ -16,12 +16,15 @@ DECODE_FLAGS = (
     # Few enough that all of test_concurrent_requests run together; metrics of each step.
     *("--num-reserved-decode-tokens", "64", "--decode-log-interval", "1"),
 )
-LAYERS = 3
+# Index groups of one layer and of three: warm-up ids, metrics and hot rows are by group.
+SHARING, FIRST_LAYERS = "FFSS", ["0", "1"]
 
 
 def write_model(directory: Path) -> Path:
-    shape = TinyModelConfig(arch="v32", index_topk=32, heads=4, layers=LAYERS)
-    return write_tiny_model(directory / "v32", shape)
+    shape = TinyModelConfig(
+        arch="glm", index_topk=32, heads=4, layers=len(SHARING), sharing=SHARING
+    )
+    return write_tiny_model(directory / "glm", shape)
 
 
 def start(model: Path, directory: Path, prefill_flags=(), env=None, node=Node) -> PdCluster:

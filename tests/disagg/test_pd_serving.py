@@ -13,7 +13,7 @@ import numpy as np
 import openai
 import pytest
 
-from tests.disagg.cluster import LAYERS, SLOTS, start
+from tests.disagg.cluster import FIRST_LAYERS, SLOTS, start
 from tests.support import parity
 from tests.support.pd import faulty
 
@@ -60,12 +60,12 @@ def check_same(cluster, colocated, prompt):
 
 
 def counted(cluster, name):
-    """An ESS counter of the decode node, [layers]."""
+    """An ESS counter of the decode node, [index groups]."""
     with cluster.decode.open("/metrics") as response:
         text = response.read().decode()
     series = rf'^sglang:ess_{name}_total\{{.*layer="(\d)".*\}} (\S+)$'
     found = re.findall(series, text, re.M)
-    assert [layer for layer, _ in found] == [str(layer) for layer in range(LAYERS)]
+    assert [layer for layer, _ in found] == FIRST_LAYERS
     return np.array([float(value) for _, value in found])
 
 
@@ -91,7 +91,7 @@ def test_reused_slots(cluster, colocated):
 
 
 def first_step(cluster, seed):
-    """(rows made hot, top-k entries, those missed), each [layers], of one prompt's first step."""
+    """(rows made hot, top-k entries, those missed) of one prompt's first step, each [groups]."""
     prompt, other = parity.prompts_of([900, 100], seed=seed)
     served(cluster, other, 2)  # whose figures are published by its last step
     names = ("installed_rows", "lookups", "misses")
