@@ -33,8 +33,8 @@ def one_row_for_two_slots() -> None:
 
     plan = HotCache.plan
 
-    def doubled(cache, topk, *args):
-        found = plan(cache, topk, *args)
+    def doubled(cache, topk, *args, **kwargs):
+        found = plan(cache, topk, *args, **kwargs)
         rows = found.rows
         if rows.shape[1] > 1:
             rows[:, 1] = torch.where(rows[:, 1] >= 0, rows[:, 0], rows[:, 1])
