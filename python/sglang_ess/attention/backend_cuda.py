@@ -82,7 +82,9 @@ class _PlannedRows:
         compressed_seq_lens=None, top_k_result=None,
     ):  # fmt: skip
         """Hot rows [T, K] int32 of the layer under way; they are filled."""
-        return self._backend.step.layer.buffers.rows
+        step, place = self._backend.step.layer, self._backend.token_to_kv_pool.place(layer_id)
+        assert (step.group, step.position) == place, f"layer {layer_id} is not under way"
+        return step.buffers.rows
 
 
 class EssDsaBackend(DeepseekSparseAttnBackend):

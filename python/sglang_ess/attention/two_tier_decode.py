@@ -5,15 +5,17 @@
     DBA   DA with the batch planned in halves: the first half's fetch runs behind the second
           half of the indexer (ESS section 3.3, figure 6)
 
-Everything that touches the tiers runs on one stream, the transfer stream, in order: saves and
-installs of new rows, plans, fetches, rebuilds of the order. So a row is never fetched before it is
-saved, and the main stream only waits for events. All of it can be captured in a CUDA graph: the
-transfer stream forks from and joins the main one inside a step, and no shape depends on data.
+Everything that touches the tiers runs on one stream, the transfer stream, in order: saves to the
+host tier, installs, plans, fetches, rebuilds of the order. So a row is never fetched before it is
+saved, and the main stream only waits for events. The one exception are the hot rows that a step
+reserves for its new rows: nothing else touches them in this step, so the main stream fills them
+itself and waits for no fetch. All of it can be captured in a CUDA graph: the transfer stream forks
+from and joins the main one inside a step, and no shape depends on data.
 
 Layers that read one top-k, an index group, share a plan. Its first layer makes it and goes by one
 of the modes above. The rows of the others are known then: the transfer stream fetches them in the
-layers' order, behind the layers before. These layers save their new rows on the main stream, into
-the hot rows that the first one reserved, so that they never queue behind a fetch.
+layers' order, behind the layers before. A layer waits for its own rows and for none that come
+later.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class LayerStep:
     halves   the plans of plan_half()
     planned  queries that plan_half() has planned
     passes   copies of the plans of several passes, for the group's other layers
-    ready    the plan's lists are there; fetched: its rows are, by layer; written: the new rows are
+    reserved the targets are there; ready: the plan's lists; fetched: its rows, by layer
     """
 
     group: int
@@ -70,9 +72,9 @@ class LayerStep:
     halves: list[PlanBuffers] = field(default_factory=list)
     planned: int = 0
     passes: list[PlanBuffers] = field(default_factory=list)
+    reserved: torch.cuda.Event | None = None
     ready: torch.cuda.Event | None = None
     fetched: list[torch.cuda.Event | None] = field(default_factory=list)
-    written: torch.cuda.Event | None = None
 
     @property
     def rows(self) -> torch.Tensor:
@@ -109,7 +111,7 @@ class TwoTierDecode:
 
     def follow(self, step: LayerStep, position: int) -> None:
         """Go on with another layer of the group."""
-        step.position, step.written = position, None
+        step.position, step.reserved = position, None  # the main stream has waited for it
 
     def reserve(self, step: LayerStep, width: int, first_slot: int = 0) -> bool:
         """Make the step's new slots hot before their rows are there.
@@ -124,6 +126,7 @@ class TwoTierDecode:
         with self.transfer.on_transfer_stream():
             if fits:
                 step.targets = cache.reserve(slots, first_slot)
+                step.reserved = self.transfer.event()
             else:
                 cache.invalidate(slots)
             self.transfer.record_stream(slots)
@@ -133,17 +136,13 @@ class TwoTierDecode:
         """Save the packed rows [T, ...] of the step's slots, and fill their reserved hot rows."""
         slots, host_rows = step.slots, step.cache.host_layers[step.position]
         assert slots is not None
-        if step.position and step.targets is not None:
-            # No fetch under way touches these rows, so the main stream need not wait for one.
-            scatter_rows(rows, slots, host_rows)
-            scatter_rows(rows, step.targets, step.rows)
-            return
         with self.transfer.on_transfer_stream():
             scatter_rows(rows, slots, host_rows)
-            if step.targets is not None:
-                scatter_rows(rows, step.targets, step.rows)
-            step.written = self.transfer.event()
             self.transfer.record_stream(slots, rows)
+        if step.targets is not None:
+            # On the main stream: the transfer stream may be busy with the rows of later layers.
+            wait(step.reserved)
+            scatter_rows(rows, step.targets, step.rows)
 
     def plan_half(self, step: LayerStep, topk: torch.Tensor, first: int, batch: int) -> None:
         """DBA: plan and fetch topk [n, K], the queries from `first` on of a batch of `batch`.
@@ -151,9 +150,8 @@ class TwoTierDecode:
         Halves come in order. start() with the whole top-k goes on from there.
         """
         cache, last = step.cache, first + len(topk)
-        written = None if step.slots is None else step.slots[first:last]
         with self.transfer.on_transfer_stream():
-            half = cache.plan(topk, first, int(first > 0), advance=last == batch, written=written)
+            half = cache.plan(topk, first, int(first > 0), advance=last == batch)
             step.ready = self.transfer.event()  # after the first half's fetch: its rows are there
             cache.fetch(half)
             self.transfer.record_stream(topk)
@@ -175,8 +173,8 @@ class TwoTierDecode:
         step.topk, step.buffers = topk, cache.buffers_for(*topk.shape)
         with self.transfer.on_transfer_stream():
             if step.planned != len(topk):
-                fits = slots is not None and len(slots) == len(topk)
-                cache.plan(topk, written=slots if fits else None)
+                step.halves.clear()
+                cache.plan(topk)
                 step.ready = self.transfer.event()
                 cache.fetch(step.buffers)
             step.fetched = [self.transfer.event()]
@@ -210,12 +208,11 @@ class TwoTierDecode:
         return self.merge(early, late)[0]
 
     def wait(self, step: LayerStep) -> None:
-        """Have the main stream wait until every row of the plan is there, fetched or written."""
+        """Have the main stream wait until every row of the plan is there in the step's layer."""
         if step.position == len(step.fetched):  # the new rows had to be saved first
             with self.transfer.on_transfer_stream():
                 self._fetch_layer(step, step.position)
         wait(step.fetched[step.position])
-        wait(step.written)
 
     def in_passes(self, step: LayerStep, q: torch.Tensor, topk: torch.Tensor) -> torch.Tensor:
         """Attention of a batch that the hot tier cannot hold at once: out [T, H, 512].
@@ -251,19 +248,19 @@ class TwoTierDecode:
         Each layer's hot rows take the same steps, in its own turn.
         """
         cache, position = step.cache, step.position
-        lookups = topk[part.queries, part.columns].contiguous()
+        lookups = None if position else topk[part.queries, part.columns].contiguous()
         # The transfer stream starts after the attention whose rows this pass may evict, and which
         # reads the plan buffers.
         with self.transfer.on_transfer_stream():
-            planned = step.passes[index] if position else cache.plan(lookups)
+            planned = step.passes[index] if lookups is None else cache.plan(lookups)
             cache.fetch(planned, position)
             fetched = self.transfer.event()
-            if position == 0:
+            if lookups is not None:
                 cache.rebuild_order()
-                if cache.num_layers > 1:
-                    step.passes.append(_copy_of(planned))
-            self.transfer.record_stream(lookups)
+                self.transfer.record_stream(lookups)
         wait(fetched)
+        if position == 0 and cache.num_layers > 1:
+            step.passes.append(_copy_of(planned))
         return self._attend(q, step.rows, planned.rows)
 
 

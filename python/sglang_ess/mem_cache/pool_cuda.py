@@ -144,7 +144,8 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
     def write_prompt(self, layer_id: int, loc: torch.Tensor, rows: torch.Tensor) -> None:
         """Save rows [n, 1, width] of the slots loc [n] int64; make them hot if there is room.
 
-        The first layer of an index group decides which become hot; the others fill the same rows.
+        The first layer of an index group decides which become hot; the others then fill their
+        copies of the same hot rows.
         """
         group, position = self.place(layer_id)
         cache = self.hot_caches[group]
@@ -155,10 +156,8 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
             scatter_rows(rows, slots, cache.host_layers[position])
             if position == 0:
                 cache.install(slots, rows, IDLE_STEPS, first_slot=self.page_size)
-            elif cache.installed is not None and len(cache.installed) == len(slots):
-                cache.refill(position, rows)
-            else:  # a write of this layer alone
-                cache.invalidate(slots)
+            else:
+                cache.update(position, slots, rows)
             self.transfer.record_stream(slots, rows)
 
     # --- SGLang's write paths -----------------------------------------------------------

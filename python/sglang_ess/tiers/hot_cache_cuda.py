@@ -16,6 +16,7 @@ import torch
 
 from ess_kernels import hot_state
 from ess_kernels.fetch import fetch
+from ess_kernels.gather_rows import gather_rows
 from ess_kernels.hot_state import HotState
 from ess_kernels.install import install
 from ess_kernels.invalidate import invalidate
@@ -306,7 +307,6 @@ class DeviceHotCache:
     """One index group of a DeviceTier. Implements contract.HotTier.
 
     host_layers, hot_layers: rows of each of its layers; host_rows, rows: of the first
-    installed: rows of the last install, for refill; only kept in a group of several layers
 
     The caller orders a step on one stream, or by events: reserve or invalidate, then for each
     pass plan, fetch, attention, rebuild_order. The group's first layer does all of it; the others
@@ -323,7 +323,6 @@ class DeviceHotCache:
         self._tier, self._index = tier, index
         self.host_layers, self.hot_layers = tuple(host_layers), tuple(hot_layers)
         self.host_rows, self.rows = host_layers[0], hot_layers[0]
-        self.installed: torch.Tensor | None = None
         self.state, self.num_slots = tier.state.layer(index), tier.num_slots
         self._owned = None if tier.owned is None else tier.owned.layer(index)
 
@@ -355,16 +354,15 @@ class DeviceHotCache:
         first: int = 0,
         half: int = 0,
         advance: bool = True,
-        written: torch.Tensor | None = None,
     ) -> PlanBuffers:
-        """Give the slots of topk [queries, K] int32 hot rows; ess_kernels.plan describes written.
+        """Give the slots of topk [queries, K] int32 hot rows.
 
         first: first query of the pass in the batch
         half: 0 or 1, which half of a batch planned in two; advance: whether the step's tick ends
         Effect: overwrites the buffers of an earlier plan of these queries.
         """
         buffers = self.buffers_for(topk.shape[0], topk.shape[1], first, half)
-        plan(self.state, topk.contiguous(), buffers, advance, written=written)
+        plan(self.state, topk.contiguous(), buffers, advance)
         return buffers
 
     def fetch(self, planned: PlanBuffers, layer: int = 0) -> None:
@@ -402,28 +400,23 @@ class DeviceHotCache:
         """Make slots [n] int64, just written, hot where there is room.
 
         rows [n, ...]: their values in the first layer, or a sequence of those in each layer
-        written so far; call refill for the others. A slot takes the least recently used row only
+        written so far; call update for the others. A slot takes the least recently used row only
         if that is at least min_age steps old; slots below first_slot (padding) are left out.
         """
         buffers = self._tier.scratch.plan
         values = [rows] if isinstance(rows, torch.Tensor) else rows
-        limit, kept = min(buffers.rows.numel(), self.num_rows), []
+        limit = min(buffers.rows.numel(), self.num_rows)
         for start in range(0, len(slots), limit):
             part = slice(start, start + limit)
             targets = install(self.state, slots[part], buffers, min_age, True, first_slot)
-            if len(values) < self.num_layers:
-                kept.append(targets.clone())
             for written, hot in zip(values, self.hot_layers, strict=False):
                 scatter_rows(written[part], targets, hot)
             self.rebuild_order()
-        self.installed = torch.cat(kept) if kept else None
 
-    def refill(self, layer: int, rows: torch.Tensor) -> None:
-        """Fill the hot rows of the last install in another layer of the group: rows [n, ...]."""
-        if self.installed is not None:
-            scatter_rows(rows, self.installed, self.hot_layers[layer])
-        if layer == self.num_layers - 1:
-            self.installed = None
+    def update(self, layer: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write rows [n, ...] to the hot rows, in one layer, of those slots [n] that are hot."""
+        targets = gather_rows(slots.int(), self.state.slot_row)
+        scatter_rows(rows, targets, self.hot_layers[layer])
 
     def invalidate(self, slots: torch.Tensor) -> None:
         """Free the hot rows of slots [n] int64."""
