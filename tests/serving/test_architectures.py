@@ -1,17 +1,24 @@
-"""Each architecture of SGLang's is_deepseek_dsa that the CPU platform serves, in two tiers.
+"""Each architecture of SGLang's is_deepseek_dsa that the CPU platform serves, in both ways.
 
-The judge is transformers where it has the model (tests/support/parity.py); docs/compatibility.md
-has the whole table. DeepSeek-V3.2 and GLM-5 have more tests: test_parity.py, test_two_tier.py.
+The judge is transformers where it has the model (tests/support/parity.py), else one tier judges
+two; docs/compatibility.md has the whole table. DeepSeek-V3.2 and GLM-5 have more tests, in
+test_parity.py, test_two_tier.py and test_index_groups.py.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sglang_ess.testing.tiny_model import TinyModelConfig
 from tests.support import parity
 from tests.support.engine import EngineProcess
+from tests.support.oracle import summed_otherwise
 
 SLOTS = 4096
 EXPOSE = "tests.support.tiers:expose"
@@ -87,3 +94,86 @@ def test_only_layers_with_an_indexer_hold_index_keys(served):
     types = TinyModelConfig(**shape(served.name)).indexer_types
     held = served.engine.call("_index_key_bytes")
     assert [size > 0 for size in held] == [one == "full" for one in types]
+
+
+# --- LongCat: transformers' has no indexer ----------------------------------------------------
+
+GATHER = "tests.support.gather:install"
+NO_FETCH = "tests.support.two_tier_faults:no_fetch"
+LONGCAT = dict(
+    arch="longcat", index_topk=TOPK, **parity.NARROW | dict(layers=4, heads=4, hidden=128)
+)
+
+
+@pytest.fixture(scope="module")
+def longcat(tmp_path_factory):
+    return parity.write_model(tmp_path_factory.mktemp("model") / "longcat", **LONGCAT)
+
+
+def longcat_outputs(model, patches=(), **ess):
+    """Outputs of prompts at most as long as top-k and of longer ones; misses, bytes of keys."""
+    with EngineProcess(
+        model,
+        ess={"index_dtype": "float32", "admission": "off"} | ess,
+        patches=[GATHER, EXPOSE, *patches],
+        dtype="float32",
+        max_total_tokens=SLOTS,
+    ) as engine:
+        short = engine.together("short", parity.prompts_of([9, TOPK - 4]), 4, start=0)
+        long = engine.together("long", parity.prompts_of([33, 700, 310], seed=2), 16, start=0)
+        misses = sum(one["misses"] for one in engine.call("_hot_counters"))
+        return short, long, misses, engine.call("_index_key_bytes")
+
+
+@pytest.fixture(scope="module")
+def one_tier(longcat):
+    return longcat_outputs(longcat, enabled=False)
+
+
+def same(outputs, others) -> bool:
+    return all(
+        one.token_ids == other.token_ids
+        and (one.logprobs == other.logprobs).all()
+        and (one.prompt_logprobs == other.prompt_logprobs).all()
+        for one, other in zip(outputs, others, strict=True)
+    )
+
+
+def test_longcat_in_two_tiers_is_longcat_in_one(longcat, one_tier):
+    short, long, misses, keys = longcat_outputs(longcat, hot_ratio=0.03, canary_rate=1.0)
+    assert same(short + long, one_tier[0] + one_tier[1])
+    assert misses > 0
+    assert [size > 0 for size in keys] == [True, False, True, False]  # cli_factor 2
+
+
+def test_longcat_without_its_fetches_is_noticed(longcat, one_tier):
+    _, long, _, _ = longcat_outputs(longcat, [NO_FETCH], hot_ratio=0.03, canary_rate=0.0)
+    assert not same(long, one_tier[1])
+
+
+def test_longcat_up_to_topk_tokens_is_transformers_dense_longcat(longcat, one_tier):
+    """Where top-k has every token, what is left to judge is everything but the selection."""
+    config = json.loads((longcat / "config.json").read_text())
+    config["rope_parameters"] = config.pop("rope_scaling")  # two names for one thing
+    for derived in ("num_hidden_layers", "model_type"):
+        config.pop(derived)
+    dense = AutoModelForCausalLM.from_pretrained(
+        longcat,
+        config=AutoConfig.for_model("longcat_flash", **config),
+        dtype=torch.float32,
+        attn_implementation="eager",
+    ).eval()
+
+    @torch.no_grad()
+    def logprobs(tokens):
+        ids = torch.tensor([tokens])
+        found = dense(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        return found.gather(1, ids[0, 1:, None])[:, 0].numpy()
+
+    for prompt, output in zip(parity.prompts_of([9, TOPK - 4]), one_tier[0], strict=True):
+        tokens = prompt + output.token_ids
+        expected = logprobs(tokens)
+        with summed_otherwise(SimpleNamespace(model=dense)):
+            yardstick = np.abs(logprobs(tokens) - expected).max()
+        ours = np.concatenate([output.prompt_logprobs, output.logprobs])
+        assert np.abs(ours - expected).max() <= parity.MARGIN * yardstick

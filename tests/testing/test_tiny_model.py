@@ -95,17 +95,22 @@ def test_names_and_dtypes_are_those_of_a_hub_checkpoint(paths, arch):
         for part in ("gate", "up"):
             assert stored[f"{layer}mlp.experts.7.{part}_proj.weight"] == ([128, 256], "BF16")
         assert stored[layer + "mlp.experts.7.down_proj.weight"] == ([256, 128], "BF16")
-    assert stored[layer + "mlp.gate.e_score_correction_bias"] == ([8], "F32")
-    assert stored[layer + "self_attn.kv_a_proj_with_mqa.weight"] == ([512 + 64, 256], "BF16")
-    assert stored[layer + "self_attn.indexer.wk.weight"] == ([128, 256], "BF16")
-    assert stored[layer + "self_attn.indexer.k_norm.bias"] == ([128], "BF16")
-    rest = {n: t for n, (_, t) in stored.items() if not re.search(r"correction|\.hc_|sink", n)}
-    assert set(rest.values()) == {"BF16"}
-    with_indexer = [any(f"layers.{i}.self_attn.indexer." in n for n in stored) for i in range(4)]
+    pairs = "pairs" in ARCHS[arch].parts
+    attention = [f"{i // 2}.self_attn.{i % 2}" if pairs else f"{i}.self_attn" for i in range(4)]
+    first, router = f"model.layers.{attention[0]}.", "mlp.router" if pairs else "mlp.gate"
+    assert stored[f"{layer}{router}.e_score_correction_bias"] == ([8], "F32")
+    assert stored[first + "kv_a_proj_with_mqa.weight"] == ([512 + 64, 256], "BF16")
+    assert stored[first + "indexer.wk.weight"] == ([128, 256], "BF16")
+    assert stored[first + "indexer.k_norm.bias"] == ([128], "BF16")
+    float32 = re.compile(r"correction|classifier|\.hc_|sink")
+    assert {t for name, (_, t) in stored.items() if not float32.search(name)} == {"BF16"}
+    with_indexer = [any(f"layers.{one}.indexer." in name for name in stored) for one in attention]
     assert with_indexer == [one == "full" for one in TinyModelConfig(arch=arch).indexer_types]
 
 
-@pytest.mark.parametrize("arch", [name for name in ARCHS if name not in OF_REFERENCE.values()])
+@pytest.mark.parametrize(
+    "arch", [name for name, one in ARCHS.items() if OF_REFERENCE.get(one.reference, name) != name]
+)
 def test_archs_of_one_reference_have_its_weights(paths, arch):
     one, other = paths[OF_REFERENCE[ARCHS[arch].reference]], paths[arch]
     assert tensors(one) == tensors(other)
@@ -388,6 +393,7 @@ def test_rope_and_softmax_scale_agree(tmp_path, arch, rope, monkeypatch):
         ({"topk_groups": 3}, "topk_groups must be <= groups 2: got 3"),
         ({"index_topk": 20_000}, "index_topk must be <= context 16384: got 20000"),
         ({"yarn_factor": 5}, "yarn_factor must divide context 16384: got 5"),
+        ({"arch": "longcat", "layers": 5}, "layers must be even for arch longcat: got 5"),
         ({"dense_layers": 5}, "dense_layers must be <= layers 4: got 5"),
         ({"topk_freq": 2}, "topk_freq must be 1 and sharing all F for arch v32"),
         ({"sharing": "FFSF"}, "for arch v32 (it shares no indexer): got 1 and 'FFSF'"),

@@ -29,7 +29,8 @@ class Arch:
     indexer_rope_last: the indexer's rope dimensions are the last of a head, not the first
     parts: tensors that the others lack: "gate" of attention's output, attention "sinks",
         "streams" (HC_STREAMS residual streams, mixed by hyper-connections); "stacked" experts:
-        those of a layer are one tensor
+        those of a layer are one tensor; "pairs": two layers of attention and MLP are one layer
+        of the checkpoint, with the experts beside its second half
     config: what config.json says in addition
     """
 
@@ -70,6 +71,13 @@ ARCHS = {
         indexer_rope_last=True, parts=("gate", "sinks", "streams", "stacked"),
         # The release's limit is 10, which no activation of a tiny model reaches.
         config={"hc_mult": HC_STREAMS, "hc_magnitude": 2.0, "hc_eps": 1e-6, "swiglu_limit": 2.0},
+    ),
+    "longcat": Arch(
+        "LongcatFlashForCausalLM", "longcat_flash", None, "LongCat-Flash with an indexer",
+        rope="yarn", rope_theta=10_000_000, topk_freq=2, skip_offset=1, shares=True,
+        parts=("pairs",),
+        # SGLang computes experts whose output is their input by a Triton kernel alone.
+        config={"zero_expert_num": 0, "zero_expert_type": None},
     ),
 }  # fmt: skip
 
@@ -177,6 +185,8 @@ class TinyModelConfig:
             yield f"yarn_factor must divide context {self.context}: got {self.yarn_factor}"
         if self.dense_layers > self.layers:
             yield f"dense_layers must be <= layers {self.layers}: got {self.dense_layers}"
+        if "pairs" in ARCHS[self.arch].parts and self.layers % 2:
+            yield f"layers must be even for arch {self.arch}: got {self.layers}"
         if self.sharing and len(self.sharing) != self.layers:
             yield f"sharing must have {self.layers} letters, one a layer: got {self.sharing!r}"
         if not ARCHS[self.arch].shares and "shared" in self.indexer_types:

@@ -99,9 +99,24 @@ def model_config(config: TinyModelConfig, vocab_size: int, token_ids: dict[str, 
     if "streams" in arch.parts:
         sparse = config.layers - config.dense_layers
         result["mlp_layer_types"] = ["dense"] * config.dense_layers + ["sparse"] * sparse
-    if arch.shares:
+    if "pairs" in arch.parts:
+        result |= _pair_fields(config) | {"rope_scaling": result.pop("rope_parameters")}
+    elif arch.shares:
         result |= sharing_fields(config) | {"indexer_types": config.indexer_types}
     return result
+
+
+def _pair_fields(config: TinyModelConfig) -> dict:
+    """Return LongCat's names of sizes. Its cli_factor counts layers of attention, two a layer."""
+    return {
+        "num_layers": config.layers // 2,
+        "num_hidden_layers": config.layers // 2,
+        "ffn_hidden_size": config.intermediate,
+        "expert_ffn_hidden_size": config.moe_intermediate,
+        "moe_topk": config.experts_per_token,
+        "cli_factor": config.topk_freq,
+        "rope_theta": ARCHS[config.arch].rope_theta,
+    }
 
 
 def sharing_fields(config: TinyModelConfig) -> dict:

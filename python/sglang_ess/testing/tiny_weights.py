@@ -87,7 +87,9 @@ def checkpoint_tensors(
     draws, parts = _Draws(config.seed, config.hidden), ARCHS[config.arch].parts
     embedding = draws.normal("embedding", vocab_size, config.hidden)
     yield "model.embed_tokens.weight", embedding + np.float32(EMBEDDING_MEAN) * draws.mean
-    for layer in range(config.layers):
+    for layer in range(0, config.layers, 2) if "pairs" in parts else ():
+        yield from _pair(config, draws, layer)
+    for layer in range(config.layers) if "pairs" not in parts else ():
         prefix = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{prefix}{norm}.weight", draws.norm(prefix + norm, config.hidden)
@@ -109,11 +111,30 @@ def checkpoint_tensors(
     yield "lm_head.weight", head
 
 
+def _pair(config, draws, first):
+    """Yield LongCat's layer of the attention layers first and first + 1, and experts."""
+    prefix = f"model.layers.{first // 2}."
+    for half in range(2):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            name = f"{prefix}{norm}.{half}"
+            yield name + ".weight", draws.norm(name, config.hidden)
+        yield from _attention(config, draws, first + half)
+        yield from _mlp(config, draws, f"{prefix}mlps.{half}.", config.intermediate, MLP_GAIN)
+    yield from _router(config, draws, prefix + "mlp.", "router.classifier", "router")
+    yield from _experts(config, draws, prefix + "mlp.")
+
+
+def _attention_name(config, layer) -> str:
+    if "pairs" in ARCHS[config.arch].parts:
+        return f"model.layers.{layer // 2}.self_attn.{layer % 2}."
+    return f"model.layers.{layer}.self_attn."
+
+
 def _attention(config, draws, layer):
     # A shared layer has no indexer, so it must agree with the one whose choice it reuses.
     source = max(i for i in range(layer + 1) if config.indexer_types[i] == "full")
     shared = f"from layer {source} "
-    name = f"model.layers.{layer}.self_attn."
+    name = _attention_name(config, layer)
     q_rank, rope = config.q_lora_rank, QK_ROPE_HEAD_DIM
     kv_a = draws.blind(shared + "kv_a", KV_LORA_RANK + rope)
     index_k = draws.matrix(shared + "index k", INDEX_HEAD_DIM - rope, KV_LORA_RANK)
@@ -231,11 +252,20 @@ def _mlp(config, draws, name, width, gain):
 
 
 def _moe(config, draws, name):
-    yield name + "gate.weight", draws.matrix(name + "router", config.experts, config.hidden)
-    # Not negative, so that a kernel which masks other groups with 0, not -inf, also agrees.
-    bias = np.abs(draws.normal(name + "router bias", config.experts))
-    yield name + "gate.e_score_correction_bias", np.float32(0.1) * bias
+    yield from _router(config, draws, name, "gate", "gate")
     yield from _mlp(config, draws, name + "shared_experts.", config.moe_intermediate, MLP_GAIN)
+    yield from _experts(config, draws, name)
+
+
+def _router(config, draws, name, weight, bias):
+    matrix = draws.matrix(name + "router", config.experts, config.hidden)
+    yield f"{name}{weight}.weight", matrix
+    # Not negative, so that a kernel which masks other groups with 0, not -inf, also agrees.
+    values = np.abs(draws.normal(name + "router bias", config.experts))
+    yield f"{name}{bias}.e_score_correction_bias", np.float32(0.1) * values
+
+
+def _experts(config, draws, name):
     prefixes = [f"{name}experts.{expert}." for expert in range(config.experts)]
     experts = [[*_mlp(config, draws, p, config.moe_intermediate, EXPERT_GAIN)] for p in prefixes]
     if "stacked" not in ARCHS[config.arch].parts:
@@ -248,7 +278,12 @@ def _moe(config, draws, name):
     yield name + "experts.down_proj", down
 
 
-_FLOAT32 = ("e_score_correction_bias", ".hc_", ".learnable_sink_param")  # in both libraries
+_FLOAT32 = (
+    "e_score_correction_bias",
+    "router.classifier",
+    ".hc_",
+    ".learnable_sink_param",
+)  # in both libraries
 
 
 def _to_dtype(name: str, values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
