@@ -49,7 +49,7 @@ def gate_of(scheduler: Any, admission: Any = None) -> Any:
         capacity=SimpleNamespace(hot_rows=1 << 26, slots=1 << 27, geometry=geometry),
         measure_link=lambda: 25e9,
         host_tier=SimpleNamespace(num_slots=64),
-        sample=SimpleNamespace(layers=[0]),
+        sample=SimpleNamespace(groups=[0]),
         totals=lambda: None,
     )
     gate = SchedulerGate(scheduler, pool, EssConfig(admission="on", warmup="on"))
