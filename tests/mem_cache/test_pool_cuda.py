@@ -13,6 +13,7 @@ from sglang_ess.mem_cache import capacity
 from sglang_ess.mem_cache.allocator import EssPagedAllocator
 from sglang_ess.mem_cache.capacity import GPU_TIER, GPU_TIER_THAT_MOVES, Capacity, Geometry
 from sglang_ess.tiers.balance.budgets import Budgets
+from sglang_ess.tiers.index_groups import IndexGroups
 from tests.support import device_tier
 from tests.support.hot_state import check_state
 
@@ -37,15 +38,19 @@ def build(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # SGLang's, without asking
 
     def make(slots=256, hot_rows=100, dtype=torch.float8_e4m3fn, context=200, start_layer=0,
-             tier=GPU_TIER):  # fmt: skip
-        width = WIDTHS[dtype]
-        geometry = Geometry(LAYERS, width * dtype.itemsize, LAYERS * 132, TOPK, context, PAGE, tier)
+             tier=GPU_TIER, sizes=(1,) * LAYERS):  # fmt: skip
+        width, groups = WIDTHS[dtype], IndexGroups(sizes)
+        geometry = Geometry(
+            groups.layers, width * dtype.itemsize, len(sizes) * 132, TOPK, context, PAGE, tier,
+            groups=groups,
+        )  # fmt: skip
         decided = Capacity(geometry, slots, hot_rows, device_limit_bytes=1 << 40)
         monkeypatch.setattr(capacity, "_decided", decided)
         return device_tier.interpreted_pool_class()(
             size=slots, page_size=PAGE, kv_lora_rank=512, dtype=dtype, qk_rope_head_dim=64,
-            layer_num=LAYERS, device="cpu", index_head_dim=128, enable_memory_saver=False,
-            kv_cache_dim=width, start_layer=start_layer, end_layer=start_layer + LAYERS,
+            layer_num=groups.layers, device="cpu", index_head_dim=128, enable_memory_saver=False,
+            kv_cache_dim=width, start_layer=start_layer, end_layer=start_layer + groups.layers,
+            skip_topk_layers=[position > 0 for _, position in groups.places],
         )  # fmt: skip
 
     with get_parallel().override(attn_dcp_size=1, attn_dcp_rank=0):
@@ -57,10 +62,10 @@ def latents(n, seed=0):
     return torch.randn(n, 1, 512, generator=g), torch.randn(n, 1, 64, generator=g)
 
 
-def write(pool, slots, seed, layers=range(LAYERS)):
+def write(pool, slots, seed, layers=None):
     """SGLang's setter in some layers; a row of its own in each. Returns the rows by layer."""
     rows = {}
-    for layer in layers:
+    for layer in range(pool.layer_num) if layers is None else layers:
         loc = torch.tensor(slots)
         k, rope = latents(len(slots), seed * 10 + layer)
         pool.set_mla_kv_buffer(SimpleNamespace(layer_id=pool.start_layer + layer), loc, k, rope)
@@ -68,9 +73,9 @@ def write(pool, slots, seed, layers=range(LAYERS)):
     return rows
 
 
-def hot(pool, layer) -> set[int]:
-    state, owned = pool.hot_caches[layer].state, pool.tier.parts[0][1].owned
-    check_state(state, owned and owned.layer(layer))
+def hot(pool, group) -> set[int]:
+    state, owned = pool.hot_caches[group].state, pool.tier.parts[0][1].owned
+    check_state(state, owned and owned.layer(group))
     return set((state.slot_row >= 0).nonzero().flatten().tolist())
 
 
@@ -78,8 +83,9 @@ def check(pool, layer, slots, rows) -> None:
     """Rows of slots in the host tier, and in the hot tier where they are there."""
     pool.synchronize()
     assert torch.equal(pool.kv_buffer[layer][slots], rows)
-    cache = pool.hot_caches[layer]
-    cache.check_rows(np.arange(cache.num_rows), "all", first_slot=PAGE)
+    group, position = pool.place(pool.start_layer + layer)
+    cache = pool.hot_caches[group]
+    cache.check_rows(np.arange(cache.num_rows), "all", PAGE, position)
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)
@@ -94,9 +100,23 @@ def test_device_bytes_are_those_that_were_decided(build, dtype, slots, hot_rows,
 
 
 @pytest.mark.parametrize("tier", [GPU_TIER, GPU_TIER_THAT_MOVES])
-def test_device_bytes_is_what_the_tensors_have(build, tier):
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 4), (1, 2, 2), (3,)])
+@pytest.mark.parametrize(("slots", "hot_rows"), [(256, 100), (640, 704)])
+def test_device_bytes_with_index_groups_are_those_that_were_decided(
+    build, sizes, tier, slots, hot_rows
+):
+    pool = build(slots, hot_rows, tier=tier, sizes=sizes)
+    assert pool.device_bytes == capacity.decided().device_bytes
+    assert pool.host_tier.nbytes == capacity.decided().geometry.host_bytes(slots)
+    held = [len(buffer) > 0 for buffer in pool.index_k_with_scale_buffer]
+    assert held == [position == 0 for _, position in pool.groups.places]
+
+
+@pytest.mark.parametrize("tier", [GPU_TIER, GPU_TIER_THAT_MOVES])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 1, 2, 2)])
+def test_device_bytes_is_what_the_tensors_have(build, tier, sizes):
     """Each tensor that the tiers keep, found by walking their objects."""
-    pool = build(tier=tier)
+    pool = build(tier=tier, sizes=sizes)
     seen, objects = {}, [pool.tier, pool.staging]
     known = set()
     while objects:
@@ -156,6 +176,25 @@ def test_slots_that_sglang_overwrites_after_the_call(build, schedule):
     loc += 50
     check(pool, 0, list(range(64, 74)), pool.pack(k, rope))
     assert hot(pool, 0) == set(range(64, 74))
+
+
+def test_every_layer_of_a_group_has_its_rows_of_a_prompt(build, schedule):
+    """The first layer decides what is hot; a layer that is written alone updates its own copies."""
+    pool = build(hot_rows=90, sizes=(1, 3), start_layer=3)
+    first, then = list(range(64, 134)), list(range(120, 160))
+    write(pool, first, 1)
+    rows = write(pool, then, 2)
+    for layer in range(4):
+        check(pool, layer, then, rows[layer])
+    assert len(hot(pool, 0)) == len(hot(pool, 1)) == 90 and hot(pool, 1) > set(first)
+    alone = write(pool, [*range(64, 74), 200], 3, layers=[2])
+    for layer in range(4):
+        check(pool, layer, then, rows[layer])
+    check(pool, 2, [*range(64, 74), 200], alone[2])
+    assert 200 not in hot(pool, 1)
+    pool.invalidate_slots(torch.arange(64, 160))
+    pool.synchronize()
+    assert not hot(pool, 0) and not hot(pool, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -311,6 +350,36 @@ def test_rows_move_before_a_step_behind_all_that_was_issued(build, schedule, cap
     assert asked[0][1] is None and asked[2][1].ages.sum() == 140  # of the lists made for the move
     assert (pool.rebalancers[0].rebalances, pool.rebalancers[0].rows_moved) == (1, 60)
     assert [cache.num_rows for cache in pool.hot_caches] == [150, 30]
+
+
+def test_rows_move_between_groups_of_as_many_layers_only(build, schedule):
+    """A rebalancer for each size that several groups have; the group of its own size keeps its."""
+    pool = build(hot_rows=90, tier=GPU_TIER_THAT_MOVES, sizes=(1, 2, 1, 3, 2))
+    assert [one.rows for one in pool.rebalancers] == [(90, 90)] * 2
+    asked = []
+
+    def always(rebalancer, rows):
+        def step(demand, snapshot):
+            asked.append(demand)
+            return rebalancer._moved(Budgets(rows, 1.0))
+
+        return step
+
+    for rebalancer, rows in zip(pool.rebalancers, [(150, 30), (60, 120)], strict=True):
+        rebalancer.step = always(rebalancer, rows)
+    rows = write(pool, range(64, 134), 1)
+    pool.before_decode_step(3)
+    assert [cache.num_rows for cache in pool.hot_caches] == [150, 60, 30, 90, 120]
+    assert asked == [3 * (TOPK + 1)] * 2
+    for layer in range(pool.layer_num):
+        check(pool, layer, list(range(64, 134)), rows[layer])
+    figures = pool.figures()
+    assert (figures.rebalances, figures.rows_moved) == (2, 60 + 30)
+    assert pool.device_bytes == pool.capacity.device_bytes
+    pool.warm(4, torch.arange(200, 208, dtype=torch.int32).view(1, TOPK))
+    pool.synchronize()
+    assert [int(cache.state.slot_row[200]) >= 0 for cache in pool.hot_caches] == [0, 0, 0, 0, 1]
+    pool.hot_caches[4].check_rows(np.arange(120), "warmed", PAGE, 1)
 
 
 def test_a_step_is_behind_what_prompts_left_under_way(build, schedule):

@@ -83,12 +83,18 @@ class DeviceTiers:
         return self.parts[0][1].demand(num_queries)
 
     def resize(self, sizes: Sequence[int]) -> int:
-        """Give each group sizes[group] hot rows; see DeviceTier.resize. Returns rows that moved."""
-        return sum(
-            tier.resize([sizes[group] for group in same])
-            for same, tier in self.parts
-            if any(sizes[group] != self.caches[group].num_rows for group in same)
-        )
+        """Give each group sizes[group] hot rows; see DeviceTier.resize. Returns rows that moved.
+
+        Raises: ValueError, before any row moves, for rows that would leave their groups' tier.
+        """
+        found = [(tier, tuple(sizes[group] for group in same)) for same, tier in self.parts]
+        for tier, new in found:
+            if sum(new) != sum(tier.sizes):
+                raise ValueError(
+                    "hot rows must move between groups of as many layers: got "
+                    f"{sum(tier.sizes)} rows of groups of {tier.num_layers} to {sum(new)}."
+                )
+        return sum(tier.resize(new) for tier, new in found if new != tier.sizes)
 
     def invalidate(self, slots: torch.Tensor) -> None:
         """Free the hot rows of slots [n] int64 in every layer."""
