@@ -20,6 +20,7 @@ from sglang_ess.launch import compile_kernels as warmup
 from sglang_ess.launch import preflight, startup
 from sglang_ess.layout import LATENT_DIM, ROPE_DIM, ROW_DIM, index_page_bytes
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
+from sglang_ess.tiers.index_groups import IndexGroups
 from tests.conftest import SLOTS
 from tests.support.engine import EngineProcess
 from tests.support.launching import in_this_process
@@ -125,6 +126,33 @@ def test_shared_index_layers_fp8_rows_and_one_tier(tmp_path):
     assert "latent rows fp8_e4m3, 656 B; index keys float32, 512 B\n" in text
     assert f" {total} = {config.layers} x 656 latent rows + {full} x 512 index keys\n" in text
     assert "(GlmMoeDsaForCausalLM, " in text
+
+
+@pytest.mark.parametrize("tiers", [1, 2])
+def test_the_bytes_of_a_token_of_glm_52(tiers):
+    """78 layers of fp8 rows, index keys in 21 of them."""
+    rows = [torch.zeros(PAGE, 1, 656, dtype=torch.uint8)] * 78
+    selects = [layer < 3 or layer % 4 == 2 for layer in range(78)]
+    pages = [torch.zeros(int(one), PAGE * 132, dtype=torch.uint8) for one in selects]
+    pool = SimpleNamespace(
+        kv_buffer=rows, index_k_with_scale_buffer=pages, page_size=PAGE, index_head_dim=128,
+        get_kv_size_bytes=lambda: 0,
+    )  # fmt: skip
+    if tiers == 2:
+        caches = [SimpleNamespace(num_rows=8, num_slots=PAGE)] * 21
+        more = dict(hot_caches=caches, device_bytes=0, groups=IndexGroups.of_layers(selects))
+        host, staging = SimpleNamespace(nbytes=0), SimpleNamespace(num_rows=PAGE)
+        pool = SimpleNamespace(**vars(pool), **more, host_tier=host, staging=staging)
+    facts = startup._row_facts(pool)
+    assert facts["kv_bytes_per_token"] == 53_940 and facts["tiers"] == tiers
+    needed = dict(
+        model_path="", architecture="", layers=78, dtype="", device="", threads=1, slots=0
+    )
+    limits = ("index_topk", "page_slots", "max_running_requests", "max_request_tokens")
+    needed |= dict.fromkeys((*limits, "max_prompt_tokens"), 1)
+    block = startup.block(ARGS, facts | needed, 0)
+    assert " 53940 = 78 x 656 latent rows + 21 x 132 index keys\n" in block
+    assert ("maps of 21 index groups" in block) == (tiers == 2)
 
 
 def test_nothing_is_printed_when_ess_was_not_asked_for(monkeypatch, capfd):

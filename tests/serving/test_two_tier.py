@@ -24,6 +24,7 @@ SHAPES = {
     "v32": dict(arch="v32", index_topk=32, layers=3, **parity.NARROW),
     "glm": dict(arch="glm", index_topk=32, layers=5, sharing="FFSSS", **parity.NARROW),
 }
+FIRST_LAYERS = [0, 1]  # of glm's index groups
 FORMATS = {"bf16": "bfloat16", "fp8": "fp8_e4m3"}
 
 
@@ -31,7 +32,8 @@ FORMATS = {"bf16": "bfloat16", "fp8": "fp8_e4m3"}
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     wide = SHAPES["v32"] | dict(index_topk=128)
-    shapes = SHAPES | {"wide": wide}
+    pairs = SHAPES["glm"] | dict(layers=6, sharing="FSFSFS")
+    shapes = SHAPES | {"wide": wide, "pairs": pairs}
     return {name: parity.write_model(root / name, **shape) for name, shape in shapes.items()}
 
 
@@ -163,14 +165,17 @@ def test_a_batch_of_more_than_one_plan(models):
         assert all_same(run(served), expected)
 
 
-@pytest.mark.parametrize("run", [pytest.param(script, marks=pytest.mark.slow), long_script])
-def test_same_output_while_rows_move_between_layers(models, run):
-    """Hot rows change their layer at random every few steps, checked before each."""
-    expected = baseline(models["v32"], run)
+@pytest.mark.parametrize(
+    ("arch", "run"),
+    [pytest.param("v32", script, marks=pytest.mark.slow), ("pairs", long_script)],
+)
+def test_same_output_while_rows_move_between_layers(models, arch, run):
+    """Hot rows change their index group at random every few steps, checked before each."""
+    expected = baseline(models[arch], run)
     patches = [GATHER, "tests.support.rebalances:at_random"]
     ess = {"index_dtype": "float32", "hot_ratio": 0.02, "canary_rate": 1.0, "admission": "off"}
     args = dict(dtype="float32", max_total_tokens=SLOTS, chunked_prefill_size=512)
-    with EngineProcess(models["v32"], ess=ess, patches=patches, **args) as served:
+    with EngineProcess(models[arch], ess=ess, patches=patches, **args) as served:
         assert all_same(run(served), expected)
         found = served.call("_rebalances")
     assert found["rebalances"] > 4 and found["rows_moved"] > 1000
@@ -220,15 +225,16 @@ def test_the_trace_is_what_the_indexer_selected(models, tmp_path):
     args = dict(dtype="float32", max_total_tokens=SLOTS)
     ess = {"hot_ratio": 0.1, "trace": str(file)}
     prompts = parity.prompts_of([40, 300])
-    with EngineProcess(models["v32"], ess=ess, patches=[patch], **args) as served:
+    with EngineProcess(models["glm"], ess=ess, patches=[patch], **args) as served:
         outputs = served.generate(prompts, max_new_tokens=12)
         selections = served.selections()
-        wait_for(lambda: len(list(read_trace(file))) == 2 * 3 * 11, seconds=20)
+        wait_for(lambda: len(list(read_trace(file))) == 2 * len(FIRST_LAYERS) * 11, seconds=20)
     rids = {output.rid for output in outputs}
     records = list(read_trace(file))
     assert {record.request_id for record in records} == rids
     for record in records:
-        selected = selections[record.request_id, record.layer][record.length - 1]
+        layer = FIRST_LAYERS[record.layer]  # a trace's layers are index groups
+        selected = selections[record.request_id, layer][record.length - 1]
         assert np.array_equal(np.sort(selected), record.positions)
 
 
