@@ -149,7 +149,8 @@ class EssConfig:
         "--ess-layer-budgets",
         "auto: hot rows move to the layers where they save the most misses, estimated by sampled "
         "ghost caches or, on a GPU, by the ages of the rows; uniform: every layer has the same "
-        "number. Layers that share a top-k move together. Left out: auto on the CPU platform; uniform on a GPU, where auto has not been "
+        "number. Layers that share a top-k move together. "
+        "Left out: auto on the CPU platform; uniform on a GPU, where auto has not been "
         "measured.",
         choices=("auto", "uniform"),
         kind=str,
