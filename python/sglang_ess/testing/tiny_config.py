@@ -200,6 +200,7 @@ class TinyModelConfig:
         """Give "full" or "shared" for each layer."""
         if self.sharing:
             return ["full" if letter == "F" else "shared" for letter in self.sharing]
+        assert self.topk_freq is not None and self.skip_offset is not None, "set on creation"
         skipped = (max(i - self.skip_offset + 1, 0) % self.topk_freq for i in range(self.layers))
         return ["shared" if one else "full" for one in skipped]
 
