@@ -135,9 +135,9 @@ class PlanBuffers:
 
 @triton.jit
 def _look_up(
-    q, topk, written, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
+    q, topk, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
     slot_row, row_stamp, words, counters, first_slot,
-    KIND: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Look up places [q * width, (q + 1) * width) of topk: stamp hits, claim other slots."""
     k = tl.arange(0, BLOCK)
@@ -164,8 +164,6 @@ def _look_up(
     tl.store(rows + place, tl.where(hit, row, tl.where(miss, PENDING, -1)), mask=inside)
     if KIND == DECODE:
         early = hit & (tl.load(words + SPLIT) != 0)
-        if WRITES:
-            early = early & (slot != tl.load(written + q))
         before_me = tl.cumsum(early.to(tl.int32), 0) - 1
         tl.store(hit_rows + q * width + before_me, row, mask=early)
         tl.store(hit_lengths + q, tl.sum(early.to(tl.int32), 0))
@@ -260,8 +258,8 @@ def _assign(
 
 @triton.jit
 def _resolve(
-    q, topk, written, total, width, rows, late_rows, late_lengths, slot_row, words,
-    KIND: tl.constexpr, WRITES: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
+    q, topk, total, width, rows, late_rows, late_lengths, slot_row, words,
+    KIND: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Read the rows of program q's other lookups; program 0 updates the shared words."""
     k = tl.arange(0, BLOCK)
@@ -273,11 +271,7 @@ def _resolve(
     row = tl.where(pending, tl.load(slot_row + slot, mask=pending, other=-1), row)
     tl.store(rows + place, row, mask=pending)
     if KIND == DECODE:
-        late = pending | (tl.load(words + SPLIT) == 0)
-        if WRITES:
-            slot = tl.load(topk + place, mask=inside, other=-1)
-            late = late | (slot == tl.load(written + q))
-        late = late & (row >= 0)
+        late = (pending | (tl.load(words + SPLIT) == 0)) & (row >= 0)
         before_me = tl.cumsum(late.to(tl.int32), 0) - 1
         tl.store(late_rows + q * width + before_me, row, mask=late)
         tl.store(late_lengths + q, tl.sum(late.to(tl.int32), 0))
@@ -295,13 +289,13 @@ def _resolve(
 
 @triton.jit
 def _look_up_kernel(
-    topk, written, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
+    topk, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
     slot_row, row_stamp, words, counters, first_slot,
-    KIND: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     _look_up(
-        tl.program_id(0), topk, written, total, width, rows, hit_rows, hit_lengths, query_misses,
-        num_misses, slot_row, row_stamp, words, counters, first_slot, KIND, WRITES, BLOCK,
+        tl.program_id(0), topk, total, width, rows, hit_rows, hit_lengths, query_misses,
+        num_misses, slot_row, row_stamp, words, counters, first_slot, KIND, BLOCK,
     )  # fmt: skip
 
 
@@ -320,26 +314,26 @@ def _assign_kernel(
 
 @triton.jit
 def _resolve_kernel(
-    topk, written, total, width, rows, late_rows, late_lengths, slot_row, words,
-    KIND: tl.constexpr, WRITES: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
+    topk, total, width, rows, late_rows, late_lengths, slot_row, words,
+    KIND: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     _resolve(
-        tl.program_id(0), topk, written, total, width, rows, late_rows, late_lengths, slot_row,
-        words, KIND, WRITES, ADVANCE, BLOCK,
+        tl.program_id(0), topk, total, width, rows, late_rows, late_lengths, slot_row,
+        words, KIND, ADVANCE, BLOCK,
     )  # fmt: skip
 
 
 @triton.jit
 def _single_kernel(
-    topk, written, total, width, rows, hit_rows, hit_lengths, late_rows, late_lengths, query_misses,
+    topk, total, width, rows, hit_rows, hit_lengths, late_rows, late_lengths, query_misses,
     miss_slots, miss_rows, num_misses,
     slot_row, row_slot, row_stamp, free, order, words, counters, min_age, first_slot,
-    KIND: tl.constexpr, WRITES: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All three steps in one program; the barriers order its threads' global accesses."""
     _look_up(
-        0, topk, written, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
-        slot_row, row_stamp, words, counters, first_slot, KIND, WRITES, BLOCK,
+        0, topk, total, width, rows, hit_rows, hit_lengths, query_misses, num_misses,
+        slot_row, row_stamp, words, counters, first_slot, KIND, BLOCK,
     )  # fmt: skip
     tl.debug_barrier()
     _assign(
@@ -348,8 +342,8 @@ def _single_kernel(
     )  # fmt: skip
     tl.debug_barrier()
     _resolve(
-        0, topk, written, total, width, rows, late_rows, late_lengths, slot_row, words,
-        KIND, WRITES, ADVANCE, BLOCK,
+        0, topk, total, width, rows, late_rows, late_lengths, slot_row, words,
+        KIND, ADVANCE, BLOCK,
     )  # fmt: skip
 
 
@@ -361,17 +355,15 @@ def run_plan(
     kind: int,
     advance: bool,
     limits: InstallLimits = NO_LIMITS,
-    written: torch.Tensor | None = None,
 ) -> None:
     """The three steps over all of `slots`, contiguous, with `width` of them per program."""
     total, (min_age, first_slot) = slots.numel(), limits
     b, programs, block = buffers, triton.cdiv(total, width), triton.next_power_of_2(width)
     options = {"BLOCK": block, "num_warps": min(8, max(1, block // LOOKUPS_PER_WARP))}
-    w, s = slots if written is None else written, state
-    looks = options | {"KIND": kind, "WRITES": written is not None}
+    s, looks = state, options | {"KIND": kind}
     if programs == 1:
         _single_kernel[(1,)](
-            slots, w, total, width, b.rows, b.hit_rows, b.hit_lengths, b.late_rows,
+            slots, total, width, b.rows, b.hit_rows, b.hit_lengths, b.late_rows,
             b.late_lengths, b.query_misses, b.miss_slots, b.miss_rows, b.num_misses,
             s.slot_row, s.row_slot, s.row_stamp, s.free, s.order, s.words, s.counters, min_age,
             first_slot, ADVANCE=advance, **looks,
@@ -379,7 +371,7 @@ def run_plan(
         return
     grid = (programs,)
     _look_up_kernel[grid](
-        slots, w, total, width, b.rows, b.hit_rows, b.hit_lengths, b.query_misses, b.num_misses,
+        slots, total, width, b.rows, b.hit_rows, b.hit_lengths, b.query_misses, b.num_misses,
         s.slot_row, s.row_stamp, s.words, s.counters, first_slot, **looks,
     )  # fmt: skip
     _assign_kernel[grid](
@@ -388,7 +380,7 @@ def run_plan(
         KIND=kind, **options,
     )  # fmt: skip
     _resolve_kernel[grid](
-        slots, w, total, width, b.rows, b.late_rows, b.late_lengths, s.slot_row, s.words,
+        slots, total, width, b.rows, b.late_rows, b.late_lengths, s.slot_row, s.words,
         ADVANCE=advance, **looks,
     )  # fmt: skip
 
@@ -399,15 +391,12 @@ def plan(
     buffers: PlanBuffers,
     advance: bool = True,
     kind: int = DECODE.value,
-    written: torch.Tensor | None = None,
 ) -> None:
     """Write the hot rows for topk [queries, K] int32 slots, -1 pads, to buffers of that shape.
 
     advance  end the tick, so that the next plan may evict what this one used. Overlap mode DBA
              plans a batch in halves and ends the tick with the second one.
     kind     DECODE, or WARM for lookups that the counters leave out
-    written  [queries] int32 or int64: the slot whose row each query writes in this step. It is hot
-             already (install), but its row is listed as late, because it has no values yet.
     Effect: asynchronous on the current stream.
     Raises: ValueError for a wrong dtype or shape, or for more lookups than the tier has rows.
     """
@@ -425,12 +414,7 @@ def plan(
             f"a plan must have at most {MAX_WIDTH} columns and {state.num_rows} lookups, one per "
             f"hot row: got {tuple(topk.shape)}. Plan the batch in blocks."
         )
-    if written is not None and (written.shape != topk.shape[:1] or not written.is_contiguous()):
-        raise ValueError(
-            f"written must be contiguous [{topk.shape[0]}], one slot per query: got "
-            f"{tuple(written.shape)}, strides {written.stride()}."
-        )
-    run_plan(state, topk, topk.shape[1], buffers, kind, advance, written=written)
+    run_plan(state, topk, topk.shape[1], buffers, kind, advance)
 
 
 def plan_reference(

@@ -31,13 +31,18 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="here the real one is"),
 ]
 
-LAYERS, BATCHES, SLOTS = 2, (1, 2, 4), 40_000
+BATCHES, SLOTS = (1, 2, 4), 40_000
 START_SECONDS = 900  # the first start compiles some twenty kernels
 # DeepSeek-V3.2's own indexer and top-k, which the CUDA kernels ask for; the rest as small as goes.
-MODEL = TinyModelConfig(
-    layers=LAYERS, heads=16, hidden=1024, index_heads=32, index_topk=2048, q_lora_rank=256,
-    nope_dim=128, v_dim=128,
-)  # fmt: skip
+SHAPE = {
+    "heads": 16, "hidden": 1024, "index_heads": 32, "index_topk": 2048, "q_lora_rank": 256,
+    "nope_dim": 128, "v_dim": 128,
+}  # fmt: skip
+# (model, layers, index groups)
+MODELS = {
+    "v32": (TinyModelConfig(layers=2, **SHAPE), 2, 2),
+    "sharing": (TinyModelConfig(arch="glm", layers=4, sharing="FFSS", **SHAPE), 4, 2),
+}
 FLAGS = (
     "--kv-cache-dtype", "bfloat16", "--cuda-graph-backend-prefill", "disabled",
     "--cuda-graph-bs-decode", *map(str, BATCHES), "--max-running-requests", str(BATCHES[-1]),
@@ -59,8 +64,13 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One server's life. lines: (kind, text) that the fake runtime logged; answers: by name."""
+    """One server's life. lines: (kind, text) that the fake runtime logged; answers: by name.
 
+    layers, groups: layers and index groups of its model
+    """
+
+    layers: int
+    groups: int
     lines: list[tuple[str, str]]
     answers: dict[str, list[dict]]
     status: int
@@ -115,10 +125,11 @@ def requests(server) -> dict[str, list[dict]]:
     return found | {"flushed": [generate(server, 3000, 5, 5)]}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=MODELS)
 def run(request, tmp_path_factory):
+    config, *shape = MODELS[request.param]
     folder, kept = tmp_path_factory.mktemp("fake_cuda"), request.config.cache.mkdir("fake_cuda")
-    model = write_tiny_model(folder / "model", MODEL)
+    model = write_tiny_model(folder / "model", config)
     (folder / "costs.json").write_text(json.dumps({"overlap_costs": COSTS}))
     log = folder / "cuda.log"
     flags = (*FLAGS, "--ess-overlap-costs", str(folder / "costs.json"))
@@ -129,19 +140,22 @@ def run(request, tmp_path_factory):
         status = server.stop()
         text = server.log.read_text(errors="replace")
     lines = re.findall(r"^\d+ ([A-Z]+): (.*)$", log.read_text(errors="replace"), re.M)
-    yield Run(lines, answers, status, text)
+    yield Run(*shape, lines, answers, status, text)
 
 
 def graphs(run) -> list[SimpleNamespace]:
     return [SimpleNamespace(**json.loads(text)) for kind, text in run.lines if kind == "GRAPH"]
 
 
-def mode_of(graph) -> Mode:
-    """What the graph's kernels say: parts are merged in DA and DBA, halves fetched in DBA."""
+def mode_of(run, graph) -> Mode:
+    """What the graph's kernels say. Parts are merged in DA and DBA, in each group's first layer.
+
+    Every layer has a fetch of its own, in DBA one for each half.
+    """
     fetches = graph.kernels["_fetch_kernel"]
     merges = sum(n for name, n in graph.kernels.items() if "merge" in name.lower())
-    assert merges in (0, LAYERS) and fetches in (LAYERS, 2 * LAYERS)
-    return Mode.DBA if fetches > LAYERS else Mode.DA if merges else Mode.OFF
+    assert merges in (0, run.groups) and fetches in (run.layers, 2 * run.layers)
+    return Mode.DBA if fetches > run.layers else Mode.DA if merges else Mode.OFF
 
 
 def test_no_illegal_call_and_no_breach_of_order(run):
@@ -153,12 +167,12 @@ def test_each_mode_is_captured_for_each_batch(run):
     # One request cannot be halved: its DBA is DA.
     sizes = len(BATCHES)
     expected = {Mode.OFF: sizes, Mode.DA: sizes + 1, Mode.DBA: sizes - 1}
-    assert Counter(map(mode_of, graphs(run))) == expected
+    assert Counter(mode_of(run, graph) for graph in graphs(run)) == expected
     assert all(graph.streams >= 2 for graph in graphs(run))
 
 
 def test_each_mode_is_replayed(run):
-    modes = {graph.id: mode_of(graph) for graph in graphs(run)}
+    modes = {graph.id: mode_of(run, graph) for graph in graphs(run)}
     launched = Counter(modes[int(text)] for kind, text in run.lines if kind == "LAUNCH")
     assert set(launched) == set(Mode)
 

@@ -143,7 +143,9 @@ def memory_of(pool: Any, coordinator: Any = None) -> dict[str, Any]:
     index = sum(buffer.nbytes for buffer in pool.index_k_with_scale_buffer)
     if hasattr(pool, "hot_caches"):
         layers = pool.hot_caches
-        latents = sum(cache.num_rows * pool.host_tier.row_bytes for cache in layers)
+        latents = sum(
+            cache.num_rows * cache.num_layers * pool.host_tier.row_bytes for cache in layers
+        )
         facts = {"metadata_bytes": pool.device_bytes - index - latents}
         facts |= {"host_bytes": pool.host_tier.nbytes}
         facts |= {"hot_rows": sum(cache.num_rows for cache in layers) / len(layers)}

@@ -5,6 +5,9 @@ at (batch, misses per query), as the kernel benchmark measured them on this GPU.
 mode with the smallest sum over its layers. A layer that would lose by listing hits and misses
 apart does not (words[SPLIT] of its state). ESS chooses by an offline profile of each layer
 (section 3.3); this policy uses the misses of the last steps.
+
+Its layers are the first ones of the index groups: the others cost the same in every mode, because
+their rows are fetched behind the layers before.
 """
 
 from __future__ import annotations
