@@ -162,8 +162,11 @@ def test_rows_move_between_groups_of_as_many_layers_only():
     assert tiers.sizes == (8,) * 4 and tiers.spare == 0
     assert tiers.resize([10, 4, 6, 12]) == 6 and tiers.sizes == (10, 4, 6, 12)
     tiers.check_integrity()
-    with pytest.raises(ValueError, match="limit 0 spare ones"):
-        tiers.resize([12, 2, 6, 12])  # the rows of a group of three are none for a group of one
+    # The rows of a group of three are none for a group of one; and no size is outside its limits.
+    for sizes, match in [([12, 2, 6, 12], "got 2, limit 0 spare"), ([2, 4, 8, 0], "got 0")]:
+        with pytest.raises(ValueError, match=match):
+            tiers.resize(sizes)
+        assert tiers.sizes == (10, 4, 6, 12), "refused before any row moves"
     rows = WORDS * 8
     assert tiers.nbytes > 16 * rows + 16 * 3 * rows
     assert [group["layers"] for group in tiers.figures()] == [1, 3, 1, 3]

@@ -46,16 +46,20 @@ class HotArena:
         self._num_caches += 1
         return self._num_caches - 1
 
+    def check_spare(self, count: int) -> None:
+        """Raises: ValueError if fewer rows are spare."""
+        if count > self.spare:
+            raise ValueError(
+                f"hot rows must be there to take: got {count}, limit {self.spare} spare ones. "
+                "Resize another group of as many layers first."
+            )
+
     def take(self, number: int, count: int) -> np.ndarray:
         """Give `count` spare rows to the cache with this number. Returns them, [count] int32.
 
         Raises: ValueError if fewer rows are spare.
         """
-        if count > self.spare:
-            raise ValueError(
-                f"hot rows must be there to take: got {count}, limit {self.spare} spare ones. "
-                "Resize another layer first."
-            )
+        self.check_spare(count)
         fresh = min(count, len(self.owner) - self._fresh)
         taken = np.arange(self._fresh, self._fresh + fresh, dtype=np.int32)
         if fresh < count:

@@ -129,7 +129,7 @@ class HotCache:
             host_rows = (host_rows,)
         self.host_layers: tuple[torch.Tensor, ...] = tuple(host_rows or ())
         self.num_slots = len(self.host_layers[0]) if self.host_layers else num_slots or 0
-        self._check_size(num_rows)
+        self.check_size(num_rows)
         self._link = link
         self.arena = arena or HotArena(num_rows, self.host_layers)
         if len(self.arena.layers) != len(self.host_layers):
@@ -162,7 +162,8 @@ class HotCache:
         """The first layer's hot rows; those of the others are in arena.layers."""
         return self.arena.layers[0] if self.arena.layers else None
 
-    def _check_size(self, num_rows: int) -> None:
+    def check_size(self, num_rows: int) -> None:
+        """Raises: ValueError for a num_rows outside its limits."""
         if not 1 <= num_rows <= self.num_slots:
             raise ValueError(
                 f"hot rows must be 1 to {self.num_slots}, the slots of the host tier: "
@@ -311,7 +312,7 @@ class HotCache:
         hot keep their rows and their order of use.
         Raises: ValueError for a num_rows outside its limits, or more rows than are spare.
         """
-        self._check_size(num_rows)
+        self.check_size(num_rows)
         more = num_rows - self.num_rows
         taken = self.arena.take(self.number, max(0, more))
         if more < 0:

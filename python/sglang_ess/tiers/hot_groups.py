@@ -43,12 +43,18 @@ class HotGroups:
     def resize(self, sizes: Sequence[int]) -> int:
         """Give each group sizes[group] hot rows, between steps. Returns rows that moved.
 
-        Groups that shrink go first. Raises: ValueError as HotCache.resize.
+        Groups that shrink go first.
+        Raises: ValueError, before any row moves, for a size outside its limits or more rows than
+        the groups of as many layers have.
         """
         changes = [
             (new - cache.num_rows, new, cache)
             for new, cache in zip(sizes, self.caches, strict=True)
         ]
+        for _, new, cache in changes:
+            cache.check_size(new)
+        for arena in self.arenas:
+            arena.check_spare(sum(more for more, _, cache in changes if cache.arena is arena))
         for _, new, cache in sorted(changes, key=lambda change: change[0]):
             cache.resize(new)
         return sum(max(0, change) for change, _, _ in changes)
