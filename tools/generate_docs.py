@@ -1,8 +1,9 @@
 """Write the documentation's generated tables: python -m tools.generate_docs [--check]
 
 A page keeps a table between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. The
-flags come from EssConfig, the series from the Prometheus exporter, the hooks from ess_patches,
-the figures from results/*.json. --check writes nothing and exits with status 1 for a stale page.
+flags come from EssConfig, the architectures from the launcher's table, the series from the
+Prometheus exporter, the hooks from ess_patches, the figures from results/*.json. --check writes
+nothing and exits with status 1 for a stale page.
 """
 
 from __future__ import annotations
@@ -96,6 +97,17 @@ def hooks() -> str:
     return table(("Upstream function", "Kind", "In force", "Why"), rows)
 
 
+def architectures() -> str:
+    """A row for each architecture with sparse attention: how it was tried, what came of it."""
+    from sglang_ess.launch.architectures import ARCHITECTURES
+
+    rows = [
+        (f"`{name}`", one.models, one.tried, f"{one.found}: {one.missing}".removesuffix(": "))
+        for name, one in ARCHITECTURES.items()
+    ]
+    return table(("Architecture", "Models", "Tried", "What came of it"), rows)
+
+
 def touch_points() -> str:
     """A row for each upstream name that is used in place, with how."""
     from ess_patches import all_hooks
@@ -179,6 +191,7 @@ def all_results() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "results": all_results,
+    "architectures": architectures,
     "flags": flags,
     "metrics": metrics,
     "hooks": hooks,

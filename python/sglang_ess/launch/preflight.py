@@ -13,6 +13,7 @@ from typing import Any
 
 from sglang_ess.config import EssConfig
 from sglang_ess.errors import Refusal, in_one_line
+from sglang_ess.launch.architectures import architecture_reasons
 from sglang_ess.launch.model_source import mapping, model_source, read_model_config
 from sglang_ess.launch.option_ranges import range_reasons
 from sglang_ess.launch.option_rules import (
@@ -227,8 +228,11 @@ def model_reasons(
             f"{model.get('architectures')}, index_topk {model.get('index_topk')}. "
             "Add --disable-ess to serve it one-tier."
         )
+    if sparse:
+        reasons += architecture_reasons(server_args, model, config, on_cpu)
     latent, rope = model.get("kv_lora_rank"), model.get("qk_rope_head_dim")
-    if sparse and server_args.kv_cache_dtype == "fp8_e4m3" and (latent, rope) != (512, 64):
+    fp8 = sparse and not on_cpu and server_args.kv_cache_dtype == "fp8_e4m3"
+    if fp8 and (latent, rope) != (512, 64):  # on the CPU platform, no row has other sizes
         reasons.append(
             "--kv-cache-dtype fp8_e4m3 must have kv_lora_rank 512 and qk_rope_head_dim 64 "
             f"(the 656-byte row): got {latent} and {rope}. Use --kv-cache-dtype bfloat16."
