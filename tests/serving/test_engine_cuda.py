@@ -22,7 +22,7 @@ SLOTS, CHUNK, CONTEXT = 1024, 128, 512
 MINIMUM = 64 / SLOTS  # capacity.MIN_HOT_ROWS
 SHAPES = {
     "v32": dict(arch="v32", index_topk=16),
-    "glm": dict(arch="glm", index_topk=16, topk_freq=2),  # layer 1 has layer 0's top-k
+    "glm": dict(arch="glm", index_topk=16, layers=4, sharing="FFSS"),  # groups of 1 and 3 layers
     "wide": dict(arch="v32", index_topk=96),  # wider than the smallest hot tier
 }
 TOLERANCE = 1e-5  # float32; parts merged by log-sum-exp are summed in another order
@@ -32,7 +32,7 @@ TOLERANCE = 1e-5  # float32; parts merged by log-sum-exp are summed in another o
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     small = dict(layers=2, heads=2, hidden=64, context=CONTEXT)
-    return {name: parity.write_model(root / name, **small, **one) for name, one in SHAPES.items()}
+    return {name: parity.write_model(root / name, **small | one) for name, one in SHAPES.items()}
 
 
 def engine(model, ess, patches=(), **server_args):
