@@ -30,6 +30,7 @@ from tests.support.small_backend import (
     TOPK,
     WARMUP_QUERIES,
     Run,
+    Upstream,
     builder,
     serve,
 )
@@ -217,29 +218,40 @@ class NothingIsAsked(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("overlap", ["da", "dba"])
-def test_a_decode_step_asks_the_device_nothing(build, monkeypatch, overlap):
-    backend, mode = build(overlap), NothingIsAsked()
+@pytest.mark.parametrize(
+    ("overlap", "sizes", "hot_rows"),
+    # 14 rows: each of the three queries is a pass.
+    [("da", (1, 1), HOT_ROWS), ("dba", (1, 3), HOT_ROWS), ("off", (2,), 14)],
+)
+def test_a_decode_step_asks_the_device_nothing(build, monkeypatch, overlap, sizes, hot_rows):
+    backend, mode = build(overlap, hot_rows, sizes=sizes), NothingIsAsked()
     run = Run(backend)
     run.prefill({1: 12, 2: 12, 3: 12})
-    run_kernel = interpreter.GridExecutor.__call__
 
-    def launch(*args, **kwargs):
-        mode.in_kernel = True
-        run_kernel(*args, **kwargs)
-        mode.in_kernel = False
+    def kernel(owner, name):
+        run_kernel = getattr(owner, name)
 
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+        def launch(*args, **kwargs):
+            mode.in_kernel = True
+            out = run_kernel(*args, **kwargs)
+            mode.in_kernel = False
+            return out
+
+        monkeypatch.setattr(owner, name, launch)
+
+    kernel(interpreter.GridExecutor, "__call__")
+    kernel(Upstream, "_attend")
     batch = run.batch(ForwardMode.DECODE, {1: 1, 2: 1, 3: 1})
     backend.init_forward_metadata(batch)
     topk = torch.from_numpy(np.array([run.pick(run.slots[r]) for r in (1, 2, 3)])).int()
-    monkeypatch.setattr(run, "select", lambda *_: backend.select(
-        lambda q, weights, metadata: topk[q], batch, i, torch.arange(3), torch.arange(3),
-        backend.get_indexer_metadata(0, batch)))  # fmt: skip
-    for i in range(LAYERS):
+    metadata, queries = backend.get_indexer_metadata(0, batch), torch.arange(3)
+    for i, (_, position) in enumerate(run.places):
         args, given, wanted = run.layer(batch, i, topk)
         with mode:
-            given["topk_indices"] = run.select()
+            if position == 0:
+                given["topk_indices"] = backend.select(
+                    lambda q, weights, metadata: topk[q], batch, i, queries, queries, metadata
+                )
             out = backend.forward_decode(*args, **given)
         torch.testing.assert_close(out, wanted, **TOLERANCE)
 
