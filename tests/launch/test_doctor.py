@@ -34,6 +34,9 @@ def test_json_report(capsys):
     assert status == 0 and report["problems"] == []
     assert report["versions"]["sglang"] == "0.5.23"
     assert report["device"]["platform"] == "cpu" and report["summary"].startswith("CPU platform")
+    served = report["architectures"]
+    assert served["GlmMoeDsaForCausalLM"] == "served"
+    assert "mistral_large_3.py" in served["MistralLarge3ForCausalLM"]
     host = report["host"]
     assert host["cores"] >= 1
     assert 0 < host["memory_available_bytes"] < host["memory_total_bytes"]

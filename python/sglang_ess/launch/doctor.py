@@ -42,6 +42,7 @@ def examine() -> dict[str, Any]:
             os.environ.setdefault(key, value)
         report |= {"device": device(), "host": host()}
         rows, problems = contract_rows(report["device"]["platform"])
+        report |= {"architectures": architectures()}
         report |= {"contract": rows, "summary": summary(report["device"]["platform"])}
     return report | {"problems": problems}
 
@@ -85,6 +86,13 @@ def host() -> dict[str, Any]:
     }
 
 
+def architectures() -> dict[str, str]:
+    """Give "served", or what is missing, for each architecture with sparse attention."""
+    from sglang_ess.launch.architectures import ARCHITECTURES
+
+    return {name: one.missing or "served" for name, one in ARCHITECTURES.items()}
+
+
 def contract_rows(active: str) -> tuple[list[dict[str, str]], list[str]]:
     """(a row for each hook with its state, problems of the hooks that this platform uses)."""
     from ess_patches import all_hooks, contract
@@ -122,7 +130,7 @@ def summary(active: str) -> str:
 def render(report: dict[str, Any]) -> str:
     """The report as text, one fact per line."""
     lines = []
-    for section in ("versions", "device", "host"):
+    for section in ("versions", "device", "host", "architectures"):
         lines.append(section)
         for name, value in report.get(section, {}).items():
             lines.append(f"  {name:<26} {_shown(name, value)}")
