@@ -7,6 +7,8 @@ A latent row is one token's MLA latent in one layer:
     bf16  1152 B  512 latents, then 64 rope keys
     fp32  2304 B  the same
 
+A model without rope (GLM-5.3-Flash) has the latents alone: 528, 1024 and 2048 B.
+
 An index key is one token's key of the indexer in one layer:
 
     fp8   132 B   128 x e4m3 and one fp32 scale. A page of 64 slots holds its 64 keys first and its
@@ -20,7 +22,14 @@ LATENT_DIM = 512  # kv_lora_rank
 ROPE_DIM = 64  # qk_rope_head_dim
 ROW_DIM = LATENT_DIM + ROPE_DIM
 SCALE_GROUP = 128  # latents per fp8 scale
-FP8_ROW_BYTES = LATENT_DIM + LATENT_DIM // SCALE_GROUP * 4 + ROPE_DIM * 2
+
+
+def fp8_row_bytes(rope_dim: int) -> int:
+    """Bytes of an fp8 latent row with rope_dim rope keys."""
+    return LATENT_DIM + LATENT_DIM // SCALE_GROUP * 4 + rope_dim * 2
+
+
+FP8_ROW_BYTES = fp8_row_bytes(ROPE_DIM)
 
 INDEX_DIM = 128  # index_head_dim
 INDEX_KEY_BYTES = INDEX_DIM + 4

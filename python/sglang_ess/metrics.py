@@ -318,8 +318,10 @@ class Watch:
     """
 
     def __init__(self, reporter: Any):
+        from sglang_ess.mem_cache.allocator import sparse_pool
+
         self._scheduler = scheduler = reporter.scheduler
-        self._pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        self._pool = sparse_pool(scheduler.token_to_kv_pool_allocator)
         self._observer = scheduler.pool_stats_observer
         self._requests = scheduler.req_to_token_pool
         self._logs = reporter.is_stats_logging_rank
@@ -399,7 +401,9 @@ def stats_published(result: None, collector: Any, stats: Any) -> None:
 
 def _watch(reporter: Any) -> Watch | None:
     """A scheduler's Watch; None for a pool without a hot tier, or if the set-up fails."""
-    pool = reporter.scheduler.token_to_kv_pool_allocator.get_kvcache()
+    from sglang_ess.mem_cache.allocator import sparse_pool
+
+    pool = sparse_pool(reporter.scheduler.token_to_kv_pool_allocator)
     if not hasattr(pool, "figures"):
         return None
     try:

@@ -24,6 +24,7 @@ from sglang_ess.admission.working_set import WorkingSetWindow
 from sglang_ess.config import EssConfig
 from sglang_ess.disagg.decode_side import RequestWarmup
 from sglang_ess.disagg.metadata import EssMetadataBuffers
+from sglang_ess.mem_cache.allocator import sparse_pool
 from sglang_ess.mem_cache.pool import EssTokenToKVPool
 from sglang_ess.tiers.topk_sample import SAMPLES
 
@@ -111,7 +112,7 @@ def _finish_step_under_way(scheduler: Any) -> None:
 def gate_of(scheduler: Any) -> SchedulerGate | None:
     """The scheduler's gate; None where ESS serves one-tier."""
     if "ess_gate" not in vars(scheduler):
-        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        pool = sparse_pool(scheduler.token_to_kv_pool_allocator)
         config = EssConfig.from_env()
         scheduler.ess_gate = None
         if config is not None and isinstance(pool, EssTokenToKVPool):

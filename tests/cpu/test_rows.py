@@ -43,6 +43,13 @@ def test_fp8_row_is_nearest_code_times_scale():
     assert (error <= scale * 16 * 1.0001).all()  # half of e4m3's largest step, 32
 
 
+def test_a_row_without_rope_is_the_first_part_of_one_with():
+    latent, rope = spread(40, 512), spread(40, 64, seed=1)
+    packed, short = rows.pack_fp8_rows(latent, rope), rows.pack_fp8_rows(latent, rope[:, :0])
+    assert torch.equal(short, packed[:, :528])
+    assert torch.equal(rows.unpack_rows(short), rows.unpack_rows(packed)[:, :512])
+
+
 def test_zero_group_stays_zero():
     latent = torch.zeros(2, 512)
     latent[1, 128:256] = 1.0

@@ -27,6 +27,7 @@ class Case:
     topk: int
     scale: float = 0.1
     magnitude: float = 1.0
+    rope: int = 64
 
 
 CASES = [
@@ -36,14 +37,16 @@ CASES = [
     Case(2, 128, 64),  # V3.2's heads
     Case(4, 8, 33, magnitude=300.0),  # scores past exp's range, so the peak matters
     Case(2, 3, 31, scale=0.0),
+    Case(5, 3, 40, rope=0),  # GLM-5.3-Flash
 ]
 
 
 def inputs(case, fmt, num_slots=500, seed=0):
     g = torch.Generator().manual_seed(seed)
     latent = torch.randn(num_slots, 512, generator=g) * case.magnitude
-    rope = torch.randn(num_slots, 64, generator=g) * case.magnitude
-    q_nope, q_rope = torch.randn(case.queries, case.heads, 576, generator=g).split([512, 64], -1)
+    rope = torch.randn(num_slots, case.rope, generator=g) * case.magnitude
+    query = torch.randn(case.queries, case.heads, 512 + case.rope, generator=g)
+    q_nope, q_rope = query.split([512, case.rope], -1)
     slots = torch.randint(0, num_slots, (case.queries, case.topk), generator=g).int()
     return (q_nope, q_rope), FORMATS[fmt](latent, rope), slots
 

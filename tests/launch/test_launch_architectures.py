@@ -44,6 +44,17 @@ def test_what_is_served_is_not_refused(launch, name):
     assert launch(model=model, accelerator="cuda")[1] == []
 
 
+def test_dots3_still_requires_cuda(monkeypatch):
+    """Once it does not, dots3-note can be tried on the CPU platform."""
+    import sglang.srt.models.dots3_common.modeling as dots3
+
+    monkeypatch.setattr(dots3, "_is_cuda", False)
+    for part in (dots3.Dots3DecoderLayer, dots3.Dots3Model):
+        assert "_require_cuda()" in inspect.getsource(part.__init__)
+    with pytest.raises(RuntimeError, match="only supports CUDA"):
+        dots3._require_cuda()
+
+
 def test_mistrals_loader_still_skips_an_indexer():
     """Once it does not, Mistral Large 3 can be tried."""
     from sglang.srt.models.mistral_large_3 import MistralLarge3ForCausalLM

@@ -102,6 +102,20 @@ def test_the_fp8_row_has_one_shape(launch):
     assert launch(model=model, accelerator="cuda")[1] == []
 
 
+GLM5_NEXT = {
+    **DSA, "architectures": ["Glm5NextForConditionalGeneration"], "qk_rope_head_dim": 0,
+    "index_kpool": 4, "linear_attn_config": {"kda_layers": [0]},
+}  # fmt: skip
+
+
+def test_pooled_keys_and_linear_layers(launch):
+    flags = ("--kv-cache-dtype", "fp8_e4m3")
+    assert launch(*flags, model=GLM5_NEXT)[1] == []
+    refused(launch(*flags, model=GLM5_NEXT, accelerator="cuda"), "index_kpool 4", "--disable-ess")
+    assert launch("--disable-ess", model=GLM5_NEXT, accelerator="cuda")[1] == []
+    refused(launch("--disaggregation-mode", "decode", model=GLM5_NEXT), "linear", "got decode")
+
+
 def test_float32_indexer_keys_off_the_cpu_platform(launch):
     flags = ("--ess-index-dtype", "float32")
     refused(launch(*flags, accelerator="cuda"), "--ess-index-dtype must be fp8", "float32")

@@ -56,6 +56,7 @@ def _index_keys() -> None:
     forget_last_key: the newest index key of each pass is never stored.
     """
     import sglang_ess.cpu.indexer as indexer
+    import sglang_ess.cpu.kpool_indexer as kpool_indexer
     from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
 
     score, store = indexer.index_scores_paged, CpuDsaTokenToKVPool.store_index_k
@@ -71,8 +72,30 @@ def _index_keys() -> None:
             loc, keys = loc[:-1], keys[:-1]
         return store(pool, layer, loc, keys)
 
-    indexer.index_scores_paged = faulty_score
+    indexer.index_scores_paged = kpool_indexer.index_scores_paged = faulty_score
     CpuDsaTokenToKVPool.store_index_k = faulty_store
+
+
+def install_linear() -> None:
+    """Of models with linear attention layers and pooled index keys.
+
+    stale_state: a decode step's states are not kept. late_gate: each token of a pool weighs as
+    the one before it.
+    """
+    import sglang_ess.cpu.kda_backend as linear
+    import sglang_ess.cpu.kpool_indexer as kpool_indexer
+
+    attend, pool = linear.kda, kpool_indexer.pool_keys
+
+    def faulty_attend(q, k, v, decay, beta, states, sequences):
+        decodes = len(q) == len(sequences[1])
+        kept = states.clone() if decodes and _is("stale_state") else states
+        return attend(q, k, v, decay, beta, kept, sequences)
+
+    def faulty_pool(keys, gates, ape):
+        return pool(keys, gates.roll(1, -2) if _is("late_gate") else gates, ape)
+
+    linear.kda, kpool_indexer.pool_keys = faulty_attend, faulty_pool
 
 
 def _rows() -> None:

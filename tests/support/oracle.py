@@ -95,12 +95,17 @@ class Oracle:
 
     def __init__(self, path, dtype=torch.float32):
         self.model = reference_model(path, dtype=dtype, attn_implementation="eager").eval()
-        self.config = self.model.config
-        self.topk = self.config.index_topk
+        self.config, self.layers = self.model.config, self.model.model.layers
+        self.topk, self.pool = self.config.index_topk, 1
 
     def attentions(self):
-        for layer, block in enumerate(self.model.model.layers):
-            yield layer, block.self_attn
+        for layer, block in enumerate(self.layers):
+            if hasattr(block.self_attn, "kv_a_layernorm"):
+                yield layer, block.self_attn
+
+    def selection_of(self, selected: ByPosition) -> ByPosition:
+        """What the indexer's topk chose, from the positions that were selected."""
+        return selected
 
     @torch.no_grad()
     def judge(self, token_ids, decisions=None) -> Verdict:
@@ -108,8 +113,9 @@ class Oracle:
         decisions, verdict = decisions or Decisions(), Verdict(np.empty(0))
         ids = torch.tensor([token_ids])
         with ExitStack() as stack:
-            for layer, block in enumerate(self.model.model.layers):
-                indexer, gate = block.self_attn.indexer, getattr(block.mlp, "gate", None)
+            for layer, block in enumerate(self.layers):
+                indexer = getattr(block.self_attn, "indexer", None)
+                gate = getattr(block.mlp, "gate", None)
                 if indexer is not None:
                     choose = _selecting(decisions.selection.get(layer, {}), verdict, layer)
                     stack.enter_context(_choosing(indexer, choose))
@@ -262,7 +268,7 @@ def summed_otherwise(oracle: Oracle, seed=0):
         size = FLOAT32_UNIT * (x.shape[-1] / 2) ** 0.5
         return x * (1 + size * (2 * torch.rand(x.shape, generator=g) - 1)), *others
 
-    blocks = [block.mlp for block in oracle.model.model.layers if hasattr(block.mlp, "gate")]
+    blocks = [block.mlp for block in oracle.layers if hasattr(block.mlp, "gate")]
     modules = [module for mlp in blocks for module in (mlp.gate, mlp.experts)]
     modules += [module for module in oracle.model.modules() if isinstance(module, torch.nn.Linear)]
     hooks = [module.register_forward_pre_hook(disturb) for module in modules]

@@ -5,8 +5,9 @@ the same decisions, when it is disturbed by as much as rounding may (Setup.distu
 that computes the same thing is within it on any machine; the engine and the oracle may both err.
 """
 
+import json
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from tests.support import oracle as oracles
 from tests.support.engine import EngineProcess
 from tests.support.oracle import Decisions
+from tests.support.pooled_oracle import PooledOracle
 
 # What is not a row or its place is as narrow as it can be: most of an engine's time else.
 NARROW = dict(
@@ -160,7 +162,8 @@ def prompts_of(lengths, seed=1) -> list[list[int]]:
 
 @cache
 def oracle_of(model: Path, dtype=torch.float32) -> oracles.Oracle:
-    return oracles.Oracle(model, dtype)
+    kind = json.loads((model / "config.json").read_text())["model_type"]
+    return (PooledOracle if kind == "glm5_next" else oracles.Oracle)(model, dtype)
 
 
 def decisions_of(engine, rids) -> dict[str, Decisions]:
@@ -194,6 +197,8 @@ def compare(setup, model, sequences, with_free=False) -> Difference:
     parts = {name: ([], []) for name in ("logprob", "selection", "experts", "rows")}
     free, missed, selected = [], 0, 0
     for token_ids, logprobs, decisions in sequences:
+        chosen = {n: oracle.selection_of(found) for n, found in decisions.selection.items()}
+        decisions = replace(decisions, selection=chosen)
         with setup.rounded(oracle):
             verdict = oracle.judge(token_ids, decisions)
         _check_complete(decisions, verdict, setup.rounds_rows, len(token_ids) - 1)
@@ -205,7 +210,7 @@ def compare(setup, model, sequences, with_free=False) -> Difference:
         _add(parts["logprob"], difference, own)
         for layer, selection in decisions.selection.items():
             scores, others = verdict.scores[layer], disturbed.scores[layer]
-            gaps, error, outside, all_of = _selection(scores, others, selection, oracle.topk)
+            gaps, error, outside, all_of = _selection(scores, others, selection, oracle)
             _add(parts["selection"], gaps, error)
             missed, selected = missed + outside, selected + all_of
         for layer, experts in decisions.experts.items():
@@ -247,27 +252,30 @@ def _joined(arrays) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.empty(0)
 
 
-def _selection(scores, disturbed, selection, topk):
+def _selection(scores, disturbed, selection, oracle):
     """Gaps and yardstick of one layer's selection {query: positions}; missed and selected.
 
-    scores, disturbed [S, S]. A selection that is not of top-k (or all) visible positions has an
-    infinite gap. Queries that see no more than top-k have no choice, and no part in the rest.
+    scores, disturbed [S, S], or [S, pools] where a pool of positions has one key. A selection that
+    is not of top-k (or all) visible ones has an infinite gap. Queries that see no more than top-k
+    have no choice, and no part in the rest.
     """
+    topk, pool = oracle.topk, oracle.pool
     known = {query: found for query, found in selection.items() if query < len(scores)}
+    sees = {query: (query + 1) // pool for query in known}
     wrong = sum(
-        len(np.unique(found)) != min(topk, query + 1) or found.max() > query
+        len(np.unique(found)) != min(topk, sees[query]) or (found >= sees[query]).any()
         for query, found in known.items()
     )
-    queries = [query for query in known if query >= topk and len(known[query]) == topk]
+    queries = [query for query in known if sees[query] > topk and len(known[query]) == topk]
     if wrong or not queries:
         return np.full(wrong, np.inf), np.empty(0), 0, 0
     chosen = torch.from_numpy(np.stack([known[query] for query in queries])).long()
-    at = torch.tensor(queries)
-    seen = torch.arange(len(scores)) <= at[:, None]
-    visible, error = scores[at], (disturbed[at] - scores[at]).abs().masked_fill(~seen, 0)
-    mean = visible.masked_fill(~seen, 0).sum(1, keepdim=True) / (at[:, None] + 1)
-    spread = ((visible - mean).square().masked_fill(~seen, 0).sum(1) / at).sqrt()
-    gaps, missed = _gaps(visible.masked_fill(~seen, -torch.inf), chosen)
+    at, visible = torch.tensor(queries), torch.tensor([sees[query] for query in queries])
+    seen = torch.arange(scores.shape[1]) < visible[:, None]
+    of, error = scores[at], (disturbed[at] - scores[at]).abs().masked_fill(~seen, 0)
+    mean = of.masked_fill(~seen, 0).sum(1, keepdim=True) / visible[:, None]
+    spread = ((of - mean).square().masked_fill(~seen, 0).sum(1) / (visible - 1)).sqrt()
+    gaps, missed = _gaps(of.masked_fill(~seen, -torch.inf), chosen)
     return (gaps / spread).numpy(), (2 * error.amax(1) / spread).numpy(), missed, chosen.numel()
 
 

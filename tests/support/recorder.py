@@ -16,20 +16,24 @@ def install() -> None:
     """Record selections."""
     from sglang.kernels.fused_op import BaseFusedOp
     from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+    from sglang.srt.layers.attention.dsa.dsa_indexer_kpool import IndexerKPool
 
     from sglang_ess.cpu.indexer import indexer_forward
+    from sglang_ess.cpu.kpool_indexer import kpool_indexer_forward
     from sglang_ess.platforms.cpu import DISPATCH_KEY
 
     write = _writer()
 
-    def recording(indexer, x, q_lora, positions, forward_batch, layer_id, *args, **kwargs):
-        slots = indexer_forward(
-            indexer, x, q_lora, positions, forward_batch, layer_id, *args, **kwargs
-        )
-        write("selection", layer_id, forward_batch, slots.numpy())
-        return slots
+    def recorded(forward):
+        def recording(indexer, x, q_lora, positions, forward_batch, layer_id, *args, **kwargs):
+            slots = forward(indexer, x, q_lora, positions, forward_batch, layer_id, *args, **kwargs)
+            write("selection", layer_id, forward_batch, slots.numpy())
+            return slots
 
-    BaseFusedOp.register_oot_forward(Indexer, recording, DISPATCH_KEY)
+        return recording
+
+    BaseFusedOp.register_oot_forward(Indexer, recorded(indexer_forward), DISPATCH_KEY)
+    BaseFusedOp.register_oot_forward(IndexerKPool, recorded(kpool_indexer_forward), DISPATCH_KEY)
 
 
 def install_experts() -> None:
@@ -91,7 +95,9 @@ def _requests(forward_batch):
     """Of each request: rid, first query position, slots by position, its part of the batch."""
     from sglang.srt.model_executor.forward_context import get_attn_backend
 
-    table = get_attn_backend().req_to_token.numpy()
+    backend = get_attn_backend()
+    # With linear attention layers it stands beside theirs.
+    table = getattr(backend, "full_attn_backend", backend).req_to_token.numpy()
     decode = forward_batch.forward_mode.is_decode()
     start = 0
     for i, (rid, row) in enumerate(

@@ -6,13 +6,14 @@ def expose() -> None:
     scheduler says of itself."""
     from sglang.srt.managers.scheduler import Scheduler
 
+    from sglang_ess.mem_cache.allocator import sparse_pool
     from tests.support import engine as engines
 
     original = Scheduler.get_internal_state
 
     def with_counters(scheduler, request):
         answer = original(scheduler, request)
-        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        pool = sparse_pool(scheduler.token_to_kv_pool_allocator)
         answer.internal_state["hot_counters"] = [
             cache.counters | {"occupied": cache.occupied}
             for cache in getattr(pool, "hot_caches", [])  # one tier has none

@@ -6,7 +6,12 @@ does by CUDA or Triton kernels are overridden: of a latent row and of an index k
 
 import torch
 from sglang.srt.mem_cache.index_key_cache import IndexKeyCache
-from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import (
+    DSATokenToKVPool,
+    HybridLinearKVPool,
+    KVCache,
+    MLATokenToKVPool,
+)
 
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.ops.rows import pack_fp8_rows, store_index_keys
@@ -71,5 +76,21 @@ class CpuDsaTokenToKVPool(DSATokenToKVPool):
         dst_buffer.squeeze(1).index_copy_(0, loc, rows)  # indexing wakes threads for a few rows
 
     def store_index_k(self, layer_id: int, loc: torch.Tensor, keys: torch.Tensor) -> None:
-        """Write the index keys [T, 128] of the slots loc [T]; fp8 pages quantise them."""
-        store_index_keys(self.get_index_k_with_scale_buffer(layer_id), loc, keys)
+        """Write the index keys [T, 128] of the slots loc [T]; fp8 pages quantise them.
+
+        A pooled key stands for index_kpool slots; loc names any of them.
+        """
+        pooled = self.index_kpool > 1
+        pages = self.get_index_k_with_scale_buffer(layer_id)
+        store_index_keys(pages, loc // self.index_kpool if pooled else loc, keys, pooled)
+
+
+def leaf_of(pool: KVCache, layer_id: int) -> tuple[KVCache, int]:
+    """The DSA pool that holds a layer's rows, and the layer's number there.
+
+    In a model with linear attention layers SGLang wraps the DSA pool, which numbers its own layers
+    from 0.
+    """
+    if isinstance(pool, HybridLinearKVPool):
+        return pool.full_kv_pool, pool.full_attention_layer_id_mapping[layer_id]
+    return pool, layer_id

@@ -32,7 +32,7 @@ def _hadamard() -> torch.Tensor:
     return matrix * INDEX_DIM**-0.5
 
 
-def _rotate(x: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor) -> torch.Tensor:
     """Spread outliers before quantising, as SGLang's rotate_activation does. Same dtype out."""
     return (x.float() @ _hadamard()).to(x.dtype)
 
@@ -108,8 +108,8 @@ def indexer_forward(
     if pages.shape[1] == index_page_bytes(fp32=True):
         query = query.float()
     else:
-        key = _rotate(key)
-        quantised, scale = quantize_index(_rotate(query), power_of_two=True)
+        key = rotate(key)
+        quantised, scale = quantize_index(rotate(query), power_of_two=True)
         query, weights = quantised.float(), weights * scale
     pool.store_index_k(layer_id, forward_batch.out_cache_loc, key)
     if not return_indices:

@@ -67,14 +67,21 @@ ARCHITECTURES = {
         "Mistral Large 3 with images and index_topk", "as the one above", "refused", _LOADER
     ),
     "Glm5NextForConditionalGeneration": Architecture(
-        "GLM-5.3-Flash", "not yet", "refused", "its hybrid pool and pooled index keys"
+        "GLM-5.3-Flash",
+        f"{_BOTH_WAYS}, text alone, float32, against transformers' glm5_next",
+        f"{_PARITY}; two tiers as one, bit for bit. No prefill and decode apart; refused with ESS "
+        "on a GPU, whose backend has no pooled index keys",
     ),
     "Dots3NoteForCausalLM": Architecture(
-        "dots3-note", "not yet", "refused", "its pool of sliding and full layers"
+        "dots3-note",
+        "read, not run",
+        "refused",
+        "SGLang's model raises without CUDA (models/dots3_common/modeling.py: _require_cuda), and "
+        "ESS has no pool of sliding and full layers",
     ),
 }
 # What the kernels of the CPU platform take (layout.py), where config.json says it.
-CPU_SIZES = {"kv_lora_rank": (512,), "qk_rope_head_dim": (64,), "index_head_dim": (128,)}
+CPU_SIZES = {"kv_lora_rank": (512,), "qk_rope_head_dim": (64, 0), "index_head_dim": (128,)}
 
 
 def architecture_reasons(

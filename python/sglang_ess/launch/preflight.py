@@ -230,12 +230,14 @@ def model_reasons(
         )
     if sparse:
         reasons += architecture_reasons(server_args, model, config, on_cpu)
-    latent, rope = model.get("kv_lora_rank"), model.get("qk_rope_head_dim")
+        reasons += mixed_reasons(server_args, model, config, on_cpu)
+    shape = model.get("kv_lora_rank"), model.get("qk_rope_head_dim")
     fp8 = sparse and not on_cpu and server_args.kv_cache_dtype == "fp8_e4m3"
-    if fp8 and (latent, rope) != (512, 64):  # on the CPU platform, no row has other sizes
+    # On the CPU platform, no row has other sizes.
+    if fp8 and shape not in ((512, 64), (512, 0)):
         reasons.append(
-            "--kv-cache-dtype fp8_e4m3 must have kv_lora_rank 512 and qk_rope_head_dim 64 "
-            f"(the 656-byte row): got {latent} and {rope}. Use --kv-cache-dtype bfloat16."
+            "--kv-cache-dtype fp8_e4m3 must have kv_lora_rank 512 and qk_rope_head_dim 64 (the "
+            f"656-byte row) or 0: got {shape[0]} and {shape[1]}. Use --kv-cache-dtype bfloat16."
         )
     if on_cpu and sparse:
         reasons += rule_reasons(server_args, CPU_SPARSE_RULES)
@@ -246,6 +248,30 @@ def model_reasons(
         reasons.append(
             f"--model-path must not be quantized on the CPU platform: got quant_method {stored!r} "
             "in config.json. Use a bfloat16 checkpoint."
+        )
+    return reasons
+
+
+def mixed_reasons(
+    server_args: Any, model: Mapping[str, Any], config: EssConfig, on_cpu: bool
+) -> list[str]:
+    """Why a model with pooled index keys or linear attention layers cannot be served so."""
+    reasons, mode = [], server_args.disaggregation_mode
+    pool = model.get("index_kpool") or 1
+    if pool > 1 and config.enabled and not on_cpu and mode != "prefill":
+        reasons.append(
+            "--model-path must name a model with an index key for each token with ESS on a GPU: "
+            f"got index_kpool {pool}. Add --disable-ess."
+        )
+    if pool > 1 and config.topk_stream:
+        reasons.append(
+            "--ess-topk-stream must have a model with an index key for each token: got "
+            f"index_kpool {pool}. Drop it."
+        )
+    if on_cpu and model.get("linear_attn_config") and mode != "null":
+        reasons.append(
+            "--disaggregation-mode must be unset on the CPU platform for a model with linear "
+            f"attention layers: got {mode}. Drop it."
         )
     return reasons
 

@@ -96,7 +96,9 @@ def serving_facts(scheduler: Any) -> dict[str, Any]:
     """
     import torch
 
-    model, pool = scheduler.model_config, scheduler.token_to_kv_pool_allocator.get_kvcache()
+    from sglang_ess.mem_cache.allocator import sparse_pool
+
+    model, pool = scheduler.model_config, sparse_pool(scheduler.token_to_kv_pool_allocator)
     facts = {
         "architecture": (model.hf_config.architectures or ["unknown"])[0],
         "layers": model.num_hidden_layers,

@@ -6,6 +6,8 @@ allocator also asks whether the hot tier can serve the step, and drops the hot r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
@@ -63,7 +65,7 @@ class EssPagedAllocator(RefusingPagedAllocator):
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         """Drop the pages' hot rows. Every way of freeing slots ends here, in whole pages."""
         super()._release_page_ids(*page_ids)
-        pool = self.get_kvcache()
+        pool = sparse_pool(self)
         if isinstance(pool, EssTokenToKVPool):
             pages = torch.cat(page_ids)
             offsets = torch.arange(self.page_size, device=pages.device)
@@ -71,6 +73,15 @@ class EssPagedAllocator(RefusingPagedAllocator):
 
     def clear(self) -> None:
         super().clear()
-        pool = self.get_kvcache()
+        pool = sparse_pool(self)
         if isinstance(pool, EssTokenToKVPool):
             pool.empty_hot_tier()
+
+
+def sparse_pool(allocator: Any) -> Any:
+    """The pool of an allocator's slots; of a model with other layers, too, its sparse layers'.
+
+    SGLang wraps that one then (HybridLinearKVPool, SWAKVPool).
+    """
+    pool = allocator.get_kvcache()
+    return getattr(pool, "full_kv_pool", pool)

@@ -5,6 +5,8 @@ take its torch-native path and supplies what has none: the indexer, the sparse M
 KV pool's writes.
 """
 
+import os
+
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
@@ -13,6 +15,8 @@ from sglang_ess.config import EssConfig
 
 DISPATCH_KEY = "ess_cpu"
 DEFAULT_CONTEXTS = 8  # the default number of slots holds this many requests of full length
+# States of linear attention layers. A running request has about five, the radix cache the others.
+DEFAULT_STATES = 256
 
 
 class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
@@ -52,6 +56,7 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
     def apply_server_args_defaults(self, server_args) -> None:
         """Replace SGLang's choices for an Intel AMX host. A backend that the user named stays."""
         from sglang.srt.arg_groups.model_override_base import model_config_of
+        from sglang.srt.configs.hybrid_arch import mambaish_config
         from sglang.srt.configs.model_config import is_deepseek_dsa
 
         model = model_config_of(server_args)
@@ -63,6 +68,11 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
             # SGLang's default is 72% of the device memory, which is the machine's here. Filling
             # that takes a minute.
             server_args.max_total_tokens = DEFAULT_CONTEXTS * model.context_len
+        if mambaish_config(model) is not None:
+            if server_args.max_mamba_cache_size is None:  # or half of the machine's memory
+                server_args.max_mamba_cache_size = DEFAULT_STATES
+            if server_args.dtype in ("float32", "float"):  # SGLang rounds them to bfloat16
+                os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
         # An idle scheduler polls at full speed and would keep a core from the computation.
         server_args.sleep_on_idle = True
 
@@ -71,31 +81,48 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         import numba
         import torch._dynamo
         from sglang.kernels.fused_op import BaseFusedOp
+        from sglang.srt.environ import envs
         from sglang.srt.layers.attention.attention_registry import (
             register_attention_backend,
         )
         from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
+        from sglang.srt.layers.attention.dsa.dsa_indexer_kpool import IndexerKPool
 
-        from sglang_ess.attention.backend_cpu import CpuTwoTierBackend
-        from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend
         from sglang_ess.cpu.indexer import indexer_forward
-        from sglang_ess.mem_cache.pool import EssTokenToKVPool
+        from sglang_ess.cpu.kpool_indexer import kpool_indexer_forward
         from sglang_ess.platforms.cpu_transfer import use_host_transport
 
         # SGLang compiles small functions (MoE top-k, samplers) by inductor, which needs a C++
         # compiler on the host and 10 s at the first request. Eager mode costs microseconds.
         torch._dynamo.config.disable = True
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        # Hyper-connections (GLM-5.3-Flash): SGLang has them in torch, too.
+        envs.SGLANG_OPT_USE_TILELANG_MHC_PRE.set(False)
+        envs.SGLANG_OPT_USE_TILELANG_MHC_POST.set(False)
         BaseFusedOp.register_oot_forward(Indexer, indexer_forward, DISPATCH_KEY)
+        BaseFusedOp.register_oot_forward(IndexerKPool, kpool_indexer_forward, DISPATCH_KEY)
         use_host_transport()
         # Under the same name, so that every "dsa" rule of the model code applies.
-        register_attention_backend("dsa")(
-            lambda runner: (
-                CpuTwoTierBackend(runner)
-                if isinstance(runner.token_to_kv_pool, EssTokenToKVPool)
-                else CpuSparseMlaBackend(runner, *_one_tier_observers(runner))
-            )
-        )
+        register_attention_backend("dsa")(_attention_backend)
+
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        """Whether linear attention layers leave snapshots for the radix cache: CpuKdaBackend."""
+        return True
+
+
+def _attention_backend(runner):
+    """The backend of the sparse layers, by the pool that the runner has."""
+    from sglang_ess.attention.backend_cpu import CpuTwoTierBackend
+    from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend
+    from sglang_ess.cpu.hybrid_backend import over_own_layers
+    from sglang_ess.mem_cache.pool import EssTokenToKVPool
+
+    def build(view):
+        if isinstance(view.token_to_kv_pool, EssTokenToKVPool):
+            return CpuTwoTierBackend(view)
+        return CpuSparseMlaBackend(view, *_one_tier_observers(runner))
+
+    return over_own_layers(runner, build)
 
 
 def _one_tier_observers(runner) -> tuple:

@@ -9,6 +9,43 @@ def device_capability(original, device=None):
     return 0, 0
 
 
+def gated_norm(original, norm, x, g, residual=None, prenorm=False, residual_in_fp32=False):
+    """FusedRMSNormGated.forward in torch: RMSNorm(x) * activation(g), computed in float32.
+
+    x, g [..., D]. Raises: NotImplementedError for a residual, which no model here has.
+    """
+    if residual is not None or prenorm:
+        raise NotImplementedError("the gated norm must have no residual on the CPU platform.")
+    activation = torch.sigmoid if norm.activation == "sigmoid" else F.silu
+    normed = F.rms_norm(x.float(), x.shape[-1:], None, norm.eps)
+    if norm.weight is not None:
+        normed = normed * norm.weight.float()
+    return (normed * activation(g.float())).to(x.dtype)
+
+
+def clamped_silu(original, dtype):
+    """_jit_silu_and_mul_clamp_module in torch: an object whose run() is the kernel."""
+    return _ClampedSilu
+
+
+class _ClampedSilu:
+    @staticmethod
+    def run(gate_up, out, limit: float) -> None:
+        """out [T, N] = silu(min(gate, limit)) * clamp(up, -limit, limit); gate_up [T, 2 * N]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        out.copy_(F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit))
+
+
+def without_pinning(original, batch) -> None:
+    """ScheduleBatch.prepare_for_decode, in which Tensor.pin_memory gives the tensor itself."""
+    pin = torch.Tensor.pin_memory
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor
+    try:
+        original(batch)
+    finally:
+        torch.Tensor.pin_memory = pin
+
+
 def dsa_kv_cache_dtype(original, view) -> dict:
     """_dsa_kv_cache_dtype_default: keep "auto", so that KV rows have the model's dtype.
 

@@ -79,6 +79,9 @@ ARCHS = {
         # SGLang computes experts whose output is their input by a Triton kernel alone.
         config={"zero_expert_num": 0, "zero_expert_type": None},
     ),
+    "glm5_next": Arch(  # see tiny_glm5_next.py
+        "Glm5NextForConditionalGeneration", "glm5_next", None, "GLM-5.3-Flash",
+    ),
 }  # fmt: skip
 
 

@@ -103,6 +103,10 @@ def model_config(config: TinyModelConfig, vocab_size: int, token_ids: dict[str, 
         result |= _pair_fields(config) | {"rope_scaling": result.pop("rope_parameters")}
     elif arch.shares:
         result |= sharing_fields(config) | {"indexer_types": config.indexer_types}
+    if config.arch == "glm5_next":
+        from sglang_ess.testing import tiny_glm5_next
+
+        return tiny_glm5_next.model_config(result, config)
     return result
 
 
@@ -134,11 +138,16 @@ def write_tiny_model(out_dir: str | os.PathLike, config: TinyModelConfig) -> Pat
     """
     out = prepare_directory(out_dir, MARKER, config)
     # Imported here: a refused command line should not wait for torch.
+    from sglang_ess.testing import tiny_glm5_next, tiny_weights
     from sglang_ess.testing.tiny_tokenizer import TOKEN_IDS, VOCAB_SIZE
-    from sglang_ess.testing.tiny_weights import write_weights
 
-    write_weights(out / "model.safetensors", config, VOCAB_SIZE)
+    special = config.arch == "glm5_next"
+    of_arch = tiny_glm5_next if special else tiny_weights
+    tensors = of_arch.checkpoint_tensors(config, VOCAB_SIZE)
+    tiny_weights.write_weights(out / "model.safetensors", tensors, config.dtype)
     write_small_files(out, model_config(config, VOCAB_SIZE, TOKEN_IDS))
+    for name, content in tiny_glm5_next.PROCESSORS.items() if special else ():
+        write_json(out / name, content)
     return out
 
 

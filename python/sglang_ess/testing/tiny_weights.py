@@ -14,7 +14,8 @@ the logprob that changes most changes by 3.0 nats with independent weights and b
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ SINK_MEAN = 6.0  # a sink takes 3 to 15 % of a head
 CONTROL_LOGIT_GAIN = -0.6  # times the mean's share of a hidden state: logits near -5
 
 
-class _Draws:
+class Draws:
     """Normal draws that depend on (seed, name) only, so that one more layer changes no other."""
 
     def __init__(self, seed: int, hidden: int):
@@ -75,7 +76,7 @@ class _Draws:
         return 1 + np.float32(0.1) * self.normal(name, size)
 
 
-def _blend(alikeness: float, common: np.ndarray, own: np.ndarray) -> np.ndarray:
+def blend(alikeness: float, common: np.ndarray, own: np.ndarray) -> np.ndarray:
     """Mix common and own values so that the variance does not change."""
     return np.float32(alikeness) * common + np.float32(math.sqrt(1 - alikeness**2)) * own
 
@@ -84,9 +85,8 @@ def checkpoint_tensors(
     config: TinyModelConfig, vocab_size: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (hub name, float32 values) of every tensor. Linear weights are [out, in]."""
-    draws, parts = _Draws(config.seed, config.hidden), ARCHS[config.arch].parts
-    embedding = draws.normal("embedding", vocab_size, config.hidden)
-    yield "model.embed_tokens.weight", embedding + np.float32(EMBEDDING_MEAN) * draws.mean
+    draws, parts = Draws(config.seed, config.hidden), ARCHS[config.arch].parts
+    yield from ends(draws, vocab_size)
     for layer in range(0, config.layers, 2) if "pairs" in parts else ():
         yield from _pair(config, draws, layer)
     for layer in range(config.layers) if "pairs" not in parts else ():
@@ -98,12 +98,19 @@ def checkpoint_tensors(
             for stage in ("attn", "mlp"):
                 yield from _hyper(draws, f"{prefix}hc_{stage}_layer.hc_pre.hc_", 2)
         if layer < config.dense_layers:
-            yield from _mlp(config, draws, prefix + "mlp.", config.intermediate, MLP_GAIN)
+            yield from mlp(config, draws, prefix + "mlp.", config.intermediate, MLP_GAIN)
         else:
-            yield from _moe(config, draws, prefix + "mlp.")
+            yield from moe(config, draws, prefix + "mlp.")
     if "streams" in parts:
         yield from _hyper(draws, "model.hc_head.hc_head_", 1)
-    yield "model.norm.weight", draws.norm("final norm", config.hidden)
+
+
+def ends(draws: Draws, vocab_size: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield what is not a layer's: the embeddings, the last norm and the head."""
+    hidden = len(draws.mean)
+    embedding = draws.normal("embedding", vocab_size, hidden)
+    yield "model.embed_tokens.weight", embedding + np.float32(EMBEDDING_MEAN) * draws.mean
+    yield "model.norm.weight", draws.norm("final norm", hidden)
     head = draws.blind("head", vocab_size, gain=LOGIT_STD)
     # Control and reserved tokens read only the mean, negatively, so that none is ever likely.
     head[NUM_BYTES:] *= 0.1 / LOGIT_STD
@@ -119,7 +126,7 @@ def _pair(config, draws, first):
             name = f"{prefix}{norm}.{half}"
             yield name + ".weight", draws.norm(name, config.hidden)
         yield from _attention(config, draws, first + half)
-        yield from _mlp(config, draws, f"{prefix}mlps.{half}.", config.intermediate, MLP_GAIN)
+        yield from mlp(config, draws, f"{prefix}mlps.{half}.", config.intermediate, MLP_GAIN)
     yield from _router(config, draws, prefix + "mlp.", "router.classifier", "router")
     yield from _experts(config, draws, prefix + "mlp.")
 
@@ -138,11 +145,11 @@ def _attention(config, draws, layer):
     q_rank, rope = config.q_lora_rank, QK_ROPE_HEAD_DIM
     kv_a = draws.blind(shared + "kv_a", KV_LORA_RANK + rope)
     index_k = draws.matrix(shared + "index k", INDEX_HEAD_DIM - rope, KV_LORA_RANK)
-    index_q = _index_queries(config, draws, shared)
+    index_q = index_queries(config, draws, shared)
     q_b = _attention_queries(config, draws, name, index_q)
     k_b = draws.matrix(name + "k", config.heads, config.nope_dim, KV_LORA_RANK)
     alike = _indexed(config)
-    k_b[:, :alike] = _blend(INDEXER_ALIKENESS, index_k[:alike], k_b[:, :alike])
+    k_b[:, :alike] = blend(INDEXER_ALIKENESS, index_k[:alike], k_b[:, :alike])
     v_b = draws.matrix(name + "v", config.heads, config.v_dim, KV_LORA_RANK)
     yield name + "q_a_proj.weight", draws.matrix(shared + "q_a", q_rank, config.hidden)
     yield name + "q_a_layernorm.weight", draws.norm(name + "q_a norm", q_rank)
@@ -182,7 +189,7 @@ def _rope_rows(config) -> np.ndarray:
     return rows.reshape(2, -1).T.reshape(-1) if ARCHS[config.arch].indexer_halves else rows
 
 
-def _index_queries(config, draws, shared):
+def index_queries(config, draws, shared):
     """Return [index_heads, INDEX_HEAD_DIM, q_lora_rank]. The odd heads point the opposite way.
 
     Their weights in _indexer are opposite too, so they keep the score sloped where relu cuts the
@@ -193,10 +200,10 @@ def _index_queries(config, draws, shared):
     own = draws.matrix(
         shared + "index q heads", config.index_heads, INDEX_HEAD_DIM, config.q_lora_rank
     )
-    return _blend(HEAD_ALIKENESS, _head_signs(config)[:, None, None] * common, own)
+    return blend(HEAD_ALIKENESS, head_signs(config)[:, None, None] * common, own)
 
 
-def _head_signs(config) -> np.ndarray:
+def head_signs(config) -> np.ndarray:
     return np.where(np.arange(config.index_heads) % 2, -1, 1).astype(np.float32)
 
 
@@ -210,7 +217,7 @@ def _attention_queries(config, draws, name, index_q):
         (slice(alike), like[:, rope : rope + alike]),
         (slice(nope, None), like[:, :rope][:, _rope_rows(config)]),
     ):
-        q_b[:, rows] = _blend(INDEXER_ALIKENESS, ours, q_b[:, rows])
+        q_b[:, rows] = blend(INDEXER_ALIKENESS, ours, q_b[:, rows])
     return q_b * np.float32(ATTENTION_LOGIT_STD / config.attention_mscale)
 
 
@@ -241,19 +248,19 @@ def _indexer(config, draws, name, index_q, k_nope, k_rope):
     # Every hidden state contains the mean of the embeddings, so a head's weight keeps its sign.
     yield (
         name + "weights_proj.weight",
-        _head_signs(config)[:, None] * draws.mean / config.hidden + own,
+        head_signs(config)[:, None] * draws.mean / config.hidden + own,
     )
 
 
-def _mlp(config, draws, name, width, gain):
+def mlp(config, draws, name, width, gain):
     yield name + "gate_proj.weight", draws.blind(name + "gate", width)
     yield name + "up_proj.weight", draws.blind(name + "up", width)
     yield name + "down_proj.weight", draws.matrix(name + "down", config.hidden, width, gain=gain)
 
 
-def _moe(config, draws, name):
+def moe(config, draws, name):
     yield from _router(config, draws, name, "gate", "gate")
-    yield from _mlp(config, draws, name + "shared_experts.", config.moe_intermediate, MLP_GAIN)
+    yield from mlp(config, draws, name + "shared_experts.", config.moe_intermediate, MLP_GAIN)
     yield from _experts(config, draws, name)
 
 
@@ -267,7 +274,7 @@ def _router(config, draws, name, weight, bias):
 
 def _experts(config, draws, name):
     prefixes = [f"{name}experts.{expert}." for expert in range(config.experts)]
-    experts = [[*_mlp(config, draws, p, config.moe_intermediate, EXPERT_GAIN)] for p in prefixes]
+    experts = [[*mlp(config, draws, p, config.moe_intermediate, EXPERT_GAIN)] for p in prefixes]
     if "stacked" not in ARCHS[config.arch].parts:
         yield from (tensor for expert in experts for tensor in expert)
         return
@@ -278,28 +285,30 @@ def _experts(config, draws, name):
     yield name + "experts.down_proj", down
 
 
-_FLOAT32 = (
-    "e_score_correction_bias",
-    "router.classifier",
-    ".hc_",
-    ".learnable_sink_param",
-)  # in both libraries
+# In both libraries.
+_FLOAT32 = re.compile(
+    r"e_score_correction_bias$|router\.classifier|\.hc_|\.learnable_sink_param"
+    r"|\.dt_bias$|\.A_log$|_conv1d\.|compress_ape$"
+)
 
 
 def _to_dtype(name: str, values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(values))
-    if any(part in name for part in _FLOAT32):
+    if _FLOAT32.search(name):
         return tensor
-    if name.endswith("indexer.weights_proj.weight"):
+    if re.search(r"indexer\.(weights_proj|index_kpool_compress_gate)", name):
         # SGLang has it in bfloat16, transformers in float32. Store what both can represent.
         tensor = tensor.bfloat16()
     return tensor.to(dtype)
 
 
-def write_weights(path: Path, config: TinyModelConfig, vocab_size: int) -> None:
-    """Write the checkpoint as one safetensors file. A reader of an earlier file keeps that one."""
-    dtype = getattr(torch, config.dtype)
-    tensors = {n: _to_dtype(n, v, dtype) for n, v in checkpoint_tensors(config, vocab_size)}
+def write_weights(path: Path, named: Iterable[tuple[str, np.ndarray]], dtype: str) -> None:
+    """Write one safetensors file of (hub name, float32 values). A reader of an earlier file keeps
+    that one.
+
+    dtype: "bfloat16" or "float32", of all tensors that have no dtype of their own
+    """
+    tensors = {n: _to_dtype(n, v, getattr(torch, dtype)) for n, v in named}
     partial = path.with_suffix(".partial")
     partial.write_bytes(save(tensors, metadata={"format": "pt"}))
     os.replace(partial, path)

@@ -3,11 +3,11 @@
 import torch
 
 from sglang_ess.layout import (
-    FP8_ROW_BYTES,
     INDEX_DIM,
     LATENT_DIM,
     PAGE_SLOTS,
     SCALE_GROUP,
+    fp8_row_bytes,
     index_page_bytes,
 )
 
@@ -38,6 +38,8 @@ def row_format(rows: torch.Tensor) -> int:
 def pack_fp8_rows(latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """Quantise latent rows: latent [T, 512], rope [T, 64] -> [T, 656] uint8.
 
+    Without rope ([T, 0]) a row is its first 528 bytes.
+
     Scale of a group = its largest magnitude / 448; a group of zeros keeps scale 0 and
     bytes 0 (upstream divides by zero there and stores NaN). Source: SGLang's
     dsa_quant_k_cache.
@@ -46,7 +48,7 @@ def pack_fp8_rows(latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     groups = latent.float().view(num_tokens, -1, SCALE_GROUP)
     scales = groups.abs().amax(dim=-1) / FP8_MAX
     inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
-    packed = torch.empty(num_tokens, FP8_ROW_BYTES, dtype=torch.uint8)
+    packed = torch.empty(num_tokens, fp8_row_bytes(rope.shape[1]), dtype=torch.uint8)
     packed[:, :LATENT_DIM] = (
         (groups * inverse.unsqueeze(-1))
         .clamp(-FP8_MAX, FP8_MAX)
@@ -60,7 +62,10 @@ def pack_fp8_rows(latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of any format as [T, 576] float32, exactly. The reference for the kernels."""
+    """Rows of any format as [T, 576] float32, exactly; [T, 512] without rope.
+
+    The reference for the kernels.
+    """
     if row_format(rows) != FORMAT_FP8:
         return rows.float()
     num_tokens = rows.shape[0]
@@ -85,17 +90,20 @@ def quantize_index(x: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, t
     return quantised.to(torch.float8_e4m3fn), scale
 
 
-def store_index_keys(pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor) -> None:
+def store_index_keys(
+    pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, power_of_two: bool = False
+) -> None:
     """Write index keys into their pages.
 
     pages [num_pages, page bytes] uint8, written; the page size tells the format
     slots [T] int64; keys [T, 128] floating point
+    power_of_two: of the fp8 scales; SGLang's pooled keys have such
     """
     page, offset = slots // PAGE_SLOTS, slots % PAGE_SLOTS
     if pages.shape[1] == index_page_bytes(fp32=True):
         pages.view(torch.float32).view(-1, PAGE_SLOTS, INDEX_DIM)[page, offset] = keys.float()
         return
-    quantised, scale = quantize_index(keys, power_of_two=False)
+    quantised, scale = quantize_index(keys, power_of_two)
     key_bytes = PAGE_SLOTS * INDEX_DIM
     pages[:, :key_bytes].view(-1, PAGE_SLOTS, INDEX_DIM)[page, offset] = quantised.view(torch.uint8)
     pages[:, key_bytes:].view(torch.float32)[page, offset] = scale

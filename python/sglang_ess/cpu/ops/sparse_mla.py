@@ -19,7 +19,7 @@ from sglang_ess.cpu.ops._numba import (
     to_float,
 )
 from sglang_ess.cpu.ops.rows import FORMAT_BF16, FORMAT_FP8, row_format, unpack_rows
-from sglang_ess.layout import FP8_ROW_BYTES, LATENT_DIM, ROW_DIM, SCALE_GROUP
+from sglang_ess.layout import LATENT_DIM, ROPE_DIM, ROW_DIM, SCALE_GROUP, fp8_row_bytes
 
 # Rows that are decoded at a time. 16 x 576 floats (36 KiB) leave room for the query in a 48 KiB
 # L1 cache. The dot products run four rows abreast.
@@ -28,18 +28,21 @@ BLOCK = 16
 
 @jit
 def _load_row(row, fmt, out, bits):
-    """out [576] float32 = latent row [row_bytes] uint8 in the given format."""
+    """out [576] float32 = latent row [row_bytes] uint8 in the given format.
+
+    A row without rope writes its 512 latents alone.
+    """
     if fmt == FORMAT_FP8:
         scales = row[LATENT_DIM : LATENT_DIM + 16].view(np.float32)
         for group in range(LATENT_DIM // SCALE_GROUP):
             start = group * SCALE_GROUP
             e4m3_to_float(row[start : start + SCALE_GROUP], scales[group], bits, out, start)
-        bf16_to_float(row[LATENT_DIM + 16 : FP8_ROW_BYTES].view(np.uint16), bits, LATENT_DIM)
+        bf16_to_float(row[LATENT_DIM + 16 :].view(np.uint16), bits, LATENT_DIM)
     elif fmt == FORMAT_BF16:
         bf16_to_float(row.view(np.uint16), bits, 0)
     else:
         values = row.view(np.float32)
-        for i in range(ROW_DIM):
+        for i in range(values.shape[0]):
             out[i] = values[i]
 
 
@@ -124,12 +127,12 @@ def _signature(value):
 def _sparse_mla_kernel(q_nope, q_rope, rows, fmt, slots, scale, out, lse):
     num_queries, num_heads = q_nope.shape[0], q_nope.shape[1]
     for t in prange(num_queries):
-        q = np.empty((num_heads, ROW_DIM), np.float32)
+        q = np.zeros((num_heads, ROW_DIM), np.float32)  # 0 where there is no rope
         q_bits = q.view(np.uint32)
         for h in range(num_heads):
             to_float(q_nope[t, h], q[h], q_bits[h], 0)
             to_float(q_rope[t, h], q[h], q_bits[h], LATENT_DIM)
-        keys = np.empty((BLOCK, ROW_DIM), np.float32)
+        keys = np.zeros((BLOCK, ROW_DIM), np.float32)
         bits = keys.view(np.uint32)
         scores = np.empty(BLOCK, np.float32)
         peak = np.full(num_heads, -np.inf, np.float32)
@@ -162,7 +165,7 @@ def sparse_mla_reference(q_nope, q_rope, rows, slots, scale):
     q = torch.cat([q_nope, q_rope], dim=-1)
     valid = slots >= 0
     keys = unpack_rows(rows[slots.clamp_min(0).long().flatten()].contiguous())
-    keys = keys.double().view(*slots.shape, ROW_DIM)
+    keys = keys.double().view(*slots.shape, -1)
     scores = torch.einsum("thd,tkd->thk", q.double(), keys) * scale
     scores = scores.masked_fill(~valid.unsqueeze(1), float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
@@ -181,6 +184,7 @@ def sparse_mla(
 
     q_nope [T, heads, 512], q_rope [T, heads, 64]: both bfloat16 or both float32, any strides
     rows [num_slots, 656] uint8 (fp8), or [num_slots, 576] bfloat16 or float32; contiguous
+    without rope: q_rope [T, heads, 0], rows 528 or 512 wide
     slots [T, K] int32, -1 pads anywhere
     Returns (out [T, heads, 512] in q's dtype, lse [T, heads] float32, natural log); the
     arithmetic is float32. A query without a row gets zeros and -inf, so that partial results
@@ -189,11 +193,12 @@ def sparse_mla(
     Source: DeepSeek-V3.2 sparse attention; FlashMLA's sparse decode interface.
     """
     fmt = row_format(rows)
-    width = FP8_ROW_BYTES if fmt == FORMAT_FP8 else ROW_DIM
-    heads = q_nope.shape[:2]
+    heads, rope = q_nope.shape[:2], q_rope.shape[-1]
+    width = fp8_row_bytes(rope) if fmt == FORMAT_FP8 else LATENT_DIM + rope
     if (
         q_nope.shape != (*heads, LATENT_DIM)
-        or q_rope.shape != (*heads, ROW_DIM - LATENT_DIM)
+        or q_rope.shape != (*heads, rope)
+        or rope not in (0, ROPE_DIM)
         or rows.shape[-1] != width
         or not rows.is_contiguous()
     ):
