@@ -255,7 +255,10 @@ class TwoTierDecode:
             planned = step.passes[index] if lookups is None else cache.plan(lookups)
             cache.fetch(planned, position)
             fetched = self.transfer.event()
-            if lookups is not None:
+            if lookups is None:
+                for used in (planned.miss_slots, planned.miss_rows, planned.num_misses):
+                    self.transfer.record_stream(used)
+            else:
                 cache.rebuild_order()
                 self.transfer.record_stream(lookups)
         wait(fetched)
