@@ -19,6 +19,7 @@ from sglang_ess import metrics
 from sglang_ess.admission.policy import HOT_TIER, Admission, AdmissionLimits
 from sglang_ess.mem_cache.pool import EssTokenToKVPool
 from sglang_ess.metrics import Exporter, Metrics, Watch, log_line
+from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from sglang_ess.tiers import HotCache, HotGroups
 from sglang_ess.tiers.index_groups import IndexGroups
 from tests.support.server import Server
@@ -34,14 +35,15 @@ class Pool:
     start_layer, rebalancers = 3, ()
     host_tier = SimpleNamespace(row_bytes=ROW_BYTES, num_slots=SLOTS)
 
-    def __init__(self, num_layers, num_rows, requests):
-        self.tier = HotGroups([HotCache(None, num_rows, SLOTS) for _ in range(num_layers)])
-        self.groups = IndexGroups.single(num_layers)
+    def __init__(self, groups, num_rows, requests):
+        layer = torch.zeros(SLOTS, 1, dtype=torch.int64)
+        self.tier = HotGroups([HotCache([layer] * size, num_rows) for size in groups.sizes])
+        self.groups = groups
         self.request_misses = np.zeros(requests, np.int64)
 
 
-def make_pool(num_layers=2, num_rows=4, requests=5):
-    return Pool(num_layers, num_rows, requests)
+def make_pool(num_layers=2, num_rows=4, requests=5, groups=None):
+    return Pool(groups or IndexGroups.single(num_layers), num_rows, requests)
 
 
 def decode(pool, *slots_of_layers):
@@ -82,6 +84,27 @@ def test_a_snapshot_begins_where_the_last_one_ended():
     assert Metrics().snapshot(pool, 20).total("lookups") == 21  # another one sees all of it
 
 
+def test_a_group_counts_once_and_its_bytes_for_each_layer():
+    """Layers 3; 4 to 6; 7 and 8: a figure has its group's first layer."""
+    pool, taken = make_pool(groups=IndexGroups((1, 3, 2))), Metrics()
+    decode(pool, [1, 2, -1, -1], [1, 2, 3, -1], [1, 2, 3, 4])
+    found = taken.snapshot(pool, 20)
+    assert [(group.layer, group.layers) for group in found.groups] == [(3, 1), (4, 3), (7, 2)]
+    assert [group.misses for group in found.groups] == [2, 3, 4]
+    fetched = [group.fetched_bytes for group in found.groups]
+    assert fetched == [2 * ROW_BYTES, 9 * ROW_BYTES, 8 * ROW_BYTES]
+    assert pool.tier.totals()[0] * ROW_BYTES == sum(fetched)
+    assert log_line(found) == (
+        "ESS: hot rows 75% (9/12, 6 layers in 3 index groups), hit rate 0.0% (layer 3 lowest, "
+        "0.0%), 9.0 misses/step, fetched 12.2 KiB/step, no evictions, host slots 20/40"
+    )
+    registry = CollectorRegistry()
+    Exporter(LABELS, [3, 4, 7], registry).update(found)
+    values = samples(generate_latest(registry).decode())
+    assert values["sglang:ess_fetched_bytes_total", "4"] == 9 * ROW_BYTES
+    assert ("sglang:ess_misses_total", "5") not in values
+
+
 def test_a_cleared_cache_counts_from_nought():
     pool, taken = make_pool(num_layers=1), Metrics()
     decode(pool, [1, 2, 3, 4])
@@ -94,7 +117,7 @@ def test_a_cleared_cache_counts_from_nought():
 
 def test_installed_rows():
     pool, taken = make_pool(num_layers=1), Metrics()
-    pool.hot_caches[0].install(torch.tensor([1, 2]), torch.zeros(2, 1), 0)
+    pool.hot_caches[0].install(torch.tensor([1, 2]), torch.zeros(2, 1, dtype=torch.int64), 0)
     pool.hot_caches[0].warm(torch.tensor([[2, 3]], dtype=torch.int32))
     (layer,) = taken.snapshot(pool, 0).groups
     assert (layer.installed_rows, layer.misses, layer.fetched_bytes) == (3, 0, 0)
@@ -340,11 +363,15 @@ PROMPTS, OUTPUT = (600, 700, 800), 20
 
 
 @pytest.mark.slow
-def test_a_server_counts_what_it_serves(tiny_v32, tmp_path):
+@pytest.mark.parametrize("arch", ["v32", "glm"])
+def test_a_server_counts_what_it_serves(arch, tmp_path):
     """The lengths of the requests determine the lookups; the other figures follow from them."""
+    model = TinyModelConfig(arch=arch)
+    groups = IndexGroups.of_layers([kind == "full" for kind in model.indexer_types])
+    path = write_tiny_model(tmp_path / arch, model)
     flags = ["--enable-metrics", "--decode-log-interval", "1", "--max-total-tokens", "8192"]
     flags += ["--ess-hot-ratio", "0.02", "--disable-overlap-schedule", "--disable-radix-cache"]
-    with Server(tiny_v32, *flags, log=tmp_path / "log") as server:
+    with Server(path, *flags, log=tmp_path / "log") as server:
         server.wait_ready()
         ess = server.get("/server_info")["ess"]
         rng = np.random.default_rng(0)
@@ -357,7 +384,7 @@ def test_a_server_counts_what_it_serves(tiny_v32, tmp_path):
             assert json.loads(body)["meta_info"]["completion_tokens"] == OUTPUT
         found = scrape(server)
         log = server.log.read_text()
-    check_counters(found, before, ess)
+    check_counters(found, before, ess, groups)
     check_lines(log)
 
 
@@ -366,7 +393,7 @@ def scrape(server):
         return samples(response.read().decode())
 
 
-def check_counters(found, before, ess):
+def check_counters(found, before, ess, groups):
     """found, before: metrics after and before the requests; ess: the server's facts."""
 
     def since(name, *labels):
@@ -376,20 +403,22 @@ def check_counters(found, before, ess):
     # The first output token is prefill's; the decode step for the n-th sees prompt + n - 1.
     seen = [length + n - 1 for length in PROMPTS for n in range(2, OUTPUT + 1)]
     lookups = sum(min(length, ess["index_topk"]) for length in seen)
-    layers = [str(layer) for layer in range(ess["latent_layers"])]
-    for layer in layers:
+    total = 0
+    for first, size in zip(groups.firsts, groups.sizes, strict=True):
+        layer = str(first)
         assert since("lookups_total", layer) == lookups
         misses = since("misses_total", layer)
         assert 0 < misses <= lookups
-        assert since("fetched_bytes_total", layer) == misses * ess["latent_row_bytes"]
+        assert since("fetched_bytes_total", layer) == size * misses * ess["latent_row_bytes"]
+        total += size * misses
         hot_rows = found["sglang:ess_hot_rows", layer]
-        assert 0 < found["sglang:ess_hot_rows_used", layer] <= hot_rows < 8192
+        # Without a radix cache all of them are free again once the scheduler is idle.
+        assert 0 <= found["sglang:ess_hot_rows_used", layer] <= hot_rows < 8192
         arrived = found["sglang:ess_misses_total", layer]
         arrived += found["sglang:ess_installed_rows_total", layer]
         assert found["sglang:ess_evictions_total", layer] <= arrived
     assert found["sglang:ess_host_slots",] >= ess["slots"]
     # One after another, each missed something, and is counted in the step that ends it.
-    total = sum(since("misses_total", layer) for layer in layers)
     assert since("request_misses_count") == len(PROMPTS)
     assert since("request_misses_sum") == total
 

@@ -31,7 +31,7 @@ FORMATS = {"bf16": "bfloat16", "fp8": "fp8_e4m3"}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    wide = SHAPES["v32"] | dict(index_topk=128)
+    wide = SHAPES["glm"] | dict(index_topk=128)  # index groups of one layer and of three
     pairs = SHAPES["glm"] | dict(layers=6, sharing="FSFSFS")
     shapes = SHAPES | {"wide": wide, "pairs": pairs}
     return {name: parity.write_model(root / name, **shape) for name, shape in shapes.items()}

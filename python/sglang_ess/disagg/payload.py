@@ -1,10 +1,12 @@
 """Wire format of the warm-up payload: the positions that the end of a prompt selected.
 
-For each layer a payload holds the positions of the prompt that its last 32 queries selected, and
-roughly when each was last used. The decode node warms its hot tier with them. A payload travels in
-a fixed-size item of SGLang's metadata buffers. The decode node computes the items' addresses from
-the prefill node's item size, so ITEM_BYTES must never change. An item that a plain prefill node
-did not write is zero: no payload.
+For each index group a payload holds the positions of the prompt that its last 32 queries selected,
+and roughly when each was last used. The decode node warms its hot tier with them. "Layers", below,
+are index groups; in DeepSeek-V3.2 each layer is one.
+
+A payload travels in a fixed-size item of SGLang's metadata buffers. The decode node computes the
+items' addresses from the prefill node's item size, so ITEM_BYTES must never change. An item that a
+plain prefill node did not write is zero: no payload.
 
 All integers are little-endian. Varints are LEB128 of at most 5 bytes. Header, 32 bytes:
 
