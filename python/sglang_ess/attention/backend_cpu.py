@@ -67,13 +67,14 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         pool, outs = self.token_to_kv_pool, []
         group, position = pool.place(layer.layer_id)
         cache = pool.hot_caches[group]
+        firsts = range(0, len(q), PLAN_QUERIES_CPU)
+        blocks = [slice(first, first + PLAN_QUERIES_CPU) for first in firsts]
         if position == 0:
-            blocks = topk.split(PLAN_QUERIES_CPU)
-            self._step = GroupStep(cache, blocks, self._fetches, self._canary)
+            lists = [topk[block] for block in blocks]  # Tensor.split takes several times as long
+            self._step = GroupStep(cache, lists, self._fetches, self._canary)
         step = self._step
         assert step is not None and step.cache is cache, "a group's first layer begins its step"
-        for i, first in enumerate(range(0, len(q), PLAN_QUERIES_CPU)):
-            block = slice(first, first + PLAN_QUERIES_CPU)
+        for i, block in enumerate(blocks):
             plans = step.passes(i, position, layer.layer_id)
             rows = cache.arena.layers[position]
             outs.append(attend_passes(plans, rows, layer, q[block], q_rope[block]))
