@@ -1,5 +1,7 @@
 """Hook bodies that let SGLang's own code run on a CPU. patches/ess_patches declares the hooks."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -38,12 +40,13 @@ class _ClampedSilu:
 
 def without_pinning(original, batch) -> None:
     """ScheduleBatch.prepare_for_decode, in which Tensor.pin_memory gives the tensor itself."""
-    pin = torch.Tensor.pin_memory
-    torch.Tensor.pin_memory = lambda tensor, device=None: tensor
+    tensors: Any = torch.Tensor
+    pin = tensors.pin_memory
+    tensors.pin_memory = lambda tensor, device=None: tensor
     try:
         original(batch)
     finally:
-        torch.Tensor.pin_memory = pin
+        tensors.pin_memory = pin
 
 
 def dsa_kv_cache_dtype(original, view) -> dict:

@@ -37,7 +37,7 @@ LINEAR_HEADS, LINEAR_HEAD_DIM, CONV_WIDTH = 2, 32, 4
 FORGET_LOWER_BOUND = -5.0
 # Logs of the decay of a token: -5 * sigmoid(about -4) forgets a tenth of the state.
 FORGET_BIAS = -4.0
-VISION = {
+VISION: dict[str, Any] = {
     "model_type": "glm5_next_vision",
     "depth": 1,
     "hidden_size": 32,
