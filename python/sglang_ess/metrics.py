@@ -32,7 +32,8 @@ COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs")
 class LayerSnapshot:
     """The hot tier of one index group: its size now, and its counts since the last snapshot.
 
-    layer: SGLang's layer_id of the group's first layer; layers: how many read its top-k
+    layer: layer_id of the group's first layer, as the pool numbers it (where SGLang wraps the pool
+        for linear attention layers, from 0); layers: how many read its top-k
     lookups: top-k entries resolved; misses: those of them that were fetched from the host tier
     fetched_bytes: of the misses, in all layers of the group; installed_rows: rows made hot by a
         write or by warm-up
