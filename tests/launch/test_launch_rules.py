@@ -149,6 +149,7 @@ RULE_CASES = {
     "enable_two_batch_overlap": ["--enable-two-batch-overlap"],
     "enable_single_batch_overlap": ["--enable-single-batch-overlap"],
     "enable_pdmux": ["--enable-pdmux"],
+    "enable_mixed_chunk": ["--enable-mixed-chunk"],
     "attention_backend": ["--attention-backend", "flashmla"],
     "prefill_attention_backend": ["--prefill-attention-backend", "fa3"],
     "decode_attention_backend": ["--decode-attention-backend", "flashmla"],

@@ -382,6 +382,34 @@ def test_rows_move_between_groups_of_as_many_layers_only(build, schedule):
     pool.hot_caches[4].check_rows(np.arange(120), "warmed", PAGE, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_every_row_of_a_batch_is_packed(build, dtype, monkeypatch):
+    """SGLang's kernels never write row 0 of their target; a packed batch has no such row."""
+    pool, targets = build(dtype=dtype), []
+    write = pool._write_mla_kv_buffer
+
+    def over_garbage(target, *args):
+        write(target.fill_(len(targets)), *args)  # of the same value in no two calls
+        targets.append(target)
+
+    monkeypatch.setattr(pool, "_write_mla_kv_buffer", over_garbage)
+    k, rope = latents(5)
+    first, second = pool.pack(k, rope), pool.pack(k, rope)
+    assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+    for i, target in enumerate(targets):
+        assert (target[0] == i).all()  # reserved: as upstream's kernels leave it
+
+
+def test_the_places_of_packed_rows_are_never_replaced(build):
+    """A captured graph holds their address."""
+    pool = build()
+    address = pool._places.data_ptr()
+    k, rope = latents(len(pool._places) + 3)
+    rows = pool.pack(k, rope)
+    assert pool._places.data_ptr() == address
+    assert torch.equal(rows[-3:], pool.pack(k[-3:], rope[-3:]))
+
+
 def test_a_step_is_behind_what_prompts_left_under_way(build, schedule):
     """A graph is replayed on the main stream: it cannot know of saves issued since its capture."""
     pool = build()

@@ -67,13 +67,19 @@ class CpuDsaTokenToKVPool(DSATokenToKVPool):
         return self.kv_buffer[layer_id - self.start_layer].squeeze(1)
 
     def _write_mla_kv_buffer(self, dst_buffer, loc, cache_k_nope, cache_k_rope) -> None:
-        """dst_buffer[loc] = latent rows of cache_k_nope [T, 1, 512], cache_k_rope [T, 1, 64]."""
+        """dst_buffer[loc] = latent rows of cache_k_nope [T, 1, 512], cache_k_rope [T, 1, 64].
+
+        Row 0 stays as it is: SGLang's kernels reserve it for padding and never write it.
+        """
         latent, rope = cache_k_nope.flatten(1), cache_k_rope.flatten(1)
         if self.dsa_kv_cache_store_fp8:
             rows = pack_fp8_rows(latent, rope)
         else:
             rows = torch.cat([latent, rope], dim=-1).to(self.dtype)
-        dst_buffer.squeeze(1).index_copy_(0, loc, rows)  # indexing wakes threads for a few rows
+        target = dst_buffer.squeeze(1)
+        reserved = target[0].clone()
+        target.index_copy_(0, loc, rows)  # indexing wakes threads for a few rows
+        target[0].copy_(reserved)
 
     def store_index_k(self, layer_id: int, loc: torch.Tensor, keys: torch.Tensor) -> None:
         """Write the index keys [T, 128] of the slots loc [T]; fp8 pages quantise them.

@@ -90,6 +90,8 @@ CUDA_RULES: Rules = (
     ("enable_two_batch_overlap", "--enable-two-batch-overlap", (False,)),
     ("enable_single_batch_overlap", "--enable-single-batch-overlap", (False,)),
     ("enable_pdmux", "--enable-pdmux", (False,)),
+    # A mixed batch stages the whole context of each request in decode, in every layer.
+    ("enable_mixed_chunk", "--enable-mixed-chunk", (False,)),
     ("attention_backend", "--attention-backend", (None, "dsa", "nsa")),
     ("prefill_attention_backend", "--prefill-attention-backend", (None, "dsa", "nsa")),
     ("decode_attention_backend", "--decode-attention-backend", (None, "dsa", "nsa")),

@@ -24,6 +24,7 @@ from sglang_ess.errors import Refusal
 from sglang_ess.layout import (
     GIB,
     MAP_BYTES,
+    PACK_ROWS_CUDA,
     PAGE_SLOTS,
     PLAN_LOOKUP_BYTES_CPU,
     PLAN_QUERIES_CPU,
@@ -83,7 +84,7 @@ class GpuTierBytes(TierBytes):
         plans = DevicePlanBuffers.bytes_for(PLAN_QUERIES_CUDA, topk)
         reserved = DevicePlanBuffers.bytes_for(1, PLAN_QUERIES_CUDA)
         scratch = TierScratch.HALVES * 4 + OrderScratch.bytes_for(0)
-        return plans + reserved + scratch + probe_bytes(row_bytes)
+        return plans + reserved + scratch + probe_bytes(row_bytes) + PACK_ROWS_CUDA * 8
 
 
 CPU_TIER = TierBytes(HOT_ROW_OVERHEAD_BYTES, 0, STATE_BYTES, 1)

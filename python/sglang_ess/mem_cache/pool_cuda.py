@@ -9,7 +9,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
 
 from ess_kernels.scatter import scatter_rows
-from sglang_ess.layout import PLAN_QUERIES_CUDA
+from sglang_ess.layout import PACK_ROWS_CUDA, PLAN_QUERIES_CUDA
 from sglang_ess.mem_cache.pool import IDLE_STEPS, EssTokenToKVPool
 from sglang_ess.tiers.balance.budgets import Budgets
 from sglang_ess.tiers.balance.rebalance import AgeRebalancer
@@ -53,7 +53,8 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         # The rows that SGLang's kernels read now, and their staging group in prefill.
         self._reading: torch.Tensor | None = None
         self._group = 0
-        self._places = torch.arange(0, device=self.device)
+        # Never replaced: a captured graph holds its address.
+        self._places = torch.arange(1, PACK_ROWS_CUDA + 1, device=self.device)
 
     @property
     def topk_observers(self) -> list[TopkObserver]:
@@ -61,7 +62,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
 
     @property
     def _scratch_bytes(self) -> int:
-        return self._probe.nbytes
+        return self._probe.nbytes + self._places.nbytes
 
     def before_decode_step(self, num_queries: int = 0) -> None:
         """Let hot rows move between layers; the main stream then waits for the transfer stream.
@@ -134,12 +135,14 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
 
     def pack(self, cache_k_nope: torch.Tensor, cache_k_rope: torch.Tensor) -> torch.Tensor:
         """Latent rows [n, 1, width] as SGLang's own kernels write them, on the device."""
-        n = len(cache_k_nope)
-        if n > len(self._places):
-            self._places = torch.arange(n, device=self.device)
-        rows = torch.empty(n, 1, self.kv_cache_dim, dtype=self.store_dtype, device=self.device)
-        self._write_mla_kv_buffer(rows, self._places[:n], cache_k_nope, cache_k_rope)
-        return rows
+        n, places = len(cache_k_nope), self._places
+        if n > len(places):
+            places = torch.arange(1, n + 1, device=self.device)
+        # Those kernels never write row 0, which is padding's (reserved_skip_index in
+        # sglang/kernels/ops/kvcache/mla_buffer.py).
+        rows = torch.empty(n + 1, 1, self.kv_cache_dim, dtype=self.store_dtype, device=self.device)
+        self._write_mla_kv_buffer(rows, places[:n], cache_k_nope, cache_k_rope)
+        return rows[1:]
 
     def write_prompt(self, layer_id: int, loc: torch.Tensor, rows: torch.Tensor) -> None:
         """Save rows [n, 1, width] of the slots loc [n] int64; make them hot if there is room.

@@ -13,7 +13,11 @@ class TransferStream:
     """The transfer stream. Without a GPU there is one stream, and nothing waits."""
 
     def __init__(self, device: Device):
-        self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if torch.device(device).type == "cuda":
+            # Of high priority: torch has a pool of its own for these, so none of SGLang's streams
+            # is the same one, and the tiers' small kernels go ahead of queued matrix kernels.
+            self._stream = torch.cuda.Stream(device, priority=-1)
         self._steps: torch.cuda.Stream | None = None  # the main stream of forward passes
 
     def begin_step(self) -> None:
