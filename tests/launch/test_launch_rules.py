@@ -186,6 +186,8 @@ def test_overlap_and_its_costs(launch, tmp_path):
     refused(launch(*flags, accelerator="cuda"), "must hold a cost table", "FileNotFoundError")
     costs.write_text("{}")
     refused(launch(*flags, accelerator="cuda"), "overlap_costs", "benchmarks.kernels")
+    ranks = (*flags, "--tp-size", "2")  # each would choose by its own misses
+    refused(launch(*ranks, accelerator="cuda"), "must be off, da or dba", "auto with --tp-size 2")
 
 
 def test_device_gib_off_the_cpu_platform(launch):
