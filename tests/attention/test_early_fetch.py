@@ -123,3 +123,15 @@ def test_an_abandoned_step_is_waited_for():
     threading.Timer(0.05, recorded._attends[0].set).start()
     fetches.drop()
     assert recorded.log[-1] == ("fetched", LAYERS - 1)
+
+
+def test_a_failed_copy_of_an_abandoned_step_is_logged(caplog):
+    def fetch(plan, layer):
+        raise MemoryError(f"layer {layer}")
+
+    fetches = passes.EarlyFetch()
+    fetches.start(SimpleNamespace(num_layers=2, fetch=fetch), None)
+    fetches.drop()
+    assert [record.getMessage().partition("failed: ")[2] for record in caplog.records] == [
+        "MemoryError: layer 0", "MemoryError: layer 1",
+    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -11,6 +12,8 @@ import torch
 from sglang_ess.cpu.attention_backend import attend_all, attend_rows, with_sink
 from sglang_ess.tiers import HotCache, Plan
 from sglang_ess.tiers.contract import CANARY_ROWS
+
+logger = logging.getLogger(__name__)
 
 
 class Canary:
@@ -56,7 +59,11 @@ class EarlyFetch:
         """Wait for the copies of an abandoned step; they use buffers of the next one."""
         copies, self._copies = self._copies, []
         for copy in copies:
-            copy.exception()
+            if (error := copy.exception()) is not None:
+                logger.warning(
+                    "ESS: a fetch of a decode step that was given up has failed: %s: %s",
+                    type(error).__name__, error,
+                )  # fmt: skip
 
 
 class GroupStep:

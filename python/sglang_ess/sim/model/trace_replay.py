@@ -105,7 +105,9 @@ class Replay:
 
     @property
     def misses_per_step(self) -> float:
-        """Mean rows fetched in a decode step, all layers together."""
+        """Mean misses in a decode step, all layers of the trace together; of a pool with index groups
+        each fetched a row for every layer of its group.
+        """
         return sum(layer.misses_per_step for layer in self.layers)
 
 
