@@ -105,8 +105,9 @@ class Replay:
 
     @property
     def misses_per_step(self) -> float:
-        """Mean misses in a decode step, all layers of the trace together; of a pool with index groups
-        each fetched a row for every layer of its group.
+        """Mean misses in a decode step, all layers of the trace together.
+
+        Where these are index groups, a miss fetched a row for each layer of its group.
         """
         return sum(layer.misses_per_step for layer in self.layers)
 
