@@ -4,6 +4,8 @@ The schedule is read from LateStream's queue: what has run there when a layer at
 main stream had to wait for.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from sglang_ess.attention.two_tier_decode import TwoTierDecode
 from sglang_ess.tiers.contract import RowCorruption
 from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
 from sglang_ess.tiers.topk_observer import TopkObserver
+from tests.support import small_backend
 from tests.support.device_tier import LateStream, launches_are_late
 from tests.support.small_backend import PAGE, TOPK, Backend, Run, Upstream, builder
 
@@ -31,16 +34,7 @@ def build(monkeypatch):
     return builder(monkeypatch)
 
 
-def serve(backend, seed=0):
-    """More tokens than hot rows: prompts, decode, an end and a reuse of its slots, a prefix."""
-    run = Run(backend, seed)
-    run.prefill({1: 20, 2: 12})
-    run.decode([1, 2])
-    run.finish(1)
-    run.prefill({3: 6, 2: 2})
-    run.decode([2, 3], padding=1)
-    run.decode([2, 3], shared=(1,))
-    return run
+serve = partial(small_backend.serve, tokens=(20, 12))  # more than hot rows
 
 
 def check(backend):

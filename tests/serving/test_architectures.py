@@ -183,7 +183,7 @@ def test_longcat_up_to_topk_tokens_is_transformers_dense_longcat(longcat, one_ti
     for prompt, output in zip(parity.prompts_of([9, TOPK - 4]), one_tier[0], strict=True):
         tokens = prompt + output.token_ids
         expected = logprobs(tokens)
-        with summed_otherwise(SimpleNamespace(model=dense)):
+        with summed_otherwise(SimpleNamespace(model=dense, layers=dense.model.layers)):
             yardstick = np.abs(logprobs(tokens) - expected).max()
         ours = np.concatenate([output.prompt_logprobs, output.logprobs])
         assert np.abs(ours - expected).max() <= parity.MARGIN * yardstick

@@ -9,6 +9,7 @@ corruptions show that one wrong row, key or expert is noticed with room to spare
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,7 +176,8 @@ def test_exact_parity_of_the_default_model(tmp_path, arch):
 def gap(positions, scores=(3.0, 1.0, 2.0, 1.0, 0.0), topk=3):
     """The last query's gap in standard deviations of its scores."""
     scores = torch.tensor(scores).expand(len(scores), -1)
-    found = parity._selection(scores, scores, {len(scores) - 1: np.array(positions)}, topk)
+    selection, oracle = {len(scores) - 1: np.array(positions)}, SimpleNamespace(topk=topk, pool=1)
+    found = parity._selection(scores, scores, selection, oracle)
     return found[0].item()
 
 

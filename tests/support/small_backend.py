@@ -260,10 +260,10 @@ class Run:
         return cuda_hooks.topk_selected(get_topk, None, batch, i, q_fp8, weights, metadata)
 
 
-def serve(backend, seed=0):
-    """Prompts, decode, an end and a reuse of its slots, a prefix that goes on."""
+def serve(backend, seed=0, tokens=(9, 5)):
+    """Prompts of these lengths, decode, an end and a reuse of its slots, a prefix that goes on."""
     run = Run(backend, seed)
-    run.prefill({1: 9, 2: 5})
+    run.prefill(dict(enumerate(tokens, 1)))
     run.decode([1, 2])
     run.finish(1)
     run.prefill({3: 6, 2: 2})

@@ -106,7 +106,7 @@ class TestEngine:
         facts = memory_of(one_tier)
         assert (facts["index_bytes"], facts["latent_bytes"]) == (2640, 13120)
         assert facts["host_bytes"] == facts["metadata_bytes"] == 0 and facts["hot_rows"] is None
-        caches = [SimpleNamespace(num_rows=n) for n in (2, 4)]
+        caches = [SimpleNamespace(num_rows=n, num_layers=1) for n in (2, 4)]
         host = SimpleNamespace(row_bytes=656, nbytes=13120)
         ess = SimpleNamespace(
             index_k_with_scale_buffer=index, hot_caches=caches, host_tier=host, device_bytes=10_000

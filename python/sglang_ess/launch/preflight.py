@@ -270,11 +270,6 @@ def mixed_reasons(
             "--model-path must name a model with an index key for each token with ESS on a GPU: "
             f"got index_kpool {pool}. Add --disable-ess."
         )
-    if pool > 1 and config.topk_stream:
-        reasons.append(
-            "--ess-topk-stream must have a model with an index key for each token: got "
-            f"index_kpool {pool}. Drop it."
-        )
     if on_cpu and model.get("linear_attn_config") and mode != "null":
         reasons.append(
             "--disaggregation-mode must be unset on the CPU platform for a model with linear "

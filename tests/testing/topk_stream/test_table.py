@@ -144,7 +144,7 @@ def test_the_hot_tier_misses_as_on_the_generators_own_stream(ratio, error):
         topk = torch.empty(1, 2048, dtype=torch.int32)
         replay_topk_reference(topk, length, pages, device_table, 0, PAGE, True)
         for i, selected in enumerate((own, topk[0].numpy())):
-            caches[i].install(length.long() - 1, None)
+            caches[i].install(length.long() - 1, torch.empty(0))
             counts[i, step] = misses(caches[i], selected)
     by_round = counts[1].reshape(rounds, steps).mean(1)
     assert by_round[1:] == pytest.approx(by_round[0], rel=0.01)
