@@ -31,21 +31,10 @@ from tests.support.small_backend import (
     WARMUP_QUERIES,
     Run,
     Upstream,
-    builder,
     serve,
 )
 
 LAYERS = 2
-
-
-@pytest.fixture
-def late(monkeypatch):
-    launches_are_late(monkeypatch.setattr)
-
-
-@pytest.fixture
-def build(monkeypatch):
-    return builder(monkeypatch)
 
 
 @pytest.mark.parametrize("overlap", ["off", "da", "dba"])

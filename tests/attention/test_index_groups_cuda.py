@@ -18,20 +18,10 @@ from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
 from sglang_ess.tiers.topk_observer import TopkObserver
 from tests.support import small_backend
 from tests.support.device_tier import LateStream, launches_are_late
-from tests.support.small_backend import PAGE, TOPK, Backend, Run, Upstream, builder
+from tests.support.small_backend import PAGE, TOPK, Backend, Run, Upstream
 
 ROOMY = 28  # three queries and their new rows
 NO_ROOM, TWO_PLANS, COLUMNS = 16, 12, 5  # for two queries' new rows; with room for them; for none
-
-
-@pytest.fixture
-def late(monkeypatch):
-    launches_are_late(monkeypatch.setattr)
-
-
-@pytest.fixture
-def build(monkeypatch):
-    return builder(monkeypatch)
 
 
 serve = partial(small_backend.serve, tokens=(20, 12))  # more than hot rows

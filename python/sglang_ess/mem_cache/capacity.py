@@ -137,7 +137,7 @@ class Geometry:
     @property
     def num_groups(self) -> int:
         """Index groups, each with one map and one order of use."""
-        return len(self.groups.sizes) if self.groups is not None else self.layers
+        return len(self.index_groups)
 
     @property
     def num_ghosts(self) -> int:

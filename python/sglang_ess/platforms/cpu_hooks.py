@@ -34,8 +34,13 @@ class _ClampedSilu:
     @staticmethod
     def run(gate_up, out, limit: float) -> None:
         """out [T, N] = silu(min(gate, limit)) * clamp(up, -limit, limit); gate_up [T, 2 * N]."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        out.copy_(F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit))
+        out.copy_(_limited_swiglu(gate_up, limit))
+
+
+def _limited_swiglu(gate_up, limit: float):
+    """SwiGLU of gate_up [T, 2 * N] whose inputs a model bounds: [T, N]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
 def without_pinning(original, batch) -> None:
@@ -93,8 +98,7 @@ def moe_with_limit(original, layer, x, topk_output, moe_runner_config):
     out = torch.zeros(x.shape, dtype=torch.float32)
     for expert in chosen.unique().tolist():
         token, place = torch.where(chosen == expert)
-        gate, up = F.linear(x[token], layer.w13_weight[expert]).chunk(2, dim=-1)
-        inner = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+        inner = _limited_swiglu(F.linear(x[token], layer.w13_weight[expert]), limit)
         result = F.linear(inner, layer.w2_weight[expert])
         out.index_add_(0, token, result.float() * weights[token, place, None])
     return out.to(x.dtype)
