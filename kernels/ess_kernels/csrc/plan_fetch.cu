@@ -416,7 +416,7 @@ __global__ void __launch_bounds__(kThreads, 2) fetch_kernel(const CopyArguments 
   note_end(c.done);
 }
 
-const char* fetch_listed(const CopyArguments& c, int capacity, void* stream) {
+const char* fetch(const CopyArguments& c, int capacity, void* stream) {
   if (capacity == 0) return nullptr;
   const int warps = kThreads / 32, most = (capacity + warps - 1) / warps;
   return launch(fetch_kernel, most < c.blocks ? most : c.blocks, kThreads, false, stream, c);

@@ -63,7 +63,7 @@ constexpr int kPlanMaxItems = 16;  // lookups of a query that one thread takes, 
 
 int plan_threads();  // of a block
 const char* plan_fetch(const PlanArguments& arguments, void* stream);
-const char* fetch_listed(const CopyArguments& arguments, int capacity, void* stream);
+const char* fetch(const CopyArguments& arguments, int capacity, void* stream);
 const char* install(const InstallArguments& arguments, void* stream);
 
 }  // namespace ess

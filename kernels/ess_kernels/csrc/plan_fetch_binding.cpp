@@ -1,4 +1,4 @@
-// plan_fetch, fetch_listed and install for Python.
+// plan_fetch, fetch and install for Python.
 #include "tensors.h"
 
 namespace ess {
@@ -34,9 +34,9 @@ static CopyArguments copy_of(TensorView host_rows, TensorView hot_rows, TensorVi
                              TensorView rows, TensorView count, TensorView times, int64_t layer,
                              int64_t blocks) {
   CopyArguments c{};
-  c.slots = words_of("miss_slots", slots, slots.numel());
-  c.rows = words_of("miss_rows", rows, slots.numel());
-  c.count = words_of("num_misses", count, 1);
+  c.slots = words_of("slots", slots, slots.numel());
+  c.rows = words_of("rows", rows, slots.numel());
+  c.count = words_of("count", count, 1);
   if (host_rows.numel() == 0) return c;
   check_cuda("hot_rows", hot_rows);
   c.format = check_format("host_rows", host_rows, "hot_rows", hot_rows);
@@ -46,11 +46,13 @@ static CopyArguments copy_of(TensorView host_rows, TensorView hot_rows, TensorVi
   }
   c.host_rows = host_rows.data_ptr();
   c.hot_rows = hot_rows.data_ptr();
-  if (layer < 0 || 2 * layer + 2 > times.numel()) {
-    TVM_FFI_THROW(ValueError) << "layer must be 0 to " << times.numel() / 2 - 1 << ": got "
-                              << layer << ".";
+  if (times.numel() > 0) {
+    if (layer < 0 || 2 * layer + 2 > times.numel()) {
+      TVM_FFI_THROW(ValueError) << "layer must be 0 to " << times.numel() / 2 - 1 << ": got "
+                                << layer << ".";
+    }
+    c.done = longs_of("times", times, times.numel()) + 2 * layer + 1;
   }
-  c.done = longs_of("times", times, times.numel()) + 2 * layer + 1;
   c.blocks = check_blocks(blocks);
   return c;
 }
@@ -93,13 +95,12 @@ void plan_fetch_tensors(TensorView topk, TensorView rows, TensorView hit_rows,
   check_launch("plan_fetch", plan_fetch(a, stream_of(topk)));
 }
 
-void fetch_listed_tensors(TensorView host_rows, TensorView hot_rows, TensorView miss_slots,
-                          TensorView miss_rows, TensorView num_misses, TensorView times,
-                          int64_t layer, int64_t blocks) {
-  const CopyArguments c =
-      copy_of(host_rows, hot_rows, miss_slots, miss_rows, num_misses, times, layer, blocks);
-  check_launch("fetch_listed",
-               fetch_listed(c, static_cast<int>(miss_slots.numel()), stream_of(hot_rows)));
+// No times: nobody asks when the copies ended.
+void fetch_tensors(TensorView host_rows, TensorView hot_rows, TensorView slots, TensorView rows,
+                   TensorView count, TensorView times, int64_t layer, int64_t blocks) {
+  if (host_rows.numel() == 0) TVM_FFI_THROW(ValueError) << "host_rows must have rows: got none.";
+  const CopyArguments c = copy_of(host_rows, hot_rows, slots, rows, count, times, layer, blocks);
+  check_launch("fetch", fetch(c, static_cast<int>(slots.numel()), stream_of(hot_rows)));
 }
 
 // The state is that of all groups: [groups, ...].
@@ -138,6 +139,6 @@ int64_t max_width() { return kPlanMaxItems * plan_threads(); }
 }  // namespace ess
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_fetch, ess::plan_fetch_tensors);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(fetch_listed, ess::fetch_listed_tensors);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(fetch, ess::fetch_tensors);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(install, ess::install_tensors);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(max_width, ess::max_width);
