@@ -1,13 +1,19 @@
-"""Triton's interpreter without what it does again at every launch: a third of a kernel test.
+"""Triton's interpreter as tests need it: faster, and with e4m3 as a GPU rounds it.
 
 Triton 3.8 looks through the whole language module for built-ins at each launch and at each call
-from one kernel function to another (1.5 ms each), to put the same substitutes in place. Here
-they are found once; a launch puts them in place and takes them away as before.
+from one kernel function to another (1.5 ms each, a third of a kernel test), to put the same
+substitutes in place. Here they are found once; a launch puts them in place and takes them away as
+before.
+
+Its own conversion of float32 to e4m3 rounds ties away from zero, loses the carry into the exponent
+and cuts subnormals off. A GPU has cvt.rn.satfinite: to the nearest, ties to even.
 """
 
 import dataclasses
 import math
 
+import numpy as np
+import torch
 import triton.language as tl
 from triton.language import core
 from triton.runtime import interpreter
@@ -86,6 +92,7 @@ def make_fast() -> None:
     interpreter._patch_lang = lambda function: _Substitutes()
     interpreter.InterpretedFunction.__call__ = _call
     interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
+    interpreter._convert_float = _with_e4m3(interpreter._convert_float)
 
 
 def _make_tensor(tensor, handle, kind) -> None:
@@ -134,3 +141,16 @@ def _by_name(dtype_of):
         return known[name]
 
     return get
+
+
+def _with_e4m3(convert):
+    """_convert_float, with torch's conversion of float32 to e4m3; what is too large saturates."""
+
+    def convert_float(values, source, target, rounding_mode):
+        if source is not tl.float32 or target is not tl.float8e4nv:
+            return convert(values, source, target, rounding_mode)
+        limit = torch.finfo(torch.float8_e4m3fn).max
+        within = torch.from_numpy(np.ascontiguousarray(values)).clamp(-limit, limit)
+        return within.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    return convert_float

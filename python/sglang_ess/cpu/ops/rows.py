@@ -41,8 +41,8 @@ def pack_fp8_rows(latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     Without rope ([T, 0]) a row is its first 528 bytes.
 
     Scale of a group = its largest magnitude / 448; a group of zeros keeps scale 0 and
-    bytes 0 (upstream divides by zero there and stores NaN). Source: SGLang's
-    dsa_quant_k_cache.
+    bytes 0 (upstream divides by zero there; the NaN is clamped to 448 or -448, times scale 0).
+    Source: SGLang's dsa_quant_k_cache.
     """
     num_tokens = latent.shape[0]
     groups = latent.float().view(num_tokens, -1, SCALE_GROUP)
