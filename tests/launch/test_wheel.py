@@ -98,6 +98,7 @@ def test_it_holds_the_source_tree(wheel):
     assert names == files
     assert {f"{package}/py.typed" for package in ROOTS} <= names
     assert "sglang_ess/sim/data/gpus/h200.toml" in names
+    assert "ess_kernels/csrc/plan_fetch.cu" in names
 
 
 def test_its_packages_are_the_ones_that_run(installed, tmp_path):

@@ -1,5 +1,5 @@
 // How a kernel is started and what its blocks share. A host build replaces this file: it defines
-// ESS_HOST_SHIM and provides the same names (tests/kernels/cuda_host/cuda_shim.h).
+// ESS_HOST_SHIM and provides the same names (tests/support/cuda_host/cuda_shim.h).
 #pragma once
 
 #ifdef ESS_HOST_SHIM

@@ -38,7 +38,7 @@ static CopyArguments copy_of(TensorView host_rows, TensorView hot_rows, TensorVi
   c.rows = words_of("rows", rows, slots.numel());
   c.count = words_of("count", count, 1);
   if (host_rows.numel() == 0) return c;
-  check_cuda("hot_rows", hot_rows);
+  check_device("hot_rows", hot_rows);
   c.format = check_format("host_rows", host_rows, "hot_rows", hot_rows);
   if (hot_rows.size(0) * c.format.to_stride > std::numeric_limits<int32_t>::max()) {
     TVM_FFI_THROW(ValueError) << "hot_rows must have less than 2^31 words of " << kAccessBytes

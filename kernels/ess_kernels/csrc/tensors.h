@@ -16,16 +16,24 @@ namespace ess {
 
 using tvm::ffi::TensorView;
 
-inline bool on_cuda(const TensorView& tensor) { return tensor.device().device_type == kDLCUDA; }
+// Where the kernels run. The host build of the tests takes CPU tensors instead.
+#ifdef ESS_HOST_SHIM
+constexpr DLDeviceType kKernelDevice = kDLCPU;
+constexpr const char* kKernelDeviceName = "CPU";
+#else
+constexpr DLDeviceType kKernelDevice = kDLCUDA;
+constexpr const char* kKernelDeviceName = "CUDA";
+#endif
 
-inline void check_cuda(const char* name, const TensorView& tensor) {
-  if (!on_cuda(tensor)) {
-    TVM_FFI_THROW(ValueError) << name << " must be a CUDA tensor: got DLPack device type "
+inline void check_device(const char* name, const TensorView& tensor) {
+  if (tensor.device().device_type != kKernelDevice) {
+    TVM_FFI_THROW(ValueError) << name << " must be a " << kKernelDeviceName
+                              << " tensor: got DLPack device type "
                               << tensor.device().device_type << ".";
   }
 }
 
-// A contiguous CUDA tensor of `count` integers of `bits`, of any shape.
+// A contiguous tensor on the device with `count` integers of `bits`, of any shape.
 inline void check_integers(const char* name, const TensorView& tensor, int bits, int64_t count) {
   const DLDataType dtype = tensor.dtype();
   if (dtype.code != kDLInt || dtype.bits != bits || dtype.lanes != 1) {
@@ -37,7 +45,7 @@ inline void check_integers(const char* name, const TensorView& tensor, int bits,
                               << " elements: got shape " << tensor.shape() << ", strides "
                               << tensor.strides() << ".";
   }
-  check_cuda(name, tensor);
+  check_device(name, tensor);
 }
 
 struct RowLayout {
