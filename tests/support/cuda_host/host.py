@@ -1,8 +1,8 @@
 """The CUDA C++ operations of csrc/ on CPU tensors: the same sources and the same bindings, built
 by g++ over a shim that runs a grid's threads as fibers (cuda_shim.h).
 
-    install(monkeypatch)           ess_kernels.cuda_build.load gives host builds from now on
-    Seeded(load("plan_fetch"))     the same module under seeded schedules
+    stand_in()                   ess_kernels.cuda_build.load gives host builds from now on
+    Seeded(load("plan_fetch"))   the same module under seeded schedules
 
 A build takes some seconds. It is kept in tvm-ffi's cache, under the hash of everything that goes
 into it, so later processes load it in no time. Several may build at once: each writes files of its
@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tvm_ffi
@@ -112,14 +113,14 @@ def library(name: str, folder: Path = cuda_build.SOURCE_DIR) -> Path:
 
 
 @functools.cache
-def load(name: str, folder: Path = cuda_build.SOURCE_DIR) -> tvm_ffi.Module:
+def load(name: str, folder: Path = cuda_build.SOURCE_DIR) -> Any:
     """The host build as a module, like cuda_build.load's."""
     return tvm_ffi.load_module(str(library(name, folder)))
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ess_kernels run its CUDA C++ operations on CPU tensors, in the shim's fast mode."""
-    monkeypatch.setattr(cuda_build, "load", load)
+def stand_in() -> None:
+    """Have ess_kernels run its CUDA C++ operations on CPU tensors in this process, fast."""
+    cuda_build.load = load
 
 
 @dataclass
@@ -129,7 +130,7 @@ class Seeded:
     fault, number: which barrier of a thread does not wait
     """
 
-    module: tvm_ffi.Module
+    module: Any
     seed: int = 0
     fault: int = NO_FAULT
     number: int = 0
