@@ -18,7 +18,7 @@ import sys
 from benchmarks.harness import Report, argument_parser, plot, print_failed
 from benchmarks.serving import shared
 
-SECTIONS = ("pcie", "fetch", "swap", "attention", "steps", "other_steps")
+SECTIONS = ("pcie", "fetch", "pack", "swap", "attention", "steps", "other_steps")
 DEFAULT_US = (400.0, 30.0)  # indexer, preattn: of a layer at batch 160; see arguments()
 
 
@@ -55,7 +55,7 @@ def run_sections(bench, args, sizes) -> None:
     from benchmarks.kernels import attention, fetch, plan, points, step
 
     run = points.Run(bench, sizes, (args.indexer_us, args.preattn_us), args.seed)
-    calls = (fetch.measure_peak, fetch.measure_fetch, plan.measure_plans,
+    calls = (fetch.measure_peak, fetch.measure_fetch, fetch.measure_pack, plan.measure_plans,
              attention.measure_attention, step.measure_first, step.measure_others)  # fmt: skip
     for name, section in zip(SECTIONS, calls, strict=True):
         if args.only and name not in args.only:

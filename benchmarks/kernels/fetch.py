@@ -1,4 +1,4 @@
-"""fetch: rows from the host tier into hot rows, beside PCIe's peak."""
+"""fetch and pack_write: rows from the host tier and to it, beside PCIe's peak."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from benchmarks.kernels.points import POISON, Run, Sizes
 from benchmarks.kernels.timing import EVENTS, Subject, require
 from ess_kernels.fetch import fetch, fetch_reference
-from sglang_ess.layout import FP8_ROW_BYTES
+from ess_kernels.pack_write import pack_write
+from sglang_ess.layout import FP8_ROW_BYTES, LATENT_DIM, ROPE_DIM
 
 MANY_ROWS = 1 << 16  # of 656 B: 43 MB, about the L2
 
@@ -73,3 +74,24 @@ def measure_fetch(run: Run) -> None:
         run.bench.begin(f"fetch {config}")
         case = Fetches(run.host, run.sizes, batch, misses, run.bench.device, run.seed)
         run.bench.time("fetch", config, case.subject)
+
+
+def measure_pack(run: Run) -> None:
+    """pack_write of a row a request and of a prompt, all hot, compared with SGLang's packing."""
+    from sglang.kernels.ops.quantization.dsa_quant_k_cache import quantize_k_cache_separate as pack
+
+    slots, device = torch.randperm(len(run.host))[:8192], run.bench.device
+    new = torch.randn(len(slots), LATENT_DIM + ROPE_DIM, device=device).bfloat16()
+    nope, rope, at = new[:, :LATENT_DIM], new[:, LATENT_DIM:], slots.to(device)
+    rows = torch.full((len(run.host),), -1, dtype=torch.int32, device=device)
+    rows[at], want = torch.arange(len(at)).int().to(device), torch.cat(pack(nope, rope), -1)[:, 0]
+    for n in (*run.sizes.batches, len(slots)):
+        hot = torch.empty_like(want[:n])
+        call = functools.partial(pack_write, nope[:n], rope[:n], at[:n], rows, hot, run.host)
+
+        def check(_last, n=n, hot=hot):
+            require(hot.equal(want[:n]), "a packed row differs")
+            require(run.host[slots[:n]].equal(want[:n].cpu()), "a saved row differs")
+
+        subject = Subject([call], hot.zero_, check, n * FP8_ROW_BYTES)
+        run.bench.time("pack", {"rows": n}, lambda s=subject: s)

@@ -64,7 +64,7 @@ class TestMiniature:
         }  # fmt: skip
         assert ran == {
             *(("pcie_peak", way) for way in ("h2d", "d2h")),
-            ("fetch", "triton"),
+            *(("fetch", "triton"), ("pack", None)),
             *(("step", mode.value) for mode in Mode),
             *((name, "triton") for name in ("plan", "attention", "empty")),
             *(("swap", "ours_triton"), ("indexer", None), ("preattn", None)),
