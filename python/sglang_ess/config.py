@@ -82,7 +82,7 @@ class EssConfig:
     host_gib: float | None = _option(
         None,
         "--ess-host-gib",
-        "GiB of host memory that the host tier may use.",
+        "GiB of host memory that the host tiers of all ranks on a node may use together.",
         kind=float,
         limit=_POSITIVE,
     )

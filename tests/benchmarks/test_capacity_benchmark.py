@@ -60,7 +60,7 @@ class Sizes:
 
         env, benchmark = EssConfig(hot_ratio=hot_ratio).to_env(), self.benchmark
         # This host's memory is no limit, and no graphs are captured.
-        parts = {"host_limit_bytes": lambda _: benchmark.NO_LIMIT, "_largest_graph": lambda: None}
+        parts = {"host_limit_bytes": lambda *_: benchmark.NO_LIMIT, "_largest_graph": lambda: None}
         with (
             benchmark.published(),
             mock.patch.dict("os.environ", env),

@@ -97,6 +97,32 @@ def test_a_wrong_package_is_a_problem(capsys, monkeypatch, package, version, par
     assert status == 1 and part in out
 
 
+def test_where_a_host_tier_would_lie(capsys, monkeypatch, tmp_path):
+    import torch
+
+    (tmp_path / "meminfo").write_text("MemAvailable: 9 kB\nAnonHugePages:  4194304 kB\n")
+    monkeypatch.setattr("sglang_ess.tiers.host_memory.MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("sglang_ess.tiers.host_memory.huge_page_bytes", lambda: 2 << 20)
+    monkeypatch.setattr("sglang_ess.tiers.numa.num_nodes", lambda: 2)
+    monkeypatch.setattr("sglang_ess.tiers.numa.node_of_gpu", [1, None].__getitem__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    shown = run(capsys)[1]
+    for line in (
+        "gpu_numa_nodes             1, None",
+        "numa_nodes                 2",
+        "huge_page_bytes            2 MiB",
+        "huge_pages_used_bytes      4.00 GiB",
+    ):
+        assert f"  {line}\n" in shown
+    (tmp_path / "meminfo").write_text("MemAvailable: 9 kB\n")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    shown = run(capsys)[1]
+    assert (
+        "huge_pages_used_bytes      none\n" in shown
+        and "gpu_numa_nodes             none\n" in shown
+    )
+
+
 def test_the_cgroup_limit_is_in_the_report(capsys, monkeypatch):
     monkeypatch.setattr("sglang_ess.tiers.cgroup.limit_bytes", lambda: 3 << 30)
     assert "memory_cgroup_limit_bytes  3.00 GiB" in run(capsys)[1]

@@ -20,6 +20,7 @@ from sglang_ess.launch import compile_kernels as warmup
 from sglang_ess.launch import preflight, startup
 from sglang_ess.layout import LATENT_DIM, ROPE_DIM, ROW_DIM, index_page_bytes
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
+from sglang_ess.tiers.host_memory import Residence
 from sglang_ess.tiers.index_groups import IndexGroups
 from tests.conftest import SLOTS
 from tests.support.engine import EngineProcess
@@ -141,7 +142,7 @@ def test_the_bytes_of_a_token_of_glm_52(tiers):
     if tiers == 2:
         caches = [SimpleNamespace(num_rows=8, num_slots=PAGE)] * 21
         more = dict(hot_caches=caches, device_bytes=0, groups=IndexGroups.of_layers(selects))
-        host, staging = SimpleNamespace(nbytes=0), SimpleNamespace(num_rows=PAGE)
+        host, staging = SimpleNamespace(nbytes=0, residence=None), SimpleNamespace(num_rows=PAGE)
         pool = SimpleNamespace(**vars(pool), **more, host_tier=host, staging=staging)
     facts = startup._row_facts(pool)
     assert facts["kv_bytes_per_token"] == 53_940 and facts["tiers"] == tiers
@@ -153,6 +154,45 @@ def test_the_bytes_of_a_token_of_glm_52(tiers):
     block = startup.block(ARGS, facts | needed, 0)
     assert " 53940 = 78 x 656 latent rows + 21 x 132 index keys\n" in block
     assert ("maps of 21 index groups" in block) == (tiers == 2)
+
+
+GIB_FACTS = {"host_bytes": 3 << 30}
+PINNED = GIB_FACTS | {"host_huge_bytes": 3 << 29, "host_numa_bytes": {"1": 3 << 30}}
+NODE = ", 24576 MiB on this node (8 ranks)"
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        (GIB_FACTS, "3072 MiB"),
+        (GIB_FACTS | {"node_ranks": 1}, "3072 MiB"),
+        (GIB_FACTS | {"node_ranks": 8}, f"3072 MiB a rank{NODE}"),
+        (PINNED, "3072 MiB; 50% in huge pages, all on NUMA node 1"),
+        (
+            PINNED | {"node_ranks": 8},
+            f"3072 MiB a rank{NODE}; 50% in huge pages, all on NUMA node 1",
+        ),
+    ],
+)
+def test_the_host_tier_of_a_node(facts, text):
+    assert startup._host_text(facts) == text
+
+
+def test_where_the_pages_of_a_tier_lie():
+    """As JSON has it; a tier whose pages are taken later tells nothing."""
+    residence = Residence(8, 4, {0: 3, 1: 5})
+    host = SimpleNamespace(nbytes=8, residence=residence)
+    caches = [SimpleNamespace(num_rows=8, num_slots=PAGE)]
+    staging = SimpleNamespace(num_rows=PAGE)
+    pool = SimpleNamespace(
+        hot_caches=caches, device_bytes=0, groups=[1], host_tier=host, staging=staging
+    )
+    facts = startup._tier_facts(pool)
+    assert facts["host_huge_bytes"] == 4 and facts["host_numa_bytes"] == {"0": 3, "1": 5}
+    assert json.loads(json.dumps(facts)) == facts
+    assert residence.text in startup._host_text(facts)
+    host.residence = None
+    assert not {"host_huge_bytes", "host_numa_bytes"} & set(startup._tier_facts(pool))
 
 
 def test_nothing_is_printed_when_ess_was_not_asked_for(monkeypatch, capfd):

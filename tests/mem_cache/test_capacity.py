@@ -19,6 +19,7 @@ from sglang_ess.mem_cache.capacity import (
     choose_capacity,
     max_slots,
 )
+from sglang_ess.mem_cache.host_share import NodeRanks, host_limit_bytes
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from sglang_ess.tiers.index_groups import IndexGroups
 from tests.support.engine import EngineProcess
@@ -190,11 +191,11 @@ def test_slots_that_the_host_cannot_hold():
     assert choose_capacity(AUTO, SMALL, 640, GIB, host).slots == 640
 
 
-def test_the_host_limit(monkeypatch):
-    monkeypatch.setattr(capacity, "free_host_bytes", lambda: 10 * GIB)
-    assert capacity.host_limit_bytes(AUTO) == 6 * GIB
-    assert capacity.host_limit_bytes(EssConfig(host_gib=9.5)) == 9.5 * GIB
-    line = refusal(capacity.host_limit_bytes, EssConfig(host_gib=10.5))
+def test_the_host_limit():
+    one = NodeRanks()
+    assert host_limit_bytes(AUTO, 10 * GIB, one) == 6 * GIB
+    assert host_limit_bytes(EssConfig(host_gib=9.5), 10 * GIB, one) == 9.5 * GIB
+    line = refusal(host_limit_bytes, EssConfig(host_gib=10.5), 10 * GIB, one)
     assert "--ess-host-gib" in line and "got 10.5 GiB, limit 10.00 GiB" in line
 
 

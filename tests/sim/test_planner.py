@@ -368,7 +368,8 @@ def test_the_flags_are_the_servers(quick, more):
     assert others == ["--cuda-graph-max-bs-decode", str(advice.batch)]
     hot_row = Memory.of(asked.model, asked.gpu, asked.deployment).charges.hot_row_bytes
     assert config.hot_gib * GIB // hot_row == advice.hot_rows
-    assert advice.host_gib <= config.host_gib <= asked.deployment.host_gib
+    host_gib = config.host_gib / asked.deployment.gpus_per_node  # the flag is for a node
+    assert advice.host_gib <= host_gib <= asked.deployment.host_gib
     assert config.itl_ms == 60  # of a token: the server multiplies by the tokens of a step
     assert config.layer_budgets == "uniform"
 

@@ -4,13 +4,16 @@ import gc
 import logging
 import mmap
 import os
+import re
 import resource
+import time
 from functools import partial
 
 import pytest
 import torch
 
-from sglang_ess.tiers import HostTier, cgroup, free_host_bytes, host_tier
+from sglang_ess.tiers import HostTier, cgroup, free_host_bytes, host_memory, host_tier, numa
+from sglang_ess.tiers.host_memory import HostMemoryError
 
 GIB = 1 << 30
 
@@ -18,7 +21,7 @@ GIB = 1 << 30
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A machine with 8 GiB available and no cgroup; write(name, text) adds a file to it."""
-    monkeypatch.setattr(host_tier, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(host_memory, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(cgroup, "free_bytes", partial(cgroup.free_bytes, tmp_path / "proc"))
 
     def write(name, text):
@@ -53,7 +56,7 @@ def test_more_than_is_free_is_refused_with_numbers(machine, tmp_path):
     machine("memory.stat", "anon 5")
     slots = GIB // 2 // 656 // 2
     HostTier(2, slots, (656,), torch.uint8)  # just fits
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(HostMemoryError) as caught:
         HostTier(4, slots, (656,), torch.uint8)
     for part in ("1.00 GiB", f"{slots} slots x 4 layers x 656 B", "limit 0.50 GiB", "Lower"):
         assert part in str(caught.value)
@@ -115,6 +118,7 @@ def cuda_host(monkeypatch):
         cudart = Cudart(fails_at)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+        monkeypatch.setattr(numa, "node_of_gpu", lambda: None)
         return cudart
 
     return give
@@ -162,7 +166,7 @@ def test_a_lock_that_fails_says_how_far_it_got_and_leaves_nothing_locked(
     cudart = cuda_host(fails_at=2)
     monkeypatch.setattr(host_tier, "GIB", 1 << 10)
     monkeypatch.setattr(host_tier.resource, "getrlimit", lambda _: (limit, limit))
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(HostMemoryError) as caught:
         HostTier(4, 64, (16,), torch.uint8)
     for part in ("out of memory", "error 2", "2.00 of 4.00", "layer 2 of 4", "--ess-host-gib"):
         assert part in str(caught.value)
@@ -174,17 +178,75 @@ def test_a_lock_that_fails_says_how_far_it_got_and_leaves_nothing_locked(
 
 
 @needs_a_fake
-def test_a_long_lock_tells_its_progress(cuda_host, monkeypatch, caplog):
+def test_a_start_tells_its_progress_and_what_it_got(cuda_host, monkeypatch, caplog):
     cuda_host()
     monkeypatch.setattr(host_tier, "LOG_SECONDS", 0)
     with caplog.at_level(logging.INFO, host_tier.__name__):
-        HostTier(3, 50, (656,), torch.uint8)
-    assert [record.args[2:] for record in caplog.records] == [(0, 3), (1, 3), (2, 3)]
+        tier = HostTier(3, 50, (656,), torch.uint8)
+    *progress, last = (record.getMessage() for record in caplog.records)
+    done, total = (n * 9 * mmap.PAGESIZE / GIB for n in (1, 3))
+    rate = r"GiB populated and locked, \d+\.\d\d GiB/s by \d+ threads"
+    assert re.fullmatch(rf"ESS: host tier: {done:.2f} of {total:.2f} {rate}", progress[0])
+    assert len(progress) == 3
+    assert re.match(rf"ESS: host tier ready: {total:.2f} of {total:.2f} {rate}; ", last)
+    assert last.endswith(tier.residence.text)
     caplog.clear()
     monkeypatch.setattr(host_tier, "LOG_SECONDS", 10)
     with caplog.at_level(logging.INFO, host_tier.__name__):
         HostTier(3, 50, (656,), torch.uint8)
-    assert not caplog.records
+    assert len(caplog.records) == 1
+
+
+@needs_a_fake
+def test_the_rows_are_bound_to_the_gpus_node(cuda_host, monkeypatch, caplog):
+    cuda_host()
+    bound = []
+    monkeypatch.setattr(numa, "node_of_gpu", lambda: 3)
+    monkeypatch.setattr(numa, "bind", lambda *call, strict: bound.append(call))
+    tier = HostTier(3, 50, (656,), torch.uint8)
+    assert [call[0] for call in sorted(bound)] == [rows.data_ptr() for rows in tier.rows]
+    assert {call[1:] for call in bound} == {(9 * mmap.PAGESIZE, 3)}
+    monkeypatch.setattr(numa, "bind", lambda *_, strict: "mbind: EPERM")
+    with caplog.at_level(logging.INFO, host_tier.__name__):
+        assert HostTier(3, 50, (656,), torch.uint8).residence.num_bytes == 27 * mmap.PAGESIZE
+    assert caplog.records[-1].getMessage().endswith(", not bound to NUMA node 3: mbind: EPERM")
+
+
+@needs_a_fake
+def test_the_next_layers_are_populated_while_one_is_locked(cuda_host, monkeypatch):
+    """Locking the first layer takes until the last one is populated."""
+    cudart = cuda_host()
+    memories, lock = [], cudart.cudaHostRegister
+
+    class Memory(host_memory.HostMemory):
+        def __init__(self, *args):
+            super().__init__(*args)
+            memories.append(self)
+
+    def slow_lock(address, num_bytes, flags):
+        until = time.monotonic() + 20
+        while sum(memories[0].residence().node_bytes.values()) < memories[0].num_bytes:
+            assert time.monotonic() < until, "nobody populates meanwhile"
+        return lock(address, num_bytes, flags)
+
+    monkeypatch.setattr(host_tier, "HostMemory", Memory)
+    monkeypatch.setattr(cudart, "cudaHostRegister", slow_lock)
+    assert len(HostTier(4, 5000, (656,), torch.uint8).rows) == len(cudart.locked) == 4
+
+
+@needs_a_fake
+def test_memory_that_runs_out_meanwhile_is_one_line_and_leaves_nothing_locked(
+    cuda_host, monkeypatch
+):
+    cudart, left = cuda_host(), iter([GIB, GIB, 7 * mmap.PAGESIZE])
+    monkeypatch.setattr(host_memory, "MAX_THREADS", 1)
+    monkeypatch.setattr(host_memory, "free_host_bytes", lambda: next(left, 0))
+    with pytest.raises(HostMemoryError) as caught:
+        HostTier(4, 50, (640,), torch.uint8)
+    for part in ("while it is populated: got 0.00 GiB left", "--ess-host-gib", "Free memory"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not cudart.locked and len(cudart.unlocked) == 2
 
 
 @needs_a_fake

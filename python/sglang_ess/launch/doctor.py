@@ -48,10 +48,14 @@ def examine() -> dict[str, Any]:
 
 
 def device() -> dict[str, Any]:
-    """The platform that SGLang will choose, and whether it can pin host memory."""
+    """The platform that SGLang will choose, and whether it can pin host memory.
+
+    gpu_numa_nodes: of each visible CUDA device; None for one whose node the kernel does not know
+    """
     import torch
 
     from sglang_ess import plugin
+    from sglang_ess.tiers import numa
 
     kind = plugin.accelerator()
     name = getattr(torch, kind).get_device_name() if kind else None
@@ -63,17 +67,23 @@ def device() -> dict[str, Any]:
     return {
         "platform": plugin.active_platform(),
         "accelerator": f"{kind}: {name}" if kind else None,
+        "gpu_numa_nodes": [numa.node_of_gpu(i) for i in range(torch.cuda.device_count())],
         "pinned_memory": pinned,
         "memlock_limit_bytes": _memlock_limit_bytes(),
     }
 
 
 def host() -> dict[str, Any]:
-    """Cores and memory that this process may use. A cgroup limit of None means there is none."""
+    """Cores and memory that this process may use. A cgroup limit of None means there is none.
+
+    huge_page_bytes: of the pages that a GPU's host tier asks for; 0 if the kernel gives none
+    huge_pages_used_bytes: AnonHugePages, of all processes: while a server with ESS runs on a GPU,
+        most of its host tier should be there
+    """
     import llvmlite.binding as llvm
     import psutil
 
-    from sglang_ess.tiers import cgroup
+    from sglang_ess.tiers import cgroup, host_memory, numa
 
     memory = psutil.virtual_memory()
     features = llvm.get_host_cpu_features()
@@ -82,6 +92,9 @@ def host() -> dict[str, Any]:
         "memory_total_bytes": memory.total,
         "memory_available_bytes": memory.available,
         "memory_cgroup_limit_bytes": cgroup.limit_bytes(),
+        "numa_nodes": numa.num_nodes(),
+        "huge_page_bytes": host_memory.huge_page_bytes(),
+        "huge_pages_used_bytes": host_memory.meminfo_bytes("AnonHugePages"),
         "cpu_features": [name for name in CPU_FEATURES if features.get(name)],
     }
 
@@ -175,7 +188,7 @@ def _shown(name: str, value: Any) -> str:
         return "none"
     if name.endswith("_bytes"):
         return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / (1 << 20):.0f} MiB"
-    return ", ".join(value) if isinstance(value, list) else str(value)
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 if __name__ == "__main__":

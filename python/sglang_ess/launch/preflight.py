@@ -164,7 +164,7 @@ def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
         rules = ESS_RULES if on_cpu else ESS_RULES + CUDA_RULES
         rules = tuple(rule for rule in rules if rule[0] not in known | {"enable_hisparse"})
         reasons += rule_reasons(server_args, rules, "with ESS", "Drop it or add --disable-ess")
-        reasons += host_reasons(config) + trace_reasons(config, on_cpu)
+        reasons += host_reasons(server_args, config) + trace_reasons(config, on_cpu)
         reasons += overlap_reasons(server_args, config, on_cpu)
     return reasons
 
@@ -194,12 +194,14 @@ def overlap_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[s
     return []
 
 
-def host_reasons(config: EssConfig) -> list[str]:
-    """Why the host does not have the memory that --ess-host-gib asks for."""
-    from sglang_ess.mem_cache.capacity import CapacityError, host_limit_bytes
+def host_reasons(server_args: Any, config: EssConfig) -> list[str]:
+    """Why this node does not have the memory that --ess-host-gib asks for."""
+    from sglang_ess.mem_cache.host_share import CapacityError, NodeRanks, host_limit_bytes
+    from sglang_ess.tiers import free_host_bytes
 
+    ranks = NodeRanks.of(server_args).total
     try:
-        host_limit_bytes(config)
+        host_limit_bytes(config, free_host_bytes(), NodeRanks(ranks, ranks))
     except CapacityError as error:
         return [str(error)]
     return []

@@ -95,8 +95,10 @@ def serving_facts(scheduler: Any) -> dict[str, Any]:
     _row_facts() exist only for a pool of a sparse-attention model.
     """
     import torch
+    from sglang.srt.runtime_context import get_parallel
 
     from sglang_ess.mem_cache.allocator import sparse_pool
+    from sglang_ess.mem_cache.host_share import NodeRanks
 
     model, pool = scheduler.model_config, sparse_pool(scheduler.token_to_kv_pool_allocator)
     facts = {
@@ -113,6 +115,7 @@ def serving_facts(scheduler: Any) -> dict[str, Any]:
     }
     if hasattr(pool, "index_k_with_scale_buffer"):
         facts |= {"index_topk": model.hf_config.index_topk} | _row_facts(pool)
+        facts["node_ranks"] = NodeRanks.of(get_parallel()).total
     return facts
 
 
@@ -162,7 +165,12 @@ def _tier_facts(pool: Any) -> dict[str, Any]:
     if not hasattr(pool, "hot_caches"):
         return {"tiers": 1, "device_bytes": int(pool.get_kv_size_bytes()), "host_bytes": 0}
     rows = [cache.num_rows for cache in pool.hot_caches]
-    return {
+    pages = pool.host_tier.residence
+    where = {} if pages is None else {
+        "host_huge_bytes": pages.huge_bytes,
+        "host_numa_bytes": {str(node): n for node, n in pages.node_bytes.items()},
+    }  # fmt: skip
+    return where | {
         "tiers": 2,
         "device_bytes": pool.device_bytes,
         "host_bytes": pool.host_tier.nbytes,
@@ -203,7 +211,7 @@ _TIER_ROWS = {
             "{hot_rows} hot rows a layer "
             "({hot_ratio:.0%} of the slots), 2 x {staging_rows} staging rows",
         ),
-        ("host tier", "{host_mib:.0f} MiB"),
+        ("host tier", "{host_tier}"),
     ),
 }
 _LIMIT_ROWS = (
@@ -223,7 +231,7 @@ def block(server_args: Any, facts: dict[str, Any], seconds: float) -> str:
         "model_path": server_args.model_path,
         "url": server_args.url(),
         "device_mib": facts.get("device_bytes", 0) / MIB,
-        "host_mib": facts.get("host_bytes", 0) / MIB,
+        "host_tier": _host_text(facts),
     }
     rows: tuple[tuple[str, str], ...] = _MODEL_ROWS if facts else (("model", "{model_path}"),)
     if "latent_format" in facts:
@@ -233,6 +241,23 @@ def block(server_args: Any, facts: dict[str, Any], seconds: float) -> str:
         rows += (("top-k stream", "{topk_stream}: outputs are wrong (--ess-unsafe)"),)
     lines = [f"{_prefix()} ready after {seconds:.1f} s"]
     return "\n".join(lines + [f"    {name:<15} {text.format_map(values)}" for name, text in rows])
+
+
+def _host_text(facts: dict[str, Any]) -> str:
+    """The host tier of a rank and of the node's ranks, and where its pages lie if they are taken.
+
+    The scheduler that sent the facts knows the pages of its own tier.
+    """
+    num_bytes, ranks = facts.get("host_bytes", 0), facts.get("node_ranks", 1)
+    text = f"{num_bytes / MIB:.0f} MiB"
+    if ranks > 1:
+        text += f" a rank, {num_bytes * ranks / MIB:.0f} MiB on this node ({ranks} ranks)"
+    if "host_huge_bytes" not in facts:
+        return text
+    from sglang_ess.tiers.host_memory import Residence
+
+    pages = Residence(num_bytes, facts["host_huge_bytes"], facts["host_numa_bytes"])
+    return f"{text}; {pages.text}"
 
 
 @contextmanager

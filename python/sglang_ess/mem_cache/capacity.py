@@ -6,7 +6,8 @@
 Maps, row states and ghosts exist once for each index group, rows for each layer.
 
 SGLang sizes its pool once, with the device bytes that it has left for KV. The numbers are chosen
-then, and the pool is built by them.
+then, and the pool is built by them. All ranks of a TP group choose the same ones, and the ranks of
+a node share its host memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from ess_kernels.hot_state import HOT_ROW_STATE_BYTES, LAYER_STATE_BYTES
 from ess_kernels.plan import PlanBuffers as DevicePlanBuffers
 from ess_kernels.rebuild_order import OWNED_LAYER_BYTES, OWNED_ROW_BYTES, OrderScratch
 from sglang_ess.config import EssConfig
-from sglang_ess.errors import Refusal
 from sglang_ess.layout import (
     GIB,
     MAP_BYTES,
@@ -31,6 +31,13 @@ from sglang_ess.layout import (
     PLAN_QUERIES_CUDA,
     STAGING_BUFFERS,
     index_page_bytes,
+)
+from sglang_ess.mem_cache.host_share import (
+    CapacityError,
+    NodeRanks,
+    agreed,
+    host_limit_bytes,
+    node_text,
 )
 from sglang_ess.tiers import free_host_bytes
 from sglang_ess.tiers.balance.rebalance import ghost_bytes
@@ -46,8 +53,6 @@ logger = logging.getLogger(__name__)
 MIN_HOT_ROWS = 64
 # ESS's operating point: misses are stable above a hot ratio of 0.2 and climb below it.
 AUTO_HOT_RATIO = 0.2
-# The host tier's share of free host memory. The rest is for the process and the page cache.
-AUTO_HOST_SHARE = 0.6
 STATE_BYTES = STATE_SIZE * 8  # counters of one group's hot tier
 
 
@@ -96,10 +101,6 @@ GPU_TIER_THAT_MOVES = GpuTierBytes(
     HOT_ROW_STATE_BYTES + OWNED_ROW_BYTES, MAX_LAYER_SHARE * GPU_TIER.row_shared,
     LAYER_STATE_BYTES + OWNED_LAYER_BYTES, PAGE_SLOTS, moves=True,
 )  # fmt: skip
-
-
-class CapacityError(Refusal):
-    """One line for the operator: sizes that cannot be served."""
 
 
 @dataclass(frozen=True)
@@ -304,20 +305,6 @@ def _rounded_up(value: float) -> str:
     return f"{math.ceil(value * 10_000) / 10_000:.4f}"
 
 
-def host_limit_bytes(config: EssConfig) -> int:
-    """Bytes that the host tier may take. Raises: CapacityError if fewer are free."""
-    free = free_host_bytes()
-    if config.host_gib is None:
-        return int(free * AUTO_HOST_SHARE)
-    if config.host_gib * GIB > free:
-        raise CapacityError(
-            f"--ess-host-gib must fit into free host memory: got {config.host_gib:g} GiB, limit "
-            f"{free / GIB:.2f} GiB (MemAvailable and the cgroup's). Lower it or leave it out "
-            f"for {AUTO_HOST_SHARE:.0%} of what is free."
-        )
-    return int(config.host_gib * GIB)
-
-
 def serves_two_tiers(config: EssConfig | None) -> bool:
     """Whether this SGLang process has ESS's pool.
 
@@ -346,6 +333,8 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
     CPU platform takes --ess-device-gib for its device memory. Effect: decided() is set.
     Raises: CapacityError, which ends the scheduler with one line (errors.make_scheduler).
     """
+    from sglang.srt.runtime_context import get_parallel
+
     global _decided
     config = EssConfig.from_env() or EssConfig(enabled=False)
     if config.device_gib is not None:
@@ -355,12 +344,16 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
             budget_bytes -= _padding_bytes(configurator)
         return original(configurator, budget_bytes, **kwargs)
     cell_bytes, geometry = _geometry(configurator, config)
-    host_bytes = host_limit_bytes(config)
+    budget_bytes, free = agreed(config, budget_bytes, free_host_bytes())
+    ranks = NodeRanks.of(get_parallel())
+    host_bytes = host_limit_bytes(config, free, ranks)
     slots = max_slots(config, geometry, budget_bytes, host_bytes)
     # SGLang divides by the bytes of a token in one tier, then applies its own constraints.
     result = original(configurator, slots * cell_bytes, **kwargs)
     slots = result.max_total_num_tokens
     _decided = choose_capacity(config, geometry, slots, budget_bytes, host_bytes)
+    if ranks.total > 1:
+        logger.info("ESS: host tier: %s", node_text(geometry.host_bytes(slots), ranks.total))
     if configurator.device != "cpu" and (advice := graph_advice(_decided, _largest_graph())):
         logger.warning("ESS: %s", advice)
     return result

@@ -4,7 +4,8 @@ contract.py lists what a hot tier promises.
 """
 
 from sglang_ess.tiers.contract import RowCorruption
-from sglang_ess.tiers.host_tier import HostTier, free_host_bytes
+from sglang_ess.tiers.host_memory import free_host_bytes
+from sglang_ess.tiers.host_tier import HostTier
 from sglang_ess.tiers.hot_cache import HotCache, Plan, PlanBuffers
 from sglang_ess.tiers.hot_groups import HotGroups
 

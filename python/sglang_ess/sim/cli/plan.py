@@ -237,8 +237,8 @@ def flags(question: Question, answer: Answer) -> list[str]:
         return ["--disable-ess"]
     advice, deployment = answer.best, question.deployment
     overlap = deployment.overlap if deployment.overlap in ("da", "dba", "off") else "auto"
-    # One GiB more, because the pool also counts a page of padding.
-    host_gib = min(math.ceil(advice.host_gib) + 1, deployment.host_gib)
+    # One GiB more, because the pool also counts a page of padding. The flag is for a whole node.
+    host_gib = min(math.ceil(advice.host_gib) + 1, deployment.host_gib) * deployment.gpus_per_node
     return [
         "--ess-hot-gib", f"{advice.hot_gib:.2f}",
         "--ess-host-gib", f"{host_gib:g}",

@@ -335,7 +335,7 @@ class Planner:
             return HOST, (
                 f"host memory is too small: got {question.deployment.host_gib:g} GiB a GPU, "
                 f"{wide.batch} requests of {question.slots_tokens} tokens take "
-                f"{wide.host_gib:.0f} GiB (--ess-host-gib) and gain "
+                f"{wide.host_gib:.0f} GiB (--ess-host-gib is for all GPUs of a node) and gain "
                 f"{self._percent(wide, one_tier)} tokens/s."
             )
         fast = {name: getattr(question.link, name) * FAST_LINK for name in vars(question.link)}
