@@ -17,6 +17,23 @@ def test_matches_the_reference(device, shape):
     assert torch.equal(got.cpu(), gather_rows_reference(slots, table))
 
 
+@pytest.mark.parametrize(
+    "queries", [slice(0, 0), slice(0, 2), slice(2, 9), slice(0, 9), slice(8, 9)]
+)
+@pytest.mark.parametrize("width", [1, 300])
+def test_some_queries_of_a_batch(device, queries, width):
+    """What the others ask for may be anywhere: it is not read."""
+    slots = torch.arange(9 * width, dtype=torch.int32).view(9, width) % 400 - 3
+    table = torch.randperm(400).int() + 1
+    want = gather_rows_reference(slots, table, queries)
+    others = torch.ones(9, dtype=torch.bool)
+    others[queries] = False
+    slots[others] = 2**31 - 1
+    got = gather_rows(slots.to(device), table.to(device), queries)
+    assert torch.equal(got.cpu(), want)
+    assert not got[others.to(device)].any() and (got.cpu()[queries] != 0).all()
+
+
 def test_other_dtypes_are_refused(device):
     slots = torch.zeros(4, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match="must be int32: got torch.int64"):

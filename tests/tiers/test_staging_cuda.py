@@ -1,5 +1,6 @@
 """DeviceStaging against plain indexing: what attention would read for any slot of its group."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +11,7 @@ from sglang_ess.tiers import staging_cuda as staging_module
 from sglang_ess.tiers.staging_cuda import DeviceStaging
 from sglang_ess.tiers.transfer_stream import TransferStream
 from tests.support import device_tier
+from tests.support.launches import count_launches
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="the CPU is the device of these tests")
 
@@ -82,16 +84,25 @@ def staging_of(fmt="fp8", num_rows=100, seed=0, stream=None):
     return built, host
 
 
-def read_layer(staging, host, batch, layer, topk, fmt) -> int:
-    """Check every group of a layer. Returns the number of rows compared."""
-    new_rows, compared = rows_of(len(batch.new), fmt, 1000 + layer), 0
+def read_layer(staging, host, batch, layer, topk, fmt, padding=None) -> int:
+    """Check every group of a layer. Returns the number of rows compared.
+
+    padding: tokens after the batch's; the rows are packed in their place where staging has one
+    """
+    new_rows, compared = rows_of(len(batch.new) + (padding or 0), fmt, 1000 + layer), 0
+    place = None if padding is None else staging.place_for(layer, len(new_rows))
     expected = host[layer].clone()  # where no new row has been saved
-    expected[batch.new] = new_rows
+    expected[batch.new] = new_rows[: len(batch.new)]
+    if place is not None:
+        new_rows = place.copy_(new_rows)
     for index, group in enumerate(staging.groups):
         staged = staging.rows(layer, index, new_rows)
         places = staging.places_of(index, topk[group.queries])
         real = topk[group.queries] >= 0
         assert torch.equal(places >= 0, real)
+        whole = torch.zeros_like(topk)
+        whole[group.queries] = places
+        assert torch.equal(staging.translate(index, topk), whole)
         got = staged[places[real].long()].view(torch.uint8)
         want = expected[topk[group.queries][real].long()].view(torch.uint8)
         assert torch.equal(got, want), (layer, index)
@@ -99,10 +110,10 @@ def read_layer(staging, host, batch, layer, topk, fmt) -> int:
     return compared
 
 
-def run_pass(staging, host, batch, fmt="fp8", width=7) -> None:
+def run_pass(staging, host, batch, fmt="fp8", width=7, padding=None) -> None:
     staging.begin(*batch.begin_args)
     topk = batch.topk(width)
-    compared = [read_layer(staging, host, batch, i, topk, fmt) for i in range(LAYERS)]
+    compared = [read_layer(staging, host, batch, i, topk, fmt, padding) for i in range(LAYERS)]
     assert compared == [int((topk >= 0).sum())] * LAYERS
 
 
@@ -124,6 +135,54 @@ def test_a_pass_reads_every_layers_rows(stream, fmt, sizes, shared, groups):
     staging, host = staging_of(fmt, stream=stream)
     run_pass(staging, host, Batch(sizes, shared), fmt)
     assert len(staging.groups) == groups
+
+
+@pytest.mark.parametrize("sizes", [[(0, 9)], [(40, 5), (0, 3), (17, 1)], [(60, 5), (70, 2)]])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_new_rows_packed_in_their_place(stream, sizes, padding):
+    staging, host = staging_of(stream=stream)
+    run_pass(staging, host, Batch(sizes), padding=padding)
+    fits = len(staging.groups) == 1
+    assert (staging.place_for(0, sum(new for _, new in sizes)) is not None) == fits
+    assert staging.place_for(0, 129) is None  # a buffer of two pages of 64 rows
+
+
+def launches_of_layers(monkeypatch, staging, batch) -> list[Counter]:
+    """What a pass launches in each layer to stage its rows and to translate its top-k."""
+    staging.begin(*batch.begin_args)
+    counts, topk = [], batch.topk(7)
+    for layer in range(LAYERS):
+        packed = staging.place_for(layer, len(batch.new))
+        if packed is None:
+            packed = rows_of(len(batch.new), "fp8", 9)
+        with count_launches(monkeypatch) as launched:
+            for index in range(len(staging.groups)):
+                staging.rows(layer, index, packed)
+                staging.translate(index, topk)
+        counts.append(launched)
+    return counts
+
+
+def test_launches_of_a_layer_with_eight_prompts(monkeypatch):
+    """The copy of the next layer's prefixes, and the translation. The first layer fills the map."""
+    batch = Batch([(10 + i, 3 + i) for i in range(8)])
+    layers = launches_of_layers(monkeypatch, staging_of(num_rows=SLOTS)[0], batch)
+    steady = {"_fetch_kernel": 1, "_gather_rows_kernel": 1}
+    assert layers == [steady | {"index_put_": 1}, steady, {"_gather_rows_kernel": 1}]
+
+    new = Batch([(0, 9)] * 8)
+    layers = launches_of_layers(monkeypatch, staging_of(num_rows=SLOTS)[0], new)
+    assert layers[1:] == [{"_gather_rows_kernel": 1}] * 2
+
+
+def test_launches_of_a_layer_whose_prompts_take_two_groups(monkeypatch):
+    """Each group has its buffer, so its copies, and the one map has to be filled for each."""
+    batch = Batch([(10 + i, 3 + i) for i in range(8)])
+    staging, _ = staging_of(num_rows=100)
+    layers = launches_of_layers(monkeypatch, staging, batch)
+    assert len(staging.groups) == 2
+    names = ("_fetch_kernel", "_gather_rows_kernel", "copy_", "index_put_")
+    assert layers[:2] == [dict.fromkeys(names, 2)] * 2
 
 
 def test_passes_one_after_another(stream):

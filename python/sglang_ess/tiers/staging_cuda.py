@@ -29,14 +29,14 @@ class DeviceGroup:
 
     queries  the group's queries in the batch
     prefix   [p] int32 slots in buffer rows 0, 1, ...; a prefix shared by two requests comes twice
-    new      [n] int64 slots of the new tokens, in the rows after them
+    slots    [p + n] int64: these, then those of the new tokens, in the rows after them
     places   [p + n] int32: 0, 1, ...
     count    [1] int32: p
     """
 
     queries: slice
     prefix: torch.Tensor
-    new: torch.Tensor
+    slots: torch.Tensor
     places: torch.Tensor
     count: torch.Tensor
 
@@ -96,13 +96,25 @@ class DeviceStaging:
         for run in split_requests(lengths, self.num_rows, len(self._place)):
             queries = slice(starts[run.start], starts[run.stop])
             prefix = torch.cat([tables[i, : prefix_tokens[i]] for i in run]).int()
-            new, device = new_slots[queries], tables.device
-            total = len(prefix) + len(new)
-            places = torch.arange(total, dtype=torch.int32, device=device)
+            slots, device = torch.cat([prefix, new_slots[queries]]), tables.device
+            places = torch.arange(len(slots), dtype=torch.int32, device=device)
             count = torch.full((1,), len(prefix), dtype=torch.int32, device=device)
-            self.groups.append(DeviceGroup(queries, prefix, new, places, count))
+            self.groups.append(DeviceGroup(queries, prefix, slots, places, count))
         if self.groups:
             self._pending = self._prefetch(0)
+
+    def place_for(self, layer_index: int, num_tokens: int) -> torch.Tensor | None:
+        """Where a layer's new rows [num_tokens, ...] may be packed, so that rows() copies none.
+
+        num_tokens: of the batch, its padding included
+        Returns the rows of the layer's buffer, which two layers on gets other rows: only what the
+        current stream does until this layer's attention may read them. None where the batch takes
+        several groups: the rows of all of them fit into no buffer.
+        """
+        if len(self.groups) != 1:
+            return None
+        first, buffer = len(self.groups[0].prefix), self._buffers[layer_index % 2]
+        return buffer[first : first + num_tokens] if first + num_tokens <= len(buffer) else None
 
     def rows(self, layer_index: int, index: int, new_rows: torch.Tensor) -> torch.Tensor:
         """Return the rows [num_rows, ...] of groups[index] in a layer.
@@ -115,35 +127,44 @@ class DeviceStaging:
             # A pass that began in the middle, or a layer that is repeated.
             self._pending = self._prefetch(item)
         wait(self._pending[1])
-        buffer, first = self._buffers[item % 2], len(group.prefix)
-        buffer[first : first + len(group.new)].copy_(new_rows[group.queries])
+        buffer = self._buffers[item % 2]
+        staged = buffer[len(group.prefix) : len(group.slots)]
+        if staged.data_ptr() != new_rows.data_ptr():  # else they were packed in place_for()
+            staged.copy_(new_rows[group.queries])
         if item + 1 < len(self._host_rows) * len(self.groups):
             self._pending = self._prefetch(item + 1)
         return buffer
 
     def places_of(self, index: int, topk: torch.Tensor) -> torch.Tensor:
         """Map slots [T, K] int32 of groups[index], -1 pads, to rows of its buffer."""
-        group = self.groups[index]
-        if self._placed is not group:
-            first = len(group.prefix)
-            self._place[group.prefix.long()] = group.places[:first]
-            self._place[group.new] = group.places[first:]
-            self._placed = group
+        self._put(self.groups[index])
         return gather_rows(topk, self._place)
 
+    def translate(self, index: int, topk: torch.Tensor) -> torch.Tensor:
+        """places_of for a whole batch's slots [T, K] int32: 0 where a query is another group's."""
+        self._put(self.groups[index])
+        return gather_rows(topk, self._place, self.groups[index].queries)
+
+    def _put(self, group: DeviceGroup) -> None:
+        """Fill the map for this group. Entries of other groups' slots may be stale."""
+        if self._placed is not group:
+            self._place[group.slots] = group.places
+            self._placed = group
+
     def _prefetch(self, item: int) -> tuple[int, torch.cuda.Event | None]:
-        """Start the copy for an item. Returns the item and the event at the copy's end."""
+        """Start the copy for an item. Returns the item and the event at the copy's end, if any."""
         layer, index = divmod(item, len(self.groups))
         group = self.groups[index]
+        if not len(group.prefix):
+            return item, None
         with self._transfer.on_transfer_stream():  # after the attention that reads this buffer
-            if len(group.prefix):
-                fetch(
-                    self._host_rows[layer],
-                    self._buffers[item % 2],
-                    group.prefix,
-                    group.places[: len(group.prefix)],
-                    group.count,
-                    PREFILL_PROGRAMS,
-                )
+            fetch(
+                self._host_rows[layer],
+                self._buffers[item % 2],
+                group.prefix,
+                group.places[: len(group.prefix)],
+                group.count,
+                PREFILL_PROGRAMS,
+            )
             self._transfer.record_stream(group.prefix, group.places, group.count)
             return item, self._transfer.event()
