@@ -166,6 +166,19 @@ HOOKS = (
         test="tests/intake/test_intake.py",
     ),
     Hook(
+        target="sglang.srt.managers.scheduler_components.dp_attn._local_prefill_cuda_graph_vote",
+        kind="around",
+        signature="(*, local_batch, num_tokens, prefill_graph_runner, coordinated_prefill, "
+        "breakable_prefill, spec_algorithm, model_config)",
+        body="sglang_ess.platforms.cuda:decode_stays_decode",
+        reason="With data-parallel attention, SGLang runs a decode batch as prompts of one token "
+        "while another rank replays a prefill graph. Over two tiers that stages every request's "
+        "whole context in every layer. SGLang asks the attention backend for a vote only in "
+        "prefill, and spares HiSparse by its own flag.",
+        when="cuda",
+        test="tests/platforms/test_ranks.py",
+    ),
+    Hook(
         target="sglang.srt.managers.scheduler_components.metrics_reporter."
         "SchedulerMetricsReporter.report_decode_stats",
         kind="after",
@@ -174,6 +187,18 @@ HOOKS = (
         reason="Writes the hot tier's log line after SGLang's decode line, at the same interval. "
         "SGLang has no seam for the text of its line.",
         test="tests/test_metrics.py",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler_components.request_receiver."
+        "SchedulerRequestReceiver._broadcast_reqs_across_ranks",
+        kind="around",
+        signature="(self, recv_reqs, local_reqs=None)",
+        body="sglang_ess.platforms.cuda:requests_with_mode",
+        reason="Ranks must replay the graph of the same overlap mode. Rank 0's choice travels in "
+        "SGLang's own broadcast of requests, once an iteration and before its batch; what else "
+        "the scheduler broadcasts is for one data-parallel group.",
+        when="cuda",
+        test="tests/platforms/test_ranks.py",
     ),
     Hook(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",

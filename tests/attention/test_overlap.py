@@ -115,3 +115,14 @@ def test_a_table_survives_its_file(tmp_path):
     path.write_text(json.dumps({"overlap_costs": broken}))
     with pytest.raises(ValueError, match="2 x 5 finite figures for da"):
         CostTable.read(path)
+
+
+def test_one_of_several_ranks_chooses_only_what_it_announces():
+    made = policy(256, ranks=2)
+    assert made.choose(160).mode is Mode.OFF and made.announcement() is Mode.DBA
+    made.agree(Mode.DA)  # as another rank wants it
+    assert made.choose(160).mode is Mode.DA and made.announcement() is Mode.DBA
+    made.agree(Mode.DBA)
+    assert made.choose(160).mode is Mode.DBA and made.announcement() is None
+    alone = policy(256)
+    assert alone.choose(160).mode is Mode.DBA and alone.announcement() is None

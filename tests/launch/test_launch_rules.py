@@ -150,6 +150,7 @@ RULE_CASES = {
     "enable_single_batch_overlap": ["--enable-single-batch-overlap"],
     "enable_pdmux": ["--enable-pdmux"],
     "enable_mixed_chunk": ["--enable-mixed-chunk"],
+    "moe_a2a_backend": ["--moe-a2a-backend", "pplx"],
     "attention_backend": ["--attention-backend", "flashmla"],
     "prefill_attention_backend": ["--prefill-attention-backend", "fa3"],
     "decode_attention_backend": ["--decode-attention-backend", "flashmla"],
@@ -177,6 +178,13 @@ def test_what_two_tiers_do_not_serve_on_a_gpu(launch, name, flag, allowed):
     assert launch(*given, "--disable-ess", accelerator="cuda")[1] == []
 
 
+def test_ranks_that_are_padded_to_one_length(launch, monkeypatch):
+    assert launch(accelerator="cuda")[1] == []
+    monkeypatch.setenv("SGLANG_DEEPEP_V2_FORCE_MAX_LEN", "1")
+    refused(launch(accelerator="cuda"), "SGLANG_DEEPEP_V2_FORCE_MAX_LEN must be off with ESS")
+    assert launch("--disable-ess", accelerator="cuda")[1] == []
+
+
 def test_overlap_and_its_costs(launch, tmp_path):
     refused(launch("--ess-overlap", "da"), "--ess-overlap and", "CPU platform", "one stream")
     assert launch("--ess-overlap", "da", accelerator="cuda")[1] == []
@@ -186,8 +194,6 @@ def test_overlap_and_its_costs(launch, tmp_path):
     refused(launch(*flags, accelerator="cuda"), "must hold a cost table", "FileNotFoundError")
     costs.write_text("{}")
     refused(launch(*flags, accelerator="cuda"), "overlap_costs", "benchmarks.kernels")
-    ranks = (*flags, "--tp-size", "2")  # each would choose by its own misses
-    refused(launch(*ranks, accelerator="cuda"), "must be off, da or dba", "auto with --tp-size 2")
 
 
 def test_device_gib_off_the_cpu_platform(launch):

@@ -34,6 +34,8 @@ def test_hooked_functions_take_what_upstream_passes():
         "_resolve_kv_pool_class",
         "get_paged_allocator_cls",
         "setup_state_kv_args",
+        "_broadcast_reqs_across_ranks",
+        "_local_prefill_cuda_graph_vote",
     }
     for row in bodies.values():
         assert row.body.startswith("sglang_ess.") and row.applies("cuda")

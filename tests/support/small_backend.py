@@ -124,14 +124,19 @@ def metadata_of(rows: int) -> DSAMetadata:
 
 
 def builder(monkeypatch):
-    """build(overlap, ...): a Backend over a new pool, whose index groups have `sizes` layers."""
+    """build(overlap, ...): a Backend over a new pool, whose index groups have `sizes` layers.
+
+    parallel: SGLang's ParallelContext, or what stands for it; options: of EssConfig
+    """
+    alone = SimpleNamespace(tp_size=1, attn_dp_enabled=False)
 
     def build(overlap="da", hot_rows=HOT_ROWS, staging_rows=SLOTS, max_queries=6, sizes=(1, 1),
-              **options):  # fmt: skip
+              parallel=alone, **options):  # fmt: skip
         monkeypatch.setattr(pool_cuda, "PLAN_QUERIES_CUDA", max_queries)
         for name, value in EssConfig(enabled=True, overlap=overlap, **options).to_env().items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(backend_cuda, "active", None)
+        monkeypatch.setattr(backend_cuda, "get_parallel", lambda: parallel)
         monkeypatch.setattr("sglang_ess.tiers.warmup_window.WARMUP_QUERIES", WARMUP_QUERIES)
         torch.manual_seed(hot_rows)
         return Backend(

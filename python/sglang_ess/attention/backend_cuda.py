@@ -24,10 +24,11 @@ from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
 from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
 from sglang.srt.layers.attention.merge_state import merge_state
 from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_ess.attention import half_batch
 from sglang_ess.attention.mla_kernels import Need, choose
-from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
+from sglang_ess.attention.overlap import Mode, policy_for
 from sglang_ess.attention.two_tier_decode import LayerStep, TwoTierDecode
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
@@ -107,9 +108,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         self._scale = 0.0
         attend, attend_short = (partial(self._attend_rows, short) for short in (False, True))
         self.decode = TwoTierDecode(pool.tier, pool.transfer, attend, merge_state, attend_short)
-        modes = tuple(Mode) if config.overlap == "auto" else (Mode(config.overlap),)
-        table = CostTable.read(config.overlap_costs) if config.overlap_costs else None
-        self.policy = OverlapPolicy(len(pool.groups), table, modes)
+        self.policy = policy_for(config, len(pool.groups), get_parallel())
         self.chosen = self.policy.choose(1).mode  # for the steps to come
         self.step = StepState(self.chosen)
         self._steps = 0
@@ -121,7 +120,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             self.dsa_prefill_impl = "flashmla_kv"  # the only one that reads fp8 rows by index
             self.enable_auto_select_prefill_impl = False
         active = self
-        logger.info("ESS: overlap %s, costs %s", config.overlap, table and table.source)
+        logger.info("ESS: overlap %s, costs %s", config.overlap, self.policy.source)
 
     # --- metadata -------------------------------------------------------------------------
 
@@ -194,6 +193,12 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         choice = self.policy.choose(batch)
         self.chosen = choice.mode
         self.token_to_kv_pool.tier.set_split(choice.split)
+
+    def agree(self, mode: Mode) -> None:
+        """Take rank 0's mode for the next steps, whatever this rank's own misses say."""
+        self.policy.agree(mode)
+        if self.policy.forced is None:
+            self.chosen = mode
 
     def force_mode(self, mode: Mode | None, batch: int) -> None:
         """Use one mode from the next step on; None: choose by the cost table. For measurements.

@@ -8,6 +8,12 @@ apart does not (words[SPLIT] of its state). ESS chooses by an offline profile of
 
 Its layers are the first ones of the index groups: the others cost the same in every mode, because
 their rows are fetched behind the layers before.
+
+Ranks that run one model together must replay the same mode's graph at every step: an all-reduce in
+a graph addresses the other ranks' buffers as that graph registered them. Their misses and the
+moments at which they see them differ, so rank 0 chooses, and SGLang's broadcast of new requests
+carries its choice (platforms/cuda.py, requests_with_mode). Every scheduler takes that broadcast
+before it launches the iteration's batch.
 """
 
 from __future__ import annotations
@@ -18,10 +24,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ess_kernels import hot_state
+from sglang_ess.config import EssConfig
 
 SMOOTHING = 0.2  # weight of the newest figure: about the last ten count
 # A mode replaces the one in use only if it is cheaper by this share: the figures are noisy.
@@ -131,9 +139,17 @@ class OverlapPolicy:
 
     table: None if nothing was measured: then the policy does not choose between modes
     modes: the modes that it may choose
+    ranks: that run the model together. With more than one, choose() answers the mode that was last
+    given to agree(), and announcement() is this rank's own choice.
     """
 
-    def __init__(self, layers: int, table: CostTable | None, modes: Sequence[Mode] = tuple(Mode)):
+    def __init__(
+        self,
+        layers: int,
+        table: CostTable | None,
+        modes: Sequence[Mode] = tuple(Mode),
+        ranks: int = 1,
+    ):
         # Without a table nothing says which mode is faster: take the operator's, or OFF.
         modes = tuple(modes) if table is not None or len(modes) == 1 else (Mode.OFF,)
         self._table, self.modes = table, modes
@@ -141,8 +157,15 @@ class OverlapPolicy:
         self._counted: np.ndarray | None = None
         self._seen = False
         self._mode: dict[int, Mode] = {}
+        self._agreed = self.modes[0] if ranks > 1 else None
+        self._own = self.modes[0]
         self.layers = layers
         self.forced: Mode | None = None  # a mode that replaces every choice
+
+    @property
+    def source(self) -> str | None:
+        """Where the costs were measured; None without any."""
+        return None if self._table is None else self._table.source
 
     @property
     def misses(self) -> np.ndarray:
@@ -187,5 +210,32 @@ class OverlapPolicy:
         used = self._mode.get(batch)
         if used in costs and costs[best] > (1 - GAIN) * costs[used]:
             best = used
-        self._mode[batch] = best
+        self._mode[batch] = self._own = best
+        if self._agreed is not None:
+            best = self._agreed
         return Choice(best, splits[best])
+
+    def announcement(self) -> Mode | None:
+        """This rank's own choice, if other ranks have to be told of it."""
+        return None if self._agreed in (None, self._own) else self._own
+
+    def agree(self, mode: Mode) -> None:
+        """Take the mode that rank 0 announced, on every rank alike."""
+        self._agreed = mode
+
+
+def policy_for(config: EssConfig, layers: int, parallel: Any) -> OverlapPolicy:
+    """The policy of a server with these options. parallel: SGLang's ParallelContext.
+
+    Raises: ValueError for a bad file of costs; RuntimeError where no choice reaches every rank.
+    """
+    modes = tuple(Mode) if config.overlap == "auto" else (Mode(config.overlap),)
+    table = CostTable.read(config.overlap_costs) if config.overlap_costs else None
+    policy = OverlapPolicy(layers, table, modes, parallel.tp_size)
+    local = parallel.attn_dp_enabled and parallel.enable_dp_attention_local_control_broadcast
+    if local and len(policy.modes) > 1:
+        raise RuntimeError(
+            "--ess-overlap must be off, da or dba where each data-parallel group broadcasts its "
+            "own control messages: got auto. Name one, or drop --ess-overlap-costs."
+        )
+    return policy

@@ -92,10 +92,16 @@ CUDA_RULES: Rules = (
     ("enable_pdmux", "--enable-pdmux", (False,)),
     # A mixed batch stages the whole context of each request in decode, in every layer.
     ("enable_mixed_chunk", "--enable-mixed-chunk", (False,)),
+    # All of SGLang's but pplx. It pads every rank to one length, for which SGLang runs a decode
+    # batch beside another rank's prefill as prompts of one token: as a mixed batch.
+    ("moe_a2a_backend", "--moe-a2a-backend", (
+        "none", "deepep", "deepep_v2", "mooncake", "nixl", "mori", "flashinfer", "megamoe",
+        "flashinfer_megamoe",
+    )),
     ("attention_backend", "--attention-backend", (None, "dsa", "nsa")),
     ("prefill_attention_backend", "--prefill-attention-backend", (None, "dsa", "nsa")),
     ("decode_attention_backend", "--decode-attention-backend", (None, "dsa", "nsa")),
-)
+)  # fmt: skip
 # Options that change the queries per request in decode, or the page table: a stream knows neither.
 STREAM_RULES = tuple(
     rule for rule in ESS_RULES if rule[0] in ("speculative_algorithm", "dcp_size", "attn_cp_size")

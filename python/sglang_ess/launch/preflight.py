@@ -165,11 +165,11 @@ def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
         rules = tuple(rule for rule in rules if rule[0] not in known | {"enable_hisparse"})
         reasons += rule_reasons(server_args, rules, "with ESS", "Drop it or add --disable-ess")
         reasons += host_reasons(server_args, config) + trace_reasons(config, on_cpu)
-        reasons += overlap_reasons(server_args, config, on_cpu)
+        reasons += overlap_reasons(config, on_cpu) + padding_reasons()
     return reasons
 
 
-def overlap_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[str]:
+def overlap_reasons(config: EssConfig, on_cpu: bool) -> list[str]:
     """Why --ess-overlap or --ess-overlap-costs cannot be used."""
     if on_cpu and (config.overlap, config.overlap_costs) != ("auto", ""):
         return [
@@ -178,13 +178,6 @@ def overlap_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[s
         ]
     if not config.overlap_costs:
         return []
-    if config.overlap == "auto" and server_args.tp_size > 1:
-        # Each rank would choose by its own misses, and SGLang's all-reduce addresses other ranks'
-        # buffers by the captured graph.
-        return [
-            "--ess-overlap must be off, da or dba with --ess-overlap-costs and --tp-size above 1: "
-            f"got auto with --tp-size {server_args.tp_size}. Name one, or drop the costs."
-        ]
     from sglang_ess.attention.overlap import CostTable
 
     try:
@@ -192,6 +185,18 @@ def overlap_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[s
     except ValueError as error:
         return [f"--ess-overlap-costs: {error}"]
     return []
+
+
+def padding_reasons() -> list[str]:
+    """Why SGLang would run decode batches as prefills (as pplx makes it, see option_rules)."""
+    from sglang.srt.environ import envs
+
+    if not envs.SGLANG_DEEPEP_V2_FORCE_MAX_LEN.get():
+        return []
+    return [
+        "SGLANG_DEEPEP_V2_FORCE_MAX_LEN must be off with ESS: got on. Unset it or add "
+        "--disable-ess."
+    ]
 
 
 def host_reasons(server_args: Any, config: EssConfig) -> list[str]:

@@ -77,3 +77,40 @@ def topk_selected(
     if backend is None or not forward_batch.forward_mode.is_decode():
         return upstream(q_fp8, weights, metadata)
     return backend.select(upstream, forward_batch, layer_id, q_fp8, weights, metadata)
+
+
+def requests_with_mode(
+    broadcast: Any, receiver: Any, requests: list | None, local_requests: list | None = None
+) -> list:
+    """AROUND SchedulerRequestReceiver._broadcast_reqs_across_ranks: rank 0's overlap mode too.
+
+    Every rank takes the mode in the same iteration of its scheduler, before that iteration's batch.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    from sglang_ess.attention import backend_cuda
+
+    backend = backend_cuda.active
+    if backend is None or get_parallel().tp_size == 1:
+        return broadcast(receiver, requests, local_requests)
+    mode = backend.policy.announcement()
+    if mode is not None and get_parallel().tp_rank == 0:
+        requests = [*(requests or ()), mode]
+    received = broadcast(receiver, requests, local_requests)
+    for mode in (item for item in received if isinstance(item, Mode)):
+        backend.agree(mode)
+    return [item for item in received if not isinstance(item, Mode)]
+
+
+def decode_stays_decode(vote: Any, *, local_batch: Any, **others: Any) -> bool:
+    """AROUND _local_prefill_cuda_graph_vote: a decode batch over two tiers is no short prefill.
+
+    SGLang's prefill graph runs another rank's decode batch as prompts of one token with the whole
+    context as their prefix, and a prompt's prefix is staged from the host tier in every layer.
+    """
+    from sglang_ess.attention import backend_cuda
+
+    if backend_cuda.active is not None and local_batch is not None:
+        if local_batch.forward_mode.is_decode():
+            return False
+    return vote(local_batch=local_batch, **others)
