@@ -34,7 +34,8 @@ FLAGS = (
     "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter",
     "-DESS_HOST_SHIM",
 )  # fmt: skip
-KERNEL_FLAGS = ("-O2", f"-DESS_PLAN_THREADS={THREADS}")
+PLAN_FLAG = f"-DESS_PLAN_THREADS={THREADS}"
+QUICK = ("-O2",)
 BINDING_FLAGS = ("-O0",)  # half the time to compile tvm-ffi's headers
 LIBRARY = Path(libinfo.find_libtvm_ffi())
 NO_FAULT, SKIP_BLOCK_BARRIER, SKIP_GRID_BARRIER = range(3)
@@ -81,10 +82,11 @@ def _made(suffix: str, inputs: Iterable[Path], flags: Iterable[str], rest: Itera
     return target
 
 
-def _object(source: Path, headers: Iterable[Path], folders: Iterable[Path]) -> Path:
+def _object(
+    source: Path, headers: Iterable[Path], folders: Iterable[Path], flags: Iterable[str]
+) -> Path:
     places = [*folders, HERE, libinfo.find_include_path(), libinfo.find_dlpack_include_path()]
     language = ["-x", "c++"] if source.suffix == ".cu" else []
-    flags = BINDING_FLAGS if source.stem.endswith("_binding") else KERNEL_FLAGS
     rest = [*(f"-I{place}" for place in places), *language, str(source)]
     return _made(".o", [source, *headers], [*FLAGS, *flags, "-c"], rest)
 
@@ -93,29 +95,30 @@ def _headers(folders: Iterable[Path]) -> list[Path]:
     return sorted(file for folder in folders for file in folder.iterdir() if file.suffix in HEADERS)
 
 
-def library(name: str, folder: Path = cuda_build.SOURCE_DIR) -> Path:
+def library(name: str, folder: Path = cuda_build.SOURCE_DIR, flags: Iterable[str] = QUICK) -> Path:
     """The host build of an operation: {name}.cu and {name}_binding.cpp of a folder.
 
+    flags: of the kernels
     Raises: RuntimeError with the compiler's output if it does not build.
     """
     folders = list(dict.fromkeys([folder, cuda_build.SOURCE_DIR]))
     own, host = _headers([*folders, HERE]), _headers([HERE])
     sources = [
-        (folder / f"{name}_binding.cpp", own),
-        (HERE / "cuda_shim.cpp", host),
-        (HERE / "host_binding.cpp", host),
-        (folder / f"{name}.cu", own),
+        (folder / f"{name}_binding.cpp", own, folders, BINDING_FLAGS),
+        (HERE / "cuda_shim.cpp", host, folders, QUICK),
+        (HERE / "host_binding.cpp", host, folders, BINDING_FLAGS),
+        (folder / f"{name}.cu", own, folders, (*flags, PLAN_FLAG)),
     ]
     with ThreadPoolExecutor() as threads:
-        objects = list(threads.map(lambda one: _object(*one, folders), sources))
+        objects = list(threads.map(lambda one: _object(*one), sources))
     rest = [*map(str, objects), str(LIBRARY), f"-Wl,-rpath,{LIBRARY.parent}"]
     return _made(".so", objects, ["-shared", "-Wl,-Bsymbolic"], rest)
 
 
 @functools.cache
-def load(name: str, folder: Path = cuda_build.SOURCE_DIR) -> Any:
+def load(name: str, folder: Path = cuda_build.SOURCE_DIR, flags: Iterable[str] = QUICK) -> Any:
     """The host build as a module, like cuda_build.load's."""
-    return tvm_ffi.load_module(str(library(name, folder)))
+    return tvm_ffi.load_module(str(library(name, folder, flags)))
 
 
 def stand_in() -> None:
