@@ -7,15 +7,15 @@
 2. The same number of hot rows on "deepseek-v3.2": rows of its own for each request, either the same
    number (HiSparse) or in proportion to its context (ESS); one shared tier; one with per-layer
    budgets, which come from the steps before those that count.
-3. LRU curves of sampled ghost caches compared with exact ones.
-Belady knows the stream only to its end, so for every policy the last steps are simulated and not
-counted.
+3. LRU, CLOCK, the aged clock (with the rows that it scans) and Belady: four requests share a tier.
+4. LRU curves of sampled ghost caches compared with exact ones.
+Belady knows the stream only to its end, so the last steps of every run are not counted.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from time import thread_time as clock
 
 import numpy as np
 
@@ -30,26 +30,21 @@ WINDOWS = 8  # of the counted steps: samples of a policy's row
 QUERIES, RATIO = 2, 0.2  # ESS: MTP 2, its lowest recommended ratio at 32K
 RATES = (1.0, 0.1, 0.02)  # of a ghost's sample
 GHOST_RATIOS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)  # hot rows of all slots
-SPEED_ROWS = 4096
+CLOCKS, CLOCK_CONTEXTS = ("lru", "clock", "aged_clock", "belady"), (32, 128)  # in K tokens
+CLOCK_STEPS, CLOCK_RATIOS = (400, 300, 300), (0.1, 0.2)  # before, counted, after
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Requests that decode together.
-
-    contexts: tokens of each request; prefix: tokens they share
-    own_budgets: also run budgets with rows of each request's own (a request that is much shorter
-        than the others cannot spare the rows that a budget takes)
-    """
+    """Requests that decode together. contexts: tokens of each; prefix: tokens they share."""
 
     name: str
     contexts: tuple[int, ...]
     prefix: int = 0
-    own_budgets: bool = False
 
 
 SCENARIOS = (
-    Scenario("32K", (32 << 10,) * 4, own_budgets=True),
+    Scenario("32K", (32 << 10,) * 4),
     Scenario("16K-128K", tuple(size << 10 for size in (16, 32, 64, 128))),
     Scenario("32K, 24K shared", (32 << 10,) * 4, prefix=24 << 10),
 )
@@ -57,7 +52,6 @@ SCENARIOS = (
 RUNS = (
     ("fixed", "fixed", "lru", False),
     ("ratio", "ratio", "lru", False),
-    ("ratio + budgets", "ratio", "lru", True),
     ("shared", "shared", "lru", False),
     ("shared + budgets", "shared", "lru", True),
     ("ratio, Belady", "ratio", "belady", False),
@@ -82,26 +76,36 @@ QUICK = Effort(100, 80, 80, 4, SCENARIOS[:2])
 
 
 def measure_policies(report: harness.Report, effort: Effort, seed: int) -> None:
-    """Missed lookups of a tier of one request, by policy and size; and lookups per second."""
+    """Missed lookups of a tier of one request, by policy and size."""
     locality = Locality.load("glm-5.1")
     context, steps = locality.reference_tokens, 2 * (effort.before + effort.counted + effort.after)
     stream, warmup = lab.generate(locality, 0, [context], steps, seed=seed)
     first = warmup + 2 * effort.before
     for policy in policies.POLICIES:
-        policies.misses(policy, stream.steps[:2], SPEED_ROWS, stream.num_slots)  # compiled
         for rows in SIZES:
-            start = clock()
             found = lab.run([stream], "shared", policy, rows, seed=seed)
-            seconds = clock() - start
             misses = found.misses[0, first : first + 2 * effort.counted, 0] / found.lookups
             percent = [100 * float(part.mean()) for part in np.array_split(misses, WINDOWS)]
             config = {"policy": policy, "rows": rows, "context": context}
             paper = {"published": HISPARSE.get((policy, rows))}
-            rate = stream.steps.size / seconds
-            report.add(
-                harness.simulated("policy", config, "missed", "%", percent, **paper),
-                harness.measured("speed", config, "lookups", "lookups/s", [rate]),
-            )
+            report.add(harness.simulated("policy", config, "missed", "%", percent, **paper))
+
+
+def measure_clocks(report: harness.Report, name: str, context: int, seed: int) -> None:
+    """Misses of four requests that share a tier, on a layer of a middle reach."""
+    locality = Locality.load(name)
+    layer, contexts = locality.spread(1)[0], [context] * 4
+    stream, warmup = lab.generate(locality, layer, contexts, sum(CLOCK_STEPS), seed=seed)
+    counted = slice(warmup + CLOCK_STEPS[0], len(stream.steps) - CLOCK_STEPS[2])
+    for ratio, policy in itertools.product(CLOCK_RATIOS, CLOCKS):
+        rows = int(ratio * stream.num_slots)
+        cache = policies.POLICIES[policy](rows, stream.num_slots, stream.steps, seed)
+        found = [(cache.step(topk).sum(), *getattr(cache, "cost", ())) for topk in stream.steps]
+        misses, *cost = np.array(found[counted], float).T
+        facts = {"scanned_per_miss": cost[0].sum() / misses.sum(), "rounds": cost[1].mean(),
+                 "most_rounds": cost[1].max()} if cost else {}  # fmt: skip
+        config = {"locality": name, "context": context, "ratio": ratio, "policy": policy}
+        report.add(harness.simulated("clock", config, "misses", "rows/step", misses, **facts))
 
 
 def measure_organisations(
@@ -117,8 +121,6 @@ def measure_organisations(
     rows = int(RATIO * sum(scenario.contexts))
     budgets = lab.budgets(streams, rows, warmup=warmup, steps=effort.before).rows
     for name, organisation, policy, by_layer in RUNS:
-        if name == "ratio + budgets" and not scenario.own_budgets:
-            continue
         progress(f"{scenario.name}: {name}")
         found = lab.run(
             streams, organisation, policy, budgets if by_layer else rows,
@@ -156,22 +158,25 @@ def summarise(report: harness.Report) -> None:
         report.summarise(f"{policy}_{rows}_missed_percent", value)
         errors.append(abs(value / published - 1))
     report.summarise("published_mean_abs_error", np.mean(errors))
-    for scenario in SCENARIOS:
-        found = {row["config"]["run"]: row["mean"]
-                 for row in report.select("organisation", scenario=scenario.name)}  # fmt: skip
-        if not found:
-            continue
+    by_scenario: dict[str, dict[str, float]] = {}
+    for row in report.select("organisation"):
+        by_scenario.setdefault(row["config"]["scenario"], {})[row["config"]["run"]] = row["mean"]
+    for scenario, found in by_scenario.items():
         for key, run in (("fixed", "fixed"), ("shared", "shared"), ("budgets", "shared + budgets")):
-            report.summarise(f"{key}_vs_ratio_{scenario.name}", found[run] / found["ratio"])
+            report.summarise(f"{key}_vs_ratio_{scenario}", found[run] / found["ratio"])
         best = found["shared + budgets, Belady"]
         value = best and found["shared + budgets"] / best  # 0 where Belady misses nothing
-        report.summarise(f"budgets_vs_belady_{scenario.name}", value)
+        report.summarise(f"budgets_vs_belady_{scenario}", value)
     for rate in RATES:
         found = [row["mean"] for row in report.select("ghost", rate=rate)]
         report.summarise(f"ghost_error_percent_at_{rate:g}", np.mean(found))
-    for policy in policies.POLICIES:
-        value = report.figure("speed", policy=policy, rows=SPEED_ROWS)
-        report.summarise(f"{policy}_lookups_per_s", value)
+    for k, policy in itertools.product(CLOCK_CONTEXTS, CLOCKS[1:]):
+        found, lru = (report.select("clock", context=k << 10, policy=p) for p in (policy, "lru"))
+        value = max(row["mean"] / best["mean"] for row, best in zip(found, lru, strict=True))
+        report.summarise(f"{policy}_vs_lru_{k}k", value)
+    for key in ("scanned_per_miss", "rounds", "most_rounds"):
+        value = max(row[key] for row in report.select("clock", policy="aged_clock"))
+        report.summarise(f"aged_clock_{key}", value)
 
 
 def print_tables(report: harness.Report) -> None:
@@ -207,9 +212,12 @@ def panels(report: harness.Report) -> list[harness.Panel]:
 def main(argv: list[str] | None = None) -> None:
     args = harness.argument_parser(__doc__).parse_args(argv)
     effort = QUICK if args.quick else FULL
-    report, progress, load = harness.Report(), harness.Progress(), harness.OtherLoad()
+    report, progress = harness.Report(), harness.Progress()
     progress("policies")
     measure_policies(report, effort, args.seed)
+    for name, context in itertools.product(("deepseek-v3.2", "glm-5.1"), CLOCK_CONTEXTS):
+        progress(f"clocks: {name}, {context}K")
+        measure_clocks(report, name, context << 10, args.seed)
     for scenario in effort.scenarios:
         streams = measure_organisations(report, scenario, effort, progress, args.seed)
         if scenario is SCENARIOS[0]:
@@ -217,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
             measure_ghosts(report, streams[:: max(1, len(streams) // 4)], effort)
     summarise(report)
     print_tables(report)
-    harness.finish(report, args, *panels(report), other_load=load.ratio())
+    harness.finish(report, args, *panels(report))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@ An oracle knows slots and steps, a list or a dict, and min(): no rows' lists, no
 """
 
 import itertools
+import math
 
 import numpy as np
+
+from sglang_ess.sim.policies.aged_clock import RULE
 
 MASK = (1 << 64) - 1
 
@@ -32,6 +35,16 @@ def stack_stream(steps=60, queries=2, width=8, num_slots=64, seed=0) -> np.ndarr
     return found
 
 
+def first_queries(topk) -> dict[int, int]:
+    """The first query that looks each slot up."""
+    found: dict[int, int] = {}
+    for query, slots in enumerate(topk.tolist()):
+        for slot in slots:
+            if slot >= 0:
+                found.setdefault(slot, query)
+    return found
+
+
 class Oracle:
     """hot: slots and what the policy knows of them. Subclasses say who goes."""
 
@@ -41,11 +54,7 @@ class Oracle:
     def step(self, topk) -> list[int]:
         """Misses by query: hits before misses, none of this step's slots evicted."""
         self.now += 1
-        first_query: dict[int, int] = {}
-        for query, slots in enumerate(topk.tolist()):
-            for slot in slots:
-                if slot >= 0:
-                    first_query.setdefault(slot, query)
+        first_query = first_queries(topk)
         pinned, missed = set(first_query), [s for s in first_query if s not in self.hot]
         for slot in first_query:
             if slot in self.hot:
@@ -111,6 +120,49 @@ class Clock(Oracle):
         else:
             self.ring[self.place] = slot
         self.hot[slot] = False
+
+
+class AgedClock(Oracle):
+    """ring: the slot of each row, or None; hot: the step that used a slot last."""
+
+    def __init__(self, rows, rule=RULE):
+        super().__init__(rows)
+        self.ring, self.hand, self.age, self.rule = [None] * rows, 0, rule.max_age, rule
+
+    def step(self, topk):
+        self.now += 1
+        queues = [[] for _ in topk]
+        for slot, query in first_queries(topk).items():
+            if slot in self.hot:
+                self.hot[slot] = self.now
+            else:
+                queues[query].append(slot)
+        misses, before = [len(queue) for queue in queues], self.age
+        seen = [0, 0]  # rows, and the eligible ones among them
+        while any(queues):
+            age = self.age
+            for queue in filter(None, queues):
+                counts = self.scan(queue, age)
+                seen = [seen[0] + counts[0], seen[1] + counts[1]]
+                if queue and counts[1] * 2**self.rule.barren < counts[0]:
+                    lower = age - max(1, age // 2**self.rule.lower)
+                    self.age = max(0, min(self.age, lower))
+        if self.age == before and seen[1] * 2**self.rule.density > seen[0]:
+            self.age = min(self.rule.max_age, before + max(2, before // 2**self.rule.grow))
+        return misses
+
+    def scan(self, queue, age):
+        """Take the first slots off the queue. Returns the rows passed and the eligible ones."""
+        chunks = math.ceil(len(queue) * 2**self.rule.density / self.rule.chunk)
+        passed = min(chunks * self.rule.chunk, self.rule.span, self.rows)
+        places = [(self.hand + i) % self.rows for i in range(passed)]
+        old = [p for p in places if self.now - self.hot.get(self.ring[p], -math.inf) > age]
+        for place in old[: len(queue)]:
+            self.hot.pop(self.ring[place], None)
+            self.ring[place] = queue.pop(0)
+            self.hot[self.ring[place]] = self.now
+        self.hand = (self.hand + passed) % self.rows
+        return passed, len(old)
 
 
 class Random(Oracle):

@@ -233,15 +233,19 @@ def test_benchmark_reports_every_point(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(policy_lab, "SIZES", (2048, 4096, 8192))
     monkeypatch.setattr(policy_lab, "GHOST_RATIOS", (0.2, 0.6))
     monkeypatch.setattr(policy_lab, "RATES", (1.0, 0.1))
+    monkeypatch.setattr(policy_lab, "CLOCK_STEPS", (4, 6, 3))
+    monkeypatch.setattr(policy_lab, "CLOCK_RATIOS", (0.2,))
     policy_lab.main(["--quick", "--json", str(tmp_path / "lab.json")])
     found = json.loads((tmp_path / "lab.json").read_text())
     kinds = {(row["name"], row["kind"]) for row in found["rows"]}
-    assert kinds == {(name, "simulated") for name in ("policy", "organisation", "ghost")} | {
-        ("speed", "measured")
-    }
-    assert len(found["rows"]) == 2 * 3 * len(policies.POLICIES) + len(policy_lab.RUNS) + 4
+    names = ("policy", "clock", "organisation", "ghost")
+    assert kinds == {(name, "simulated") for name in names}
+    clocks = 2 * len(policy_lab.CLOCKS) * len(policy_lab.CLOCK_CONTEXTS)
+    assert len(found["rows"]) == 3 * len(policies.POLICIES) + clocks + len(policy_lab.RUNS) + 4
     assert all(row["median"] is not None for row in found["rows"])
     summary = found["summary"]
     assert summary["ghost_error_percent_at_1"] < 0.1
+    assert summary["belady_vs_lru_32k"] <= 1 <= summary["clock_vs_lru_128k"]
+    assert summary["aged_clock_most_rounds"] >= summary["aged_clock_rounds"] >= 1
     assert summary["lru_2048_missed_percent"] == pytest.approx(30, abs=3)
     assert "shared + budgets" in capsys.readouterr().out

@@ -15,6 +15,7 @@ GOLDEN = {
     "lru": [128, 96, 62, 49, 47],
     "fifo": [135, 108, 74, 51, 47],
     "clock": [129, 100, 64, 50, 47],
+    "aged_clock": [128, 96, 63, 49, 47],
     "random": [134, 107, 73, 51, 47],
     "belady": [89, 65, 50, 47, 47],
 }
@@ -28,7 +29,7 @@ def total(policy, rows, steps=STREAM, num_slots=SLOTS, seed=0):
 def oracle(policy, rows, steps, seed=0):
     """Misses [steps, queries] of the oracle."""
     extra = {"belady": (steps,), "random": (seed,)}.get(policy, ())
-    other = getattr(oracles, policy.capitalize())(rows, *extra)
+    other = getattr(oracles, policy.title().replace("_", ""))(rows, *extra)
     return np.array([other.step(topk) for topk in steps])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_ess.sim.policies.aged_clock import AgedClock
 from sglang_ess.sim.policies.belady import Belady
 from sglang_ess.sim.policies.clock import Clock
 from sglang_ess.sim.policies.fifo import Fifo
@@ -21,6 +22,7 @@ POLICIES: dict[str, Callable[[int, int, np.ndarray, int], Any]] = {
     "lru": lambda rows, slots, steps, seed: Lru(rows, slots),
     "fifo": lambda rows, slots, steps, seed: Fifo(rows, slots),
     "clock": lambda rows, slots, steps, seed: Clock(rows, slots),
+    "aged_clock": lambda rows, slots, steps, seed: AgedClock(rows, slots),
     "random": lambda rows, slots, steps, seed: Random(rows, slots, seed),
     "belady": lambda rows, slots, steps, seed: Belady(rows, slots, steps),
 }

@@ -19,6 +19,7 @@ class Policy:
     slot_row [slots] int32: the row of a hot slot, else -1
     row_slot [rows] int32: the slot in a row, else -1
     row_step [rows] int64: the step that used the row last; occupied: rows below it are in use
+    query_misses [queries] int64: misses of the last step, by query
     Raises: ValueError for rows outside 1 to num_slots.
     """
 
@@ -30,6 +31,7 @@ class Policy:
         self.row_slot = np.full(rows, -1, np.int32)
         self.row_step = np.full(rows, -1, np.int64)
         self._used = self._missed = np.empty(0, np.int32)
+        self.query_misses = np.zeros(0, np.int64)
 
     def step(self, topk: np.ndarray) -> np.ndarray:
         """Look up topk [queries, K] int32 slots, -1 pads. Returns misses [queries] int64.
@@ -39,7 +41,7 @@ class Policy:
         """
         if topk.size > len(self._used):
             self._used, self._missed = np.empty(topk.size, np.int32), np.empty(topk.size, np.int32)
-        misses = np.zeros(len(topk), np.int64)
+        misses = self.query_misses = np.zeros(len(topk), np.int64)
         used, missed = look_up(
             topk, self.slot_row, self.row_step, self.steps, self._used, self._missed, misses
         )
