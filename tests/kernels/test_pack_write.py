@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 from ess_kernels import pack_write as module
 from ess_kernels.checks import interpreted
@@ -165,6 +166,26 @@ def test_several_steps_of_every_program(row, n, rows_per_step, device, monkeypat
         rows = upstream_rows(nope, rope)
     tiers.expect(slots, rows)
     tiers.check()
+
+
+@pytest.mark.skipif(not interpreted(), reason="a GPU does not say where its lanes store")
+@pytest.mark.parametrize("row", [FP8, BF16], ids=["fp8", "bf16"])
+def test_lanes_begin_at_the_start_of_a_host_line(row, device, monkeypatch):
+    store, first_lanes = interpreter.InterpreterBuilder.create_masked_store, []
+    tiers, (nope, rope) = Tiers(row, PAGE, device), latents(20, row, device)
+    begin = tiers.host.data_ptr()
+    end = begin + tiers.host.stride(0) * PAGE * tiers.host.itemsize
+
+    def noted(builder, pointers, value, mask, *rest):
+        addresses = pointers.data[mask.data.any(axis=(1, 2))]
+        if ((addresses >= begin - 128) & (addresses < end)).all():
+            first_lanes.extend(addresses[:, 0, 0] % 128)
+        return store(builder, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", noted)
+    slots = torch.arange(20, device=device)
+    pack_write(nope, rope, slots, tiers.slot_row, tiers.hot, tiers.host)
+    assert first_lanes == [0] * 20
 
 
 def packed_rows(nope, rope, width=FP8_ROW_BYTES):
