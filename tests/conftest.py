@@ -32,6 +32,7 @@ if interpreted():
     interpreter.make_fast()
 
 PACKAGE = Path(sglang_ess.__file__).parent
+COMPILING = pytest.StashKey[subprocess.Popen]()
 SLOTS = 40_000  # SGLang's default is most of the machine's memory
 
 
@@ -50,7 +51,14 @@ def pytest_sessionstart(session):
     several = getattr(session.config.option, "numprocesses", None)
     if several and not any(PACKAGE.rglob("*.nbi")):
         code = "from sglang_ess.launch.compile_kernels import warm_up; warm_up()"
-        subprocess.run([sys.executable, "-c", code], check=False)
+        session.config.stash[COMPILING] = subprocess.Popen([sys.executable, "-c", code])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    """No process runs a test before the kernels are compiled; all import while they are."""
+    if COMPILING in node.config.stash:
+        node.config.stash[COMPILING].wait()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -4,8 +4,6 @@ import json
 import logging
 import math
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.values import MultiProcessValue
 
 from sglang_ess import metrics
 from sglang_ess.admission.policy import HOT_TIER, Admission, AdmissionLimits
@@ -167,29 +166,17 @@ def test_rows_that_move_between_layers():
 
 # --- Prometheus -------------------------------------------------------------------------
 
-WRITER = """
-from tests.test_metrics import LABELS, decode, make_pool
-from sglang_ess.mem_cache.pool import EssTokenToKVPool
-from sglang_ess.metrics import Exporter, Metrics
-pool, taken, exporter = make_pool(), Metrics(), Exporter(LABELS, [3, 4])
-for slots in ([1, 2, 3, 4], [5, 6, 7, 8]):
-    decode(pool, [1, 2, 3, -1], slots)
-    exporter.update(taken.snapshot(pool, 20))
-exporter.observe_request(120)
-exporter.observe_request(5)
-"""
 
-
-def test_prometheus_in_several_processes(tmp_path):
+def test_prometheus_in_several_processes(tmp_path, monkeypatch):
     """As in SGLang, the scheduler writes files and the HTTP process collects them."""
-    done = subprocess.run(
-        [sys.executable, "-c", WRITER],
-        env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr("prometheus_client.values.ValueClass", MultiProcessValue())
+    pool, taken, exporter = make_pool(), Metrics(), Exporter(LABELS, [3, 4], CollectorRegistry())
+    for slots in ([1, 2, 3, 4], [5, 6, 7, 8]):
+        decode(pool, [1, 2, 3, -1], slots)
+        exporter.update(taken.snapshot(pool, 20))
+    exporter.observe_request(120)
+    exporter.observe_request(5)
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(tmp_path))
     text = generate_latest(registry).decode()

@@ -353,9 +353,10 @@ def test_a_broken_contract_stops_the_process(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.metadata as m; real = m.version\n"
         "m.version = lambda name: '0.5.22' if name == 'sglang' else real(name)\n"
-        "from ess_patches import hooks\n"
+        "import ess_patches; from ess_patches.contract import Hook\n"
         "row = 'sglang.srt.plugins.load_plugins', 'around', '(nope)', 'os:getcwd', 'r.'\n"
-        "hooks.HOOKS += (hooks.Hook(*row),)"
+        # Without the other rows, which would be imported: all are checked above and by the doctor.
+        "ess_patches.all_hooks = lambda: (Hook(*row),)"
     )
     done = subprocess.run(
         [sys.executable, "-c", "from sglang.srt.plugins import load_plugins; load_plugins()"],

@@ -24,12 +24,15 @@ class Forked:
     """What tools.processes needs of a subprocess.Popen, in a session of its own.
 
     command: [interpreter, "-m", module, *arguments]; log: continued with stdout and stderr
-    env: all of its variables
+    env: all of its variables; folder: where it runs; default: this process's
     """
 
-    def __init__(self, command: list[str], log: Path, env: dict[str, str]):
+    def __init__(
+        self, command: list[str], log: Path, env: dict[str, str], folder: Path | None = None
+    ):
         self.args = command
-        self._process = context.Process(target=_run, args=(command[2:], str(log), dict(env)))
+        arguments = (command[2:], str(log), dict(env), folder or Path.cwd())
+        self._process = context.Process(target=_run, args=arguments)
         self._process.start()
         self.pid = self._process.pid
 
@@ -62,12 +65,14 @@ class ForkedNode(Node):
         return Forked(self.command, self.log, self.env)
 
 
-def run(module: str, *arguments: str, log: Path, seconds: float = 300) -> int | None:
+def run(
+    module: str, *arguments: str, log: Path, folder: Path | None = None, seconds: float = 300
+) -> int | None:
     """Exit status of a module that ends by itself; None if it did not, and is killed.
 
-    log: its stdout and stderr
+    log: its stdout and stderr; folder: where it runs; default: this process's
     """
-    process = Forked([sys.executable, "-m", module, *arguments], log, {**os.environ})
+    process = Forked([sys.executable, "-m", module, *arguments], log, {**os.environ}, folder)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -102,10 +107,11 @@ def use_host_transport() -> None:
     Scheduler.init_disaggregation = initialize_on_host
 
 
-def _run(argv: list[str], log: str, env: dict[str, str]) -> None:
+def _run(argv: list[str], log: str, env: dict[str, str], folder: Path) -> None:
     """Body of the process. argv: of the module, its name first"""
     os.setsid()
     end_with_parent()
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
     set_thread_defaults()

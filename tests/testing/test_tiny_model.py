@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +19,7 @@ from sglang_ess.testing.tiny_model import (
     write_tiny_model,
 )
 from sglang_ess.testing.tiny_tokenizer import NUM_BYTES, SPECIAL_TOKENS, VOCAB_SIZE
+from tests.support import forked
 from tests.support.oracle import reference_model, summed_otherwise
 
 TOKENS = 1100
@@ -436,9 +435,9 @@ def test_command_line_refusals(capsys, tmp_path):
 
 
 def test_command_line_writes_and_overwrites(tmp_path):
-    command = [sys.executable, "-m", "sglang_ess.tiny_model", "--out", tmp_path / "m"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("wrote ") and not done.stderr
+    log = tmp_path / "log"
+    assert forked.run("sglang_ess.tiny_model", "--out", str(tmp_path / "m"), log=log) == 0
+    assert re.fullmatch(r"wrote .*\n", log.read_text())
     small = "--layers 2 --experts 4 --topk-groups 2 --index-topk 64".split()
     assert main(["--out", str(tmp_path / "m"), *small]) == 0
     config = json.loads((tmp_path / "m" / "config.json").read_text())
