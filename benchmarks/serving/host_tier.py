@@ -101,7 +101,7 @@ def measure(report: harness.Report, num_bytes: int, rounds: int, progress: Calla
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.argument_parser(__doc__)
-    parser.add_argument("--gib", type=float, default=4, help="at most half of what is free [4]")
+    parser.add_argument("--gib", type=float, default=1, help="at most half of what is free [1]")
     args = parser.parse_args(argv)
     report, load = harness.Report(), harness.OtherLoad()
     num_bytes = int(min(args.gib * GIB, free_host_bytes() / 2)) // (2 * MIB) * 2 * MIB
