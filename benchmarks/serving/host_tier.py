@@ -12,7 +12,8 @@ first part, which this measures. Systems, in turn in each round, each with a new
 
 Locking itself is not measured, nor NUMA. A sample counts only if the process has grown by its
 bytes. Just before it, the same number of bytes is touched and given back untimed: a hypervisor may
-have taken free pages away, and would give them back inside the sample.
+have taken free pages away, and would give them back inside the sample. On a busy virtual machine it
+does so all the same if --gib is large.
 
 The summary: touch_gib_s_before, touch_gib_s_one_thread, touch_gib_s_after; cpu_gib_s_...: GiB for a
 second of CPU time of all threads, which other people's load changes least; speedup (after / before,
