@@ -25,11 +25,13 @@ from ess_kernels.checks import interpreted  # noqa: E402
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model  # noqa: E402
 from tests.disagg import cluster  # noqa: E402
 from tests.support import engine, groups, interpreter, launching, leftovers  # noqa: E402
+from tests.support.cuda_host import host  # noqa: E402
 from tests.support.forked import ForkedNode  # noqa: E402
 from tests.support.server import Server, free_port  # noqa: E402
 
 if interpreted():
     interpreter.make_fast()
+    host.stand_in()
 
 PACKAGE = Path(sglang_ess.__file__).parent
 COMPILING = pytest.StashKey[subprocess.Popen]()

@@ -61,6 +61,7 @@ class PackOptions(TypedDict, total=False):
     """What pack_write may be given besides: see there."""
 
     first_slot: int
+    keeps_cold: bool
     packed: torch.Tensor | None
     main_ready: torch.Tensor | None
 
@@ -167,6 +168,7 @@ def _pack_write_kernel(
     BLOCK_PIECES: tl.constexpr,  # a power of two: a row's pieces and those before it in its line
     ROWS_PER_STEP: tl.constexpr,
     FP8: tl.constexpr,
+    STORES_HOT: tl.constexpr,
 ):
     UNITS: tl.constexpr = 16 if FP8 else 2  # of a piece
     share = tl.cdiv(num_rows, tl.num_programs(0))
@@ -190,7 +192,8 @@ def _pack_write_kernel(
                 nope_ptr, rope_ptr, row, piece, inside, NOPE_STRIDE, ROPE_STRIDE, NOPE_PIECES
             )
         _store(host_ptr, slot, piece, inside & saved[:, None], values, HOST_STRIDE, UNITS)
-        _store(hot_ptr, hot, piece, inside & (hot >= 0)[:, None], values, HOT_STRIDE, UNITS)
+        if STORES_HOT:
+            _store(hot_ptr, hot, piece, inside & (hot >= 0)[:, None], values, HOT_STRIDE, UNITS)
         if packed_ptr is not None:
             _store(packed_ptr, row, piece, inside, values, PACKED_STRIDE, UNITS)
     if ready_ptr is not None:
@@ -222,6 +225,15 @@ def _check(nope, rope, slots, slot_row, hot_rows, host_rows, options: PackOption
         check_tensor("main_ready", ready, torch.int64, (1,), device)
 
 
+def packable(
+    latents: torch.Tensor, rope_keys: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the dtypes that pack_write takes for these rows. Models compute in them already."""
+    fp8 = rows.dtype == torch.uint8
+    latents = latents if fp8 else latents.to(rows.dtype)
+    return latents, rope_keys.to(torch.bfloat16 if fp8 else rows.dtype)
+
+
 def pack_write(
     nope: torch.Tensor,
     rope: torch.Tensor,
@@ -245,6 +257,7 @@ def pack_write(
                uint8 (fp8: width 656, or 528 without rope) or of the latents' dtype (512 + r)
     first_slot  lower slots go to `packed` alone: SGLang points the padding of a batch at its first
                page, which nobody reads. Default 0
+    keeps_cold  store no hot rows: a plan fetches them later. Default False
     packed     [n, ..., width] like hot_rows: gets all rows, in order. Default: None
     main_ready  [1] int64 on the device: becomes the larger of its value and the GPU's clock
                (%globaltimer, ns) when the last program ends; under the interpreter
@@ -295,6 +308,7 @@ def pack_write(
             BLOCK_PIECES=triton.next_power_of_2(pieces + LINE_PIECES.value - 1),
             ROWS_PER_STEP=ROWS_PER_STEP,
             FP8=fp8,
+            STORES_HOT=not options.get("keeps_cold", False),
             num_warps=WARPS,
         )
     if ready is not None and interpreted():

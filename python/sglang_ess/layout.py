@@ -44,8 +44,7 @@ STAGING_BUFFERS = 2  # prefill fills one while attention reads the other
 
 # One plan covers at most this many queries; a larger decode batch is planned in blocks.
 PLAN_QUERIES_CPU = 64
-PLAN_QUERIES_CUDA = 256
-PACK_ROWS_CUDA = 16_384  # rows packed at once without a list of places of their own
+PLAN_QUERIES_CUDA = 2048  # 512 requests, the most that SGLang captures, of 4 queries each
 PLAN_LOOKUP_BYTES_CPU = 12  # buffers of a plan on the CPU, per lookup
 
 

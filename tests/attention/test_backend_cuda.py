@@ -14,11 +14,12 @@ from sglang.srt.model_executor.runner_utils import capture_mode
 from torch.overrides import TorchFunctionMode
 from triton.runtime import interpreter
 
-from sglang_ess.attention import backend_cuda, half_batch
+from ess_kernels import plan_fetch
+from sglang_ess.attention import backend_cuda, half_batch, two_tier_decode
 from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
 from sglang_ess.attention.two_tier_decode import TwoTierDecode
 from sglang_ess.tiers.contract import RowCorruption
-from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
+from sglang_ess.tiers.hot_cache_cuda import DeviceTier
 from tests.support.device_tier import launches_are_late
 from tests.support.small_backend import (
     HEADS,
@@ -126,42 +127,40 @@ def test_padding_that_the_metadata_lacks_is_not_cut(build, late):
 # --- faults: each must show ---
 
 
+def the_map_is_read_before_the_plan(monkeypatch):
+    """pack_write may run beside the plan: here it sees which slots were hot before it."""
+    reserve, pack_write, maps = DeviceTier.reserve, two_tier_decode.pack_write, {}
+
+    def snapshot(tier, *args):
+        reserve(tier, *args)
+        maps.update(
+            (one.state.slot_row.data_ptr(), one.state.slot_row.clone()) for one in tier.caches
+        )
+
+    def early(latents, rope, slots, slot_row, *args, **options):
+        slot_row = maps.get(slot_row.data_ptr(), slot_row)
+        pack_write(latents, rope, slots, slot_row, *args, **options)
+
+    monkeypatch.setattr(DeviceTier, "reserve", snapshot)
+    monkeypatch.setattr(two_tier_decode, "pack_write", early)
+
+
 def no_reserve(monkeypatch):
-    monkeypatch.setattr(
-        DeviceHotCache, "reserve", lambda cache, slots, _: torch.full_like(slots, -1)
-    )
-
-
-def claim_after_write(monkeypatch):
-    reserve, write, waiting = TwoTierDecode.reserve, TwoTierDecode.write, []
-
-    def later(decode, *args):
-        waiting.append(args)
-        return True
-
-    def write_first(decode, *args):
-        write(decode, *args)
-        while waiting:
-            reserve(decode, *waiting.pop())
-
-    monkeypatch.setattr(TwoTierDecode, "reserve", later)
-    monkeypatch.setattr(TwoTierDecode, "write", write_first)
+    monkeypatch.setattr(plan_fetch, "install", lambda *_, **options: None)
+    the_map_is_read_before_the_plan(monkeypatch)
 
 
 def no_invalidate(monkeypatch):
-    monkeypatch.setattr(DeviceHotCache, "invalidate", lambda cache, slots: None)
+    monkeypatch.setattr(DeviceTier, "invalidate", lambda tier, slots: None)
 
 
-def writes_before_rows_are_reserved(monkeypatch):
-    reserve = TwoTierDecode.reserve
+def new_rows_reach_the_host_only(monkeypatch):
+    pack_write = two_tier_decode.pack_write
 
-    def without_event(decode, step, *args):
-        fits = reserve(decode, step, *args)
-        step.reserved = None
-        step.targets.fill_(-1)  # what is there until the kernel has run
-        return fits
+    def cold(latents, rope, slots, slot_row, *args, **options):
+        pack_write(latents, rope, slots, torch.full_like(slot_row, -1), *args, **options)
 
-    monkeypatch.setattr(TwoTierDecode, "reserve", without_event)
+    monkeypatch.setattr(two_tier_decode, "pack_write", cold)
 
 
 def no_wait(monkeypatch):
@@ -173,10 +172,9 @@ def no_wait(monkeypatch):
     [
         (no_reserve, "off", HOT_ROWS, False),
         (no_reserve, "da", HOT_ROWS, False),
-        (claim_after_write, "da", HOT_ROWS, False),
-        (no_invalidate, "da", 16, False),
-        (writes_before_rows_are_reserved, "da", HOT_ROWS, True),
-        (writes_before_rows_are_reserved, "dba", HOT_ROWS, True),
+        (no_invalidate, "off", 14, False),
+        (new_rows_reach_the_host_only, "off", HOT_ROWS, False),
+        (new_rows_reach_the_host_only, "dba", HOT_ROWS, True),
         (no_wait, "da", 18, True),
         (no_wait, "off", HOT_ROWS, True),
     ],
@@ -187,7 +185,13 @@ def test_a_fault_is_noticed(build, monkeypatch, fault, overlap, hot_rows, needs_
     fault(monkeypatch)
     # Out of bounds: rows of a plan that has not run yet.
     with pytest.raises((AssertionError, IndexError), match="not close|out of bounds"):
-        serve(build(overlap, hot_rows=hot_rows, warmup="off"))
+        serve(build(overlap, hot_rows=hot_rows, warmup="off", sizes=(1, 2)))
+
+
+@pytest.mark.parametrize("overlap", ["off", "da", "dba"])
+def test_new_rows_may_be_written_beside_the_plan(build, monkeypatch, overlap):
+    the_map_is_read_before_the_plan(monkeypatch)
+    serve(build(overlap))
 
 
 # --- a captured step ---

@@ -18,10 +18,10 @@ from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
 from sglang_ess.tiers.topk_observer import TopkObserver
 from tests.support import small_backend
 from tests.support.device_tier import LateStream, launches_are_late
-from tests.support.small_backend import PAGE, TOPK, Backend, Run, Upstream
+from tests.support.small_backend import PAGE, TOPK, Backend, Pool, Run, Upstream
 
 ROOMY = 28  # three queries and their new rows
-NO_ROOM, TWO_PLANS, COLUMNS = 16, 12, 5  # for two queries' new rows; with room for them; for none
+NO_ROOM, TWO_PLANS, COLUMNS = 16, 12, 5  # for two queries' new rows; for both; for one
 
 
 serve = partial(small_backend.serve, tokens=(20, 12))  # more than hot rows
@@ -61,7 +61,7 @@ def test_copies_that_are_as_early_as_can_be(build):
     ("sizes", "overlap", "rows", "max_queries", "is_late"),
     [((3,), "dba", NO_ROOM, 6, False), ((1, 2), "off", TWO_PLANS, 6, True),
      ((1, 2), "da", COLUMNS, 6, True), ((3,), "dba", ROOMY, 1, False)],
-    ids=["no room to reserve", "two plans, reserved", "by columns", "queries of a plan"],
+    ids=["no room to reserve", "two plans", "by columns", "queries of a plan"],
 )  # fmt: skip
 def test_a_tier_that_is_too_small(
     build, monkeypatch, sizes, overlap, rows, max_queries, is_late
@@ -116,11 +116,18 @@ def log(monkeypatch, late):
     """
     log, now = [], []
     fetch, launch = DeviceHotCache.fetch, LateStream.launch
+    plan_and_fetch = DeviceHotCache.plan_and_fetch
 
     def labelled(cache, planned, layer=0):
         now.append((cache._tier.num_layers, layer))
         fetch(cache, planned, layer)
         now.pop()
+
+    def labelled_first(cache, topk, warm=False):
+        now.append((cache._tier.num_layers, 0))
+        planned = plan_and_fetch(cache, topk, warm)
+        now.pop()
+        return planned
 
     def logged(stream, run):
         label = tuple(now)
@@ -128,6 +135,7 @@ def log(monkeypatch, late):
         launch(stream, lambda: (log.extend(("ran", *one) for one in label), run()))
 
     monkeypatch.setattr(DeviceHotCache, "fetch", labelled)
+    monkeypatch.setattr(DeviceHotCache, "plan_and_fetch", labelled_first)
     monkeypatch.setattr(LateStream, "launch", logged)
     for owner, name, entry in (
         (Backend, "forward_decode", lambda args: ("layer", args[4].layer_id)),
@@ -231,7 +239,7 @@ def test_the_coordinator_answers_for_the_layer_under_way_only(build, monkeypatch
 
 
 def wrong_layer_of_the_group(monkeypatch):
-    fetch = DeviceHotCache.fetch
+    fetch, plan_and_fetch = DeviceHotCache.fetch, DeviceHotCache.plan_and_fetch
 
     def of_another(cache, planned, layer=0):
         hosts = cache.host_layers
@@ -239,7 +247,14 @@ def wrong_layer_of_the_group(monkeypatch):
         fetch(cache, planned, layer)
         cache.host_layers = hosts
 
+    def of_the_last(cache, topk, warm=False):
+        host, cache.host_rows = cache.host_rows, cache.host_layers[-1]
+        planned = plan_and_fetch(cache, topk, warm)
+        cache.host_rows = host
+        return planned
+
     monkeypatch.setattr(DeviceHotCache, "fetch", of_another)
+    monkeypatch.setattr(DeviceHotCache, "plan_and_fetch", of_the_last)
 
 
 def third_layer_is_not_fetched(monkeypatch):
@@ -251,23 +266,29 @@ def third_layer_is_not_fetched(monkeypatch):
 
 
 def third_layers_prompt_is_not_updated(monkeypatch):
-    update = DeviceHotCache.update
-    monkeypatch.setattr(
-        DeviceHotCache, "update",
-        lambda cache, layer, *args: update(cache, layer, *args) if layer != 2 else None,
-    )  # fmt: skip
+    write = Pool.write_prompt
+
+    def to_the_host_only(pool, layer_id, slots, rows):
+        cache = pool.hot_caches[0]
+        kept = cache.hot_layers
+        cache.hot_layers = (*kept[:2], kept[2].clone())
+        write(pool, layer_id, slots, rows)
+        cache.hot_layers = kept
+
+    monkeypatch.setattr(Pool, "write_prompt", to_the_host_only)
 
 
 def third_layers_new_row_is_not_hot(monkeypatch):
-    write = TwoTierDecode.write
+    write, pack_write = TwoTierDecode.write, two_tier_decode.pack_write
 
-    def to_the_host_only(decode, step, rows):
-        targets = step.targets
-        if step.position == 2:
-            step.targets = None
-        write(decode, step, rows)
-        step.targets = targets
+    def cold(latents, rope, slots, slot_row, *args, **options):
+        pack_write(latents, rope, slots, torch.full_like(slot_row, -1), *args, **options)
 
+    def to_the_host_only(decode, step, *args):
+        two_tier_decode.pack_write = cold if step.position == 2 else pack_write
+        write(decode, step, *args)
+
+    monkeypatch.setattr(two_tier_decode, "pack_write", pack_write)
     monkeypatch.setattr(TwoTierDecode, "write", to_the_host_only)
 
 
@@ -295,13 +316,40 @@ def later_layers_wait_for_the_first_ones_fetch(monkeypatch):
 def rows_are_fetched_before_they_are_saved(monkeypatch):
     start = TwoTierDecode.start
 
-    def as_if_it_wrote_nothing(decode, step, topk):
-        slots, step.slots = step.slots, None
-        started = start(decode, step, topk)
-        step.slots = slots
+    def as_if_they_were_reserved(decode, step, *args):
+        reserved, step.reserved = step.reserved, True
+        started = start(decode, step, *args)
+        step.reserved = reserved
         return started
 
-    monkeypatch.setattr(TwoTierDecode, "start", as_if_it_wrote_nothing)
+    monkeypatch.setattr(TwoTierDecode, "start", as_if_they_were_reserved)
+    fetches_read_when_they_are_issued(monkeypatch)
+
+
+def fetches_read_when_they_are_issued(monkeypatch):
+    """As a fetch may that runs beside the main stream; it writes when somebody waits for it."""
+    fetch, plan_and_fetch = DeviceHotCache.fetch, DeviceHotCache.plan_and_fetch
+
+    def early(cache, planned, layer=0):
+        hosts, cache.host_layers = cache.host_layers, tuple(h.clone() for h in cache.host_layers)
+        fetch(cache, planned, layer)
+        cache.host_layers = hosts
+
+    def early_first(cache, topk, warm=False):
+        host, cache.host_rows = cache.host_rows, cache.host_rows.clone()
+        planned = plan_and_fetch(cache, topk, warm)
+        cache.host_rows = host
+        return planned
+
+    monkeypatch.setattr(DeviceHotCache, "fetch", early)
+    monkeypatch.setattr(DeviceHotCache, "plan_and_fetch", early_first)
+
+
+@pytest.mark.parametrize("rows", [ROOMY, NO_ROOM, TWO_PLANS])
+@pytest.mark.parametrize("overlap", ["off", "da"])
+def test_fetches_may_read_as_soon_as_they_are_issued(build, late, monkeypatch, overlap, rows):
+    fetches_read_when_they_are_issued(monkeypatch)
+    serve(build(overlap, hot_rows=rows, sizes=(1, 3), warmup="off"))
 
 
 def passes_are_not_kept(monkeypatch):
@@ -312,9 +360,9 @@ def only_the_first_layer_is_warmed(monkeypatch):
     warm = DeviceHotCache.warm
 
     def of_one(cache, topk):
-        layers, cache.host_layers = cache.host_layers, cache.host_layers[:1]
+        layers, cache.num_layers = cache.num_layers, 1
         warm(cache, topk)
-        cache.host_layers = layers
+        cache.num_layers = layers
 
     monkeypatch.setattr(DeviceHotCache, "warm", of_one)
 
@@ -332,7 +380,7 @@ def only_the_first_layer_is_warmed(monkeypatch):
         (early_fetch_is_missed, "off", NO_ROOM, False),
         (later_layers_do_not_wait, "da", ROOMY, True),
         (later_layers_wait_for_the_first_ones_fetch, "off", ROOMY, True),
-        (rows_are_fetched_before_they_are_saved, "off", NO_ROOM, False),
+        (rows_are_fetched_before_they_are_saved, "off", NO_ROOM, True),
         (passes_are_not_kept, "off", TWO_PLANS, False),
     ],
 )

@@ -54,8 +54,8 @@ def decode(monkeypatch):
         monkeypatch.setattr(two_tier_decode, "wait", lambda event: transfer.wait(event))
         if hold:
             for cache in tier.caches:
-                copy_rows = cache.fetch
-                cache.fetch = hold_back(transfer, copy_rows)
+                cache.fetch = hold_back(transfer, cache.fetch)
+                cache.plan_and_fetch = in_two(cache)
         return TwoTierDecode(tier, transfer, attend, merge_state_triton), host
 
     return build
@@ -74,6 +74,17 @@ def hold_back(transfer, copy_rows):
     return fetch
 
 
+def in_two(cache):
+    """plan_and_fetch whose copies can be held back."""
+
+    def plan_and_fetch(topk):
+        planned = cache.plan(topk)
+        cache.fetch(planned)
+        return planned
+
+    return plan_and_fetch
+
+
 def draw(random, queries, width, universe=SLOTS):
     topk = np.stack([random.permutation(universe)[:width] for _ in range(queries)])
     topk[random.random(topk.shape) < 0.15] = -1
@@ -90,7 +101,7 @@ def run(decode, layer, q, topk, mode):
         half = len(topk) // 2
         decode.plan_half(step, topk[:half], 0, len(topk))
         decode.plan_half(step, topk[half:], half, len(topk))
-    if not decode.start(step, topk):
+    if not decode.start(step, topk, mode):
         return decode.in_passes(step, q, topk)
     return decode.finish(q, step, mode)
 
@@ -118,7 +129,7 @@ def test_a_tier_smaller_than_the_batchs_union(decode, rows, width):
     for _ in range(2):
         q, topk = torch.randn(3, HEADS, 576), draw(random, 3, width, 60)
         step = two_tier.layer(0)
-        assert not two_tier.start(step, topk)
+        assert not two_tier.start(step, topk, Mode.OFF)
         out = two_tier.in_passes(step, q, topk)
         torch.testing.assert_close(out, expected(q, host[0], topk), atol=2e-6, rtol=1e-5)
 
@@ -196,13 +207,14 @@ def test_halves_of_a_pass_that_failed_are_not_taken_for_the_next_ones(decode):
     two_tier.plan_half(step, failed[:2], 0, 4)
     two_tier.plan_half(step, failed[2:], 2, 4)
     step = two_tier.layer(0)
-    assert two_tier.start(step, topk)
+    assert two_tier.start(step, topk, Mode.DA)
     out = two_tier.finish(q, step, Mode.DA)
     torch.testing.assert_close(out, expected(q, host[0], topk), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mode", [Mode.OFF, Mode.DA])
 @pytest.mark.parametrize("rows", [90, 32, 20], ids=["reserved", "no room: fetched", "passes"])
-def test_a_row_written_in_this_step_is_read(decode, rows):
+def test_a_row_written_in_this_step_is_read(decode, rows, mode):
     two_tier, host = decode(rows=rows, topk=10, hold=False)
     random = np.random.default_rng(5)
     for _ in range(4):
@@ -211,14 +223,14 @@ def test_a_row_written_in_this_step_is_read(decode, rows):
         topk = draw(random, 3, 10)
         topk[:, 0] = written.int()
         topk[:, 1:][torch.isin(topk[:, 1:], written.int())] = -1
-        step = two_tier.layer(0, written)
-        early = two_tier.reserve(step, topk.shape[1]) and rows == 90
-        planned = early and two_tier.start(step, topk)
-        two_tier.write(step, values)
+        early = two_tier.reserve(written, topk.shape[1])
+        step = two_tier.layer(0, early)
+        planned = early and two_tier.start(step, topk, mode)
+        two_tier.write(step, values[..., :512], values[..., 512:], written)
         assert torch.equal(host[0][written], values)
         q = torch.randn(3, HEADS, 576)
-        planned = planned or two_tier.start(step, topk)
-        out = two_tier.finish(q, step, Mode.DA) if planned else two_tier.in_passes(step, q, topk)
+        planned = planned or two_tier.start(step, topk, mode)
+        out = two_tier.finish(q, step, mode) if planned else two_tier.in_passes(step, q, topk)
         torch.testing.assert_close(out, expected(q, host[0], topk), atol=2e-6, rtol=1e-5)
     two_tier.tier.caches[0].check_rows(np.arange(rows), "layer 0")
 

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from ess_kernels.fetch import fetch
+from ess_kernels.plan import plan
 
 from benchmarks.harness import ROOT, Report, failed, measured, plot, print_failed
 from benchmarks.kernels import __main__ as kernels
@@ -17,8 +19,6 @@ from benchmarks.kernels import figures
 from benchmarks.kernels import plan as plan_benchmark
 from benchmarks.kernels.points import MINIATURE, PAGE, Run, Sizes, Steady, host_tier
 from benchmarks.kernels.timing import Bench, Subject, WrongResult, require
-from ess_kernels.fetch import fetch
-from ess_kernels.plan import plan
 from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
 
 HAS_CUDA = torch.cuda.is_available()

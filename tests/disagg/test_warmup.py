@@ -12,6 +12,7 @@ from sglang_ess.disagg import decode_side, prefill_side
 from sglang_ess.disagg.metadata import EssMetadataBuffers
 from sglang_ess.disagg.payload import HEADER, ITEM_BYTES, encode
 from sglang_ess.disagg.prefill_side import PromptEndRecorder
+from sglang_ess.mem_cache.pool import slots_at
 from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.tiers.topk_observer import PassQueries
 
@@ -65,9 +66,12 @@ def hot_pool():
     pool = SimpleNamespace(warmed=[[] for _ in range(GROUPS)])
     pool.capacity = SimpleNamespace(geometry=SimpleNamespace(topk=TOPK))
     pool.groups = IndexGroups.single(GROUPS)
-    pool.warm = lambda group, topk: pool.warmed[group].extend(
-        row[row >= 0].tolist() for row in topk.numpy()
-    )
+
+    def warm(table_row, positions):
+        for warmed, queries in zip(pool.warmed, positions, strict=True):
+            warmed += [row[row >= 0].tolist() for row in slots_at(table_row, queries).numpy()]
+
+    pool.warm_request = warm
     return pool
 
 

@@ -11,8 +11,7 @@ from ess_kernels.checks import interpreted
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache import capacity
 from sglang_ess.mem_cache.allocator import EssPagedAllocator
-from sglang_ess.mem_cache.capacity import GPU_TIER, GPU_TIER_THAT_MOVES, Capacity, Geometry
-from sglang_ess.tiers.balance.budgets import Budgets
+from sglang_ess.mem_cache.capacity import GPU_TIER, Capacity, Geometry
 from sglang_ess.tiers.index_groups import IndexGroups
 from tests.support import device_tier
 from tests.support.hot_state import check_state
@@ -38,10 +37,10 @@ def build(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # SGLang's, without asking
 
     def make(slots=256, hot_rows=100, dtype=torch.float8_e4m3fn, context=200, start_layer=0,
-             tier=GPU_TIER, sizes=(1,) * LAYERS):  # fmt: skip
+             sizes=(1,) * LAYERS):  # fmt: skip
         width, groups = WIDTHS[dtype], IndexGroups(sizes)
         geometry = Geometry(
-            groups.layers, width * dtype.itemsize, len(sizes) * 132, TOPK, context, PAGE, tier,
+            groups.layers, width * dtype.itemsize, len(sizes) * 132, TOPK, context, PAGE, GPU_TIER,
             groups=groups,
         )  # fmt: skip
         decided = Capacity(geometry, slots, hot_rows, device_limit_bytes=1 << 40)
@@ -63,19 +62,24 @@ def latents(n, seed=0):
 
 
 def write(pool, slots, seed, layers=None):
-    """SGLang's setter in some layers; a row of its own in each. Returns the rows by layer."""
-    rows = {}
+    """SGLang's setter in a prefill pass, a row of its own in each layer. Returns them by layer.
+
+    layers: in these alone, and not in a pass
+    """
+    rows, loc = {}, torch.tensor(slots)
+    if layers is None:
+        pool.begin_prompts([0], [len(loc)], torch.zeros(1, 0, dtype=torch.int32), loc)
     for layer in range(pool.layer_num) if layers is None else layers:
-        loc = torch.tensor(slots)
         k, rope = latents(len(slots), seed * 10 + layer)
         pool.set_mla_kv_buffer(SimpleNamespace(layer_id=pool.start_layer + layer), loc, k, rope)
-        rows[layer] = pool.pack(k, rope)
+        rows[layer] = pool.pack(k, rope, loc)
     return rows
 
 
 def hot(pool, group) -> set[int]:
-    state, owned = pool.hot_caches[group].state, pool.tier.parts[0][1].owned
-    check_state(state, owned and owned.layer(group))
+    pool.transfer.join()
+    state = pool.hot_caches[group].state
+    check_state(state)
     return set((state.slot_row >= 0).nonzero().flatten().tolist())
 
 
@@ -92,31 +96,26 @@ def check(pool, layer, slots, rows) -> None:
 @pytest.mark.parametrize(
     ("slots", "hot_rows", "context"), [(256, 100, 200), (640, 704, 4000), (128, 64, 65), (64, 1, 9)]
 )
-@pytest.mark.parametrize("tier", [GPU_TIER, GPU_TIER_THAT_MOVES])
-def test_device_bytes_are_those_that_were_decided(build, dtype, slots, hot_rows, context, tier):
-    pool = build(slots, hot_rows, dtype, context, tier=tier)
+def test_device_bytes_are_those_that_were_decided(build, dtype, slots, hot_rows, context):
+    pool = build(slots, hot_rows, dtype, context)
     assert pool.device_bytes == capacity.decided().device_bytes
     assert pool.host_tier.nbytes == capacity.decided().geometry.host_bytes(slots)
 
 
-@pytest.mark.parametrize("tier", [GPU_TIER, GPU_TIER_THAT_MOVES])
 @pytest.mark.parametrize("sizes", [(1, 1, 4, 4), (1, 2, 2), (3,)])
 @pytest.mark.parametrize(("slots", "hot_rows"), [(256, 100), (640, 704)])
-def test_device_bytes_with_index_groups_are_those_that_were_decided(
-    build, sizes, tier, slots, hot_rows
-):
-    pool = build(slots, hot_rows, tier=tier, sizes=sizes)
+def test_device_bytes_with_index_groups_are_those_that_were_decided(build, sizes, slots, hot_rows):
+    pool = build(slots, hot_rows, sizes=sizes)
     assert pool.device_bytes == capacity.decided().device_bytes
     assert pool.host_tier.nbytes == capacity.decided().geometry.host_bytes(slots)
     held = [len(buffer) > 0 for buffer in pool.index_k_with_scale_buffer]
     assert held == [position == 0 for _, position in pool.groups.places]
 
 
-@pytest.mark.parametrize("tier", [GPU_TIER, GPU_TIER_THAT_MOVES])
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 1, 2, 2)])
-def test_device_bytes_is_what_the_tensors_have(build, tier, sizes):
+def test_device_bytes_is_what_the_tensors_have(build, sizes):
     """Each tensor that the tiers keep, found by walking their objects."""
-    pool = build(tier=tier, sizes=sizes)
+    pool = build(sizes=sizes)
     seen, objects = {}, [pool.tier, pool.staging]
     known = set()
     while objects:
@@ -141,15 +140,22 @@ def test_a_prompts_rows_are_saved_and_hot_while_there_is_room(build, schedule, d
     pool = build(hot_rows=90, dtype=dtype, start_layer=3)
     first, then = list(range(64, 134)), list(range(140, 180))
     rows = write(pool, first, 1)
-    assert hot(pool, 0) <= set(first)
     for layer in range(LAYERS):
         check(pool, layer, first, rows[layer])
         assert hot(pool, layer) == set(first)
-    more = write(pool, then, 2, layers=[1])
-    check(pool, 1, then, more[1])
-    check(pool, 1, first, rows[1])
-    assert hot(pool, 0) == set(first)
-    assert len(hot(pool, 1)) == 90 and hot(pool, 1) > set(first)  # 20 free rows, none evicted
+    more = write(pool, then, 2)
+    for layer in range(LAYERS):
+        check(pool, layer, then, more[layer])
+        check(pool, layer, first, rows[layer])
+        assert len(hot(pool, layer)) == 90 and hot(pool, layer) > set(first)  # none is evicted
+
+
+def test_rows_that_are_written_outside_of_a_pass_are_saved_and_refreshed(build, schedule):
+    pool = build(hot_rows=90)
+    write(pool, range(64, 84), 1)
+    rows = write(pool, range(74, 94), 2, layers=[1])
+    check(pool, 1, list(range(74, 94)), rows[1])
+    assert hot(pool, 0) == hot(pool, 1) == set(range(64, 84))
 
 
 def test_a_reused_slot_has_its_new_row(build, schedule):
@@ -172,14 +178,18 @@ def test_slots_that_sglang_overwrites_after_the_call(build, schedule):
     """Its tensor of slots is the next pass's too."""
     pool, loc = build(), torch.arange(64, 74)
     k, rope = latents(10)
-    pool.write_prompt(0, loc, pool.pack(k, rope))
+    pool.begin_prompts([0], [10], torch.zeros(1, 0, dtype=torch.int32), loc)
+    rows = pool.pack(k, rope, loc)
+    pool.write_prompt(0, pool.prompt_slots, rows)
+    pool.set_mla_kv_buffer(SimpleNamespace(layer_id=1), loc, k, rope)
     loc += 50
-    check(pool, 0, list(range(64, 74)), pool.pack(k, rope))
-    assert hot(pool, 0) == set(range(64, 74))
+    for layer in range(LAYERS):
+        check(pool, layer, list(range(64, 74)), rows)
+        assert hot(pool, layer) == set(range(64, 74))
 
 
 def test_every_layer_of_a_group_has_its_rows_of_a_prompt(build, schedule):
-    """The first layer decides what is hot; a layer that is written alone updates its own copies."""
+    """A layer that is written alone updates its own copies of what is hot."""
     pool = build(hot_rows=90, sizes=(1, 3), start_layer=3)
     first, then = list(range(64, 134)), list(range(120, 160))
     write(pool, first, 1)
@@ -230,7 +240,7 @@ def test_a_group_answers_for_its_own_queries(build, schedule):
     topk = torch.tensor([[64, 160, -1], [161, 159, 65], [290, 192, 289]], dtype=torch.int32)
     for layer in range(LAYERS):
         k, rope = latents(3, 77 + layer)
-        packed = pool.pack(k, rope)
+        packed = pool.pack(k, rope, new)
         expected = torch.zeros(len(pool.kv_buffer[0]), 1, 656, dtype=torch.uint8)
         for slots, saved in rows.items():
             expected[list(slots)] = saved[layer]
@@ -319,101 +329,28 @@ def test_freed_pages_are_not_hot_and_the_link_is_measured(build, schedule):
     assert pool.device_bytes == pool.capacity.device_bytes
     pool.tier.mirror()
     assert pool.totals() == (0, 0, 0)
-    pool.warm(1, slots[:PAGE].view(-1, TOPK).int())
+    positions = torch.arange(PAGE, dtype=torch.int32).view(-1, TOPK)
+    pool.warm_request(slots.int(), [positions[:0], positions])
     pool.synchronize()
-    assert hot(pool, 1) >= set(slots[:PAGE].tolist())
+    assert hot(pool, 1) >= set(slots[:PAGE].tolist()) and not hot(pool, 0) & {*slots[:9].tolist()}
 
 
-def test_rows_move_before_a_step_behind_all_that_was_issued(build, schedule, caplog):
-    """A prompt's rows are still under way when the host decides; nobody waits for the device."""
-    pool = build(hot_rows=90, tier=GPU_TIER_THAT_MOVES)
-    assert pool.rebalancers[0].rows == (90, 90) and pool.tier.demand(3) == 3 * (TOPK + 1)
-    rows = write(pool, range(64, 134), 1)
-    asked = []
-
-    def step(demand, look):
-        asked.append((demand, look))
-        return pool.rebalancers[0]._moved(Budgets((150, 30), 1.0)) if len(asked) == 1 else None
-
-    pool.rebalancers[0].step = step
-    with caplog.at_level("INFO"):
-        pool.before_decode_step(3)
-    assert "hot rows move between layers: 30 to 150 each" in caplog.text
-    assert len(hot(pool, 0)) == 70 and len(hot(pool, 1)) == 30  # done, or before all of the step
-    for layer in range(LAYERS):
-        check(pool, layer, list(range(64, 134)), rows[layer])
-    pool.warm(0, torch.arange(64, 72, dtype=torch.int32).view(1, TOPK))
-    pool.before_decode_step(2)
-    pool.tier.mirror()
-    pool.before_decode_step(2)
-    assert [demand for demand, _ in asked] == [27, 18, 18]
-    assert asked[0][1] is None and asked[2][1].ages.sum() == 140  # of the lists made for the move
-    assert (pool.rebalancers[0].rebalances, pool.rebalancers[0].rows_moved) == (1, 60)
-    assert [cache.num_rows for cache in pool.hot_caches] == [150, 30]
-
-
-def test_rows_move_between_groups_of_as_many_layers_only(build, schedule):
-    """A rebalancer for each size that several groups have; the group of its own size keeps its."""
-    pool = build(hot_rows=90, tier=GPU_TIER_THAT_MOVES, sizes=(1, 2, 1, 3, 2))
-    assert [one.rows for one in pool.rebalancers] == [(90, 90)] * 2
-    asked = []
-
-    def always(rebalancer, rows):
-        def step(demand, snapshot):
-            asked.append(demand)
-            return rebalancer._moved(Budgets(rows, 1.0))
-
-        return step
-
-    for rebalancer, rows in zip(pool.rebalancers, [(150, 30), (60, 120)], strict=True):
-        rebalancer.step = always(rebalancer, rows)
-    rows = write(pool, range(64, 134), 1)
-    pool.before_decode_step(3)
-    assert [cache.num_rows for cache in pool.hot_caches] == [150, 60, 30, 90, 120]
-    assert asked == [3 * (TOPK + 1)] * 2
-    for layer in range(pool.layer_num):
-        check(pool, layer, list(range(64, 134)), rows[layer])
-    figures = pool.figures()
-    assert (figures.rebalances, figures.rows_moved) == (2, 60 + 30)
-    assert pool.device_bytes == pool.capacity.device_bytes
-    pool.warm(4, torch.arange(200, 208, dtype=torch.int32).view(1, TOPK))
-    pool.synchronize()
-    assert [int(cache.state.slot_row[200]) >= 0 for cache in pool.hot_caches] == [0, 0, 0, 0, 1]
-    pool.hot_caches[4].check_rows(np.arange(120), "warmed", PAGE, 1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
-def test_every_row_of_a_batch_is_packed(build, dtype, monkeypatch):
-    """SGLang's kernels never write row 0 of their target; a packed batch has no such row."""
-    pool, targets = build(dtype=dtype), []
-    write = pool._write_mla_kv_buffer
-
-    def over_garbage(target, *args):
-        write(target.fill_(len(targets)), *args)  # of the same value in no two calls
-        targets.append(target)
-
-    monkeypatch.setattr(pool, "_write_mla_kv_buffer", over_garbage)
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_rows_are_packed_as_the_platform_packs_them(build, dtype):
+    """All of them: SGLang's own kernels never write row 0 of their target."""
+    pool = build(dtype=dtype)
     k, rope = latents(5)
-    first, second = pool.pack(k, rope), pool.pack(k, rope)
-    assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
-    for i, target in enumerate(targets):
-        assert (target[0] == i).all()  # reserved: as upstream's kernels leave it
-
-
-def test_the_places_of_packed_rows_are_never_replaced(build):
-    """A captured graph holds their address."""
-    pool = build()
-    address = pool._places.data_ptr()
-    k, rope = latents(len(pool._places) + 3)
-    rows = pool.pack(k, rope)
-    assert pool._places.data_ptr() == address
-    assert torch.equal(rows[-3:], pool.pack(k[-3:], rope[-3:]))
+    rows = pool.pack(k, rope, torch.arange(5))
+    wanted = torch.zeros(6, *rows.shape[1:], dtype=rows.dtype)
+    pool._write_mla_kv_buffer(wanted, torch.arange(1, 6), k, rope)
+    assert torch.equal(rows, wanted[1:])
 
 
 def test_a_step_is_behind_what_prompts_left_under_way(build, schedule):
     """A graph is replayed on the main stream: it cannot know of saves issued since its capture."""
     pool = build()
     write(pool, range(64, 134), 1)
-    pool.before_decode_step(1)
+    pool.before_decode_step()
+    assert not getattr(pool.transfer, "pending", 0)
     assert len(hot(pool, 0)) == len(hot(pool, 1)) == 70
     assert not pool.rebalancers

@@ -1,11 +1,11 @@
 """ESS's memory equation gives its own batches; ours is the one that the pool allocates by."""
 
 import pytest
+from ess_kernels.plan import PlanBuffers
+from ess_kernels.rebuild_order import OrderScratch
 
 from benchmarks.sim.published import DEVICE_BYTES, ESS_ROWS
 from ess_kernels import hot_state
-from ess_kernels.plan import PlanBuffers
-from ess_kernels.rebuild_order import OrderScratch
 from sglang_ess import layout
 from sglang_ess.layout import GIB
 from sglang_ess.mem_cache import capacity

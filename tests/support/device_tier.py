@@ -1,10 +1,10 @@
 """The CUDA path in a real engine without a GPU: installed over the CPU platform's own.
 
-The pool, the tiers, staging, the kernels (under Triton's interpreter), the overlap and
-EssDsaBackend are the ones that a GPU gets. What only a GPU has is stood in for: SGLang's
-backend by CpuUpstream, its transfer stream by one of two extremes. With no stream at all every
-copy happens when it is issued, as early as it ever could; on a LateStream everything happens
-when somebody waits for it, as late as it ever could.
+The pool, the tiers, staging, the kernels (CUDA sources compiled for the host, Triton's under its
+interpreter), the overlap and EssDsaBackend are the ones that a GPU gets. What only a GPU has is
+stood in for: SGLang's backend by CpuUpstream, its transfer stream by one of two extremes. With no
+stream at all every copy happens when it is issued, as early as it ever could; on a LateStream
+everything happens when somebody waits for it, as late as it ever could.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from triton.runtime import interpreter
 
 from ess_kernels.checks import interpreted
 from sglang_ess.tiers.transfer_stream import TransferStream
+from tests.support.cuda_host import host
 from tests.support.interpreter import make_fast
 
 # --- streams ------------------------------------------------------------------------------
@@ -85,8 +86,15 @@ def launches_are_late(set_attribute=setattr) -> None:
             return run_now(executor, *args, **kwargs)
         stream.launch(lambda: run_now(executor, *args, **kwargs))
 
+    def launch_operation(name, operation, args):
+        stream = LateStream.recording
+        if stream is None:
+            return operation(*args)
+        stream.launch(lambda: operation(*args))
+
     set_attribute(interpreter.GridExecutor, "__call__", launch)
-    for module in (two_tier_decode, staging_cuda):
+    host.intercept(launch_operation, set_attribute)
+    for module in (two_tier_decode, staging_cuda, pool_cuda):
         set_attribute(module, "wait", wait_late)
     set_attribute(pool_cuda, "TransferStream", LateStream)
 
@@ -99,6 +107,7 @@ def install() -> None:
     if not interpreted():
         raise RuntimeError("Triton's interpreter must be on: got TRITON_INTERPRET unset.")
     make_fast()
+    host.stand_in()
     import sglang_ess.cpu.indexer as indexer
     from sglang_ess.attention import backend_cpu, half_batch
     from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
@@ -127,7 +136,7 @@ def install_late() -> None:
 
 
 def interpreted_pool_class() -> type:
-    """CudaEssTokenToKVPool on CPU tensors, its rows packed by the CPU platform."""
+    """CudaEssTokenToKVPool on CPU tensors, with the CPU platform's index keys."""
     from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
     from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
 
@@ -323,18 +332,17 @@ def slots_are_not_copied() -> None:
     """A prompt's saves read SGLang's slot tensor, which the next pass writes; install_late."""
     from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
 
-    write_prompt = CudaEssTokenToKVPool.write_prompt
-    CudaEssTokenToKVPool.write_prompt = lambda pool, layer_id, loc, rows: write_prompt(
-        pool, layer_id, loc.as_subclass(_Uncopied), rows
+    begin = CudaEssTokenToKVPool.begin_prompts
+    CudaEssTokenToKVPool.begin_prompts = lambda pool, prefix, new, tables, slots: begin(
+        pool, prefix, new, tables, slots.as_subclass(_Uncopied)
     )
 
 
 def no_reserve() -> None:
     """A decode step's rows get to the host tier only; hot rows of a reused slot stay."""
-    from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
+    from sglang_ess.tiers.hot_cache_cuda import DeviceTier
 
-    DeviceHotCache.reserve = lambda cache, slots, first_slot: torch.full_like(slots, -1).int()
-    DeviceHotCache.invalidate = lambda *_: None
+    DeviceTier.reserve = DeviceTier.invalidate = lambda *_: None
 
 
 def no_fetch() -> None:
@@ -342,3 +350,4 @@ def no_fetch() -> None:
     from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
 
     DeviceHotCache.fetch = lambda *_: None
+    DeviceHotCache.plan_and_fetch = lambda cache, topk, warm=False: cache.plan(topk)

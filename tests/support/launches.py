@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime import interpreter
 
+from tests.support.cuda_host import host
+
 # Of torch's operations these launch nothing; nor do views.
 ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "record_stream")
 
@@ -35,6 +37,12 @@ def count_launches(monkeypatch):
         with _disable_current_modes():  # the interpreter's own tensors are nobody's
             return run(executor, *args, **kwargs)
 
+    def operate(name, operation, args):
+        launched[name] += 1
+        with _disable_current_modes():
+            return operation(*args)
+
     with monkeypatch.context() as patch, _Torch(launched):
         patch.setattr(interpreter.GridExecutor, "__call__", launch)
+        host.intercept(operate, patch.setattr)
         yield launched

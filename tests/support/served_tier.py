@@ -1,12 +1,14 @@
 """A host tier and the hot tiers of its layers, with what every written slot must read as.
 
-CpuServed has HotGroups, CudaServed a DeviceTier (under Triton's interpreter where there is no
-GPU). Both decode steps the way that serving does, and check each row that attention would read.
+CpuServed has HotGroups, CudaServed a DeviceTier (its kernels on the CPU where there is no GPU:
+tests/support/cuda_host). Both decode steps the way that serving does, and check each row that
+attention would read.
 """
 
 import numpy as np
 import torch
 
+from ess_kernels.gather_rows import gather_rows
 from ess_kernels.scatter import scatter_rows
 from sglang_ess.tiers import HotCache, HotGroups, PlanBuffers
 from sglang_ess.tiers.hot_arena import HotArena
@@ -25,7 +27,7 @@ class Served:
 
     device = "cpu"
 
-    def __init__(self, slots, rows, topk, max_queries, seed=0, layers=2, moves=False):
+    def __init__(self, slots, rows, topk, max_queries, seed=0, layers=2):
         self.random = np.random.default_rng(seed)
         self.content = torch.zeros(layers, slots, *ROW, dtype=torch.int32)
         self.host = [torch.zeros(slots, *ROW, dtype=torch.int32) for _ in range(layers)]
@@ -33,7 +35,7 @@ class Served:
             self.host = [rows.pin_memory() for rows in self.host]
         self.planned = None
         self.version = 0
-        self.tier = self._new_tier(rows, topk, max_queries, moves)
+        self.tier = self._new_tier(rows, topk, max_queries)
 
     def save(self, slots):
         """Write new values of slots to the host tier. Returns them [layers, slots, ...]."""
@@ -50,6 +52,13 @@ class Served:
             slots = torch.tensor(written, dtype=torch.int64)
             self._write(layer, slots, self.save(slots), topk.shape[1])
         return self._passes(layer, topk)
+
+    def prompt(self, slots, min_age=0):
+        """A prefill pass writes these slots in every layer, and makes them hot where there is room.
+
+        min_age: of the rows that they may take
+        """
+        raise NotImplementedError
 
     def check_read(self, layer, lookups, rows):
         """Hot rows [queries, K] of these slots, -1 pads, hold what was written last."""
@@ -71,7 +80,7 @@ class Served:
 
 
 class CpuServed(Served):
-    def _new_tier(self, rows, topk, max_queries, moves):
+    def _new_tier(self, rows, topk, max_queries):
         arena, buffers = HotArena(max(0, rows) * len(self.host), self.host[:1]), PlanBuffers()
         return HotGroups([HotCache(one, rows, None, buffers, None, arena) for one in self.host])
 
@@ -81,6 +90,10 @@ class CpuServed(Served):
                 other.install(slots, values[layer])
             else:
                 other.invalidate(slots)
+
+    def prompt(self, slots, min_age=0):
+        for cache, values in zip(self.tier.caches, self.save(slots), strict=True):
+            cache.install(slots, values, min_age)
 
     def _passes(self, layer, topk):
         cache, start, missed = self.tier.caches[layer], (0, 0), []
@@ -109,33 +122,44 @@ class CpuServed(Served):
 class CudaServed(Served):
     device = DEVICE
 
-    def _new_tier(self, rows, topk, max_queries, moves):
-        return DeviceTier(self.host, rows, topk, max_queries, DEVICE, moves)
+    def _new_tier(self, rows, topk, max_queries):
+        return DeviceTier(self.host, rows, topk, max_queries, DEVICE)
 
     def _write(self, layer, slots, values, width):
+        here = slots.to(DEVICE)
+        if not self.tier.has_room(len(slots), width):
+            return self.tier.invalidate(here)
+        self.tier.reserve(here)
+        self._refresh(slots, values)
         for other in self.tier.caches:
-            room = other.has_room_for_writes(len(slots), width)
-            if other is self.tier.caches[layer] and room:
-                scatter_rows(values[layer], other.reserve(slots.to(DEVICE)), other.rows)
-            else:
-                other.invalidate(slots.to(DEVICE))
+            if other is not self.tier.caches[layer]:  # whose step does not come
+                other.invalidate(here)
+
+    def _refresh(self, slots, values):
+        """Fill the hot rows of slots, as pack_write does."""
+        for cache, rows in zip(self.tier.caches, values, strict=True):
+            scatter_rows(
+                rows, gather_rows(slots.int().to(DEVICE), cache.state.slot_row), cache.rows
+            )
+
+    def prompt(self, slots, min_age=0):
+        values = self.save(slots)
+        self.tier.install(slots.to(DEVICE), min_age)
+        self._refresh(slots, values)
 
     def _passes(self, layer, topk):
         cache, missed = self.tier.caches[layer], []
         for part in cache.passes(*topk.shape):
             lookups = topk[part.queries, part.columns]
-            self.planned = planned = cache.plan(lookups.to(DEVICE), part.queries.start)
-            cache.fetch(planned)
+            self.planned = planned = cache.plan_and_fetch(lookups.contiguous().to(DEVICE))
             self.check_read(layer, lookups, planned.rows.cpu())
             missed += planned.miss_slots[: int(planned.num_misses)].tolist()
-            cache.rebuild_order()
             self.check_states()
         return missed
 
     def check_states(self):
-        for layer, cache in enumerate(self.tier.caches):
-            owned = None if self.tier.owned is None else self.tier.owned.layer(layer)
-            check_state(cache.state, owned)
+        for cache in self.tier.caches:
+            check_state(cache.state)
 
     def slot_rows(self, layer):
         """[slots] the hot row of each slot, or negative."""

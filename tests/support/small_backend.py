@@ -28,7 +28,7 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # float32 sums in another order
 
 
 class Pool(pool_cuda.CudaEssTokenToKVPool):
-    """The pool's tiers over float32 rows, without SGLang's allocation and packing kernels."""
+    """The pool's tiers over float32 rows, without SGLang's allocation."""
 
     def __init__(self, sizes, hot_rows, staging_rows):
         self.groups = IndexGroups(sizes)
@@ -38,15 +38,12 @@ class Pool(pool_cuda.CudaEssTokenToKVPool):
         self.kv_cache_dim, self.dsa_kv_cache_store_fp8 = NOPE + ROPE, False
         nan = float("nan")  # reading a row that nobody filled must show
         self.kv_buffer = [torch.full((SLOTS, 1, NOPE + ROPE), nan) for _ in range(layers)]
-        shape = SimpleNamespace(topk=TOPK, tier=SimpleNamespace(moves=False))
+        shape = SimpleNamespace(topk=TOPK)
         rows = {"hot_rows": hot_rows, "staging_rows": staging_rows}
         self.capacity = SimpleNamespace(geometry=shape, **rows)
         self._create_tiers()
         for rows in self.tier.rows:
             rows.fill_(nan)
-
-    def pack(self, cache_k_nope, cache_k_rope):
-        return torch.cat([cache_k_nope, cache_k_rope], dim=-1)
 
     def get_key_buffer(self, layer_id):
         assert self._reading is not None, "upstream reads the host tier"

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from ess_kernels import hot_state
+from ess_kernels.gather_rows import gather_rows
+from ess_kernels.scatter import scatter_rows
 from sglang_ess.tiers.contract import RowCorruption
 from sglang_ess.tiers.hot_groups_cuda import DeviceTiers
 from sglang_ess.tiers.index_groups import IndexGroups
@@ -18,14 +20,14 @@ ROW = (1, 16)
 class Lab:
     """DeviceTiers over host rows that say their layer, slot and version."""
 
-    def __init__(self, moves=False, rows=ROWS):
+    def __init__(self, rows=ROWS):
         self.random = np.random.default_rng(0)
         self.groups, self.version = IndexGroups(SIZES), 0
         self.host = [torch.zeros(SLOTS, *ROW, dtype=torch.int32) for _ in range(sum(SIZES))]
         if DEVICE == "cuda":
             self.host = [one.pin_memory() for one in self.host]
         self.save(torch.arange(SLOTS))
-        self.tier = DeviceTiers(self.groups, self.host, rows, TOPK, QUERIES, DEVICE, moves)
+        self.tier = DeviceTiers(self.groups, self.host, rows, TOPK, QUERIES, DEVICE)
 
     def save(self, slots, layers=None):
         """New rows of these slots in the host tier. Returns them, by layer."""
@@ -42,31 +44,40 @@ class Lab:
     def decode(self, group, topk):
         """One step: every layer of the group must read its own rows. Returns the misses."""
         cache, hosts = self.tier.caches[group], self.host_of(group)
-        planned = cache.plan(topk.to(DEVICE))
+        planned = cache.plan_and_fetch(topk.to(DEVICE))
         for layer, host in enumerate(hosts):
-            cache.fetch(planned, layer)
+            if layer:
+                cache.fetch(planned, layer)
             got = cache.hot_layers[layer][planned.rows.long()].cpu()
             assert torch.equal(got, host[topk.long()]), f"layer {layer} of group {group}"
-        misses = int(planned.num_misses)
-        cache.rebuild_order()
-        return misses
+        return int(planned.num_misses)
+
+    def prompt(self, slots, layers, min_age=0):
+        """A pass that makes these slots hot where there is room, and writes these layers."""
+        self.tier.install(slots.to(DEVICE), min_age)
+        self.write(slots, layers)
+
+    def write(self, slots, layers):
+        rows = self.save(slots, layers)
+        for layer in layers:
+            group, position = self.groups.places[layer]
+            cache = self.tier.caches[group]
+            targets = gather_rows(slots.int().to(DEVICE), cache.state.slot_row)
+            scatter_rows(rows[layer], targets, cache.hot_layers[position])
 
     def host_of(self, group):
         return [self.host[layer] for layer in self.groups.members(group)]
 
     def check(self):
         """Each state, and each hot row of each layer against its host row."""
-        for same, tier in self.tier.parts:
-            for index, group in enumerate(same):
-                cache = self.tier.caches[group]
-                check_state(cache.state, None if tier.owned is None else tier.owned.layer(index))
-                for layer in range(SIZES[group]):
-                    cache.check_rows(np.arange(cache.num_rows), f"{group}, {layer}", 0, layer)
+        for group, cache in enumerate(self.tier.caches):
+            check_state(cache.state)
+            for layer in range(SIZES[group]):
+                cache.check_rows(np.arange(cache.num_rows), f"{group}, {layer}", 0, layer)
 
 
-@pytest.mark.parametrize("moves", [False, True])
-def test_each_layer_of_a_group_has_its_own_rows(moves):
-    lab = Lab(moves)
+def test_each_layer_of_a_group_has_its_own_rows():
+    lab = Lab()
     for step in range(10):
         group = step % len(SIZES)
         lab.decode(group, lab.draw())
@@ -87,26 +98,21 @@ def test_a_layer_that_read_anothers_rows_is_found():
         cache.check_rows(np.arange(ROWS), "third", 0, 2)
 
 
-def test_prompts_become_hot_by_the_first_layer_and_each_other_one_fills_its_copy():
+def test_prompts_become_hot_in_every_layer():
     """A layer that is written alone updates its copies of what is hot, and nothing else."""
     lab = Lab()
-    cache = lab.tier.caches[3]
-    first, *others = lab.groups.members(3)
+    cache, all_layers = lab.tier.caches[3], range(sum(SIZES))
     for slots in (torch.arange(10, 50), torch.arange(30, 60)):
-        rows = lab.save(slots)
-        cache.install(slots.to(DEVICE), rows[first], min_age=1000)
-        for position, layer in enumerate(others, 1):
-            cache.update(position, slots.to(DEVICE), rows[layer])
+        lab.prompt(slots, all_layers, min_age=1000)
         lab.check()
     assert cache.occupied == ROWS and (cache.state.slot_row[:10] < 0).all()
-    slots = torch.arange(5, 25)
-    rows = lab.save(slots, layers=others[1:])
-    cache.update(2, slots.to(DEVICE), rows[others[1]])
+    lab.write(torch.arange(5, 25), [lab.groups.members(3)[2]])
     lab.check()
-    rows = lab.save(slots)
-    cache.install(slots.to(DEVICE), [rows[layer] for layer in (first, *others)])
+    lab.decode(3, torch.arange(18, dtype=torch.int32).view(3, 6) + 30)  # the others grow older
+    lab.decode(3, torch.arange(18, dtype=torch.int32).view(3, 6) + 30)
+    lab.prompt(torch.arange(5, 15), all_layers)
     lab.check()
-    assert (cache.state.slot_row[5:25] >= 0).all()
+    assert (cache.state.slot_row[5:15] >= 0).sum() >= 10
 
 
 def test_warm_and_invalidate_reach_every_layer():
@@ -125,9 +131,8 @@ def test_warm_and_invalidate_reach_every_layer():
     assert [lab.decode(group, topk[:1]) for group in range(len(SIZES))] == [6] * len(SIZES)
 
 
-@pytest.mark.parametrize("moves", [False, True])
-def test_figures_are_the_groups_in_the_pools_order(moves):
-    lab = Lab(moves)
+def test_figures_are_the_groups_in_the_pools_order():
+    lab = Lab()
     tier = lab.tier
     tier.mirror()
     assert tier.is_mirrored() and tier.totals() == (0, 0, 0)
@@ -141,10 +146,10 @@ def test_figures_are_the_groups_in_the_pools_order(moves):
     assert [one["misses"] for one in figures] == [0, 18, 18, 18, 18]
     assert [one["occupied"] for one in figures] == [0, 18, 18, 18, 18]
     assert [one["layers"] for one in figures] == list(SIZES)
-    assert [one["rows"] for one in figures] == [ROWS] * 5 == list(tier.sizes)
+    assert [one["rows"] for one in figures] == [ROWS] * 5
     assert tier.counters()[:, hot_state.LOOKUPS].tolist() == [0, 18, 36, 54, 72]
     assert tier.totals() == (18 * (3 + 1 + 3 + 2), 0, 0)  # rows of all layers
-    assert [one["steps"] - one["lookups"] // 18 for one in figures] == [int(moves)] * 5
+    assert [one["steps"] for one in figures] == [0, 1, 2, 3, 4]
 
 
 def test_evictions_are_rows_of_all_layers_too():
@@ -168,34 +173,6 @@ def test_a_split_goes_to_the_groups_it_is_for():
     assert got == (~wanted).tolist()
 
 
-def test_rows_move_between_groups_of_as_many_layers():
-    lab = Lab(moves=True)
-    tier, before = lab.tier, lab.tier.nbytes
-    for group in range(len(SIZES)):
-        lab.decode(group, lab.draw())
-    assert tier.resize([42, 24, 18, 36, 30]) == 12 + 6
-    assert tier.sizes == (42, 24, 18, 36, 30) and tier.nbytes == before
-    lab.check()
-    for group in range(len(SIZES)):
-        lab.decode(group, lab.draw())
-    lab.check()
-    tier.mirror()
-    assert [one["rows"] for one in tier.figures()] == [42, 24, 18, 36, 30]
-    assert tier.resize([42, 24, 18, 36, 30]) == 0
-
-
-def test_rows_do_not_move_between_groups_of_other_sizes():
-    """Refused as a whole: no group has moved."""
-    lab = Lab(moves=True)
-    for sizes in ([36, 24, 24, 30, 36], [40, 30, 20, 31, 30], [30, 30, 30, 30, 31]):
-        with pytest.raises(ValueError, match="rows must move between groups of as many layers"):
-            lab.tier.resize(sizes)
-        assert lab.tier.sizes == (ROWS,) * 5
-    with pytest.raises(ValueError, match="in one arena to move"):
-        Lab().tier.resize([36, 30, 24, 30, 30])
-    lab.check()
-
-
 def test_tiers_share_one_scratch():
     lab = Lab()
     parts = [tier for _, tier in lab.tier.parts]
@@ -203,4 +180,5 @@ def test_tiers_share_one_scratch():
     assert all(tier.scratch is lab.tier.scratch for tier in parts)
     assert lab.tier.nbytes == lab.tier.scratch.nbytes + sum(tier.nbytes for tier in parts)
     assert len(lab.tier.rows) == sum(SIZES)
-    assert len({lab.tier.demand(n) for n in range(1, QUERIES + 1)}) == QUERIES
+    assert lab.tier.has_room(QUERIES, TOPK) and not lab.tier.has_room(QUERIES + 1, TOPK)
+    assert not Lab(rows=QUERIES * (TOPK + 1) - 1).tier.has_room(QUERIES, TOPK)

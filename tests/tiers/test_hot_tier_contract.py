@@ -67,12 +67,7 @@ def test_any_order_of_operations(served, rows, steps, seed):
             written = slots[:queries] if len(slots) >= queries and kind < 0.35 else ()
             served.decode(layer, served.draw(queries, 8, 64), written)
         elif kind < 0.7:
-            values = served.save(torch.tensor(slots))
-            for i, cache in enumerate(served.tier.caches):
-                if i == layer:
-                    cache.install(torch.tensor(slots), values[i], int(random.integers(4)))
-                else:
-                    cache.invalidate(torch.tensor(slots))
+            served.prompt(torch.tensor(slots), int(random.integers(4)))
         elif kind < 0.85:
             served.save(torch.tensor(slots))
             served.tier.invalidate(torch.tensor(slots))
@@ -140,9 +135,8 @@ def test_free_rows_are_taken_before_any_is_evicted(served):
 def test_a_hot_slot_is_updated_in_place(served):
     served = served(20, 4, topk=4, max_queries=1)
     served.decode(0, topk_of([1, 2, 3, 4]))
-    row, slots = int(served.slot_rows(0)[2]), torch.tensor([2])
-    values = served.save(slots)
-    served.tier.caches[0].install(slots.to(served.device), values[0], min_age=1000)
+    row = int(served.slot_rows(0)[2])
+    served.prompt(torch.tensor([2]), min_age=1000)
     assert int(served.slot_rows(0)[2]) == row and served.hot(0) == [1, 2, 3, 4]
     assert served.decode(0, topk_of([2, 1, -1, -1])) == []
     assert served.tier.caches[0].counters["evictions"] == 0
@@ -150,9 +144,7 @@ def test_a_hot_slot_is_updated_in_place(served):
 
 def test_a_free_row_needs_no_age_and_a_young_one_is_not_evicted(served):
     served = served(20, 2, topk=2, max_queries=1)
-    slots = torch.tensor([3, 4, 5])
-    values = served.save(slots)
-    served.tier.caches[0].install(slots.to(served.device), values[0], min_age=1000)
+    served.prompt(torch.tensor([3, 4, 5]), min_age=1000)
     assert set(served.hot(0)) < {3, 4, 5}
     assert len(served.hot(0)) == 2 == served.tier.caches[0].occupied
     counters = served.tier.caches[0].counters
@@ -163,9 +155,7 @@ def test_prompts_of_any_length_leave_rows_for_the_next_plan(served):
     served = served(500, 40, topk=10, max_queries=3)
     cache = served.tier.caches[0]
     for start in (0, 130, 260):
-        slots = torch.arange(start, start + 125)
-        rows = served.save(slots)
-        cache.install(slots.to(served.device), rows[0], min_age=start // 130)
+        served.prompt(torch.arange(start, start + 125), min_age=start // 130)
         served.check_states()
         served.decode(0, served.draw(3, 10, 385))
     assert short(served) == 0 and cache.counters["installs"] >= 40
@@ -199,32 +189,6 @@ def test_invalidate_reaches_every_layer(served):
 def test_sizes_outside_the_host_tier_are_refused(served, num_rows):
     with pytest.raises(ValueError, match=f"1 to 20, .*: got {num_rows}"):
         served(20, num_rows, topk=4, max_queries=1)
-
-
-def test_rows_move_between_layers(served):
-    """A layer that shrinks keeps its most recently used rows, and no row has two owners."""
-    served = served(60, 12, topk=4, max_queries=1, moves=True)
-    for layer in (0, 1):
-        for first in (0, 4, 8):
-            served.decode(layer, torch.arange(first, first + 4, dtype=torch.int32)[None])
-    assert served.tier.sizes == (12, 12)
-    assert served.tier.resize([6, 18]) == 6
-    served.check_states()
-    assert served.tier.sizes == (6, 18) == tuple(c.num_rows for c in served.tier.caches)
-    assert set(range(8, 12)) <= set(served.hot(0)) and len(served.hot(0)) == 6
-    assert served.hot(1) == list(range(12))
-    for layer in (0, 1):
-        served.decode(layer, torch.arange(20, 24, dtype=torch.int32)[None])
-        served.decode(layer, torch.arange(8, 12, dtype=torch.int32)[None])
-    assert len(served.hot(1)) == 16 and short(served) == 0
-
-
-def test_sizes_beyond_what_there_is_are_refused(served):
-    served = served(60, 12, topk=4, max_queries=1, moves=True)
-    for sizes in ([12, 13], [0, 24]):
-        with pytest.raises(ValueError, match="must be"):
-            served.tier.resize(sizes)
-    assert served.tier.sizes == (12, 12)
 
 
 # --- figures and checks -------------------------------------------------------------------

@@ -167,7 +167,7 @@ def test_launches_of_a_layer_with_eight_prompts(monkeypatch):
     """The copy of the next layer's prefixes, and the translation. The first layer fills the map."""
     batch = Batch([(10 + i, 3 + i) for i in range(8)])
     layers = launches_of_layers(monkeypatch, staging_of(num_rows=SLOTS)[0], batch)
-    steady = {"_fetch_kernel": 1, "_gather_rows_kernel": 1}
+    steady = {"fetch": 1, "_gather_rows_kernel": 1}
     assert layers == [steady | {"index_put_": 1}, steady, {"_gather_rows_kernel": 1}]
 
     new = Batch([(0, 9)] * 8)
@@ -181,7 +181,7 @@ def test_launches_of_a_layer_whose_prompts_take_two_groups(monkeypatch):
     staging, _ = staging_of(num_rows=100)
     layers = launches_of_layers(monkeypatch, staging, batch)
     assert len(staging.groups) == 2
-    names = ("_fetch_kernel", "_gather_rows_kernel", "copy_", "index_put_")
+    names = ("fetch", "_gather_rows_kernel", "copy_", "index_put_")
     assert layers[:2] == [dict.fromkeys(names, 2)] * 2
 
 
@@ -231,11 +231,11 @@ def test_a_fetch_that_cannot_be_launched_leaves_nothing_behind(monkeypatch, fail
     staging, host = staging_of()
     batch, calls, real = Batch([(60, 5), (70, 2)]), [], staging_module.fetch
 
-    def fetch(*args):
+    def fetch(*args, **options):
         calls.append(args)
         if len(calls) == failing + 1:
             raise RuntimeError("injected")
-        real(*args)
+        real(*args, **options)
 
     monkeypatch.setattr(staging_module, "fetch", fetch)
     with pytest.raises(RuntimeError, match="injected"):

@@ -44,11 +44,11 @@ constexpr int kClaim = INT_MIN;  // + the lookup's place: below kNone, and the f
 // The hand: hot_state.py says why.
 constexpr int kDensity = 16;        // one row in so many should be eligible
 constexpr int kGrowth = 8;          // the age limit grows by an eighth at the end of a step
-constexpr int kCut = 4;             // and falls by a quarter where a block finds next to nothing
+constexpr int kCut = 8;             // and falls by as much where a block finds next to nothing
 constexpr int kBarren = 64;         // that is, less than one row in so many
-constexpr int kMaxAgeLimit = 1 << 16;
+constexpr int kMaxAgeLimit = 1 << 12;
 constexpr int kChunkRows = 4;       // rows of a chunk that one thread looks at, at most
-constexpr int kMaxLaps = 64;        // far above any need: a damaged state must not hang the device
+constexpr int kMaxLaps = 1024;      // far above any need: a damaged state must not hang the device
 
 template <int kItems>
 struct Shared {
@@ -99,7 +99,8 @@ struct Hand {
   int tick;
   int stamp;      // of the rows that are used
   int min_age;    // of a row that is taken; above the age of those that this launch stamps
-  bool insists;   // it finds a row for everyone, and lowers the age limit for that
+  int limit;      // as words[AGE_LIMIT], of a launch that does not insist
+  bool insists;   // it finds a row for everyone, and lowers words[AGE_LIMIT] for that
 };
 
 __device__ __forceinline__ int age_of(const Hand& hand, int stamp) {
@@ -123,15 +124,15 @@ __device__ __forceinline__ int take_rows(Shared<kItems>& s, const GroupState& g,
   const int64_t start = g.words[HAND];
   int evictions = 0, taken_free = 0, got = 0;
   unsigned long long ages = 0;
-  // Where it need not find rows, it looks at as many as should do, and some.
-  int patience = hand.insists ? INT_MAX : 2 * kDensity * wanted + kChunkRows * kThreads;
+  // Where it need not find rows, it looks at as many at the lowest limit as should do, and some.
+  int own_limit = hand.limit, patience = 2 * kDensity * wanted + kChunkRows * kThreads;
   if (threadIdx.x == 0) s.got = 0;
   while (got < wanted && patience > 0) {
     const int64_t hoped = static_cast<int64_t>(kDensity) * (wanted - got);
     const int each = static_cast<int>(
         min(static_cast<int64_t>(kChunkRows), (hoped + kThreads - 1) / kThreads));
     const int chunk = min(each * kThreads, g.num_rows);
-    patience -= chunk;
+    if (!hand.insists && own_limit < hand.min_age) patience -= chunk;
     __syncthreads();
     if (threadIdx.x == 0) {
       s.position = atomicAdd(g.words + SCANNED, chunk);
@@ -143,7 +144,7 @@ __device__ __forceinline__ int take_rows(Shared<kItems>& s, const GroupState& g,
     __syncthreads();
     const int64_t position = s.position;
     if (position < 0 || position / g.num_rows >= kMaxLaps) break;
-    const int oldest_kept = max(s.limit, hand.min_age - 1);
+    const int oldest_kept = max(hand.insists ? s.limit : own_limit, hand.min_age - 1);
     int row[kChunkRows], stamp[kChunkRows], seen = 0;
 #pragma unroll
     for (int i = 0; i < kChunkRows; ++i) {
@@ -173,10 +174,12 @@ __device__ __forceinline__ int take_rows(Shared<kItems>& s, const GroupState& g,
     add_warp(&s.seen, seen);
     __syncthreads();
     got = s.got;
-    if (hand.insists && got < wanted && threadIdx.x == 0 && s.limit > 0 &&
-        (s.seen - seen_before) * kBarren < chunk) {
-      atomicMin(g.words + AGE_LIMIT, s.limit - max(1, s.limit / kCut));
-      store_relaxed(g.words + CUT, 1);
+    if (got < wanted && (s.seen - seen_before) * kBarren < chunk) {
+      own_limit /= 2;
+      if (hand.insists && threadIdx.x == 0 && s.limit > 0) {
+        atomicMin(g.words + AGE_LIMIT, s.limit - max(1, s.limit / kCut));
+        store_relaxed(g.words + CUT, 1);
+      }
     }
   }
   add_warp(&s.evictions, evictions);
@@ -204,7 +207,7 @@ __device__ __forceinline__ void end_scan(const GroupState& g, bool grows) {
   const int64_t seen = load_relaxed(g.words + SEEN);
   g.words[HAND] = static_cast<int>((static_cast<int64_t>(g.words[HAND]) + scanned) % g.num_rows);
   if (grows && load_relaxed(g.words + CUT) == 0 && seen * kDensity > scanned) {
-    g.words[AGE_LIMIT] = min(limit + max(1, limit / kGrowth), kMaxAgeLimit);
+    g.words[AGE_LIMIT] = min(limit + max(2, limit / kGrowth), kMaxAgeLimit);
   }
   g.words[SCANNED] = g.words[SEEN] = g.words[CUT] = 0;
 }
@@ -353,7 +356,7 @@ __global__ void __launch_bounds__(kThreads, !kSingle && kItems <= 4 ? 2 : 1)
   Shared<kItems>& s = block_shared<Shared<kItems>>();
   const GroupState& g = a.state;
   const int tick = g.words[TICK], use_age = a.warm ? 1 : 0;
-  const Hand hand{tick, (tick - use_age) & kTickMask, use_age + 1, !a.warm};
+  const Hand hand{tick, (tick - use_age) & kTickMask, use_age + 1, g.words[AGE_LIMIT], !a.warm};
   clear(s);
   if (blockIdx.x == 0 && threadIdx.x == 0) *a.num_misses = 0;
   Lookups<kItems> x;
@@ -457,8 +460,9 @@ template <int kItems>
 __global__ void __launch_bounds__(kThreads) install_kernel(const InstallArguments a) {
   Shared<kItems>& s = block_shared<Shared<kItems>>();
   const GroupState g = group_state(a, blockIdx.x);
-  const int tick = g.words[TICK], use_age = a.reserve ? 0 : 1;
-  const Hand hand{tick, (tick - use_age) & kTickMask, max(use_age + 1, a.min_age), a.reserve};
+  const int tick = g.words[TICK], use_age = a.reserve ? 0 : 2;
+  const int min_age = max(use_age + 1, a.min_age);
+  const Hand hand{tick, (tick - use_age) & kTickMask, min_age, min_age - 1, a.reserve};
   clear(s);
   if (a.reserve && threadIdx.x == 0) add_stall(g);
   for (int base = 0; base < a.count; base += kItems * kThreads) {

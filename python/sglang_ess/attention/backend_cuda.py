@@ -50,6 +50,7 @@ class StepState:
 
     mode        how a decode step orders transfer and attention
     warm_spans  (first, end) of the queries that warm the hot tier in prefill
+    reserved    whether the pass's new slots have hot rows; None until its first layer asks
     halves      (queries, the indexer's metadata of these queries) of a DBA batch, the same for
                 every layer; None until a layer asks
     layer       the index group whose top-k is known and whose attention is not done
@@ -57,6 +58,7 @@ class StepState:
 
     mode: Mode
     warm_spans: list[tuple[int, int]] = field(default_factory=list)
+    reserved: bool | None = None
     halves: list[tuple[slice, Any]] | None = None
     layer: LayerStep | None = None
 
@@ -180,7 +182,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         """
         tier = self.token_to_kv_pool.tier
         self.token_to_kv_pool.transfer.begin_step()
-        self.token_to_kv_pool.before_decode_step(batch)
+        self.token_to_kv_pool.before_decode_step()
         self._canary()
         self._steps += 1
         if self._steps % MIRROR_STEPS or not tier.is_mirrored():
@@ -214,7 +216,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         new = list(forward_batch.extend_seq_lens_cpu)
         requests = forward_batch.req_pool_indices.long()
         tables = self.req_to_token[:, : max(prefix, default=0)].index_select(0, requests)
-        self.token_to_kv_pool.staging.begin(prefix, new, tables, forward_batch.out_cache_loc)
+        self.token_to_kv_pool.begin_prompts(prefix, new, tables, forward_batch.out_cache_loc)
         # Decode does not want the rows that a chunk in the middle of a prompt selects.
         if self._warms and forward_batch.contains_last_prefill_chunk:
             self.step.warm_spans = warm_spans(new)
@@ -234,9 +236,12 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         pool = self.token_to_kv_pool
         if self.use_mha:
             return upstream(save_kv_cache)
-        rows = pool.pack(k, k_rope)
+        slots = pool.prompt_slots
+        if len(slots) != len(k):  # a pass of another size than the one that began
+            slots = forward_batch.out_cache_loc.clone()
+        rows = pool.pack_staged(layer.layer_id, k, k_rope, slots)
         if save_kv_cache:
-            pool.write_prompt(layer.layer_id, forward_batch.out_cache_loc, rows)
+            pool.write_prompt(layer.layer_id, slots, rows)
         outs = []
         for queries, staged in pool.staged(layer.layer_id, rows):
             with pool.reading(staged):
@@ -257,12 +262,11 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         cache = pool.hot_caches[group]
         if not spans or position < cache.num_layers - 1:
             return
-        # Copies: a prefill graph has one top-k buffer for all layers, and nobody waits for this.
-        parts = [topk[first:end].clone() for first, end in spans]
+        # A copy: a prefill graph has one top-k buffer for all layers, and nobody waits for this.
+        last = torch.cat([topk[first:end] for first, end in spans])
         with pool.transfer.on_transfer_stream():
-            for part in parts:
-                cache.warm(part)
-            pool.transfer.record_stream(*parts)
+            cache.warm(last)
+            pool.transfer.record_stream(last)
 
     # --- decode ---------------------------------------------------------------------------
 
@@ -277,12 +281,11 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         cache = pool.hot_caches[group]
         if not self._selects or not batch or len(slots) != batch:
             return get_topk(q_fp8, weights, metadata)
-        if len(cache.passes(batch, width)) > 1 or not cache.has_room_for_writes(batch, width):
+        if not self._reserve(slots, width) or len(cache.passes(batch, width)) > 1:
             return get_topk(q_fp8, weights, metadata)
-        step = self.decode.layer(group, slots)
-        self.decode.reserve(step, width, pool.page_size)
+        step, mode = self.decode.layer(group), self.step.mode
         halves = []
-        if self.step.mode is Mode.DBA and self.decode.can_halve(group, batch, width):
+        if mode is Mode.DBA and self.decode.can_halve(group, batch, width):
             halves = self._halves(metadata, batch)
         parts = []
         for queries, half in halves:
@@ -290,9 +293,16 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             self.decode.plan_half(step, part, queries.start, batch)
             parts.append(part)
         topk = torch.cat(parts) if parts else get_topk(q_fp8, weights, metadata)
-        self.decode.start(step, topk)
+        self.decode.start(step, topk, mode)
         self.step.layer = step
         return topk
+
+    def _reserve(self, slots: torch.Tensor, width: int) -> bool:
+        """Whether this pass's new slots have hot rows; its first layer asks for them."""
+        if self.step.reserved is None:
+            pool = self.token_to_kv_pool
+            self.step.reserved = self.decode.reserve(slots, width, pool.page_size)
+        return self.step.reserved
 
     def _halves(self, metadata, batch: int) -> list[tuple[slice, Any]]:
         """The indexer's metadata for each half; empty where it has no row for each query."""
@@ -315,13 +325,13 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         topk = self._pad_topk_indices(topk_indices, len(heads))
         new = (k, k_rope) if save_kv_cache else None
         if position == 0:
-            for observer in self._observers:
-                observer.decode_topk(group, topk)
             self.step.layer = self._write_and_start(group, forward_batch, topk, new)
+            self._observe(group, topk)
         step = self.step.layer
         assert step is not None and step.group == group, "a group's first layer begins its step"
         if position:
-            self._follow(step, position, new)
+            self.decode.follow(step, position)
+            self._write(step, new, forward_batch)
         if step.buffers is not None and (position or self.step.mode is Mode.OFF):
             self.decode.wait(step)
             with pool.reading(step.rows):
@@ -341,27 +351,37 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             self.step = StepState(self.step.mode)
         return out
 
-    def _follow(self, step: LayerStep, position: int, new) -> None:
-        """Go on with another layer of the group. new: as _write_and_start."""
-        self.decode.follow(step, position)
+    def _observe(self, group: int, topk: torch.Tensor) -> None:
+        """Show the observers a top-k, behind the fetch and not on the main stream."""
+        observers = [one for one in self._observers if one.watches(group)]
+        if not observers:
+            return
+        transfer = self.token_to_kv_pool.transfer
+        with transfer.on_transfer_stream():
+            for observer in observers:
+                observer.decode_topk(group, topk)
+            transfer.record_stream(topk)
+
+    def _write(self, step: LayerStep, new, forward_batch) -> None:
+        """Save a layer's new rows: (latents [T, 1, 512], rope keys [T, 1, 64]), or None."""
         if new is not None:
-            self.decode.write(step, self.token_to_kv_pool.pack(*new))
+            slots, first_slot = forward_batch.out_cache_loc, self.token_to_kv_pool.page_size
+            self.decode.write(step, *new, slots, first_slot)
 
     def _write_and_start(self, group, forward_batch, topk, new) -> LayerStep:
         """The group's step with its plan under way, started by select() or here.
 
-        new: (latents [T, 1, 512], rope keys [T, 1, 64]) to save; None where the step writes none
+        new: as _write, or None where the step writes none
         """
         step = self.step.take_layer(group, topk.shape)
         selected = step is not None
         if not selected:
-            step = self.decode.layer(group, forward_batch.out_cache_loc)
-            if new is not None:
-                self.decode.reserve(step, topk.shape[1], self.token_to_kv_pool.page_size)
-        if new is not None:
-            self.decode.write(step, self.token_to_kv_pool.pack(*new))
+            slots = forward_batch.out_cache_loc
+            reserved = new is None or self._reserve(slots, topk.shape[1])
+            step = self.decode.layer(group, reserved)
+        self._write(step, new, forward_batch)
         if not selected:
-            self.decode.start(step, topk)
+            self.decode.start(step, topk, self.step.mode)
         return step
 
     def _with_lse(self, layer, heads, q_rope, topk, step: LayerStep) -> torch.Tensor:

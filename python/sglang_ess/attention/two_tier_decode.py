@@ -1,16 +1,17 @@
 """Decode attention over two tiers, with the fetch of missed rows behind other work.
 
-    off   plan, fetch; attend to everything
+    off   plan and fetch in one launch; attend to everything
     DA    plan; fetch on the transfer stream | attend to the hits; attend to the misses; merge
     DBA   DA with the batch planned in halves: the first half's fetch runs behind the second
           half of the indexer (ESS section 3.3, figure 6)
 
-Everything that touches the tiers runs on one stream, the transfer stream, in order: saves to the
-host tier, installs, plans, fetches, rebuilds of the order. So a row is never fetched before it is
-saved, and the main stream only waits for events. The one exception are the hot rows that a step
-reserves for its new rows: nothing else touches them in this step, so the main stream fills them
-itself and waits for no fetch. All of it can be captured in a CUDA graph: the transfer stream forks
-from and joins the main one inside a step, and no shape depends on data.
+Plans and fetches run on one stream, the transfer stream, in order, behind what the main stream does
+between top-k and attention. The main stream reserves hot rows for the step's new rows, once a step,
+and writes each layer's new rows to both tiers (pack_write): no plan evicts a reserved row or
+fetches it, so neither waits for the other. The main stream waits for events only. All of it can be
+captured in a CUDA graph: the transfer stream forks from and joins the main one inside a step, and
+no shape depends on data. In a steady step without overlap a layer takes two launches, plan_fetch
+and pack_write, a fork and a wait.
 
 Layers that read one top-k, an index group, share a plan. Its first layer makes it and goes by one
 of the modes above. The rows of the others are known then: the transfer stream fetches them in the
@@ -25,8 +26,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ess_kernels.plan import PlanBuffers
-from ess_kernels.scatter import scatter_rows
+from ess_kernels import hot_state
+from ess_kernels.pack_write import pack_write, packable
+from ess_kernels.plan_fetch import PlanBuffers
 from sglang_ess.attention.overlap import Mode
 from sglang_ess.tiers.batch_passes import Pass
 from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache, DeviceTier
@@ -50,29 +52,26 @@ class LayerStep:
     """One index group in a decode step, from its top-k until attention of its last layer is done.
 
     group, cache: the index group and its hot tier
+    reserved the step's new slots have hot rows; else no plan may start before they are saved
     position: of the layer in the group whose turn it is
-    slots    [T] int64: slots that the step writes, one a query; None where it writes none
-    targets  [T] int32: hot rows reserved for slots; None before reserve(), and without room
     topk     [T, K] int32 slots, -1 pads; None before start()
     buffers  the plan of the whole batch, valid until the next group's plan; None where the batch
              takes several passes
     halves   the plans of plan_half()
     planned  queries that plan_half() has planned
     passes   copies of the plans of several passes, for the group's other layers
-    reserved the targets are there; ready: the plan's lists; fetched: its rows, by layer
+    ready    the plan's lists are there; fetched: its rows, by layer
     """
 
     group: int
     cache: DeviceHotCache
+    reserved: bool = True
     position: int = 0
-    slots: torch.Tensor | None = None
-    targets: torch.Tensor | None = None
     topk: torch.Tensor | None = None
     buffers: PlanBuffers | None = None
     halves: list[PlanBuffers] = field(default_factory=list)
     planned: int = 0
     passes: list[PlanBuffers] = field(default_factory=list)
-    reserved: torch.cuda.Event | None = None
     ready: torch.cuda.Event | None = None
     fetched: list[torch.cuda.Event | None] = field(default_factory=list)
 
@@ -91,8 +90,8 @@ class LayerStep:
 class TwoTierDecode:
     """Decode attention of all layers. Its state is in the LayerStep that each call is given.
 
-    The first layer of an index group begins with layer(). Each other one begins with follow(), then
-    calls write() and finish() or in_passes().
+    A step begins with reserve(). The first layer of an index group begins with layer(), each other
+    one with follow(); then come write() and finish() or in_passes().
 
     tier, transfer: the pool's; merge_state: SGLang's
     attend, attend_late: the attention kernel, and the one for rows that come late. Those are few
@@ -105,44 +104,50 @@ class TwoTierDecode:
     merge_state: Merge
     attend_late: Attend | None = None
 
-    def layer(self, group: int, slots: torch.Tensor | None = None) -> LayerStep:
-        """Begin a group's step in its first layer. slots: see LayerStep."""
-        return LayerStep(group, self.tier.caches[group], slots=slots)
-
-    def follow(self, step: LayerStep, position: int) -> None:
-        """Go on with another layer of the group."""
-        step.position, step.reserved = position, None  # the main stream has waited for it
-
-    def reserve(self, step: LayerStep, width: int, first_slot: int = 0) -> bool:
-        """Make the step's new slots hot before their rows are there.
+    def reserve(self, slots: torch.Tensor, width: int, first_slot: int = 0) -> bool:
+        """Make the slots [T] that a step writes hot in every layer, before their rows are there.
 
         width: top-k's; first_slot: lower slots are a batch's padding
         Returns whether they got rows: then start() may come before write(). Otherwise they are
         not hot any more, and their rows are fetched like others once write() has saved them.
+        Call it on the main stream, after what the transfer stream has done.
         """
-        slots, cache = step.slots, step.cache
-        assert slots is not None
-        fits = cache.has_room_for_writes(len(slots), width)
-        with self.transfer.on_transfer_stream():
-            if fits:
-                step.targets = cache.reserve(slots, first_slot)
-                step.reserved = self.transfer.event()
-            else:
-                cache.invalidate(slots)
-            self.transfer.record_stream(slots)
+        if fits := self.tier.has_room(len(slots), width):
+            self.tier.reserve(slots, first_slot)
+        else:
+            self.tier.invalidate(slots)
         return fits
 
-    def write(self, step: LayerStep, rows: torch.Tensor) -> None:
-        """Save the packed rows [T, ...] of the step's slots, and fill their reserved hot rows."""
-        slots, host_rows = step.slots, step.cache.host_layers[step.position]
-        assert slots is not None
-        with self.transfer.on_transfer_stream():
-            scatter_rows(rows, slots, host_rows)
-            self.transfer.record_stream(slots, rows)
-        if step.targets is not None:
-            # On the main stream: the transfer stream may be busy with the rows of later layers.
-            wait(step.reserved)
-            scatter_rows(rows, step.targets, step.rows)
+    def layer(self, group: int, reserved: bool = True) -> LayerStep:
+        """Begin a group's step in its first layer. reserved: what reserve() said."""
+        return LayerStep(group, self.tier.caches[group], reserved)
+
+    def follow(self, step: LayerStep, position: int) -> None:
+        """Go on with another layer of the group."""
+        step.position = position
+
+    def write(
+        self,
+        step: LayerStep,
+        latents: torch.Tensor,
+        rope_keys: torch.Tensor,
+        slots: torch.Tensor,
+        first_slot: int = 0,
+    ) -> None:
+        """Pack a layer's new rows and store them in the host tier and, if reserved, in hot rows.
+
+        Without a reservation the map is that of the group's last pass, not of the one to come.
+
+        latents [T, 1, 512], rope_keys [T, 1, r], slots [T]; first_slot: lower slots are padding
+        Nobody waits for the host tier: who fetches these rows does so in a later launch.
+        """
+        cache, position = step.cache, step.position
+        ready = cache.state.times[position, hot_state.MAIN_READY :][:1]
+        pack_write(
+            *packable(latents, rope_keys, step.rows), slots, cache.state.slot_row, step.rows,
+            cache.host_layers[position], first_slot=first_slot, keeps_cold=not step.reserved,
+            main_ready=ready,
+        )  # fmt: skip
 
     def plan_half(self, step: LayerStep, topk: torch.Tensor, first: int, batch: int) -> None:
         """DBA: plan and fetch topk [n, K], the queries from `first` on of a batch of `batch`.
@@ -151,7 +156,7 @@ class TwoTierDecode:
         """
         cache, last = step.cache, first + len(topk)
         with self.transfer.on_transfer_stream():
-            half = cache.plan(topk, first, int(first > 0), advance=last == batch)
+            half = cache.plan(topk, first, int(first > 0), advance=last == batch, lists=True)
             step.ready = self.transfer.event()  # after the first half's fetch: its rows are there
             cache.fetch(half)
             self.transfer.record_stream(topk)
@@ -162,25 +167,28 @@ class TwoTierDecode:
         """Whether a batch can be planned in halves: both must be hot at the same time."""
         return batch > 1 and len(self.tier.caches[group].passes(batch, width)) == 1
 
-    def start(self, step: LayerStep, topk: torch.Tensor) -> bool:
+    def start(self, step: LayerStep, topk: torch.Tensor, mode: Mode) -> bool:
         """Plan topk [T, K] int32 slots and fetch its misses, behind what the caller does next.
 
         Returns False, having done nothing, where the batch takes several passes: use in_passes.
         """
-        cache, slots = step.cache, step.slots
+        cache = step.cache
         if len(cache.passes(*topk.shape)) > 1:
             return False
-        step.topk, step.buffers = topk, cache.buffers_for(*topk.shape)
+        step.topk, halved = topk, step.planned == len(topk)
         with self.transfer.on_transfer_stream():
-            if step.planned != len(topk):
+            if halved:
+                step.buffers = self.tier.buffers_for(*topk.shape)
+            elif mode is Mode.OFF:
                 step.halves.clear()
-                cache.plan(topk)
+                step.buffers = cache.plan_and_fetch(topk)
+            else:
+                step.halves.clear()
+                step.buffers = cache.plan(topk, lists=True)
                 step.ready = self.transfer.event()
                 cache.fetch(step.buffers)
             step.fetched = [self.transfer.event()]
-            cache.rebuild_order()
-            if slots is None or step.targets is not None:
-                # The new slots have reserved rows: no row is fetched that is still to be saved.
+            if step.reserved:  # no row is fetched that is still to be saved
                 for layer in range(1, cache.num_layers):
                     self._fetch_layer(step, layer)
             self.transfer.record_stream(topk)
@@ -252,15 +260,15 @@ class TwoTierDecode:
         # The transfer stream starts after the attention whose rows this pass may evict, and which
         # reads the plan buffers.
         with self.transfer.on_transfer_stream():
-            planned = step.passes[index] if lookups is None else cache.plan(lookups)
-            cache.fetch(planned, position)
-            fetched = self.transfer.event()
             if lookups is None:
-                for used in (planned.miss_slots, planned.miss_rows, planned.num_misses):
-                    self.transfer.record_stream(used)
+                planned = step.passes[index]
+                cache.fetch(planned, position)
+                used = planned.miss_slots, planned.miss_rows, planned.num_misses
+                self.transfer.record_stream(*used)
             else:
-                cache.rebuild_order()
+                planned = cache.plan_and_fetch(lookups)
                 self.transfer.record_stream(lookups)
+            fetched = self.transfer.event()
         wait(fetched)
         if position == 0 and cache.num_layers > 1:
             step.passes.append(_copy_of(planned))

@@ -10,7 +10,6 @@ import torch
 
 from sglang_ess.disagg.payload import NUM_CLASSES, PayloadError, decode
 from sglang_ess.mem_cache.pool import EssTokenToKVPool
-from sglang_ess.tiers.warmup_window import WARMUP_QUERIES
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +46,15 @@ class RequestWarmup:
     def warm(self, req: Any, req_to_token: torch.Tensor) -> None:
         """Make the request's rows hot, those of its last query as the most recently used.
 
-        req_to_token: SGLang's table; the request's row of it is copied to the host
+        req_to_token: SGLang's table
         """
         ids = self._take(req)
         delattr(req, IDS)
         if ids is None:
             return
-        table_row = req_to_token[req.kv.req_pool_idx].cpu()
         width = self._pool.capacity.geometry.topk
-        for group, ages in enumerate(ids):
-            topk = _as_queries([table_row[torch.from_numpy(age)] for age in ages], width)
-            for part in topk.split(WARMUP_QUERIES):
-                self._pool.warm(group, part)
+        positions = [_as_queries(ages, width) for ages in ids]
+        self._pool.warm_request(req_to_token[req.kv.req_pool_idx], positions)
 
     def _take(self, req: Any) -> Groups | None:
         if not hasattr(req, IDS):
@@ -79,10 +75,10 @@ class RequestWarmup:
             return None
 
 
-def _as_queries(groups: list[torch.Tensor], width: int) -> torch.Tensor:
-    """The slots of the groups, in order, as a top-k [queries, width] int32, -1 pads."""
-    rows = [part for group in groups for part in group.split(width)]
-    topk = torch.full((len(rows), width), -1, dtype=torch.int32)
-    for row, part in zip(topk, rows, strict=True):
-        row[: len(part)] = part
-    return topk
+def _as_queries(ages: list[np.ndarray], width: int) -> torch.Tensor:
+    """The positions of a group's sets, in order, as queries [n, width] int32, -1 pads."""
+    parts = [age[i : i + width] for age in ages for i in range(0, len(age), width)]
+    queries = np.full((len(parts), width), -1, np.int32)
+    for query, part in zip(queries, parts, strict=True):
+        query[: len(part)] = part
+    return torch.from_numpy(queries)

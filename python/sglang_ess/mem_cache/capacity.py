@@ -17,14 +17,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ess_kernels.hot_state import HOT_ROW_STATE_BYTES, LAYER_STATE_BYTES
-from ess_kernels.plan import PlanBuffers as DevicePlanBuffers
-from ess_kernels.rebuild_order import OWNED_LAYER_BYTES, OWNED_ROW_BYTES, OrderScratch
+from ess_kernels.hot_state import GROUP_STATE_BYTES, HOT_ROW_STATE_BYTES, LAYER_STATE_BYTES
+from ess_kernels.plan_fetch import PlanBuffers as DevicePlanBuffers
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import (
     GIB,
     MAP_BYTES,
-    PACK_ROWS_CUDA,
     PAGE_SLOTS,
     PLAN_LOOKUP_BYTES_CPU,
     PLAN_QUERIES_CPU,
@@ -42,7 +40,7 @@ from sglang_ess.mem_cache.host_share import (
 from sglang_ess.tiers import free_host_bytes
 from sglang_ess.tiers.balance.rebalance import ghost_bytes
 from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES
-from sglang_ess.tiers.hot_cache_cuda import MAX_LAYER_SHARE, TierScratch
+from sglang_ess.tiers.hot_cache_cuda import TierScratch
 from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.tiers.lru import STATE_SIZE
 from sglang_ess.tiers.throttled_link import probe_bytes
@@ -65,20 +63,18 @@ def size(num_bytes: int) -> str:
 class TierBytes:
     """Device bytes of a hot tier without its rows.
 
-    row_state    bytes per hot row and index group; row_shared: per hot row, once for all groups
-    group_state  bytes per index group
+    row_state    bytes per hot row and index group
+    group_state  bytes per index group; layer_state: per layer
     page_rows    rows are allocated in multiples of this
-    moves        a CUDA tier whose rows may move between index groups
     """
 
     row_state: int
-    row_shared: int
     group_state: int
+    layer_state: int
     page_rows: int
-    moves: bool = False
 
     def shared(self, topk: int, row_bytes: int) -> int:
-        """Bytes of the buffers that groups use one after another, without row_shared."""
+        """Bytes of the buffers that groups use one after another."""
         return PLAN_QUERIES_CPU * topk * PLAN_LOOKUP_BYTES_CPU
 
 
@@ -87,20 +83,11 @@ class GpuTierBytes(TierBytes):
 
     def shared(self, topk: int, row_bytes: int) -> int:
         plans = DevicePlanBuffers.bytes_for(PLAN_QUERIES_CUDA, topk)
-        reserved = DevicePlanBuffers.bytes_for(1, PLAN_QUERIES_CUDA)
-        scratch = TierScratch.HALVES * 4 + OrderScratch.bytes_for(0)
-        return plans + reserved + scratch + probe_bytes(row_bytes) + PACK_ROWS_CUDA * 8
+        return plans + TierScratch.HALVES * 4 + probe_bytes(row_bytes)
 
 
-CPU_TIER = TierBytes(HOT_ROW_OVERHEAD_BYTES, 0, STATE_BYTES, 1)
-GPU_TIER = GpuTierBytes(
-    HOT_ROW_STATE_BYTES, OrderScratch.bytes_for(1) - OrderScratch.bytes_for(0),
-    LAYER_STATE_BYTES, PAGE_SLOTS,
-)  # fmt: skip
-GPU_TIER_THAT_MOVES = GpuTierBytes(
-    HOT_ROW_STATE_BYTES + OWNED_ROW_BYTES, MAX_LAYER_SHARE * GPU_TIER.row_shared,
-    LAYER_STATE_BYTES + OWNED_LAYER_BYTES, PAGE_SLOTS, moves=True,
-)  # fmt: skip
+CPU_TIER = TierBytes(HOT_ROW_OVERHEAD_BYTES, STATE_BYTES, 0, 1)
+GPU_TIER = GpuTierBytes(HOT_ROW_STATE_BYTES, GROUP_STATE_BYTES, LAYER_STATE_BYTES, PAGE_SLOTS)
 
 
 @dataclass(frozen=True)
@@ -154,8 +141,7 @@ class Geometry:
     @property
     def hot_row_bytes(self) -> int:
         """Bytes of one hot row in every layer, and of its state in every group."""
-        rows, states = self.layers * self.row_bytes, self.num_groups * self.tier.row_state
-        return rows + states + self.tier.row_shared
+        return self.layers * self.row_bytes + self.num_groups * self.tier.row_state
 
     def paged(self, rows: int) -> int:
         """Rows that are allocated for `rows` rows: whole pages."""
@@ -178,6 +164,7 @@ class Geometry:
             + self.staging_bytes(slots)
             + self.tier.shared(self.topk, self.row_bytes)
             + self.num_groups * self.tier.group_state
+            + self.layers * self.tier.layer_state
             + self.num_ghosts * ghost_bytes(padded)
         )
 
@@ -295,8 +282,7 @@ def choose_capacity(
             f"for {slots} slots, limit {size(host_bytes)}. Lower --max-total-tokens."
         )
     if rows == slots + geometry.page_slots:  # every row is hot: no layer needs more
-        tier = GPU_TIER if geometry.tier.moves else geometry.tier
-        geometry = replace(geometry, ghosts=False, tier=tier)
+        geometry = replace(geometry, ghosts=False)
     return Capacity(geometry, slots, rows, device_bytes)
 
 
@@ -383,14 +369,13 @@ def _largest_graph() -> int | None:
     return None if decode.backend == Backend.DISABLED or not decode.bs else max(decode.bs)
 
 
-def moves_rows(config: EssConfig, groups: IndexGroups, on_cpu: bool = True) -> bool:
-    """Whether hot rows may move between index groups of as many layers.
+def moves_rows(config: EssConfig, groups: IndexGroups) -> bool:
+    """Whether hot rows may move between index groups of as many layers, on the CPU.
 
     Pointless where no two groups have as many, or with every row hot.
     """
-    wanted = config.layer_budgets or ("auto" if on_cpu else "uniform")
     several = max(map(len, groups.by_size().values())) > 1
-    return wanted == "auto" and config.hot_ratio != 1.0 and several
+    return config.layer_budgets != "uniform" and config.hot_ratio != 1.0 and several
 
 
 def _padding_bytes(configurator: Any) -> int:
@@ -414,9 +399,7 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
     row_bytes *= dtype.itemsize
     cell_bytes = create_memory_pool_configurator(configurator)._cell_size
     on_cpu = configurator.device == "cpu"
-    moves = moves_rows(config, groups, on_cpu)
     topk = get_dsa_mtp_topk_width(model.hf_config)  # of a list: with pooled keys above index_topk
-    gpu_tier = GPU_TIER_THAT_MOVES if moves else GPU_TIER
     index_bytes = cell_bytes - layers * row_bytes
     if config.index_dtype == "float32":  # SGLang counts fp8 keys
         index_bytes = index_bytes * index_page_bytes(fp32=True) // index_page_bytes(fp32=False)
@@ -427,8 +410,8 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
         topk=topk,
         context_tokens=model.context_len,
         page_slots=configurator.pool_page_size,
-        tier=CPU_TIER if on_cpu else gpu_tier,
-        ghosts=on_cpu and moves,
+        tier=CPU_TIER if on_cpu else GPU_TIER,
+        ghosts=on_cpu and moves_rows(config, groups),
         groups=groups,
     )
 

@@ -19,8 +19,7 @@ from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
 
 from sglang_ess.mem_cache import capacity
 from sglang_ess.tiers import HostTier
-from sglang_ess.tiers.balance.budgets import Budgets
-from sglang_ess.tiers.balance.rebalance import AgeRebalancer, Rebalancer
+from sglang_ess.tiers.balance.rebalance import Rebalancer
 from sglang_ess.tiers.contract import HotTiers
 from sglang_ess.tiers.topk_observer import TopkObserver
 from sglang_ess.tiers.topk_sample import TopkSample
@@ -30,6 +29,12 @@ logger = logging.getLogger(__name__)
 # A prompt's new row may evict a hot row that no decode step has used for this many steps.
 # SparseServe's working set is what the last 12 steps used: 64 is far outside it.
 IDLE_STEPS = 64
+
+
+def slots_at(table_row: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The slots of positions [queries, K] int32, -1 pads, by a row of SGLang's request table."""
+    slots = table_row[positions.clamp(min=0).long()].int()
+    return torch.where(positions < 0, positions, slots)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
     staging      buffers from which a prefill pass reads its rows
     sample       the last decode step's top-k of a few index groups and requests, on the host
     rebalancers  move hot rows between index groups of as many layers; empty where each keeps its
-        own
+        own, as on CUDA
     request_misses [requests + 1] int64: rows fetched for the request that owns this row of the
         request table; its reader sets it back to 0. None where misses are not counted by request
 
@@ -69,7 +74,7 @@ class EssTokenToKVPool(DSATokenToKVPool):
     tier: HotTiers
     staging: Any
     sample: TopkSample
-    rebalancers: Sequence[Rebalancer | AgeRebalancer] = ()
+    rebalancers: Sequence[Rebalancer] = ()
     request_misses: np.ndarray | None = None
 
     def _create_buffers(self) -> None:
@@ -91,23 +96,16 @@ class EssTokenToKVPool(DSATokenToKVPool):
 
     # --- decode steps -------------------------------------------------------------------
 
-    def before_decode_step(self, num_queries: int = 0) -> None:
-        """Let hot rows move between layers, before anything of the step is planned.
-
-        num_queries: decode batch size including padding. Unused on the CPU; the CUDA pool sizes
-        its reserve by it.
-        """
-        for budgets in self._rebalance(num_queries):
-            logger.info(
-                "ESS: hot rows move between layers: %d to %d each, %.1f misses/step expected",
-                min(budgets.rows),
-                max(budgets.rows),
-                budgets.misses,
-            )
-
-    @abstractmethod
-    def _rebalance(self, num_queries: int) -> list[Budgets]:
-        """Start moving rows to new budgets, where there are rebalancers and it pays."""
+    def before_decode_step(self) -> None:
+        """Let hot rows move between layers, before anything of the step is planned."""
+        for rebalancer in self.rebalancers:
+            if (budgets := rebalancer.step()) is not None:
+                logger.info(
+                    "ESS: hot rows move between layers: %d to %d each, %.1f misses/step expected",
+                    min(budgets.rows),
+                    max(budgets.rows),
+                    budgets.misses,
+                )
 
     @property
     def hot_caches(self) -> Sequence[Any]:
@@ -119,8 +117,12 @@ class EssTokenToKVPool(DSATokenToKVPool):
         return self.groups.places[layer_id - self.start_layer]
 
     @abstractmethod
-    def warm(self, group: int, topk: torch.Tensor) -> None:
-        """HotCache.warm of an index group with topk [queries, K] int32 on the host."""
+    def warm_request(self, table_row: torch.Tensor, positions: Sequence[torch.Tensor]) -> None:
+        """Warm every index group for one request.
+
+        table_row [context] int32: the request's slots by position, on the device
+        positions: for each group [queries, K] int32 on the host, -1 pads, the last query newest
+        """
 
     # --- slots whose rows change --------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,9 +12,8 @@ from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
 from sglang_ess.layout import GIB, PLAN_QUERIES_CPU
-from sglang_ess.mem_cache.pool import IDLE_STEPS, EssTokenToKVPool
+from sglang_ess.mem_cache.pool import IDLE_STEPS, EssTokenToKVPool, slots_at
 from sglang_ess.tiers import HotCache, HotGroups, PlanBuffers, lru, throttled_link
-from sglang_ess.tiers.balance.budgets import Budgets
 from sglang_ess.tiers.balance.rebalance import Rebalancer
 from sglang_ess.tiers.hot_arena import HotArena
 from sglang_ess.tiers.row_words import as_words
@@ -21,6 +21,7 @@ from sglang_ess.tiers.staging import Staging
 from sglang_ess.tiers.throttled_link import ThrottledLink
 from sglang_ess.tiers.topk_observer import TopkObserver
 from sglang_ess.tiers.topk_sample import TopkSample
+from sglang_ess.tiers.warmup_window import WARMUP_QUERIES
 from sglang_ess.trace.trace_recorder import TraceRecorder
 
 
@@ -83,12 +84,14 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
     def topk_observers(self) -> list[TopkObserver]:
         return [self.sample] if self.trace is None else [self.sample, self.trace]
 
-    def _rebalance(self, num_queries: int) -> list[Budgets]:
-        found = [one.step() for one in self.rebalancers]
-        return [budgets for budgets in found if budgets is not None]
-
     def warm(self, group: int, topk: torch.Tensor) -> None:
+        """HotCache.warm of an index group with topk [queries, K] int32."""
         self.hot_caches[group].warm(topk)
+
+    def warm_request(self, table_row: torch.Tensor, positions: Sequence[torch.Tensor]) -> None:
+        for group, queries in enumerate(positions):
+            for part in slots_at(table_row, queries).split(WARMUP_QUERIES):
+                self.warm(group, part)
 
     # --- writes -------------------------------------------------------------------------
 

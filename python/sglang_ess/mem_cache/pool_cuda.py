@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
 
+from ess_kernels.gather_rows import gather_rows
+from ess_kernels.pack_write import pack_write, packable
 from ess_kernels.scatter import scatter_rows
-from sglang_ess.layout import PACK_ROWS_CUDA, PLAN_QUERIES_CUDA
-from sglang_ess.mem_cache.pool import IDLE_STEPS, EssTokenToKVPool
-from sglang_ess.tiers.balance.budgets import Budgets
-from sglang_ess.tiers.balance.rebalance import AgeRebalancer
+from sglang_ess.layout import PLAN_QUERIES_CUDA
+from sglang_ess.mem_cache.pool import IDLE_STEPS, EssTokenToKVPool, slots_at
 from sglang_ess.tiers.hot_groups_cuda import DeviceTiers
 from sglang_ess.tiers.link_probe import LinkProbe
 from sglang_ess.tiers.staging_cuda import DeviceStaging
 from sglang_ess.tiers.topk_observer import TopkObserver
 from sglang_ess.tiers.topk_sample import TopkSample
-from sglang_ess.tiers.transfer_stream import TransferStream
+from sglang_ess.tiers.transfer_stream import TransferStream, wait
+
+ABOVE_ALL_SLOTS = 2**31 - 1
 
 
 class CudaEssTokenToKVPool(EssTokenToKVPool):
     """EssTokenToKVPool whose hot tier is on a CUDA device.
 
     tier      hot rows, state and scratch of all index groups
-    transfer  the stream on which everything that touches the tiers runs, in order
+    transfer  the stream of plans, fetches and a prompt's saves, in order
+    prompt_slots [n] int64: a copy of the slots that the prefill pass under way writes
 
     get_key_buffer gives SGLang's kernels what reading() was given: hot rows or staged ones.
     """
 
     tier: DeviceTiers
-    rebalancers: list[AgeRebalancer]
 
     def _create_tiers(self) -> None:
         self.transfer = TransferStream(self.device)
-        topk = self.capacity.geometry.topk
-        moves, hot_rows = self.capacity.geometry.tier.moves, self.capacity.hot_rows
+        self.prompt_slots = torch.empty(0, dtype=torch.int64, device=self.device)
+        topk, hot_rows = self.capacity.geometry.topk, self.capacity.hot_rows
         self.tier = DeviceTiers(
-            self.groups, self.kv_buffer, hot_rows, topk, PLAN_QUERIES_CUDA, self.device, moves
+            self.groups, self.kv_buffer, hot_rows, topk, PLAN_QUERIES_CUDA, self.device
         )
-        self._moving = [tier for groups, tier in self.tier.parts if moves and len(groups) > 1]
-        self.rebalancers = [
-            AgeRebalancer(len(tier.caches), hot_rows, tier.max_rows, topk) for tier in self._moving
-        ]
         pinned = torch.device(self.device).type == "cuda"
         self.sample = TopkSample(len(self.groups), topk, pinned)
         self._probe = LinkProbe(self.kv_buffer[0], self.device, self.transfer)
@@ -53,8 +51,8 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         # The rows that SGLang's kernels read now, and their staging group in prefill.
         self._reading: torch.Tensor | None = None
         self._group = 0
-        # Never replaced: a captured graph holds its address.
-        self._places = torch.arange(1, PACK_ROWS_CUDA + 1, device=self.device)
+        # By staging buffer: when the rows that were packed there last were saved.
+        self._saved: list[torch.cuda.Event | None] = [None, None]
 
     @property
     def topk_observers(self) -> list[TopkObserver]:
@@ -62,36 +60,31 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
 
     @property
     def _scratch_bytes(self) -> int:
-        return self._probe.nbytes + self._places.nbytes
+        return self._probe.nbytes
 
-    def before_decode_step(self, num_queries: int = 0) -> None:
-        """Let hot rows move between layers; the main stream then waits for the transfer stream.
+    def before_decode_step(self) -> None:
+        """Have the main stream wait for the transfer stream.
 
         A replayed graph runs on the main stream and does not wait for copies that were issued to
         the transfer stream since its capture.
         """
-        super().before_decode_step(num_queries)
+        super().before_decode_step()
         self.transfer.join()
-
-    def _rebalance(self, num_queries: int) -> list[Budgets]:
-        """Decide by the ages that were last copied to the host; nobody waits for newer ones."""
-        moved = []
-        for rebalancer, tier in zip(self.rebalancers, self._moving, strict=True):
-            budgets = rebalancer.step(tier.demand(num_queries), tier.age_snapshot())
-            if budgets is not None:
-                with self.transfer.on_transfer_stream():
-                    tier.resize(budgets.rows)
-                moved.append(budgets)
-        return moved
 
     def measure_link(self) -> float:
         return self._probe.bytes_per_second()
 
-    def warm(self, group: int, topk: torch.Tensor) -> None:
+    def warm_request(self, table_row: torch.Tensor, positions: Sequence[torch.Tensor]) -> None:
+        """One copy to the device for all groups, from pinned memory: the host waits for nothing."""
+        sizes = [len(one) for one in positions]
+        together = torch.cat([*positions])
+        if torch.device(self.device).type == "cuda":
+            together = together.pin_memory()
         with self.transfer.on_transfer_stream():
-            slots = topk.to(self.device, non_blocking=True)
-            self.hot_caches[group].warm(slots)
-            self.transfer.record_stream(slots)
+            topk = slots_at(table_row, together.to(self.device, non_blocking=True))
+            for cache, part in zip(self.hot_caches, topk.split(sizes), strict=True):
+                if len(part):
+                    cache.warm(part)
 
     @contextmanager
     def reading(self, rows: torch.Tensor) -> Iterator[None]:
@@ -118,10 +111,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         Queries of other groups get 0; their attention is thrown away. Not -1: kernels that go by
         lengths would read it.
         """
-        queries = self.staging.groups[self._group].queries
-        places = torch.zeros_like(slots)
-        places[queries] = self.staging.places_of(self._group, slots[queries])
-        return places
+        return self.staging.translate(self._group, slots)
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
         """Raises: RuntimeError outside reading(): the host tier is no device tensor."""
@@ -133,35 +123,70 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         same = self.store_dtype == self.dtype
         return self._reading if same else self._reading.view(self.dtype)
 
-    def pack(self, cache_k_nope: torch.Tensor, cache_k_rope: torch.Tensor) -> torch.Tensor:
-        """Latent rows [n, 1, width] as SGLang's own kernels write them, on the device."""
-        n, places = len(cache_k_nope), self._places
-        if n > len(places):
-            places = torch.arange(1, n + 1, device=self.device)
-        # Those kernels never write row 0, which is padding's (reserved_skip_index in
-        # sglang/kernels/ops/kvcache/mla_buffer.py).
-        rows = torch.empty(n + 1, 1, self.kv_cache_dim, dtype=self.store_dtype, device=self.device)
-        self._write_mla_kv_buffer(rows, places[:n], cache_k_nope, cache_k_rope)
-        return rows[1:]
+    def begin_prompts(
+        self,
+        prefix_tokens: Sequence[int],
+        new_tokens: Sequence[int],
+        tables: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """Begin a prefill pass: stage its requests, and give its new slots free or idle hot rows.
 
-    def write_prompt(self, layer_id: int, loc: torch.Tensor, rows: torch.Tensor) -> None:
-        """Save rows [n, 1, width] of the slots loc [n] int64; make them hot if there is room.
+        slots [sum(new_tokens)] int64, in query order; the others: DeviceStaging.begin
+        Every layer of the pass must be written: write_prompt fills the hot rows.
+        """
+        self.staging.begin(prefix_tokens, new_tokens, tables, slots)
+        # A copy: SGLang writes the next pass's slots into this tensor, and the main stream does
+        # not wait for a prompt's saves at the end of its pass.
+        self.prompt_slots = slots.clone()
+        with self.transfer.on_transfer_stream():
+            self.tier.install(self.prompt_slots, IDLE_STEPS, self.page_size)
+            self.transfer.record_stream(self.prompt_slots)
 
-        The first layer of an index group decides which become hot; the others then fill their
-        copies of the same hot rows.
+    def pack(
+        self,
+        latents: torch.Tensor,
+        rope_keys: torch.Tensor,
+        loc: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Latent rows [n, 1, width] as SGLang's own kernels write them, on the device.
+
+        latents [n, 1, 512], rope_keys [n, 1, r], loc [n]: their slots, which are not written
+        rows: where they go; None: into a new tensor
+        """
+        if rows is None:
+            shape = len(latents), 1, self.kv_cache_dim
+            rows = torch.empty(shape, dtype=self.store_dtype, device=self.device)
+        cache = self.hot_caches[0]
+        pack_write(
+            *packable(latents, rope_keys, rows), loc, cache.state.slot_row, cache.rows,
+            cache.host_rows, first_slot=ABOVE_ALL_SLOTS, packed=rows,
+        )  # fmt: skip
+        return rows
+
+    def pack_staged(
+        self, layer_id: int, latents: torch.Tensor, rope_keys: torch.Tensor, loc: torch.Tensor
+    ) -> torch.Tensor:
+        """pack() into the staging buffer, where all of the batch's rows fit into one."""
+        index = layer_id - self.start_layer
+        wait(self._saved[index % 2])  # the rows that were packed there two layers ago
+        rows = self.staging.place_for(index, len(latents))
+        return self.pack(latents, rope_keys, loc, rows)
+
+    def write_prompt(self, layer_id: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Save rows [n, 1, width] of slots [n] int64, and refresh those that are hot.
+
+        slots: nobody writes this tensor before the save is done, as in prompt_slots
         """
         group, position = self.place(layer_id)
         cache = self.hot_caches[group]
-        # A copy: SGLang writes the next pass's slots into this tensor, and the main stream does
-        # not wait for a prompt's saves at the end of its pass.
-        slots = loc.clone()
         with self.transfer.on_transfer_stream():
             scatter_rows(rows, slots, cache.host_layers[position])
-            if position == 0:
-                cache.install(slots, rows, IDLE_STEPS, first_slot=self.page_size)
-            else:
-                cache.update(position, slots, rows)
+            targets = gather_rows(slots.int(), cache.state.slot_row)
+            scatter_rows(rows, targets, cache.hot_layers[position])
             self.transfer.record_stream(slots, rows)
+            self._saved[(layer_id - self.start_layer) % 2] = self.transfer.event()
 
     # --- SGLang's write paths -----------------------------------------------------------
 
@@ -170,7 +195,8 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
     ) -> None:
         loc, _, _ = unwrap_write_loc(loc_info)
         layer_id = layer.layer_id if layer_id_override is None else layer_id_override
-        self.write_prompt(layer_id, loc, self.pack(cache_k_nope, cache_k_rope))
+        rows = self.pack(cache_k_nope, cache_k_rope, loc)
+        self.write_prompt(layer_id, loc.clone(), rows)
 
     def set_kv_buffer(self, layer, loc_info, cache_k, cache_v, layer_id_override=None) -> None:
         latent, rope = cache_k.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ess_kernels.plan import MAX_WIDTH
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -20,6 +18,9 @@ class Pass:
         queries: int = self.queries.stop - self.queries.start
         columns: int = self.columns.stop - self.columns.start
         return queries * columns
+
+
+MAX_WIDTH = 8192  # columns of one plan, at most (kPlanMaxItems of csrc/plan_fetch.h x 512 threads)
 
 
 def passes(num_queries: int, width: int, num_rows: int, max_queries: int) -> list[Pass]:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -59,21 +58,6 @@ class RowCorruption(RuntimeError):
             f"{hot_sum:08x}, host row crc32 {host_sum:08x}. Stop this server, keep its log and "
             "report it; --disable-ess serves without hot rows."
         )
-
-
-@dataclass(frozen=True)
-class AgeSnapshot:
-    """Ages of the hot rows of all index groups at one step.
-
-    ages       [groups, ages] int: rows last used 0, 1, ... steps ago; the last entry counts all
-               older rows
-    evictions  [groups] int, since the start
-    steps      [groups] int, since the start
-    """
-
-    ages: np.ndarray
-    evictions: np.ndarray
-    steps: np.ndarray
 
 
 class Planned(Protocol):
@@ -110,7 +94,8 @@ class HotTier(Protocol[PlanT]):
     """The hot tier of one index group. `layer` is a position in the group, 0 for the first.
 
     A slot is hot (it has a hot row, equal to its host row) or not. A hot row is free or belongs to
-    one slot. The least recently used rows are evicted first; free rows are taken before any.
+    one slot. On the CPU free rows are taken first, then the least recently used one. On a CUDA
+    device a row is taken that is free or among the least recently used few (hot_state.py).
     """
 
     @property
@@ -130,24 +115,13 @@ class HotTier(Protocol[PlanT]):
     def fetch(self, planned: PlanT, /, layer: int = 0) -> None:
         """Copy the plan's missed rows of one layer from the host tier to the device."""
 
-    def install(
-        self, slots: torch.Tensor, rows: torch.Tensor | Sequence[torch.Tensor], min_age: int = 0
-    ) -> int | None:
-        """Make slots [n] int64, just written, hot where there is room.
-
-        rows [n, ...]: the first layer's values, equal to the host rows; of a group of several
-        layers a sequence with those of each. A hot slot is updated. Another slot takes a free
-        row, or the least recently used one if that is at least min_age steps old.
-        Returns how many are hot; None where the host does not know without waiting.
-        """
-
     def invalidate(self, slots: torch.Tensor) -> None:
         """Free the hot rows of slots [n] int64."""
 
     def warm(self, topk: torch.Tensor) -> int | None:
-        """Make the slots of topk [queries, K] int32 hot, the last query's most recently used.
+        """Make the slots of topk [queries, K] int32 hot, the last queries' rather than others'.
 
-        ESS's LRU-warmup: as if each query were a decode step, but lookups are not counted.
+        ESS's LRU-warmup: as if the queries were decode steps, but lookups are not counted.
         Returns the rows filled; None where the host does not know without waiting.
         """
 
@@ -180,20 +154,8 @@ class HotTiers(Protocol):
         """By group."""
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Hot rows of each group now."""
-
-    @property
     def nbytes(self) -> int:
         """Device bytes of all layers."""
-
-    def resize(self, sizes: Sequence[int]) -> int:
-        """Give each group sizes[group] hot rows. Call it between steps.
-
-        Rows move between groups of as many layers only. A group that shrinks keeps its most
-        recently used rows. Returns the rows that moved.
-        Raises: ValueError for sizes outside the limits.
-        """
 
     def invalidate(self, slots: torch.Tensor) -> None:
         """Free the hot rows of slots [n] int64 in every layer."""

@@ -1,8 +1,8 @@
 """The hot tier on a CUDA device: rows and state of index groups, and a DeviceHotCache for each.
 
 Shapes are static, counts stay on the device, and a batch that one plan cannot hold is cut into
-passes beforehand, so that decode never waits for the device and can be captured. The kernels
-(ess_kernels) also run on CPU tensors under Triton's interpreter; the tests use that.
+passes beforehand, so that decode never waits for the device and can be captured. Without a GPU the
+tests run the same kernels on CPU tensors: CUDA sources compiled for the host, Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -14,21 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ess_kernels import hot_state
-from ess_kernels.fetch import fetch
-from ess_kernels.gather_rows import gather_rows
+from ess_kernels import hot_state, plan_fetch
 from ess_kernels.hot_state import HotState
-from ess_kernels.install import install
 from ess_kernels.invalidate import invalidate
-from ess_kernels.plan import WARM, PlanBuffers, plan
-from ess_kernels.rebuild_order import OrderScratch, Owned, rebuild_order
-from ess_kernels.resize_layers import resize_layers, resize_table
-from ess_kernels.scatter import scatter_rows
+from ess_kernels.plan_fetch import PlanBuffers
 from sglang_ess.layout import PAGE_SLOTS
 from sglang_ess.tiers.batch_passes import Pass, passes
-from sglang_ess.tiers.contract import AgeSnapshot, Device, HotTier, HotTiers, RowCorruption
-
-MAX_LAYER_SHARE = 8  # an index group may grow to 8x its equal share; the scratch is sized for it
+from sglang_ess.tiers.contract import Device, HotTier, HotTiers, RowCorruption
 
 
 def whole_pages(num_rows: int) -> int:
@@ -41,33 +33,26 @@ class TierScratch:
     """Memory that index groups use one after another.
 
     plan        of a batch; both halves of a two-batch overlap are live at once
-    reserved    the step's written rows; they are filled after the plan has used `plan`
     num_misses  [HALVES] int32
-    order       of rebuild_order
     """
 
     HALVES = 2
 
     plan: PlanBuffers
-    reserved: PlanBuffers
     num_misses: torch.Tensor
-    order: OrderScratch
 
     @classmethod
-    def new(cls, topk: int, max_queries: int, largest_rows: int, device: Device) -> TierScratch:
-        """topk, max_queries: of the largest plan; largest_rows: that a group may have."""
+    def new(cls, topk: int, max_queries: int, device: Device) -> TierScratch:
+        """topk, max_queries: of the largest plan."""
         return cls(
             PlanBuffers.new(max_queries, topk, device),
-            PlanBuffers.new(1, max_queries, device),
             torch.zeros(cls.HALVES, dtype=torch.int32, device=device),
-            OrderScratch.new(largest_rows, device),
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        plans = self.plan.nbytes + self.reserved.nbytes + self.num_misses.nbytes
-        return plans + self.order.nbytes
+        return self.plan.nbytes + self.num_misses.nbytes
 
 
 class DeviceTier:
@@ -75,15 +60,11 @@ class DeviceTier:
 
     host_rows  per group: [slots, ...] of each of its layers, or of its only one. The host tier,
                pinned where the device is a GPU
-    num_rows   hot rows of each group at the start; batches are cut by it at any time
+    num_rows   hot rows of each group
     topk, max_queries: width and queries of the largest plan
-    moves      all rows are in one arena, and resize may move them between groups
     scratch    shared with other tiers; None: its own
-    rows       per layer [num_rows rounded up to a page, ...] on the device; if moves, the arena's
-               for each position in a group
-    sizes      hot rows of each group now; their sum never changes
+    rows       per layer [num_rows rounded up to a page, ...] on the device
     caches     by group
-    A step may only be planned while each group has demand() rows, so resize must leave as many.
     Raises: ValueError for a num_rows outside [1, slots].
     """
 
@@ -94,7 +75,6 @@ class DeviceTier:
         topk: int,
         max_queries: int,
         device: Device,
-        moves: bool = False,
         scratch: TierScratch | None = None,
     ):
         members = [(one,) if isinstance(one, torch.Tensor) else tuple(one) for one in host_rows]
@@ -102,36 +82,21 @@ class DeviceTier:
         self.num_layers = len(members[0])
         self.num_rows, self.num_slots, self.topk = num_rows, len(first), topk
         self.max_queries = max_queries
-        self.sizes = (num_rows,) * groups
-        # Rows taken at most before the next rebuild_order: a plan's, and one written row per query.
-        self.need = min(num_rows, max_queries * (topk + 1))
-        self.state = HotState.new(groups, self.num_slots, num_rows, device, shared=moves)
-        self.owned = Owned.new(groups, num_rows, device) if moves else None
-        paged = whole_pages(num_rows)
-
-        def zeros(count: int) -> torch.Tensor:
-            return torch.zeros(count, *first.shape[1:], dtype=first.dtype, device=device)
-
-        if moves:
-            self.rows = [zeros(groups * paged) for _ in members[0]]
-            hot_rows = [self.rows] * groups
-        else:
-            hot_rows = [[zeros(paged) for _ in layers] for layers in members]
-            self.rows = [rows for layers in hot_rows for rows in layers]
+        self.state = HotState.new(groups, self.num_slots, num_rows, device, self.num_layers)
+        shape = whole_pages(num_rows), *first.shape[1:]
+        hot_rows = [
+            [torch.zeros(shape, dtype=first.dtype, device=device) for _ in layers]
+            for layers in members
+        ]
+        self.rows = [rows for layers in hot_rows for rows in layers]
         self._own_scratch = scratch is None
-        if scratch is None:
-            scratch = TierScratch.new(topk, max_queries, largest_group(num_rows, moves), device)
-        self.scratch = scratch
+        self.scratch = scratch or TierScratch.new(topk, max_queries, device)
         pairs = zip(members, hot_rows, strict=True)
         self.caches = [DeviceHotCache(self, i, *pair) for i, pair in enumerate(pairs)]
         self._pinned = torch.device(device).type == "cuda"
         self._split = np.ones(groups, bool)  # what the groups' words[SPLIT] say
         self._mirror: tuple[torch.Tensor, ...] | None = None
         self._copied: torch.cuda.Event | None = None
-        self._snapshot_given = False
-        if self.owned is not None:
-            self.resize(self.sizes)  # compiles the kernels of later calls
-            self.owned.ages.fill_(-1)
 
     def buffers_for(self, queries: int, width: int, first: int = 0, half: int = 0) -> PlanBuffers:
         """Buffers for a plan [queries, width] that starts at query `first` of the batch."""
@@ -147,11 +112,37 @@ class DeviceTier:
             hit_lengths=b.hit_lengths[rows],
             late_rows=grid(b.late_rows),
             late_lengths=b.late_lengths[rows],
-            query_misses=b.query_misses[rows],
             miss_slots=b.miss_slots[start:stop],
             miss_rows=b.miss_rows[start:stop],
             num_misses=self.scratch.num_misses[half : half + 1],
         )
+
+    # --- a pass's new rows ----------------------------------------------------------------
+
+    def has_room(self, num_queries: int, width: int) -> bool:
+        """Return whether a decode step may reserve a row per query, and one plan still fits.
+
+        If not, the caller invalidates the written slots, and plans fetch them like others: a later
+        pass might evict a reserved row before another layer of the group has filled its own.
+        """
+        parts = passes(num_queries, width, self.num_rows, self.max_queries)
+        return len(parts) == 1 and (width + 1) * num_queries <= self.num_rows
+
+    def reserve(self, slots: torch.Tensor, first_slot: int = 0) -> None:
+        """Give the slots [n] that a decode step writes hot rows in every layer.
+
+        The step's plans do not evict them. The rows are filled by whoever writes the slots
+        (ess_kernels.pack_write), before attention reads them. first_slot: lower ones are padding
+        """
+        plan_fetch.install(self.state, slots, first_slot, reserve=True)
+
+    def install(self, slots: torch.Tensor, min_age: int = 0, first_slot: int = 0) -> None:
+        """Give the slots [n] that a prefill pass writes hot rows where there is room.
+
+        A slot takes a free row, or one that no step has used for min_age steps. As reserve, but
+        the next plan, or a warm-up of the same pass, may evict the rows.
+        """
+        plan_fetch.install(self.state, slots, first_slot, min_age)
 
     def invalidate(self, slots: torch.Tensor) -> None:
         """Free the hot rows of slots [n] int64 in every layer."""
@@ -170,80 +161,23 @@ class DeviceTier:
             host = host.pin_memory()
         self.state.words[:, hot_state.SPLIT].copy_(host, non_blocking=True)
 
-    # --- rows by group --------------------------------------------------------------------
-
-    @property
-    def max_rows(self) -> int:
-        """Hot rows that one group may have at most."""
-        return min(self.num_slots, len(self.scratch.order.rank))
-
-    def demand(self, num_queries: int) -> int:
-        """Hot rows of one group that a pass of a decode step may need at once.
-
-        More queries may need fewer rows: when their writes find no room, they take none.
-        """
-        first = passes(num_queries, self.topk, self.num_rows, self.max_queries)[:1]
-        lookups = sum(part.lookups for part in first)
-        return lookups + num_queries if self.has_room(lookups, num_queries) else lookups
-
-    def has_room(self, lookups: int, writes: int) -> bool:
-        """Return whether a pass of `lookups` leaves room for the `writes` of its step."""
-        return writes <= self.max_queries and lookups + writes <= self.num_rows
-
-    def resize(self, sizes: Sequence[int]) -> int:
-        """Give each group sizes[group] hot rows. Returns the rows that moved.
-
-        A group that shrinks gives up free rows first, then its least recently used ones. Call it
-        between steps, on the transfer stream.
-        Raises: ValueError unless sizes has a row for each group and the same sum as before.
-        """
-        if self.owned is None:
-            raise ValueError("rows must be in one arena to move: got a DeviceTier without `moves`.")
-        table = resize_table(self.sizes, sizes)
-        if self._pinned:
-            table = table.pin_memory()
-        table = table.to(self.state.words.device, non_blocking=True)
-        resize_layers(self.state, self.owned, self.scratch.order, table, max(sizes))
-        moved = sum(max(0, new - old) for new, old in zip(sizes, self.sizes, strict=True))
-        self.sizes = tuple(sizes)
-        return moved
-
-    def age_snapshot(self) -> AgeSnapshot | None:
-        """Return the ages as of the last mirror(), valid until the next one.
-
-        None if the copy is still under way, was returned before, or precedes every plan.
-        """
-        if self._snapshot_given or self._mirror is None or not self.is_mirrored():
-            return None
-        self._snapshot_given = True
-        counters, words, ages = (tensor.numpy() for tensor in self._mirror)
-        if (ages < 0).any():
-            return None
-        evictions = counters[:, hot_state.EVICTIONS].copy()
-        return AgeSnapshot(ages, evictions, hot_state.steps(words.astype(np.int64)))
-
     # --- figures --------------------------------------------------------------------------
-
-    def _figures_on_device(self) -> tuple[torch.Tensor, ...]:
-        ages: tuple[torch.Tensor, ...] = () if self.owned is None else (self.owned.ages,)
-        return self.state.counters, self.state.words, *ages
 
     def is_mirrored(self) -> bool:
         """Return whether the copy of the last mirror() is complete."""
         return self._mirror is not None and (self._copied is None or self._copied.query())
 
     def mirror(self) -> None:
-        """Start a copy of counters, words and ages to the host, unless one is under way."""
+        """Start a copy of counters and words to the host, unless one is under way."""
         if self._copied is not None and not self._copied.query():
             return
-        figures = self._figures_on_device()
+        figures = self.state.counters, self.state.words
         if self._mirror is None:
             self._mirror = tuple(
                 torch.empty(t.shape, dtype=t.dtype, pin_memory=self._pinned) for t in figures
             )
         for host, device in zip(self._mirror, figures, strict=True):
             host.copy_(device, non_blocking=True)
-        self._snapshot_given = False
         if self._pinned:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -257,7 +191,7 @@ class DeviceTier:
         assert self._mirror is not None
         if self._copied is not None:
             self._copied.synchronize()
-        counters, words = self._mirror[:2]
+        counters, words = self._mirror
         return counters.numpy().copy(), words.numpy().copy()
 
     def totals(self) -> tuple[int, int, int] | None:
@@ -275,16 +209,13 @@ class DeviceTier:
         return misses, evictions, evicted_age
 
     def figures(self) -> list[dict[str, int]]:
-        """For each group, as of the last mirror(): its counters, "steps", "occupied", "rows" and
-        "layers".
-        """
+        """For each group, as of the last mirror(): counters, "occupied", "rows" and "layers"."""
         counters, words = self.read()
         return [
             {
                 **dict(zip(hot_state.COUNTERS, group.tolist(), strict=True)),
-                "steps": int(hot_state.steps(word.astype(np.int64))),
-                "occupied": int(word[hot_state.ROWS] - word[hot_state.NUM_FREE]),
-                "rows": int(word[hot_state.ROWS]),
+                "occupied": int(word[hot_state.OCCUPIED]),
+                "rows": self.num_rows,
                 "layers": self.num_layers,
             }
             for group, word in zip(counters, words, strict=True)
@@ -293,14 +224,8 @@ class DeviceTier:
     @property
     def nbytes(self) -> int:
         """Device bytes of all groups, and the scratch unless it is shared."""
-        owned = 0 if self.owned is None else self.owned.nbytes
         scratch = self.scratch.nbytes if self._own_scratch else 0
-        return sum(rows.nbytes for rows in self.rows) + owned + self.state.nbytes + scratch
-
-
-def largest_group(num_rows: int, moves: bool) -> int:
-    """Hot rows that a group may have at most, of num_rows at the start."""
-    return num_rows * (MAX_LAYER_SHARE if moves else 1)
+        return sum(rows.nbytes for rows in self.rows) + self.state.nbytes + scratch
 
 
 class DeviceHotCache:
@@ -308,9 +233,8 @@ class DeviceHotCache:
 
     host_layers, hot_layers: rows of each of its layers; host_rows, rows: of the first
 
-    The caller orders a step on one stream, or by events: reserve or invalidate, then for each
-    pass plan, fetch, attention, rebuild_order. The group's first layer does all of it; the others
-    write their new rows into the reserved ones, then fetch and attend, pass by pass.
+    The caller orders a step on one stream, or by events: the tier's reserve or invalidate, then for
+    each pass a plan and its fetches, then attention.
     """
 
     def __init__(
@@ -320,33 +244,15 @@ class DeviceHotCache:
         host_layers: Sequence[torch.Tensor],
         hot_layers: Sequence[torch.Tensor],
     ):
-        self._tier, self._index = tier, index
+        self._tier = tier
         self.host_layers, self.hot_layers = tuple(host_layers), tuple(hot_layers)
         self.host_rows, self.rows = host_layers[0], hot_layers[0]
-        self.state, self.num_slots = tier.state.layer(index), tier.num_slots
-        self._owned = None if tier.owned is None else tier.owned.layer(index)
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the group."""
-        return len(self.host_layers)
-
-    @property
-    def num_rows(self) -> int:
-        """Hot rows that the group has now, in each of its layers."""
-        return self._tier.sizes[self._index]
-
-    def buffers_for(self, queries: int, width: int, first: int = 0, half: int = 0) -> PlanBuffers:
-        """DeviceTier.buffers_for."""
-        return self._tier.buffers_for(queries, width, first, half)
+        self.state, self.num_slots = tier.state.group(index), tier.num_slots
+        self.num_layers, self.num_rows = len(self.host_layers), tier.num_rows
 
     def passes(self, num_queries: int, width: int) -> list[Pass]:
-        """The passes of a decode step.
-
-        The tier's num_rows decides and not the group's present size, so that the passes of a
-        captured graph stay valid when rows move.
-        """
-        return passes(num_queries, width, self._tier.num_rows, self._tier.max_queries)
+        """The passes of a decode step."""
+        return passes(num_queries, width, self.num_rows, self._tier.max_queries)
 
     def plan(
         self,
@@ -354,98 +260,71 @@ class DeviceHotCache:
         first: int = 0,
         half: int = 0,
         advance: bool = True,
+        lists: bool = False,
     ) -> PlanBuffers:
-        """Give the slots of topk [queries, K] int32 hot rows.
+        """Give the slots of topk [queries, K] int32, -1 pads, hot rows; fetch copies what misses.
 
-        first: first query of the pass in the batch
-        half: 0 or 1, which half of a batch planned in two; advance: whether the step's tick ends
-        Effect: overwrites the buffers of an earlier plan of these queries.
+        first: the batch's query at which topk begins; half: 0 or 1; see TierScratch
+        advance, lists: plan_fetch.plan_fetch
+        Returns buffers that are valid until the next plan of any group.
         """
-        buffers = self.buffers_for(topk.shape[0], topk.shape[1], first, half)
-        plan(self.state, topk.contiguous(), buffers, advance)
+        buffers = self._tier.buffers_for(*topk.shape, first, half)
+        plan_fetch.plan_fetch(self.state, topk.contiguous(), buffers, advance=advance, lists=lists)
+        return buffers
+
+    def plan_and_fetch(self, topk: torch.Tensor, warm: bool = False) -> PlanBuffers:
+        """plan() and fetch() of the group's first layer, in one launch.
+
+        warm: of lookups that no step makes; see plan_fetch.plan_fetch
+        """
+        buffers = self._tier.buffers_for(*topk.shape)
+        plan_fetch.plan_fetch(
+            self.state,
+            topk.contiguous(),
+            buffers,
+            self.host_rows,
+            self.rows,
+            advance=not warm,
+            warm=warm,
+        )
         return buffers
 
     def fetch(self, planned: PlanBuffers, layer: int = 0) -> None:
-        """Copy the plan's missed rows of one layer from the host tier to the device."""
+        """Copy the plan's missed rows of one layer from the host tier."""
         host, hot = self.host_layers[layer], self.hot_layers[layer]
-        fetch(host, hot, planned.miss_slots, planned.miss_rows, planned.num_misses)
-
-    def rebuild_order(self) -> None:
-        """Have rows ready for the next plan and its writes. Call it after each advancing plan."""
-        rebuild_order(self.state, self._tier.need, self._tier.scratch.order, self._owned)
-
-    def has_room_for_writes(self, num_queries: int, width: int) -> bool:
-        """Return whether a step may reserve a row per query and its first plan still fits.
-
-        If not, the caller invalidates the written slots, and plan fetches them like others.
-        """
-        first = self.passes(num_queries, width)[0]
-        return self._tier.has_room(first.lookups, num_queries)
-
-    def reserve(self, slots: torch.Tensor, first_slot: int = 0) -> torch.Tensor:
-        """Give hot rows to slots [n], which a decode step writes, one per query.
-
-        The step's plan does not evict them. Returns targets [n] int32, the rows that scatter_rows
-        fills; -1 for slots below first_slot (padding). Valid until any group's next reserve.
-        """
-        return install(self.state, slots, self._tier.scratch.reserved, first_slot=first_slot)
-
-    def install(
-        self,
-        slots: torch.Tensor,
-        rows: torch.Tensor | Sequence[torch.Tensor],
-        min_age: int = 0,
-        first_slot: int = 0,
-    ) -> None:
-        """Make slots [n] int64, just written, hot where there is room.
-
-        rows [n, ...]: their values in the first layer, or a sequence of those in each layer
-        written so far; call update for the others. A slot takes the least recently used row only
-        if that is at least min_age steps old; slots below first_slot (padding) are left out.
-        """
-        buffers = self._tier.scratch.plan
-        values = [rows] if isinstance(rows, torch.Tensor) else rows
-        limit = min(buffers.rows.numel(), self.num_rows)
-        for start in range(0, len(slots), limit):
-            part = slice(start, start + limit)
-            targets = install(self.state, slots[part], buffers, min_age, True, first_slot)
-            for written, hot in zip(values, self.hot_layers, strict=False):
-                scatter_rows(written[part], targets, hot)
-            self.rebuild_order()
-
-    def update(self, layer: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
-        """Write rows [n, ...] to the hot rows, in one layer, of those slots [n] that are hot."""
-        targets = gather_rows(slots.int(), self.state.slot_row)
-        scatter_rows(rows, targets, self.hot_layers[layer])
+        plan_fetch.fetch(
+            host, hot, planned.miss_slots, planned.miss_rows, planned.num_misses,
+            self.state.times, layer,
+        )  # fmt: skip
 
     def invalidate(self, slots: torch.Tensor) -> None:
         """Free the hot rows of slots [n] int64."""
         invalidate(self.state, slots)
 
     def warm(self, topk: torch.Tensor) -> None:
-        """Make the slots of topk [queries, K] int32 hot, the last query's most recently used."""
-        for part in passes(len(topk), topk.shape[1], self.num_rows, self._tier.max_queries):
-            lookups = topk[part.queries, part.columns].contiguous()
-            buffers = self.buffers_for(*lookups.shape)
-            plan(self.state, lookups, buffers, advance=True, kind=WARM.value)
-            for layer in range(self.num_layers):
-                self.fetch(buffers, layer)
-            self.rebuild_order()
+        """Make the slots of topk [queries, K] int32 hot where there is room.
+
+        The last queries come first, so theirs are hot if not all can be.
+        """
+        for part in reversed(self.passes(*topk.shape)):
+            planned = self.plan_and_fetch(topk[part.queries, part.columns], warm=True)
+            for layer in range(1, self.num_layers):
+                self.fetch(planned, layer)
 
     # --- figures and checks; they wait for the device ---------------------------------------
 
     @property
     def counters(self) -> dict[str, int]:
-        """contract.COUNTERS and "short": lookups that found no row, which must stay 0."""
+        """contract.COUNTERS and the others of hot_state.COUNTERS."""
         return dict(zip(hot_state.COUNTERS, self.state.counters.tolist(), strict=True))
 
     @property
     def steps(self) -> int:
-        return int(hot_state.steps(self.state.words.cpu().long()))
+        return int(self.state.counters[hot_state.STEPS])
 
     @property
     def occupied(self) -> int:
-        return self.num_rows - int(self.state.words[hot_state.NUM_FREE])
+        return int(self.state.words[hot_state.OCCUPIED])
 
     def check_rows(self, picks: np.ndarray, name: str, first_slot: int = 0, layer: int = 0) -> None:
         """Compare a sample of one layer's hot rows with their host rows.
@@ -455,9 +334,6 @@ class DeviceHotCache:
         Raises: RowCorruption with the slot and both checksums.
         """
         rows = torch.from_numpy(np.unique(np.asarray(picks) % self.num_rows))
-        if self._owned is not None:
-            start = int(self.state.words[hot_state.START])
-            rows = self._owned.rows.cpu()[start + rows].long()
         slots = self.state.row_slot.cpu()[rows].long()
         rows, slots = rows[slots >= first_slot], slots[slots >= first_slot]
         hot_rows, host_rows = self.hot_layers[layer], self.host_layers[layer]

@@ -8,13 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
+from ess_kernels.plan_fetch import PlanBuffers
 from sglang_ess.tiers.contract import Device, HotTiers
-from sglang_ess.tiers.hot_cache_cuda import (
-    DeviceHotCache,
-    DeviceTier,
-    TierScratch,
-    largest_group,
-)
+from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache, DeviceTier, TierScratch
 from sglang_ess.tiers.index_groups import IndexGroups
 
 T = TypeVar("T")
@@ -25,7 +21,6 @@ class DeviceTiers:
 
     groups     the index groups; host_rows: [slots, ...] of each layer
     num_rows, topk, max_queries, device: as DeviceTier
-    moves      hot rows may move between the groups of one tier
     parts      (groups, DeviceTier of these groups): one for each number of layers
     caches     by group
     Figures are by group in the pool's order, whichever tier has the group.
@@ -39,13 +34,12 @@ class DeviceTiers:
         topk: int,
         max_queries: int,
         device: Device,
-        moves: bool = False,
     ):
-        self.scratch = TierScratch.new(topk, max_queries, largest_group(num_rows, moves), device)
+        self.scratch = TierScratch.new(topk, max_queries, device)
         self.parts: list[tuple[list[int], DeviceTier]] = []
         for same in groups.by_size().values():
             rows = [[host_rows[layer] for layer in groups.members(group)] for group in same]
-            tier = DeviceTier(rows, num_rows, topk, max_queries, device, moves, self.scratch)
+            tier = DeviceTier(rows, num_rows, topk, max_queries, device, self.scratch)
             self.parts.append((same, tier))
         by_group = {
             group: cache
@@ -69,32 +63,27 @@ class DeviceTiers:
         return [rows for _, tier in self.parts for rows in tier.rows]
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Hot rows of each group now."""
-        return tuple(cache.num_rows for cache in self.caches)
-
-    @property
     def nbytes(self) -> int:
         """Device bytes of all groups, including scratch."""
         return self.scratch.nbytes + sum(tier.nbytes for _, tier in self.parts)
 
-    def demand(self, num_queries: int) -> int:
-        """Hot rows of one group that a pass of a decode step may need at once."""
-        return self.parts[0][1].demand(num_queries)
+    def buffers_for(self, queries: int, width: int) -> PlanBuffers:
+        """Buffers for a plan [queries, width] of a whole batch, of any group."""
+        return self.parts[0][1].buffers_for(queries, width)
 
-    def resize(self, sizes: Sequence[int]) -> int:
-        """Give each group sizes[group] hot rows; see DeviceTier.resize. Returns rows that moved.
+    def has_room(self, num_queries: int, width: int) -> bool:
+        """DeviceTier.has_room: every tier has as many hot rows."""
+        return self.parts[0][1].has_room(num_queries, width)
 
-        Raises: ValueError, before any row moves, for rows that would leave their groups' tier.
-        """
-        found = [(tier, tuple(sizes[group] for group in same)) for same, tier in self.parts]
-        for tier, new in found:
-            if sum(new) != sum(tier.sizes):
-                raise ValueError(
-                    "hot rows must move between groups of as many layers: got "
-                    f"{sum(tier.sizes)} rows of groups of {tier.num_layers} to {sum(new)}."
-                )
-        return sum(tier.resize(new) for tier, new in found if new != tier.sizes)
+    def reserve(self, slots: torch.Tensor, first_slot: int = 0) -> None:
+        """DeviceTier.reserve of each tier."""
+        for _, tier in self.parts:
+            tier.reserve(slots, first_slot)
+
+    def install(self, slots: torch.Tensor, min_age: int = 0, first_slot: int = 0) -> None:
+        """DeviceTier.install of each tier."""
+        for _, tier in self.parts:
+            tier.install(slots, min_age, first_slot)
 
     def invalidate(self, slots: torch.Tensor) -> None:
         """Free the hot rows of slots [n] int64 in every layer."""

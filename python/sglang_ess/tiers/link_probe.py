@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ess_kernels.fetch import fetch
+from ess_kernels.plan_fetch import fetch
 from sglang_ess.tiers.contract import Device
 from sglang_ess.tiers.throttled_link import PROBE_ROWS, measure
 from sglang_ess.tiers.transfer_stream import TransferStream

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ess_kernels.fetch import fetch
 from ess_kernels.gather_rows import gather_rows
+from ess_kernels.plan_fetch import fetch
 from sglang_ess.tiers.contract import Device
 from sglang_ess.tiers.hot_cache_cuda import whole_pages
 from sglang_ess.tiers.staging import split_requests
 from sglang_ess.tiers.transfer_stream import TransferStream, wait
 
-# Prefill copies much more than a decode step does, so its fetch may use more programs.
-PREFILL_PROGRAMS = 32
+# Prefill copies much more than a decode step does, so its fetch may use more blocks.
+PREFILL_BLOCKS = 32
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class DeviceStaging:
                 group.prefix,
                 group.places[: len(group.prefix)],
                 group.count,
-                PREFILL_PROGRAMS,
+                max_blocks=PREFILL_BLOCKS,
             )
             self._transfer.record_stream(group.prefix, group.places, group.count)
             return item, self._transfer.event()

@@ -34,6 +34,10 @@ class TopkObserver:
     def begin_pass(self, request_ids: Sequence[str], queries: PassQueries) -> None:
         """A forward pass begins. Not called on CUDA, where a replayed graph runs no Python."""
 
+    def watches(self, group: int) -> bool:
+        """Whether decode_topk does something for this group, at any time."""
+        return True
+
     def decode_topk(self, group: int, topk: torch.Tensor) -> None:
         """A decode step selects topk [T, K] int32 slots, -1 pads, in this index group.
 

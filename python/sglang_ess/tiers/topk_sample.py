@@ -27,6 +27,9 @@ class TopkSample(TopkObserver):
         self.rows = torch.full((count, SAMPLES, topk), -1, dtype=torch.int32, pin_memory=pinned)
         self._index = {group: i for i, group in enumerate(self.groups)}
 
+    def watches(self, group: int) -> bool:
+        return group in self._index
+
     def decode_topk(self, group: int, topk: torch.Tensor) -> None:
         """Copy the lists of the step's first requests: topk [requests, K] int32."""
         if (index := self._index.get(group)) is not None:

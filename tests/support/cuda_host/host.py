@@ -150,3 +150,21 @@ class Seeded:
                 self.module["configure"](True, 0, NO_FAULT, 0)
 
         return call
+
+
+def intercept(around, set_attribute=setattr) -> None:
+    """around(name, operation, args) is called in place of each CUDA operation.
+
+    set_attribute: pytest's monkeypatch.setattr where it has to end
+    """
+    load = cuda_build.load
+
+    class Module:
+        def __init__(self, name):
+            self._module = load(name)
+
+        def __getattr__(self, name):
+            operation = getattr(self._module, name)
+            return lambda *args: around(name, operation, args)
+
+    set_attribute(cuda_build, "load", Module)

@@ -17,9 +17,7 @@ from sglang_ess.sim.inputs.specs import Deployment, Gpu, Model
 from sglang_ess.sim.model.cost import HEAD_WEIGHT_BYTES
 from sglang_ess.tiers.throttled_link import probe_bytes
 
-ROW_STATE_BYTES = 16  # of a hot row in one index group (ess_kernels.hot_state)
-ROW_ORDER_BYTES = 4  # of a hot row, once for all groups (ess_kernels.rebuild_order)
-ORDER_BYTES = 262_148  # of the same buffers, for any number of rows
+ROW_STATE_BYTES = 8  # of a hot row in one index group (ess_kernels.hot_state)
 PLAN_BYTES_PER_LOOKUP = 20
 
 
@@ -51,9 +49,9 @@ class Charges:
         plans = PLAN_QUERIES_CUDA * model.topk * PLAN_BYTES_PER_LOOKUP
         return cls(
             slot_bytes=model.all_index_bytes + (groups + 1) * MAP_BYTES,
-            hot_row_bytes=model.all_row_bytes + groups * ROW_STATE_BYTES + ROW_ORDER_BYTES,
+            hot_row_bytes=model.all_row_bytes + groups * ROW_STATE_BYTES,
             staging_row_bytes=STAGING_BUFFERS * model.row_bytes,
-            fixed_bytes=plans + ORDER_BYTES + probe_bytes(model.row_bytes),
+            fixed_bytes=plans + probe_bytes(model.row_bytes),
             page_slots=PAGE_SLOTS,
         )
 

@@ -14,20 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from sglang_ess.tiers.balance.budgets import (
     MIN_GAIN,
     Budgets,
     allot,
-    expected_misses,
     rebalanced,
-    uniform,
 )
 from sglang_ess.tiers.balance.ghost_cache import GhostCache, MissCurve
-from sglang_ess.tiers.balance.row_ages import age_curve
-from sglang_ess.tiers.contract import AgeSnapshot
 from sglang_ess.tiers.hot_cache import HotCache
 from sglang_ess.tiers.hot_groups import HotGroups
 
@@ -45,9 +40,6 @@ UNION_MARGIN = 1.25  # each layer keeps this multiple of the slots of the larges
 # n counted misses vary by chance by sqrt(n), and the best of many budgets is the luckiest one. So a
 # gain below this multiple of that is ignored.
 NOISE = 3.0
-# Limits for the evictions that ages predict, relative to those counted. Outside them, the layers
-# have not turned over since their sizes or load changed, and the ages describe the time before.
-STEADY = 0.85, 1.2
 LAYERS_A_STEP = 2  # layers seeded or resized in one decode step
 
 
@@ -205,107 +197,6 @@ class Rebalancer:
             takes = 0 < self._change(self._pending[-1]) <= self.layers.spare
             cache = self._pending.pop(-1 if takes else 0)
             cache.resize(cache.num_rows + self._change(cache))
-
-
-@dataclass(frozen=True)
-class AgeSchedule:
-    """Decode steps of each part of a round by ages.
-
-    warmup_steps  after rows have moved, or after the last round
-    counted       steps that the curves are based on
-    """
-
-    warmup_steps: int = 64
-    counted: int = 192
-
-
-class AgeRebalancer:
-    """Decides when and how rows move between layers, by the ages of the rows (row_ages.py).
-
-    The caller of step() moves the rows. Age snapshots cost a step nothing, so rounds follow one
-    another; in each, a layer grows by row_ages.GROWTH at most.
-
-    layers, even   number of layers, and hot rows of each at the start
-    cap, min_rows  the most and the fewest rows of a layer
-    rows           of each layer now
-    budgets, curves, rebalances, rows_moved: as in Rebalancer
-    """
-
-    def __init__(
-        self,
-        layers: int,
-        even: int,
-        cap: int,
-        min_rows: int = 1,
-        schedule: AgeSchedule | None = None,
-    ):
-        self.rows = uniform(layers, layers * even)
-        self._even, self._cap, self._min_rows = even, cap, min_rows
-        self._schedule = schedule or AgeSchedule()
-        self.budgets: Budgets | None = None
-        self.curves: list[MissCurve] | None = None
-        self.rebalances = self.rows_moved = 0
-        self._begin()
-
-    def _begin(self) -> None:
-        self._position, self._demand = 0, 0
-        self._snapshots = 0
-        self._ages: np.ndarray = np.zeros(1, np.int64)
-        self._first: AgeSnapshot | None = None
-
-    def step(self, demand: int, snapshot: AgeSnapshot | None = None) -> Budgets | None:
-        """Decide before each decode step. Returns budgets to move to before its plan, or None.
-
-        demand: rows that the step needs in each layer, at most `even`; each layer has them once
-            the caller has applied the budgets
-        snapshot: taken since the last step, if any
-        """
-        schedule = self._schedule
-        self._position += 1
-        self._demand = max(self._demand, demand)
-        if snapshot is not None and self._position > schedule.warmup_steps:
-            self._ages = self._ages + snapshot.ages.astype(np.int64)
-            self._snapshots += 1
-            self._first = self._first or snapshot
-        is_end = snapshot is not None and self._position > schedule.warmup_steps + schedule.counted
-        is_short = min(self.rows) < demand
-        if not (is_end or is_short):
-            return None
-        curves = self._measure(snapshot) if is_end and snapshot is not None else None
-        floor = floor_rows(self._even, max(self._min_rows, round(UNION_MARGIN * self._demand)))
-        found = None
-        if curves is not None:
-            counted = self._snapshots * expected_misses(curves, self.rows)
-            found = _choose(curves, self.rows, sum(self.rows), floor, self._cap, counted)
-        elif is_short:
-            found = allot(self.curves or [], sum(self.rows), floor, self._cap)
-        self._begin()
-        return self._moved(found)
-
-    def _measure(self, last: AgeSnapshot) -> list[MissCurve] | None:
-        """Return the round's curves, or None if they do not describe the layers as they are now."""
-        first = self._first or last
-        steps = np.maximum(1, last.steps - first.steps)
-        evicted = float(((last.evictions - first.evictions) / steps).sum())
-        curves = [
-            age_curve(counts / self._snapshots, rows, self._snapshots)
-            for counts, rows in zip(self._ages, self.rows, strict=True)
-        ]
-        low, high = (limit * evicted for limit in STEADY)
-        if not low <= expected_misses(curves, self.rows) <= high:
-            return None
-        self.curves = curves
-        return curves
-
-    def _moved(self, found: Budgets | None) -> Budgets | None:
-        if found is None or found.rows == self.rows:
-            return None
-        self.rows_moved += sum(
-            max(0, new - old) for new, old in zip(found.rows, self.rows, strict=True)
-        )
-        self.rebalances += 1
-        self.budgets, self.rows = found, found.rows
-        return found
 
 
 def _compile() -> None:
