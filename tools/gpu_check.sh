@@ -9,7 +9,8 @@
 #   facts    the card, the driver, versions: always
 #   wheels   what the kernel stages need, from the bundle, into SITE
 #   install  what serving needs, from the bundle, into VENV, where later stages run from then on
-#   tests    the kernel tests on the device; memcheck, racecheck: some under compute-sanitizer
+#   tests    the kernel tests on the device
+#   memcheck, racecheck, synccheck, initcheck: some of them under that tool of compute-sanitizer
 #   bench    benchmarks.kernels: kernels.json, kernels.png
 #   exact    tests/gpu: two tiers give one tier's logprobs
 #   serving  tools.gpu_serving: gpu_serving.json, gpu_serving.png; both: logs.tar.gz
@@ -29,7 +30,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 OUT=${OUT:-out} SITE=${SITE:-/tmp/ess_site} VENV=${VENV:-/tmp/ess_venv} PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-.whl} JOINED=${JOINED:-/tmp/ess_wheels} WORK=${WORK:-/tmp/ess_work}
-ALL=(facts wheels install tests memcheck racecheck bench exact serving predict)
+ALL=(facts wheels install tests memcheck racecheck synccheck initcheck bench exact serving predict)
 PREDICT_SECONDS=60
 LOG_BYTES=$((12 << 20)) # of gpu_check.log: a file larger than 16 MiB does not come back
 stages=facts,wheels,tests,bench quick=0 seconds='' receive=0 more=()
@@ -53,7 +54,7 @@ most_of() { # stage: its most seconds
     wheels) echo 90 ;;
     install) echo 300 ;;
     tests) echo $((seconds / 2)) ;;
-    memcheck | racecheck) echo $((seconds / 4)) ;;
+    memcheck | racecheck | synccheck | initcheck) echo $((seconds / 4)) ;;
     predict) echo $PREDICT_SECONDS ;;
     *) # what the others leave, shared with those still to come
       for name in bench exact serving; do

@@ -43,7 +43,7 @@ def name(mangled):
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    ("arch", "most"),  # nvcc 13.0 spills one register of one kernel for sm_100a
+    ("arch", "most"),  # nvcc 13.0 spills a register of two kernels for sm_100a
     [("90a", 0), pytest.param("100a", 16, marks=pytest.mark.slow)],
 )
 def test_kernels_do_not_spill(tmp_path, arch, most):

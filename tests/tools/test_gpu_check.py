@@ -96,6 +96,19 @@ def test_stages_are_chosen_and_later_ones_find_what_earlier_calls_left(host):
     assert 60 < int(most) <= 70 and 85 < int(rest) <= 100
 
 
+def test_every_tool_of_the_sanitizer_runs_tests_that_exist(host):
+    tools = ["memcheck", "racecheck", "synccheck", "initcheck"]
+    sanitizer = host.folder / "bin" / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/sh\necho "$0 $*" >>"$CALLS"\n')
+    sanitizer.chmod(0o755)
+    done, results, calls = host("--stages", ",".join(tools))
+    assert done.returncode == 0 and list(results) == ["facts", *tools]
+    calls = [call for call in calls if "compute-sanitizer" in call]
+    assert [re.search(r"--tool (\w+)", call)[1] for call in calls] == tools
+    (file,) = {re.search(r"tests/\S+", call)[0] for call in calls}
+    assert (REPO / file).exists()
+
+
 def test_time_is_kept(host):
     done, results, _ = host("--stages", "tests,bench", "--seconds", "11", HANGS="pytest")
     assert done.returncode == 1

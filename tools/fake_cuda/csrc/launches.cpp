@@ -26,6 +26,22 @@ cudaError_t launch(const void* f, cudaStream_t s, dim3 g, dim3 b) {
   return enqueue(s, "kernel", kernel_name(f));
 }
 
+// All blocks of a cooperative launch must be on the device at once.
+static cudaError_t launch_together(const void* f, cudaStream_t s, dim3 g, dim3 b, size_t shm) {
+  const long blocks = (long)g.x * g.y * g.z, threads = (long)b.x * b.y * b.z;
+  const int most = threads > 0 && threads <= 1024
+                       ? resident((int)threads, shm) *
+                             attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+                       : 0;
+  if (most > 0 && blocks > most) {
+    Lock l(big);
+    say(true, "ERROR", "cooperative launch %s of %ld blocks, at most %d", kernel_name(f).c_str(),
+        blocks, most);
+    return fail(cudaErrorCooperativeLaunchTooLarge);
+  }
+  return launch(f, s, g, b);
+}
+
 API cudaError_t cudaLaunchKernel(const void* f, dim3 g, dim3 b, void**, size_t, cudaStream_t s) {
   return launch(f, s, g, b);
 }
@@ -34,12 +50,15 @@ API cudaError_t __cudaLaunchKernel(cudaKernel_t f, dim3 g, dim3 b, void**, size_
   return launch((void*)f, s, g, b);
 }
 
-API cudaError_t cudaLaunchCooperativeKernel(const void* f, dim3 g, dim3 b, void**, size_t,
+API cudaError_t cudaLaunchCooperativeKernel(const void* f, dim3 g, dim3 b, void**, size_t shm,
                                             cudaStream_t s) {
-  return launch(f, s, g, b);
+  return launch_together(f, s, g, b, shm);
 }
 
 API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* f, void**) {
+  for (unsigned i = 0; i < c->numAttrs; i++)
+    if (c->attrs[i].id == cudaLaunchAttributeCooperative && c->attrs[i].val.cooperative)
+      return launch_together(f, c->stream, c->gridDim, c->blockDim, c->dynamicSmemBytes);
   return launch(f, c->stream, c->gridDim, c->blockDim);
 }
 
