@@ -7,7 +7,9 @@ from tests.support.cuda_host import host
 from tests.support.cuda_host.host import Seeded
 
 SEEDS = 12
-RACE, ATOMIC, LANE_AWAY, TWO_OPERATIONS, SPIN, GRID_BARRIER, UNCOOPERATIVE = range(7)
+(
+    RACE, ATOMIC, LANE_AWAY, TWO_OPERATIONS, SPIN, GRID_BARRIER, ORDERED, UNORDERED, UNCOOPERATIVE,
+) = range(9)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,14 @@ def test_a_fault_lets_threads_past_a_barrier(module):
 def test_it_launches_what_a_device_would(module, kind, blocks, threads, message):
     with pytest.raises(RuntimeError, match=f"probe was not launched: .*{message}"):
         module.probe(kind, words(4096), blocks, threads)
+
+
+def test_races_are_found_in_every_schedule():
+    kernels = host.load("probe", host.HERE, host.RACES)
+    for kind in (ATOMIC, RACE, SPIN):  # by atomic operations and relaxed accesses alone
+        kernels.probe(kind, words(2), 2, 64)
+    kernels.probe(GRID_BARRIER, words(193), 3, 64)
+    kernels.probe(ORDERED, words(128), 1, 64)
+    for kind, blocks in ((UNORDERED, 1), (ORDERED, 2)):  # a block barrier orders one block
+        with pytest.raises(RuntimeError, match="race: a .* by thread"):
+            kernels.probe(kind, words(128), blocks, 64)

@@ -93,6 +93,16 @@ def test_steps_under_seeded_schedules(device, kernels, shape):
         drive(device, shape, seed)
 
 
+@pytest.mark.parametrize("shape", ["one query", "more queries than blocks", "all miss"])
+def test_steps_have_no_race(device, monkeypatch, shape):
+    """Words that several threads touch in a phase are touched atomically, in every schedule."""
+    if device.type == "cuda":
+        pytest.skip("compute-sanitizer looks for races on a GPU (tools/gpu_check.sh)")
+    module = host.load("plan_fetch", flags=host.RACES)
+    monkeypatch.setattr(cuda_build, "load", lambda name: module)
+    drive(device, SHAPES[shape], seed=1)
+
+
 def test_the_first_step_after_the_tier_has_filled(device):
     """The age limit has grown over free rows to far above any age: one step brings it down."""
     tier = Tier(device, 4000, 512)

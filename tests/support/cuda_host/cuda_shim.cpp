@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "races.h"
+
 namespace ess_host {
 
 const Place* place;
@@ -31,6 +33,7 @@ struct Fiber {
   int number, block;
   uint64_t priority;
   int block_barriers, grid_barriers, spins;
+  int passed_grid, passed_block, passed_warp;  // barriers
   bool done;
 };
 
@@ -83,6 +86,7 @@ Grid grid;
 Context outside;  // run()
 ucontext_t creator;
 Fiber* running = nullptr;
+bool atomically = false;
 std::string last_error;
 std::deque<Fiber> fibers;   // these and their stacks are kept from run to run
 std::vector<void*> stacks;
@@ -218,6 +222,7 @@ bool add_fiber(int number, int blocks, int threads) {
   fiber.place.grid_size = {static_cast<unsigned>(blocks), 1, 1};
   fiber.priority = draw(number, threads);
   fiber.block_barriers = fiber.grid_barriers = fiber.spins = 0;
+  fiber.passed_grid = fiber.passed_block = fiber.passed_warp = 0;
   fiber.done = false;
   wake(&fiber);
   return true;
@@ -274,6 +279,23 @@ void configure(const Settings& wanted) {
   by_priority = seed % 3 != 0;
 }
 
+void begin_atomic() { atomically = true; }
+void end_atomic() { atomically = false; }
+bool in_atomic() { return atomically; }
+
+Moment moment() {
+  const Fiber& f = *running;
+  return {f.number, f.block, static_cast<int>(f.place.thread.x / 32),
+          f.passed_grid, f.passed_block, f.passed_warp};
+}
+
+bool is_shared(const void* address) {
+  if (running == nullptr) return false;  // the host's part of a launch
+  const auto own = static_cast<const char*>(stacks[static_cast<size_t>(running->number)]);
+  const auto at = static_cast<const char*>(address);
+  return at < own || at >= own + kStackBytes;
+}
+
 void yield() {
   if (settings.fast) {
     if (++running->spins % kSpins != 0) return;  // who waits for a word lets others write it
@@ -292,7 +314,9 @@ void block_barrier() {
   Block& block = grid.blocks[static_cast<size_t>(running->block)];
   block.at_barrier.push_back(running);
   if (static_cast<int>(block.at_barrier.size()) == block.alive) release(block.at_barrier);
+  Fiber* const self = running;
   sleep();
+  ++self->passed_block;
 }
 
 void grid_barrier() {
@@ -302,7 +326,9 @@ void grid_barrier() {
   }
   grid.at_grid_barrier.push_back(running);
   if (static_cast<int>(grid.at_grid_barrier.size()) == grid.fibers) release(grid.at_grid_barrier);
+  Fiber* const self = running;
   sleep();
+  ++self->passed_grid;
 }
 
 const Given& exchange(Collective kind, unsigned mask, uint64_t value) {
@@ -325,12 +351,16 @@ const Given& exchange(Collective kind, unsigned mask, uint64_t value) {
     state.arrived = 0;
     ++state.round;
     release(state.waiting);
+    running->passed_warp += mask == kAllLanes;
     if (settings.fast) return given;
     wake(running);
-  } else {
-    state.waiting.push_back(running);
+    sleep();
+    return given;
   }
+  state.waiting.push_back(running);
+  Fiber* const self = running;
   sleep();
+  self->passed_warp += mask == kAllLanes;
   return given;
 }
 
@@ -375,6 +405,7 @@ const char* run(const std::function<void()>& kernel, int blocks, int threads, bo
   for (int i = 0; i < grid.fibers; ++i) {
     if (!add_fiber(i, blocks, threads)) return "no memory for the fibers' stacks";
   }
+  forget_accesses();
   running = next_fiber();
   place = &running->place;
   change(outside, running->here);
@@ -389,8 +420,11 @@ const char* run(const std::function<void()>& kernel, int blocks, int threads, bo
       fiber.started = fiber.started && fiber.done;
     }
   }
+  if (grid.error.empty()) grid.error = race();
   last_error = grid.error;
   return last_error.empty() ? nullptr : last_error.c_str();
 }
 
 }  // namespace ess_host
+
+uint4 ess::load_host(const uint4* address) { return *address; }

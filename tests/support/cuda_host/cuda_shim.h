@@ -3,7 +3,8 @@
 // - fast: a fiber runs until it must wait for others. For tests that use the kernels.
 // - seeded: a fiber also gives way at atomics and relaxed accesses, and a seeded scheduler decides
 //   who goes on. A seed repeats its interleaving. For tests of the kernels.
-// What neither sees: the hardware's weak memory order.
+// A build with -fsanitize=thread also finds races (races.h).
+// What none of these sees: the hardware's weak memory order.
 #pragma once
 
 #include <algorithm>
@@ -58,6 +59,9 @@ void configure(const Settings& settings);
 // Runs a grid to its end. Returns nullptr, or what went wrong (deadlock, misuse). One at a time:
 // a second OS thread waits.
 const char* run(const std::function<void()>& kernel, int blocks, int threads, bool cooperative);
+
+void begin_atomic();  // what the running thread touches until the end, it touches atomically
+void end_atomic();
 
 void yield();
 void block_barrier();
@@ -142,8 +146,10 @@ inline int __reduce_add_sync(unsigned mask, int value) {
 template <class T, class Change>
 T ess_host_atomic(T* address, Change change) {
   ess_host::yield();
+  ess_host::begin_atomic();
   const T before = *address;
   *address = change(before);
+  ess_host::end_atomic();
   ess_host::yield();
   return before;
 }
@@ -185,17 +191,23 @@ T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T
 
 namespace ess {
 
-inline uint4 load_host(const uint4* address) { return *address; }
+// Not looked at for races: no kernel writes host rows, and lanes with nothing to load read any word.
+uint4 load_host(const uint4* address);
 inline void loads_before_stores() {}
 
 inline int load_relaxed(const int* address) {
   ess_host::yield();
-  return *address;
+  ess_host::begin_atomic();
+  const int value = *static_cast<const volatile int*>(address);
+  ess_host::end_atomic();
+  return value;
 }
 
 inline void store_relaxed(int* address, int value) {
   ess_host::yield();
-  *address = value;
+  ess_host::begin_atomic();
+  *static_cast<volatile int*>(address) = value;
+  ess_host::end_atomic();
 }
 
 inline unsigned long long nanoseconds() {

@@ -36,6 +36,7 @@ FLAGS = (
 )  # fmt: skip
 PLAN_FLAG = f"-DESS_PLAN_THREADS={THREADS}"
 QUICK = ("-O2",)
+RACES = ("-O1", "-fsanitize=thread", "-fno-threadsafe-statics")
 BINDING_FLAGS = ("-O0",)  # half the time to compile tvm-ffi's headers
 LIBRARY = Path(libinfo.find_libtvm_ffi())
 NO_FAULT, SKIP_BLOCK_BARRIER, SKIP_GRID_BARRIER = range(3)
@@ -98,7 +99,7 @@ def _headers(folders: Iterable[Path]) -> list[Path]:
 def library(name: str, folder: Path = cuda_build.SOURCE_DIR, flags: Iterable[str] = QUICK) -> Path:
     """The host build of an operation: {name}.cu and {name}_binding.cpp of a folder.
 
-    flags: of the kernels
+    flags: of the kernels; with RACES a launch with a race is an error
     Raises: RuntimeError with the compiler's output if it does not build.
     """
     folders = list(dict.fromkeys([folder, cuda_build.SOURCE_DIR]))
@@ -106,6 +107,7 @@ def library(name: str, folder: Path = cuda_build.SOURCE_DIR, flags: Iterable[str
     sources = [
         (folder / f"{name}_binding.cpp", own, folders, BINDING_FLAGS),
         (HERE / "cuda_shim.cpp", host, folders, QUICK),
+        (HERE / "races.cpp", host, folders, QUICK),
         (HERE / "host_binding.cpp", host, folders, BINDING_FLAGS),
         (folder / f"{name}.cu", own, folders, (*flags, PLAN_FLAG)),
     ]

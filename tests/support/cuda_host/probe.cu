@@ -38,6 +38,14 @@ __global__ void barrier_of_all(int* words) {
   words[1 + blockIdx.x * blockDim.x + threadIdx.x] = load_relaxed(words);
 }
 
+// Each thread reads what its neighbour wrote, with or without a barrier between.
+template <bool kBarrier>
+__global__ void neighbours(int* words) {
+  words[threadIdx.x] = 1;
+  if (kBarrier) __syncthreads();
+  words[blockDim.x + threadIdx.x] = words[(threadIdx.x + 1) % blockDim.x];
+}
+
 const char* probe(int kind, int* words, int blocks, int threads) {
   switch (kind) {
     case 0: return launch(add_one, blocks, threads, false, nullptr, words, false);
@@ -46,6 +54,8 @@ const char* probe(int kind, int* words, int blocks, int threads) {
     case 3: return launch(two_operations, blocks, threads, false, nullptr, words);
     case 4: return launch(wait_for_a_word, blocks, threads, true, nullptr, words);
     case 5: return launch(barrier_of_all, blocks, threads, true, nullptr, words);
+    case 6: return launch(neighbours<true>, blocks, threads, false, nullptr, words);
+    case 7: return launch(neighbours<false>, blocks, threads, false, nullptr, words);
     default: return launch(barrier_of_all, blocks, threads, false, nullptr, words);
   }
 }
