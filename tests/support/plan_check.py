@@ -26,10 +26,10 @@ def age(tick: int, stamps: torch.Tensor) -> torch.Tensor:
 
 
 def limits_after(limit: int) -> set[int]:
-    """What a step may make of the age limit: the same, an eighth more, or quarters less."""
-    found = {limit, min(limit + max(1, limit // 8), MAX_AGE_LIMIT)}
+    """What a step may make of the age limit: the same, an eighth more, or eighths less."""
+    found = {limit, min(limit + max(2, limit // 8), MAX_AGE_LIMIT)}
     while limit > 0:
-        limit -= max(1, limit // 4)
+        limit -= max(1, limit // 8)
         found.add(limit)
     return found
 
