@@ -76,7 +76,7 @@ MUTANTS = [
            "if (x.row[i] >= 0) use_row(g, hand, x.row[i]);", ""),
     Mutant("a row in use is eligible",
            "const int oldest_kept = max(hand.insists ? s.limit : own_limit, hand.min_age - 1);",
-           "const int oldest_kept = max(hand.insists ? s.limit : own_limit, hand.min_age - 1) - 1;"),
+           "const int oldest_kept = max(hand.insists ? s.limit : own_limit, hand.min_age - 2);"),
     Mutant("tickets begin at 1",
            "__shfl_sync(0xffffffffu, base, 0) + __popc(votes & ((1u << lane) - 1))",
            "__shfl_sync(0xffffffffu, base, 0) + __popc(votes & ((2u << lane) - 1))"),
