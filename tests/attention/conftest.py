@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.support.interpreter import new_memory_is_garbage
+
 
 @pytest.fixture
 def late(monkeypatch):
@@ -17,3 +19,11 @@ def build(monkeypatch):
     from tests.support.small_backend import builder
 
     return builder(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def garbage():
+    """What a kernel reads it or another one must have written."""
+    new_memory_is_garbage()
+    yield
+    new_memory_is_garbage(False)

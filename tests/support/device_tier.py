@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 from ess_kernels.checks import interpreted
 from sglang_ess.tiers.transfer_stream import TransferStream
 from tests.support.cuda_host import host
-from tests.support.interpreter import make_fast
+from tests.support.interpreter import make_fast, new_memory_is_garbage
 
 # --- streams ------------------------------------------------------------------------------
 
@@ -107,6 +107,7 @@ def install() -> None:
     if not interpreted():
         raise RuntimeError("Triton's interpreter must be on: got TRITON_INTERPRET unset.")
     make_fast()
+    new_memory_is_garbage()
     host.stand_in()
     import sglang_ess.cpu.indexer as indexer
     from sglang_ess.attention import backend_cpu, half_batch
@@ -125,6 +126,7 @@ def install() -> None:
     backend_cpu.CpuTwoTierBackend = backend_class()
     half_batch.slice_metadata = _cut
     _hook_topk(indexer)
+    _scatter_pages()
     _count_calls()
     CpuDsaPlatform().init_backend()  # again: the fork server has registered the others
 
@@ -166,6 +168,22 @@ def _hook_topk(indexer) -> None:
         return cuda.topk_selected(get_topk, *calls[-1], query, weights, metadata)
 
     indexer.indexer_forward, indexer.decode_slots = hooked_forward, hooked_slots
+
+
+def _scatter_pages() -> None:
+    """Pages are given out in no order, as after hours of service: no prompt's slots are a range."""
+    from sglang_ess.mem_cache.allocator import EssPagedAllocator
+
+    clear = EssPagedAllocator.clear
+
+    def clear_and_scatter(allocator):
+        clear(allocator)
+        order = torch.randperm(
+            len(allocator.free_pages), generator=torch.Generator().manual_seed(0)
+        )
+        allocator.free_pages = allocator.free_pages[order]
+
+    EssPagedAllocator.clear = clear_and_scatter
 
 
 def _count_calls() -> None:

@@ -77,6 +77,11 @@ def _call(function, *args, **kwargs):
         raise interpreter.InterpreterError(repr(error)) from error
 
 
+def new_memory_is_garbage(on: bool = True) -> None:
+    """Have torch.empty give NaNs and the largest integers: on the CPU it often gives zeros."""
+    torch.use_deterministic_algorithms(on, warn_only=True)
+
+
 def make_fast() -> None:
     """Change the interpreter of this process. Idempotent."""
     if _Substitutes.found:

@@ -2,15 +2,17 @@
 
 Proved: the path starts (options, memory, pools, Triton kernels compiled for sm_90 with their real
 specialisations, others by nvcc); every launch has a legal configuration; decode graphs of off,
-DA and DBA are captured without a call that a capture forbids, end in one stream, and are
-replayed; no stream's work runs beside a graph that it must not; requests, prefix hits and an
-abort take their way to the end.
+DA and DBA and breakable prefill graphs (SGLang's default) are captured without a call that a
+capture forbids, end in one stream, and are replayed; no stream's work runs beside a graph that it
+must not; requests, prefix hits and an abort take their way to the end.
 
 Not proved: any value or time. Memory keeps what was in it, tokens are zeros, no kernel runs. The
 rules of capture are those of CUDA's documentation as csrc/ has them, not a driver's.
 """
 
+import importlib
 import json
+import pkgutil
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.jit import KernelInterface
 
+import ess_kernels
 from sglang_ess.attention.overlap import Mode
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from tests.support.server import Server
@@ -32,6 +36,7 @@ pytestmark = [
 ]
 
 BATCHES, SLOTS = (1, 2, 4), 40_000
+PREFILL_TOKENS = (64, 4096)  # of the prefill graphs; a longer chunk runs without one
 START_SECONDS = 900  # the first start compiles some twenty kernels
 # DeepSeek-V3.2's own indexer and top-k, which the CUDA kernels ask for; the rest as small as goes.
 SHAPE = {
@@ -44,8 +49,9 @@ MODELS = {
     "sharing": (TinyModelConfig(arch="glm", layers=4, sharing="FFSS", **SHAPE), 4, 2),
 }
 FLAGS = (
-    "--kv-cache-dtype", "bfloat16", "--cuda-graph-backend-prefill", "disabled",
-    "--cuda-graph-bs-decode", *map(str, BATCHES), "--max-running-requests", str(BATCHES[-1]),
+    "--kv-cache-dtype", "bfloat16", "--cuda-graph-backend-prefill", "breakable",
+    "--cuda-graph-bs-prefill", *map(str, PREFILL_TOKENS), "--cuda-graph-bs-decode",
+    *map(str, BATCHES), "--max-running-requests", str(BATCHES[-1]),
     "--max-total-tokens", str(SLOTS), "--ess-hot-ratio", "0.3", "--enable-cache-report",
 )  # fmt: skip
 # Made up, so that each batch takes another mode: the first off, the second DA, the third DBA.
@@ -143,8 +149,24 @@ def run(request, tmp_path_factory):
     yield Run(*shape, lines, answers, status, text)
 
 
+FETCH = "_fetch_kernel"  # in every decode graph, and in no other
+
+
 def graphs(run) -> list[SimpleNamespace]:
     return [SimpleNamespace(**json.loads(text)) for kind, text in run.lines if kind == "GRAPH"]
+
+
+def decode_graphs(run) -> list[SimpleNamespace]:
+    return [graph for graph in graphs(run) if FETCH in graph.kernels]
+
+
+def prefill_graphs(run) -> list[SimpleNamespace]:
+    return [graph for graph in graphs(run) if FETCH not in graph.kernels]
+
+
+def launches(run) -> Counter:
+    """How often each graph was replayed, by its id."""
+    return Counter(int(text) for kind, text in run.lines if kind == "LAUNCH")
 
 
 def mode_of(run, graph) -> Mode:
@@ -152,7 +174,7 @@ def mode_of(run, graph) -> Mode:
 
     Every layer has a fetch of its own, in DBA one for each half.
     """
-    fetches = graph.kernels["_fetch_kernel"]
+    fetches = graph.kernels[FETCH]
     merges = sum(n for name, n in graph.kernels.items() if "merge" in name.lower())
     assert merges in (0, run.groups) and fetches in (run.layers, 2 * run.layers)
     return Mode.DBA if fetches > run.layers else Mode.DA if merges else Mode.OFF
@@ -167,14 +189,36 @@ def test_each_mode_is_captured_for_each_batch(run):
     # One request cannot be halved: its DBA is DA.
     sizes = len(BATCHES)
     expected = {Mode.OFF: sizes, Mode.DA: sizes + 1, Mode.DBA: sizes - 1}
-    assert Counter(mode_of(run, graph) for graph in graphs(run)) == expected
-    assert all(graph.streams >= 2 for graph in graphs(run))
+    assert Counter(mode_of(run, graph) for graph in decode_graphs(run)) == expected
+    assert all(graph.streams >= 2 for graph in decode_graphs(run))
 
 
 def test_each_mode_is_replayed(run):
-    modes = {graph.id: mode_of(run, graph) for graph in graphs(run)}
-    launched = Counter(modes[int(text)] for kind, text in run.lines if kind == "LAUNCH")
-    assert set(launched) == set(Mode)
+    replayed = launches(run)
+    modes = {mode_of(run, graph) for graph in decode_graphs(run) if replayed[graph.id]}
+    assert modes == set(Mode)
+
+
+def test_prefill_is_captured_in_parts_between_which_the_tiers_are_used(run):
+    # A prefill graph breaks at each indexer and at each layer's attention.
+    parts = run.layers + run.groups + 1
+    assert len(prefill_graphs(run)) == parts * len(PREFILL_TOKENS)
+    for graph in prefill_graphs(run):
+        assert not kernel_names() & set(graph.kernels)
+    replayed = Counter(bool(launches(run)[graph.id]) for graph in prefill_graphs(run))
+    assert replayed == {True: parts * len(PREFILL_TOKENS)}
+    assert re.search(r"Prefill batch, #new-seq: 1, .*cuda graph: True", run.log)
+    assert re.search(r"Prefill batch, #new-seq: \d+, .*cuda graph: False", run.log)
+
+
+def kernel_names() -> set[str]:
+    """The Triton kernels that touch the tiers."""
+    names = set()
+    for module in pkgutil.iter_modules(ess_kernels.__path__, "ess_kernels."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, KernelInterface):
+                names.add(name)
+    return names
 
 
 def test_requests_are_answered(run):
