@@ -201,6 +201,7 @@ def test_other_shapes_and_formats(models, shape, mode, rows, patches):
         pytest.param("da", "attention_does_not_wait", marks=pytest.mark.slow),
         pytest.param("off", "staging_does_not_wait", marks=pytest.mark.slow),
         pytest.param("off", "slots_are_not_copied", marks=pytest.mark.slow),
+        pytest.param("off", "a_prefix_is_taken_for_a_range", marks=pytest.mark.slow),
         pytest.param("off", "no_reserve", marks=pytest.mark.slow),
         pytest.param("dba", "no_fetch", marks=pytest.mark.slow),
     ],

@@ -341,6 +341,19 @@ def staging_does_not_wait() -> None:
     staging_cuda.wait = lambda event: None
 
 
+def a_prefix_is_taken_for_a_range() -> None:
+    """Staging reads a prompt's slots as if they followed the first one."""
+    from sglang_ess.tiers.staging_cuda import DeviceStaging
+
+    begin = DeviceStaging.begin
+
+    def begin_with_ranges(staging, prefix, new, tables, loc):
+        ranges = tables[:, :1] + torch.arange(tables.shape[1], dtype=tables.dtype)
+        begin(staging, prefix, new, ranges.clamp(max=len(staging._place) - 1), loc)
+
+    DeviceStaging.begin = begin_with_ranges
+
+
 class _Uncopied(torch.Tensor):
     def clone(self):
         return self.as_subclass(torch.Tensor)
