@@ -97,6 +97,13 @@ def test_a_wrong_package_is_a_problem(capsys, monkeypatch, package, version, par
     assert status == 1 and part in out
 
 
+def test_a_missing_cuda_compiler_is_a_problem_on_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert doctor.compiler_problems("cpu") == []
+    (line,) = doctor.compiler_problems("cuda")
+    assert line.startswith("nvcc must be there") and "CUDA_HOME" in line
+
+
 def test_where_a_host_tier_would_lie(capsys, monkeypatch, tmp_path):
     import torch
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ess_kernels import hot_state
+from ess_kernels import hot_state, plan_fetch
 from sglang_ess.tiers.batch_passes import passes
 from tests.support.served_tier import DEVICE
 from tests.support.served_tier import CudaServed as Served
@@ -114,3 +114,9 @@ def test_passes_cover_the_batch_and_fit(shape, rows, most, count):
         covered[part.queries, part.columns] += 1
         assert covered[part.queries, part.columns].size <= rows
     assert (covered == 1).all() and len(parts) == count
+
+
+def test_a_top_k_wider_than_a_plan_is_refused():
+    widest = plan_fetch.max_width()
+    with pytest.raises(ValueError, match=f"topk must be at most {widest}, .* got {widest + 1}"):
+        Served(60, 20, topk=widest + 1, max_queries=1)

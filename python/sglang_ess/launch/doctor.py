@@ -42,6 +42,7 @@ def examine() -> dict[str, Any]:
             os.environ.setdefault(key, value)
         report |= {"device": device(), "host": host()}
         rows, problems = contract_rows(report["device"]["platform"])
+        problems += compiler_problems(report["device"]["platform"])
         report |= {"architectures": architectures()}
         report |= {"contract": rows, "summary": summary(report["device"]["platform"])}
     return report | {"problems": problems}
@@ -54,6 +55,7 @@ def device() -> dict[str, Any]:
     """
     import torch
 
+    from ess_kernels import cuda_build
     from sglang_ess import plugin
     from sglang_ess.tiers import numa
 
@@ -68,6 +70,7 @@ def device() -> dict[str, Any]:
         "platform": plugin.active_platform(),
         "accelerator": f"{kind}: {name}" if kind else None,
         "gpu_numa_nodes": [numa.node_of_gpu(i) for i in range(torch.cuda.device_count())],
+        "nvcc": str(cuda_build.nvcc() or "none"),
         "pinned_memory": pinned,
         "memlock_limit_bytes": _memlock_limit_bytes(),
     }
@@ -104,6 +107,14 @@ def architectures() -> dict[str, str]:
     from sglang_ess.launch.architectures import ARCHITECTURES
 
     return {name: one.missing or "served" for name, one in ARCHITECTURES.items()}
+
+
+def compiler_problems(active: str) -> list[str]:
+    """One line if the CUDA C++ operations are needed and cannot be compiled here."""
+    from ess_kernels import cuda_build
+
+    lacks = cuda_build.missing() if active == "cuda" else None
+    return [lacks] if lacks else []
 
 
 def contract_rows(active: str) -> tuple[list[dict[str, str]], list[str]]:

@@ -65,7 +65,8 @@ class DeviceTier:
     scratch    shared with other tiers; None: its own
     rows       per layer [num_rows rounded up to a page, ...] on the device
     caches     by group
-    Raises: ValueError for a num_rows outside [1, slots].
+    Effect: compiles the kernels of a plan if nobody has on this machine, so that no capture does.
+    Raises: ValueError for a num_rows outside [1, slots] or a topk wider than a plan.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class DeviceTier:
         device: Device,
         scratch: TierScratch | None = None,
     ):
+        if topk > (widest := plan_fetch.max_width()):
+            raise ValueError(f"topk must be at most {widest}, the widest plan: got {topk}.")
         members = [(one,) if isinstance(one, torch.Tensor) else tuple(one) for one in host_rows]
         first, groups = members[0][0], len(members)
         self.num_layers = len(members[0])
