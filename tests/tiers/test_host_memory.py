@@ -94,6 +94,15 @@ def test_huge_pages():
     assert f"{residence.huge_bytes / SIZE:.0%} in huge pages" in residence.text
 
 
+def test_it_begins_at_a_huge_page(monkeypatch):
+    """Whatever its size: newer kernels align a mapping to pages of 2 MiB, and to no larger ones."""
+    huge = 64 * MIB
+    monkeypatch.setattr(host_memory, "huge_page_bytes", lambda: huge)
+    for memory in [HostMemory(huge + PAGE) for _ in range(3)]:
+        assert memory.address % huge == 0
+        assert memory.view(PAGE, (huge,), torch.uint8).data_ptr() == memory.address + PAGE
+
+
 @pytest.mark.parametrize("file", ["always madvise [never]", None])
 def test_a_kernel_without_huge_pages(monkeypatch, tmp_path, file):
     if file:
