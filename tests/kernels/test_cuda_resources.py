@@ -42,16 +42,13 @@ def name(mangled):
 
 
 @needs_nvcc
-@pytest.mark.parametrize(
-    ("arch", "most"),  # nvcc 13.0 spills a register of two kernels for sm_100a
-    [("90a", 0), pytest.param("100a", 16, marks=pytest.mark.slow)],
-)
-def test_kernels_do_not_spill(tmp_path, arch, most):
+@pytest.mark.parametrize("arch", ["90a", pytest.param("100a", marks=pytest.mark.slow)])
+def test_kernels_do_not_spill(tmp_path, arch):
     found = compiled(arch, tmp_path)
     for kernel, (registers, shared, spilled) in sorted(found.items()):
         print(f"sm_{arch} {kernel}: {registers} registers, {shared} B shared, {spilled} B spilled")
     assert len(found) == 9
-    assert sum(spilled for _, _, spilled in found.values()) <= most
+    assert [kernel for kernel, (_, _, spilled) in found.items() if spilled] == []
     for kernel, blocks in BLOCKS.items():
         registers, shared, _ = found[kernel]
         assert registers * THREADS * blocks <= SM_REGISTERS

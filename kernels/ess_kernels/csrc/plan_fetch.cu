@@ -414,7 +414,7 @@ const char* plan_fetch(const PlanArguments& a, void* stream) {
 
 // --- fetch ----------------------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kThreads, 2) fetch_kernel(const CopyArguments c) {
+__global__ void __launch_bounds__(kThreads) fetch_kernel(const CopyArguments c) {
   copy_any(c, blockIdx.x, gridDim.x);
   note_end(c.done);
 }
@@ -457,7 +457,7 @@ __device__ __forceinline__ void add_stall(const GroupState& g) {
 
 // A block for each group: hot rows for slots whose rows the pass will write.
 template <int kItems>
-__global__ void __launch_bounds__(kThreads) install_kernel(const InstallArguments a) {
+__global__ void __launch_bounds__(kThreads, 2) install_kernel(const InstallArguments a) {
   Shared<kItems>& s = block_shared<Shared<kItems>>();
   const GroupState g = group_state(a, blockIdx.x);
   const int tick = g.words[TICK], use_age = a.reserve ? 0 : 2;
