@@ -369,11 +369,14 @@ def slots_are_not_copied() -> None:
     )
 
 
-def no_reserve() -> None:
-    """A decode step's rows get to the host tier only; hot rows of a reused slot stay."""
-    from sglang_ess.tiers.hot_cache_cuda import DeviceTier
+def new_rows_stay_cold() -> None:
+    """A decode step's rows get to the host tier only: what is in their reserved rows stays."""
+    from sglang_ess.attention import two_tier_decode
 
-    DeviceTier.reserve = DeviceTier.invalidate = lambda *_: None
+    pack_write = two_tier_decode.pack_write
+    two_tier_decode.pack_write = lambda *args, **options: pack_write(
+        *args, **options | {"keeps_cold": True}
+    )
 
 
 def no_fetch() -> None:
