@@ -271,7 +271,7 @@ class DeviceHotCache:
         advance, lists: plan_fetch.plan_fetch
         Returns buffers that are valid until the next plan of any group.
         """
-        buffers = self._tier.buffers_for(*topk.shape, first, half)
+        buffers = self._tier.buffers_for(*topk.shape, first=first, half=half)
         plan_fetch.plan_fetch(self.state, topk.contiguous(), buffers, advance=advance, lists=lists)
         return buffers
 
