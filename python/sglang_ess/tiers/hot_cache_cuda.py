@@ -271,7 +271,8 @@ class DeviceHotCache:
         advance, lists: plan_fetch.plan_fetch
         Returns buffers that are valid until the next plan of any group.
         """
-        buffers = self._tier.buffers_for(*topk.shape, first=first, half=half)
+        queries, width = topk.shape
+        buffers = self._tier.buffers_for(queries, width, first, half)
         plan_fetch.plan_fetch(self.state, topk.contiguous(), buffers, advance=advance, lists=lists)
         return buffers
 
