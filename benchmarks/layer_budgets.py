@@ -2,12 +2,11 @@
 
     python -m benchmarks.layer_budgets [--quick] [--json PATH] [--plot PATH]
 
-Three sets of production HotCaches decode the same generated streams. In `uniform` every layer keeps
+Two sets of production HotCaches decode the same generated streams. In `uniform` every layer keeps
 the same number of rows. In `auto` a Rebalancer moves rows, as on a CPU server, by sampled ghost
-caches that its plans feed. In `ages` an AgeRebalancer moves them, as on a GPU server, by how old
-the rows are. `before` is the time until rows have moved, once; `after` AFTER_STEPS from then on.
-One more ghost is timed alone after each plan. `ghost_share` is the ghosts' time by that of all
-plans of a round, in a part of which they run.
+caches that its plans feed. `before` is the time until rows have moved, once; `after` AFTER_STEPS
+from then on. One more ghost is timed alone after each plan. `ghost_share` is the ghosts' time by
+that of all plans of a round, in a part of which they run.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ import torch
 
 from benchmarks import harness
 from sglang_ess.sim.model.locality import Locality, TopkStream
-from sglang_ess.tiers import HotCache, HotGroups, PlanBuffers, lru
+from sglang_ess.tiers import HotCache, HotGroups, PlanBuffers
 from sglang_ess.tiers.balance import rebalance
 from sglang_ess.tiers.balance.budgets import expected_misses
 from sglang_ess.tiers.balance.ghost_cache import GhostCache
-from sglang_ess.tiers.balance.rebalance import AgeRebalancer, AgeSchedule, Rebalancer, Schedule
-from sglang_ess.tiers.contract import AgeSnapshot
+from sglang_ess.tiers.balance.rebalance import Rebalancer, Schedule
 from sglang_ess.tiers.hot_arena import HotArena
 
 PROFILE = "deepseek-v3.2"
@@ -37,10 +35,8 @@ POINTS = [
 QUICK_POINT = {"context": 32768, "requests": 4, "ratio": 0.2}
 LAYERS, QUICK_LAYERS = 16, 8  # spread over the model's 61 by how often they miss
 AFTER_STEPS = 64
-SIDES = ("uniform", "auto", "ages")
+SIDES = ("uniform", "auto")
 FILL_STEPS = 16  # after a fill by recency, which is not quite the order of the generator
-LOOK_STEPS = 8  # between two snapshots of the ages, as attention/backend_cuda.py takes them
-AGES = 1024  # ages that ess_kernels.rebuild_order tells apart
 
 
 @dataclass
@@ -51,38 +47,6 @@ class Phase:
     seconds: list[float] = field(default_factory=list)
 
 
-def age_snapshot_of(caches: list[HotCache]) -> AgeSnapshot:
-    """The ages of the rows of these layers, as a CUDA tier counts them."""
-    evictions = np.array([cache.counters["evictions"] for cache in caches])
-    steps = np.array([cache.steps for cache in caches])
-    return AgeSnapshot(np.stack([_ages_of(cache) for cache in caches]), evictions, steps)
-
-
-def _ages_of(cache: HotCache) -> np.ndarray:
-    """[AGES] rows by steps since their last use; the last entry counts all older ones."""
-    head, tail = cache.state[lru.HEAD], cache.state[lru.TAIL]
-    rows = cache.queue[head:tail]
-    live = cache.row_place[rows] == np.arange(head, tail)
-    ages = cache.steps - cache.queue_step[head:tail][live]
-    return np.bincount(np.minimum(ages, AGES - 1), minlength=AGES)
-
-
-class ByAge:
-    """An AgeRebalancer over HotGroups, as a CUDA pool has one over a DeviceTier."""
-
-    def __init__(self, layers: HotGroups, demand: int, least: int, schedule: AgeSchedule):
-        rows, slots = layers.caches[0].num_rows, layers.caches[0].num_slots
-        self.decides = AgeRebalancer(len(layers.caches), rows, slots - 1, least, schedule)
-        self._layers, self._demand, self._steps = layers, min(demand, rows), 0
-
-    def step(self) -> None:
-        snapshot, self._steps = None, self._steps + 1
-        if self._steps % LOOK_STEPS == 0:
-            snapshot = age_snapshot_of(self._layers.caches)
-        if (budgets := self.decides.step(self._demand, snapshot)) is not None:
-            self._layers.resize(budgets.rows)
-
-
 class Side:
     """The hot tiers of all layers in one arena, filled with the rows selected last."""
 
@@ -90,7 +54,7 @@ class Side:
         arena = HotArena(layers * rows)
         self.caches = [HotCache(None, rows, num_slots, buffers, arena=arena) for _ in range(layers)]
         self.layers = HotGroups(self.caches)
-        self.rebalancer: Rebalancer | ByAge | None = None
+        self.rebalancer: Rebalancer | None = None
         self.phase = Phase()
 
     def step(self, topks: list[torch.Tensor], layer: int) -> None:
@@ -159,15 +123,11 @@ def measure(report: harness.Report, point: dict, num_layers: int, seed: int) -> 
     stage = Stage(**point, num_layers=num_layers, seed=seed)
     schedule = Schedule(rest=1 << 30)  # one round
     stage.run(FILL_STEPS)
-    auto, by_age = stage.sides["auto"], stage.sides["ages"]
+    auto = stage.sides["auto"]
     topk = Locality.load(PROFILE).topk
     auto.rebalancer = Rebalancer(auto.layers, topk, schedule)
     stage.ghost_seconds.clear()
     watched = -(-num_layers // rebalance.LAYERS_A_STEP) + schedule.warmup_steps + schedule.counted
-    # One round too, that ends with the other's.
-    age_schedule = AgeSchedule(warmup_steps=watched - AgeSchedule.counted)
-    demand = point["requests"] * (topk + 1)
-    by_age.rebalancer = ByAge(by_age.layers, demand, topk, age_schedule)
     before = stage.run(watched)
     stage.run(1 + num_layers)  # decides, and moves the rows
     rows_of = {name: [c.num_rows for c in side.caches] for name, side in stage.sides.items()}
@@ -191,16 +151,14 @@ def measure(report: harness.Report, point: dict, num_layers: int, seed: int) -> 
     estimated = [curve.at(stage.rows) for curve in curves]
     errors = np.abs(np.divide(estimated, counted) - 1)
     expected, even = (expected_misses(curves, sizes) for sizes in (rows, [stage.rows] * num_layers))
-    got, aged = (
-        np.sum(after[name].misses) / np.sum(after["uniform"].misses) for name in ("auto", "ages")
-    )
+    got = np.sum(after["auto"].misses) / np.sum(after["uniform"].misses)
     plans = np.median(after["auto"].seconds) / np.median(after["uniform"].seconds)
     report.add(
         harness.measured("ghost", config, "share_while_on", "ratio", [share]),
         harness.measured("ghost", config, "share", "ratio", [share_of_round]),
         harness.simulated("curve_error", config, "error", "ratio", errors.tolist()),
     )
-    figures = {"miss_ratio": got, "age_miss_ratio": aged, "expected_miss_ratio": expected / even,
+    figures = {"miss_ratio": got, "expected_miss_ratio": expected / even,
                "total_curve_error": sum(estimated) / counted.sum() - 1}  # fmt: skip
     facts = {"rows": rows, "model_layers": list(stage.layers)}
     for metric, value in figures.items():
@@ -209,8 +167,7 @@ def measure(report: harness.Report, point: dict, num_layers: int, seed: int) -> 
 
 
 FIGURES = {
-    **{key: ("budgets", key) for key in ("miss_ratio", "age_miss_ratio", "expected_miss_ratio",
-                                         "total_curve_error")},
+    **{key: ("budgets", key) for key in ("miss_ratio", "expected_miss_ratio", "total_curve_error")},
     "plan_time_ratio": ("budgets", "plan_time"), "ghost_share": ("ghost", "share"),
     "ghost_share_while_on": ("ghost", "share_while_on"), "curve_error": ("curve_error", "error"),
 }  # fmt: skip
@@ -223,8 +180,8 @@ def print_tables(report: harness.Report) -> None:
     harness.print_table(misses, columns, "Rows fetched per request, layer and step after the move")
     ratios = [row for name in ("budgets", "ghost", "curve_error") for row in report.select(name)]
     columns = {key: key for key in index} | {
-        "auto/uniform": "miss_ratio", "ages/uniform": "age_miss_ratio",
-        "expected": "expected_miss_ratio", "plan time": "plan_time", "ghosts of a plan": "share",
+        "auto/uniform": "miss_ratio", "expected": "expected_miss_ratio",
+        "plan time": "plan_time", "ghosts of a plan": "share",
         "while on": "share_while_on", "curve error": "error",
     }  # fmt: skip
     harness.print_table(harness.pivot(ratios, index), columns)

@@ -14,6 +14,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.values import MultiProcessValue
 
+from ess_kernels import hot_state
 from sglang_ess import metrics
 from sglang_ess.admission.policy import HOT_TIER, Admission, AdmissionLimits
 from sglang_ess.mem_cache.pool import EssTokenToKVPool
@@ -296,8 +297,8 @@ def test_prometheus_follows_sglangs_own_publishing(reporter):
 def test_a_devices_figures_come_from_its_mirror(reporter):
     """A GPU copies its counters to the host now and then; the metrics do not wait for it."""
     layers = len(reporter.pool.hot_caches)
-    one = {"lookups": 8, "misses": 2, "evictions": 0, "evicted_age": 0, "installs": 0, "short": 0}
-    figures = [{**one, "steps": 4, "occupied": 3, "rows": 4, "layers": 1}] * layers
+    one = dict.fromkeys(hot_state.COUNTERS, 0) | {"lookups": 8, "misses": 2, "steps": 4}
+    figures = [{**one, "occupied": 3, "rows": 4, "layers": 1}] * layers
     reporter.pool.tier = SimpleNamespace(figures=lambda: figures, caches=reporter.pool.hot_caches)
     reporter.pool.request_misses = None  # not counted on a device
     metrics.decode_reported(None, reporter)
@@ -307,6 +308,39 @@ def test_a_devices_figures_come_from_its_mirror(reporter):
     assert found["sglang:ess_misses_total", "3"] == 2
     assert found["sglang:ess_hot_rows_used", "4"] == 3
     assert found["sglang:ess_request_misses_count",] == 0
+
+
+def test_the_wait_of_a_gpus_main_stream():
+    """Nanoseconds become seconds, since the last snapshot; the line has them by layer and step."""
+    pool, taken, registry = make_pool(groups=IndexGroups((1, 3))), Metrics(), CollectorRegistry()
+    exporter = Exporter(LABELS, [3, 4], registry)
+    one = dict.fromkeys(hot_state.COUNTERS, 0) | {"lookups": 8, "steps": 10, "scans": 32}
+    groups = [{**one, "occupied": 3, "rows": 4, "layers": size} for size in (1, 3)]
+    pool.tier = SimpleNamespace(figures=lambda: groups)
+    exporter.update(found := taken.snapshot(pool, 20))
+    assert "waited" not in log_line(found)
+    for group, nanoseconds in zip(groups, (20_000, 100_000), strict=True):
+        group["stall_ns"] += nanoseconds
+        group.update(steps=20, lookups=16, scans=33, short=1)
+    exporter.update(found := taken.snapshot(pool, 20))
+    assert [group.exposed_fetch_seconds for group in found.groups] == [2e-5, 1e-4]
+    assert "waited 3.0 us/layer/step for them" in log_line(found)  # 120 us, 10 steps, 4 layers
+    values = samples(generate_latest(registry).decode())
+    assert values["sglang:ess_exposed_fetch_seconds_total", "4"] == pytest.approx(1e-4)
+    assert values["sglang:ess_scanned_rows_total", "3"] == 33
+    assert values["sglang:ess_unplaced_slots_total", "3"] == 1
+
+
+def test_the_cpu_has_no_series_of_a_gpus_counters():
+    pool, registry = make_pool(), CollectorRegistry()
+    decode(pool, [1, 2, 3, -1], [1, 2, 3, 4])
+    found = Metrics().snapshot(pool, 20)
+    Exporter(LABELS, [3, 4], registry).update(found)
+    assert found.groups[0].exposed_fetch_seconds is None and "waited" not in log_line(found)
+    values = samples(generate_latest(registry).decode())
+    assert ("sglang:ess_misses_total", "3") in values
+    for name in ("exposed_fetch_seconds", "scanned_rows", "unplaced_slots"):
+        assert (f"sglang:ess_{name}_total", "3") not in values
 
 
 def test_a_requests_misses_are_counted_once(reporter):

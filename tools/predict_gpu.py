@@ -46,10 +46,9 @@ from benchmarks.harness import (
 from sglang_ess.sim.inputs.specs import Calibration, Model, load, names
 from sglang_ess.sim.model.cost import CostModel
 from sglang_ess.sim.model.decode_tiers import Sampling, measure
-from sglang_ess.sim.model.miss_table import MissTable
 from sglang_ess.testing.topk_stream.spec import MAX_LAYERS, Profile
 from sglang_ess.testing.topk_stream.table import scaled
-from tools.predict_gpu_files import BUDGETS, FREE, OVERLAPS, RESIDENT, Host, Point, Served
+from tools.predict_gpu_files import FREE, OVERLAPS, RESIDENT, Host, Point, Served
 from tools.validate_step_time import halves
 
 NAME = "predict_gpu"
@@ -98,8 +97,8 @@ def fit(points: Sequence[Point], calibration: Calibration, cost: Seconds) -> Cal
 
 @functools.cache
 def simulated_misses(
-    model: Model, stream: str, tokens: int, batch: int, hot_rows: float, budgets: bool,
-    quick: bool, seed: int,
+    model: Model, stream: str, tokens: int, batch: int, hot_rows: float, quick: bool,
+    seed: int,
 ) -> np.ndarray:  # fmt: skip
     """[layers] rows fetched per request and step, of the streams that the server played.
 
@@ -121,12 +120,6 @@ def simulated_misses(
     chosen = locality.spread(min(model.layers, MAX_LAYERS))
     which = np.arange(model.layers) % len(chosen)
     rows = min(hot_rows / batch, played[-1])
-    if budgets:
-        count = len(chosen)
-        curves = MissTable.from_profile(
-            locality, count, played[-1], 1, sampled=count, seed=seed
-        )  # fmt: skip
-        return curves.budgeted([round(rows)])[0][which]
     requests = min(batch, QUICK_REQUESTS) if quick else batch
     steps = QUICK_STEPS if quick else STEPS
     found = measure(
@@ -161,7 +154,7 @@ def predict(
         return Prediction(point, took, np.zeros(point.layers), took)
     misses = simulated_misses(
         served.model(point.layers), point.stream, int(point.tokens), round(point.batch),
-        point.hot_rows, point.system == BUDGETS, quick, seed,
+        point.hot_rows, quick, seed,
     )  # fmt: skip
     known = None if point.misses is None else cost(point, calibration, point.misses)
     return Prediction(point, cost(point, calibration, misses), misses, known)

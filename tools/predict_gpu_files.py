@@ -14,8 +14,7 @@ from sglang_ess.sim.model.cost import MICRO, TERA
 from sglang_ess.testing.slice_model import SliceConfig
 
 RESIDENT = ("one-tier", "resident")
-BUDGETS = "ess budgets"
-OVERLAPS = {"ess off": "off", "ess da": "da", "ess dba": "dba", "ess auto": "auto", BUDGETS: "da"}
+OVERLAPS = {"ess off": "off", "ess da": "da", "ess dba": "dba", "ess auto": "auto"}
 FREE = ("layer_us", "token_bytes", "step_us", "scan_ratio")  # of Calibration: what is fitted
 
 

@@ -167,16 +167,15 @@ def hisparse(point: Point, ratio: int | None = None, default_limit: bool = False
     return figures(allocator.size_full, requests, prompt, rows, host, beyond)
 
 
-def geometry_of(configurator: MetaConfigurator, config: EssConfig) -> capacity.Geometry:
+def geometry_of(configurator: MetaConfigurator) -> capacity.Geometry:
     """ESS's geometry on a CUDA device."""
     pool, model = configurator.build()[1].token_to_kv_pool, configurator.model_config
     rows, groups = pool.kv_buffer[0].shape[0], capacity.index_groups(configurator)
-    moves = capacity.moves_rows(config, groups, on_cpu=False)
     return capacity.Geometry(
         layers=groups.layers, row_bytes=pool.kv_buffer[0].nbytes // rows,
         index_bytes=sum(keys.nbytes for keys in pool.index_k_with_scale_buffer) // rows,
         topk=model.hf_config.index_topk, context_tokens=model.context_len, page_slots=PAGE_SLOTS,
-        tier=capacity.GPU_TIER_THAT_MOVES if moves else capacity.GPU_TIER, groups=groups,
+        tier=capacity.GPU_TIER, groups=groups,
     )  # fmt: skip
 
 
@@ -185,7 +184,7 @@ def ess(point: Point, hot_ratio: float | None = None) -> dict:
     config, limits = EssConfig(hot_ratio=hot_ratio), (point.device_bytes, NO_LIMIT)
     with published():
         configurator = MetaConfigurator(point)
-        geometry = geometry_of(configurator, config)
+        geometry = geometry_of(configurator)
         slots = capacity.max_slots(config, geometry, *limits)
         requests = min(configurator.resolve_max_num_reqs(slots), slots // point.context)
     hot_rows = capacity.choose_capacity(config, geometry, slots, *limits).hot_rows
@@ -235,7 +234,7 @@ def summarise(report: harness.Report, point: Point, found: dict) -> None:
     ):
         report.summarise(f"{point.model}_{key}", above / below if below else None)
     with published():
-        geometry = geometry_of(MetaConfigurator(point), EssConfig(hot_ratio=RATIO))
+        geometry = geometry_of(MetaConfigurator(point))
     before = maps_and_states(replace(geometry, groups=None))
     beyond = hisparse(point, round(1 / RATIO), default_limit=True)["beyond"]
     report.summarise(f"{point.model}_maps_states", maps_and_states(geometry))

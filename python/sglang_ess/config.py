@@ -147,11 +147,10 @@ class EssConfig:
     layer_budgets: str | None = _option(
         None,
         "--ess-layer-budgets",
-        "auto: hot rows move to the layers where they save the most misses, estimated by sampled "
-        "ghost caches or, on a GPU, by the ages of the rows; uniform: every layer has the same "
-        "number. Layers that share a top-k move together. "
-        "Left out: auto on the CPU platform; uniform on a GPU, where auto has not been "
-        "measured.",
+        "auto, on the CPU platform only: hot rows move to the layers where they save the most "
+        "misses, estimated by sampled ghost caches; layers that share a top-k move together. "
+        "uniform: every layer has the same number. Left out: auto on the CPU platform; uniform on "
+        "a GPU, which refuses auto.",
         choices=("auto", "uniform"),
         kind=str,
     )

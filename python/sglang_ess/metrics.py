@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Counters that both hot tiers keep, on the CPU and on a GPU.
 COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs")
+# Those that a GPU's hot tier keeps in addition: ess_kernels/hot_state.py.
+GPU_COUNTERS = ("stall_ns", "scans", "short")
 
 
 # --- snapshots --------------------------------------------------------------------------
@@ -38,6 +40,10 @@ class LayerSnapshot:
     fetched_bytes: of the misses, in all layers of the group; installed_rows: rows made hot by a
         write or by warm-up
     evicted_age: steps since the last use of each evicted row, summed
+    exposed_fetch_seconds: that the main stream waited for missed rows, in all layers of the group,
+        by the device's clock; scanned_rows: rows whose age was read to find victims;
+        unplaced_slots: lookups and new slots that found no row, which must stay 0. All three are
+        of a GPU, and None on the CPU
     """
 
     layer: int
@@ -51,6 +57,9 @@ class LayerSnapshot:
     evictions: int
     evicted_age: int
     layers: int = 1
+    exposed_fetch_seconds: float | None = None
+    scanned_rows: int | None = None
+    unplaced_slots: int | None = None
 
     @property
     def hit_ratio(self) -> float | None:
@@ -95,7 +104,9 @@ class Metrics:
         """pool: an EssTokenToKVPool"""
         found, groups, layer = pool.figures(), [], pool.start_layer
         for figures in found.groups:
-            now = {name: figures[name] for name in (*COUNTERS, "steps")}
+            on_gpu = all(name in figures for name in GPU_COUNTERS)
+            names = (*COUNTERS, "steps", *(GPU_COUNTERS if on_gpu else ()))
+            now = {name: figures[name] for name in names}
             before = self._before.get(layer, {})
             if any(now[name] < value for name, value in before.items()):
                 before = {}  # HotCache.clear() has reset the counters
@@ -114,6 +125,9 @@ class Metrics:
                     evictions=since["evictions"],
                     evicted_age=since["evicted_age"],
                     layers=figures["layers"],
+                    exposed_fetch_seconds=since["stall_ns"] / 1e9 if on_gpu else None,
+                    scanned_rows=since.get("scans"),
+                    unplaced_slots=since.get("short"),
                 )
             )
             layer += figures["layers"]
@@ -145,6 +159,9 @@ def log_line(snapshot: Snapshot) -> str:
             f"{misses / steps:.1f} misses/step",
             f"fetched {_size(snapshot.total('fetched_bytes') / steps)}/step",
         ]
+        exposed = sum(group.exposed_fetch_seconds or 0.0 for group in snapshot.groups)
+        if exposed > 0:
+            parts.append(f"waited {exposed / (steps * layers) * 1e6:.1f} us/layer/step for them")
     else:
         parts.append("no lookups")
     if evictions := snapshot.total("evictions"):
@@ -172,6 +189,15 @@ _LAYER_COUNTERS = {
     "that read the top-k.",
     "installed_rows": "Rows made hot by a write of their slot or by warm-up.",
     "evictions": "Rows evicted from the hot tier.",
+}
+_GPU_COUNTERS = {
+    "exposed_fetch_seconds": "Seconds that a GPU's main stream waited in decode for rows fetched "
+    "from the host tier, in all layers that read the top-k, by the GPU's clock. None on the CPU "
+    "platform.",
+    "scanned_rows": "Hot rows whose age a GPU read to find rows to evict. None on the CPU "
+    "platform.",
+    "unplaced_slots": "Lookups and new slots for which a GPU found no hot row; more than 0 is a "
+    "bug. None on the CPU platform.",
 }
 _LAYER_GAUGES = {
     "hot_rows": "Rows of the hot tier.",
@@ -220,6 +246,12 @@ class Exporter:
         self._counters = {
             name: by_layer(Counter(f"sglang:ess_{name}_total", text, names, registry=registry))
             for name, text in _LAYER_COUNTERS.items()
+        }
+        # No series before there is a figure: a tier on the CPU has none.
+        self._labels = labels
+        self._gpu_counters = {
+            name: Counter(f"sglang:ess_{name}_total", text, names, registry=registry)
+            for name, text in _GPU_COUNTERS.items()
         }
 
         def gauge(name: str, text: str, label_names: Sequence[str]) -> Any:
@@ -273,6 +305,9 @@ class Exporter:
         for layer in snapshot.groups:
             for name, series in self._counters.items():
                 series[layer.layer].inc(getattr(layer, name))
+            for name, counter in self._gpu_counters.items():
+                if (count := getattr(layer, name)) is not None:
+                    counter.labels(**self._labels, layer=str(layer.layer)).inc(count)
             age = layer.eviction_age
             gauges = self._layer_gauges
             gauges["hot_rows"][layer.layer].set(layer.hot_rows)
@@ -280,8 +315,8 @@ class Exporter:
             gauges["eviction_age_steps"][layer.layer].set(float("nan") if age is None else age)
         self._gauges["host_slots"].set(snapshot.host_slots)
         self._gauges["host_slots_used"].set(snapshot.host_slots_used)
-        for name, counter in self._pool_counters.items():
-            counter.inc(getattr(snapshot, name))
+        for name, pool_counter in self._pool_counters.items():
+            pool_counter.inc(getattr(snapshot, name))
 
     def update_admission(self, admission: Any) -> None:
         """Set the admission metrics from the Admission of this scheduler."""

@@ -122,6 +122,14 @@ def test_float32_indexer_keys_off_the_cpu_platform(launch):
     assert launch(*flags, "--ess-platform", "cpu", accelerator="cuda")[1] == []
 
 
+def test_rows_do_not_move_between_the_layers_of_a_gpu(launch):
+    flags = ("--ess-layer-budgets", "auto")
+    lines = "--ess-layer-budgets must be uniform or left out", "got auto. Drop it"
+    refused(launch(*flags, accelerator="cuda"), *lines)
+    assert launch(*flags)[1] == launch(*flags, "--ess-platform", "cpu", accelerator="cuda")[1] == []
+    assert launch("--ess-layer-budgets", "uniform", accelerator="cuda")[1] == []
+
+
 RULE_CASES = {
     "disaggregation_transfer_backend": ["--disaggregation-transfer-backend", "mori"],
     "disaggregation_decode_enable_offload_kvcache": [

@@ -14,9 +14,8 @@ from sglang_ess.config import EssConfig
 from sglang_ess.launch import preflight
 from sglang_ess.layout import GIB
 from sglang_ess.mem_cache import capacity
-from sglang_ess.mem_cache.capacity import GPU_TIER, GPU_TIER_THAT_MOVES, Geometry, choose_capacity
+from sglang_ess.mem_cache.capacity import Geometry, choose_capacity
 from sglang_ess.tiers.balance.rebalance import ghost_bytes
-from sglang_ess.tiers.hot_cache_cuda import MAX_LAYER_SHARE
 from sglang_ess.tiers.index_groups import IndexGroups
 from tests.support import parity
 from tests.support.engine import EngineProcess
@@ -39,21 +38,20 @@ def test_the_flag():
 
 @pytest.mark.parametrize("value", ["auto", "uniform", None])
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_every_value_is_served_everywhere(value, on_cpu, monkeypatch):
+def test_only_a_gpu_refuses_and_only_auto(value, on_cpu, monkeypatch):
     monkeypatch.setattr(preflight, "rule_reasons", lambda *_: [])
     args = SimpleNamespace(enable_hisparse=False, disaggregation_mode="prefill")
-    assert preflight.option_reasons(args, EssConfig(layer_budgets=value), on_cpu) == []
+    reasons = preflight.option_reasons(args, EssConfig(layer_budgets=value), on_cpu)
+    assert len(reasons) == (value == "auto" and not on_cpu)
 
 
 @pytest.mark.parametrize(
-    "options, layers, on_cpu, on_gpu",
-    [({}, 4, True, False), ({"layer_budgets": "auto"}, 4, True, True),
-     ({"layer_budgets": "uniform"}, 4, False, False), ({}, 1, False, False),
-     ({"layer_budgets": "auto", "hot_ratio": 1.0}, 4, False, False)],
+    "options, layers, moves",
+    [({}, 4, True), ({"layer_budgets": "auto"}, 4, True), ({"layer_budgets": "uniform"}, 4, False),
+     ({}, 1, False), ({"layer_budgets": "auto", "hot_ratio": 1.0}, 4, False)],
 )  # fmt: skip
-def test_when_rows_move(options, layers, on_cpu, on_gpu):
-    assert capacity.moves_rows(EssConfig(**options), IndexGroups.single(layers)) is on_cpu
-    assert capacity.moves_rows(EssConfig(**options), IndexGroups.single(layers), False) is on_gpu
+def test_when_rows_move(options, layers, moves):
+    assert capacity.moves_rows(EssConfig(**options), IndexGroups.single(layers)) is moves
 
 
 def test_ghosts_are_charged():
@@ -64,22 +62,6 @@ def test_ghosts_are_charged():
     assert settled.geometry.ghosts and settled.device_bytes <= 10_000_000
     # A row for every slot: nothing is ever missed, whichever layer has the rows.
     assert not choose_capacity(EssConfig(), GEOMETRY, 6400, GIB, 100 * GIB).geometry.ghosts
-
-
-def test_a_gpu_tier_that_moves_rows_is_charged():
-    """Which rows are whose: 4 B each; the ages of each layer's; room to sort a large layer."""
-    sizes = {
-        tier.moves: Geometry(**{**vars(GEOMETRY), "ghosts": False, "tier": tier}).device_bytes(
-            6400, 640
-        )
-        for tier in (GPU_TIER, GPU_TIER_THAT_MOVES)
-    }
-    assert sizes[True] - sizes[False] == 4 * (640 * 4 + 1024 * 4) + 640 * 4 * (MAX_LAYER_SHARE - 1)
-    moving = Geometry(**{**vars(GEOMETRY), "ghosts": False, "tier": GPU_TIER_THAT_MOVES})
-    assert choose_capacity(EssConfig(), moving, 6400, 10_000_000, 100 * GIB).geometry.tier.moves
-    assert (
-        choose_capacity(EssConfig(), moving, 6400, GIB, 100 * GIB).geometry.tier == GPU_TIER
-    )  # all is hot
 
 
 def test_the_benchmark(tmp_path, monkeypatch, capsys):

@@ -41,13 +41,11 @@ def table(context=CONTEXT, layers=61, scale=1.0, queries=2):
 TABLE = table()
 
 
-def question(
-    context=CONTEXT, itl_ms=60.0, gpu="h200", link="pcie5", budgets=False, max_requests=None, **dep
-):
+def question(context=CONTEXT, itl_ms=60.0, gpu="h200", link="pcie5", max_requests=None, **dep):
     deployment = changed(load("deployment", "node-8"), **dep)
     return Question(
         load("model", "deepseek-v3.2"), load("gpu", gpu), load("link", link), deployment, context,
-        itl_ms / 1000, budgets=budgets, max_requests=max_requests,
+        itl_ms / 1000, max_requests=max_requests,
     )  # fmt: skip
 
 
@@ -75,7 +73,7 @@ def speed(advice):
 )
 def test_a_wider_limit_never_gives_fewer_tokens(changes):
     answers = [advise(**change) for change in changes]
-    for name in ("ess", "one_tier", "budgeted"):
+    for name in ("ess", "one_tier"):
         speeds = [speed(getattr(answer, name)) for answer in answers]
         assert speeds == sorted(speeds), name
         assert name == "one_tier" or speeds[0] < speeds[-1]  # the limit did bind
@@ -97,7 +95,7 @@ def test_batches_that_are_tried_do_not_depend_on_the_limit():
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"budgets": True}, {"gpu": "b200"}, {"link": "pcie4"}, {"kv_gib": 10.0}, {"host_gib": 50}],
+    [{}, {"gpu": "b200"}, {"link": "pcie4"}, {"kv_gib": 10.0}, {"host_gib": 50}],
 )
 def test_a_plan_fits_and_adds_up(kwargs):
     asked = question(**kwargs)
@@ -118,14 +116,13 @@ def test_a_plan_fits_and_adds_up(kwargs):
     assert advice.tokens_per_second == pytest.approx(advice.batch * 1000 / advice.itl_ms)
     assert advice.ratio == pytest.approx(advice.hot_rows / slots)
     share = advice.hot_rows / advice.batch
-    misses = TABLE.uniform(share).mean()
-    assert 0 < advice.misses < misses if advice.budgets else advice.misses == pytest.approx(misses)
+    assert advice.misses == pytest.approx(TABLE.uniform(share).mean())
 
 
 def test_no_batch_nearby_is_better():
     asked = Planner(question(), TABLE)
     best = asked.ess()
-    others = {advice.batch: advice for advice in asked.ess_candidates() if not advice.budgets}
+    others = {advice.batch: advice for advice in asked.ess_candidates()}
     assert set(others) >= {best.batch - 1, best.batch + 1}
     assert all(speed(advice) <= speed(best) for advice in others.values() if advice.itl_ms <= 60)
 
@@ -142,15 +139,6 @@ def test_longer_requests_take_more_memory_than_the_average_says():
     short, grown = question(), Question(**{**vars(question()), "longest": 160_000})
     found = [Planner(asked, TABLE).ess() for asked in (short, grown)]
     assert found[1].host_gib / found[1].batch > 1.2 * found[0].host_gib / found[0].batch
-
-
-def test_budgets_are_used_only_when_asked_for_and_miss_less():
-    plain, shared = advise(), advise(budgets=True)
-    assert not plain.ess.budgets and shared.ess.budgets
-    assert speed(plain.ess) < speed(shared.ess) == speed(plain.budgeted)
-    rows = 6000
-    asked = TABLE.budgeted([rows])[0]
-    assert asked.sum() < 0.98 * TABLE.uniform(rows).sum()
 
 
 # --- where it does not help -------------------------------------------------------------
@@ -301,18 +289,6 @@ def test_a_curve_stands_for_every_layer_of_its_group():
         Planner(shared(), table(layers=21))
 
 
-def test_rows_move_between_groups_of_one_size():
-    """The first two groups, of one layer each, keep what the larger ones could use."""
-    levels, sizes = [4096, 13107], np.array(GLM.groups.sizes)
-    curves = table(layers=2, scale=0.1).curves + GROUPS.curves[2:]
-    found = MissTable(CONTEXT, curves, GLM.groups).budgeted(levels)
-    alone = [MissTable(CONTEXT, part) for part in (curves[:2], curves[2:])]
-    expected = np.hstack([one.budgeted(levels) for one in alone])
-    assert (found == np.repeat(expected, sizes, axis=1)).all()
-    free = MissTable(CONTEXT, curves).budgeted(levels)
-    assert (found[:, GLM.groups.firsts] != free).any()
-
-
 def test_one_tier_holds_no_index_keys_of_layers_that_share():
     answer = Planner(shared(), GROUPS).advise()
     memory = Memory.of(GLM, shared().gpu, shared().deployment)
@@ -328,7 +304,7 @@ def test_without_early_fetches_layers_wait_longer():
     assert late.ess.in_turn_ms == late.ess.parts["transfer"]
     assert early.one_tier.step_ms == late.one_tier.step_ms
     tried = Planner(shared(), GROUPS).ess_candidates()
-    same = next(one for one in tried if one.batch == late.ess.batch and not one.budgets)
+    same = next(one for one in tried if one.batch == late.ess.batch)
     assert same.in_turn_ms == pytest.approx(late.ess.in_turn_ms)
 
 
@@ -371,7 +347,7 @@ def test_the_flags_are_the_servers(quick, more):
     host_gib = config.host_gib / asked.deployment.gpus_per_node  # the flag is for a node
     assert advice.host_gib <= host_gib <= asked.deployment.host_gib
     assert config.itl_ms == 60  # of a token: the server multiplies by the tokens of a step
-    assert config.layer_budgets == "uniform"
+    assert config.layer_budgets is None  # a GPU refuses auto
 
 
 def test_json_and_plot(quick, tmp_path, capsys):
@@ -379,8 +355,8 @@ def test_json_and_plot(quick, tmp_path, capsys):
     assert command.main([*COMMAND, "--json", str(paths[0]), "--plot", str(paths[1])]) == 0
     found = json.loads(paths[0].read_text())
     assert set(found) == {
-        "kind", "command", "seed", "question", "best", "ess", "one_tier", "budgeted", "helps",
-        "gain", "limit", "reason", "flags",
+        "kind", "command", "seed", "question", "best", "ess", "one_tier", "helps", "gain",
+        "limit", "reason", "flags",
     }  # fmt: skip
     assert found["kind"] == "simulated" and found["helps"] is True
     assert found["best"] == found["ess"] and found["best"]["tier"] == "ess"

@@ -70,6 +70,31 @@ class TestResize:
         assert layers.resize([7, 1, 4]) == 5
         assert [use(cache, 4) for cache in caches] == [[], [], []]
 
+    def test_rows_of_more_steps_than_one(self):
+        """The layer that shrinks keeps what it used last; no row has two owners."""
+        layers, caches = make(12, 12)
+        for cache in caches:
+            for first in (0, 4, 8):
+                use(cache, *range(first, first + 4))
+        assert layers.resize([6, 18]) == 6 and layers.sizes == (6, 18)
+        layers.check_integrity()
+        hot = [set(cache.slots_by_recency().tolist()) for cache in caches]
+        assert set(range(8, 12)) < hot[0] and len(hot[0]) == 6 and hot[1] == set(range(12))
+        for cache in caches:
+            assert use(cache, *range(8, 12)) == []
+            assert use(cache, *range(12, 16)) == [12, 13, 14, 15]
+        assert [cache.occupied for cache in caches] == [6, 16]
+
+    @pytest.mark.parametrize("sizes", [(12, 13), (0, 24), (3, 21)])
+    def test_sizes_are_refused_before_any_row_moves(self, sizes):
+        layers, caches = make(12, 12)
+        for cache in caches:
+            use(cache, *range(12))
+        with pytest.raises(ValueError, match="must be"):
+            layers.resize(sizes)
+        layers.check_integrity()
+        assert layers.sizes == (12, 12) and [use(one, *range(12)) for one in caches] == [[], []]
+
     def test_bytes_move_with_the_rows(self):
         layers, caches = make(4, 4)
         before = [cache.nbytes for cache in caches]

@@ -18,7 +18,6 @@ from tools.gpu_serving import __main__ as gpu_serving
 from tools.gpu_serving.__main__ import Clock, EngineWorker, Maker, Pace, Run
 from tools.gpu_serving.engine import AUTO
 from tools.gpu_serving.grid import (
-    BUDGETS,
     CPU,
     CUDA,
     ESS_SYSTEMS,
@@ -91,9 +90,8 @@ class TestGrid:
             config = EssConfig(**ess_options(engine, grid, model))
             assert config.enabled == engine.is_ess
             if engine.is_ess:
-                assert config.layer_budgets == ("auto" if engine.system == BUDGETS else "uniform")
-                tokens = engine.context_tokens(grid)
-                shape = geometry(grid, model, tokens, engine.system == BUDGETS)
+                assert config.layer_budgets == "uniform"
+                shape = geometry(grid, model, engine.context_tokens(grid))
                 found = capacity.choose_capacity(config, shape, engine.slots, 1 << 50, 1 << 50)
                 assert found.hot_rows == engine.hot_rows
                 assert found.device_bytes == engine.device_bytes(grid, model)
@@ -118,7 +116,7 @@ class TestGrid:
             for point in engine.points
             if point.batch not in CUDA.batches
         }
-        everybody = {ONE_TIER, HISPARSE, RESIDENT, *CUDA.labels.values(), BUDGETS}
+        everybody = {ONE_TIER, HISPARSE, RESIDENT, *CUDA.labels.values()}
         assert found == {
             (system, context, single)
             for system in everybody
@@ -362,7 +360,7 @@ class TestRun:
 
 @pytest.mark.slow
 def test_the_miniature_measures_every_system(tmp_path):
-    """Minutes: six engines, one after another."""
+    """Minutes: five engines, one after another."""
     path = tmp_path / "cpu.json"
     done = subprocess.run(
         [sys.executable, "-m", "tools.gpu_serving", "--platform", "cpu",
@@ -373,7 +371,7 @@ def test_the_miniature_measures_every_system(tmp_path):
     found = json.loads(path.read_text())
     rows = [row for row in found["rows"] if row["name"] == "decode"]
     assert not [row["error"] for row in rows if row["kind"] == "failed"]
-    systems = {ONE_TIER, "ess off", BUDGETS, RESIDENT}
+    systems = {ONE_TIER, "ess off", RESIDENT}
     assert systems < set(SYSTEMS) and {row["config"]["system"] for row in rows} == systems
     running = {
         (r["config"]["system"], r["config"]["context"], r["config"]["batch"]): r["median"]
@@ -383,7 +381,7 @@ def test_the_miniature_measures_every_system(tmp_path):
     assert all(batch == ran for (_, _, batch), ran in running.items())
     assert running[ONE_TIER, 512, 4] == 4 and running["ess off", 512, 7] == 7
     misses = {r["config"]["system"] for r in rows if r["metric"] == "misses" and r["median"] > 0}
-    assert misses == {"ess off", BUDGETS} and misses < set(ESS_SYSTEMS)
+    assert misses == {"ess off"} and misses < set(ESS_SYSTEMS)
     summary = found["summary"]
     assert {"gain_512", "batch1_vs_one_tier", "equal_batch_vs_resident", "drift"} <= summary.keys()
     for row in found["rows"]:

@@ -238,13 +238,13 @@ class TestSummary:
 
     def test_tables_and_plot(self, tmp_path, capsys):
         report = self.report()
-        config = {"system": "ess budgets", "context": 32768, "batch": 9, "round": 0}
+        config = {"system": "ess dba", "context": 32768, "batch": 9, "round": 0}
         report.add(failed("decode", config, "decode_tokens_per_s", "tokens/s", "out of time"))
         summarise(report, 32768)
         print_tables(report)
         print_failed(report)
         said = capsys.readouterr().out
         assert "one-tier again" in said
-        assert "decode_tokens_per_s of decode ess budgets 32768 9 0: out of time" in said
+        assert "decode_tokens_per_s of decode ess dba 32768 9 0: out of time" in said
         plot(tmp_path / "a.png", *panels(report))
         assert (tmp_path / "a.png").stat().st_size > 10_000

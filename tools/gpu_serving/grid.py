@@ -20,13 +20,13 @@ from typing import Any
 
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, INDEX_KEY_BYTES
 from sglang_ess.layout import PAGE_SLOTS as PAGE
-from sglang_ess.mem_cache.capacity import CPU_TIER, GPU_TIER, GPU_TIER_THAT_MOVES, Geometry
+from sglang_ess.mem_cache.capacity import CPU_TIER, GPU_TIER, Geometry
 
-ONE_TIER, HISPARSE, RESIDENT, BUDGETS = "one-tier", "hisparse", "resident", "ess budgets"
+ONE_TIER, HISPARSE, RESIDENT = "one-tier", "hisparse", "resident"
 # Modes of overlap that one engine with ESS runs in turns, each a system.
 MODES = {"off": "ess off", "da": "ess da", "dba": "ess dba"}
 AUTO_MODE = {"auto": "ess auto"}
-ESS_SYSTEMS = (*MODES.values(), *AUTO_MODE.values(), BUDGETS)
+ESS_SYSTEMS = (*MODES.values(), *AUTO_MODE.values())
 SYSTEMS = (ONE_TIER, HISPARSE, *ESS_SYSTEMS, RESIDENT)
 CELL_BYTES = FP8_ROW_BYTES + INDEX_KEY_BYTES  # of one token and layer, one-tier
 
@@ -137,7 +137,7 @@ class Engine:
         return max(grid.request_tokens(point.context) for point in self.points) + PAGE
 
     def geometry(self, grid: Grid, model: Model) -> Geometry:
-        return geometry(grid, model, self.context_tokens(grid), self.system == BUDGETS)
+        return geometry(grid, model, self.context_tokens(grid))
 
     def device_bytes(self, grid: Grid, model: Model) -> int:
         """Planned bytes of the KV pool."""
@@ -176,25 +176,22 @@ def one_tier_batch(grid: Grid, model: Model, context: int) -> int:
     return one_tier_slots(grid, model) // grid.request_tokens(context)
 
 
-def geometry(grid: Grid, model: Model, context_tokens: int, moves: bool) -> Geometry:
-    """What capacity.py will count; moves: whether hot rows move between layers."""
-    moves = moves and model.layers > 1
-    tier = CPU_TIER if grid.on_cpu else GPU_TIER_THAT_MOVES if moves else GPU_TIER
+def geometry(grid: Grid, model: Model, context_tokens: int) -> Geometry:
+    """What capacity.py will count."""
     return Geometry(
         layers=model.layers, row_bytes=FP8_ROW_BYTES, index_bytes=model.layers * INDEX_KEY_BYTES,
-        topk=model.topk, context_tokens=context_tokens, page_slots=PAGE, tier=tier,
-        ghosts=grid.on_cpu and moves,
+        topk=model.topk, context_tokens=context_tokens, page_slots=PAGE,
+        tier=CPU_TIER if grid.on_cpu else GPU_TIER,
     )  # fmt: skip
 
 
-def ess_size(grid: Grid, model: Model, context: int, moves: bool = False) -> tuple[int, int, int]:
-    """(batch, slots, hot rows of a layer) of ESS's largest batch, the same if rows move."""
+def ess_size(grid: Grid, model: Model, context: int) -> tuple[int, int, int]:
+    """(batch, slots, hot rows of a layer) of ESS's largest batch."""
     request, limit = grid.request_tokens(context), budget_bytes(grid, model)
-    shapes = [geometry(grid, model, request + PAGE, moving) for moving in (False, moves)]
-    wanted = grid.hot_rows(context)
-    batch = most(lambda n: shapes[0].device_bytes(n * request, n * wanted) <= limit)
+    shape, wanted = geometry(grid, model, request + PAGE), grid.hot_rows(context)
+    batch = most(lambda n: shape.device_bytes(n * request, n * wanted) <= limit)
     slots = batch * request
-    rows = most(lambda n: shapes[1].device_bytes(slots, n) <= limit)
+    rows = most(lambda n: shape.device_bytes(slots, n) <= limit)
     return batch, slots, min(rows, slots)
 
 
@@ -228,11 +225,7 @@ class Selection:
         head, *tail = self.grid.contexts
         found = [self.one_tier(), self.hisparse(head), self.ess(head)]
         found += [make(context) for context in tail for make in (self.ess, self.hisparse)]
-        found += [
-            self.resident(),
-            *map(self.budgets, self.grid.contexts),
-            self.one_tier(again=True),
-        ]
+        found += [self.resident(), self.one_tier(again=True)]
         return [engine for engine in found if engine is not None]
 
     def _points(self, context: int, largest: int) -> list[Point]:
@@ -281,13 +274,6 @@ class Selection:
         points = self._points(context, batch) if labels else []
         return self._engine(f"ess {context}", labels, slots, points, hot_rows=rows)
 
-    def budgets(self, context: int) -> Engine | None:
-        batch, slots, rows = ess_size(self.grid, self.model, context, moves=True)
-        points = self._points(context, batch) if BUDGETS in self.systems else []
-        label = "off" if self.grid.on_cpu else "da"
-        name = f"{BUDGETS} {context}"
-        return self._engine(name, {label: BUDGETS}, slots, points, hot_rows=rows)
-
 
 def server_args(engine: Engine, grid: Grid, model: Model) -> dict[str, Any]:
     """Arguments of sglang.Engine, without what DecodeEngine adds. All have one attention kernel."""
@@ -318,7 +304,7 @@ def ess_options(engine: Engine, grid: Grid, model: Model) -> dict[str, Any]:
         return {"enabled": False}
     hot_row_bytes = engine.geometry(grid, model).hot_row_bytes
     options = {"hot_gib": (engine.hot_rows + 0.5) * hot_row_bytes / GIB, "admission": "off"}
-    options["layer_budgets"] = "auto" if engine.system == BUDGETS else "uniform"
+    options["layer_budgets"] = "uniform"
     if not grid.on_cpu:
         options["overlap"] = "auto" if len(engine.systems) > 1 else next(iter(engine.systems))
     return options

@@ -156,6 +156,11 @@ def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
             f"--ess-link-gib must not be given off the CPU platform: got {config.link_gib:g}. "
             "Drop it: a GPU has a real link."
         )
+    if config.layer_budgets == "auto" and not on_cpu:
+        reasons.append(
+            "--ess-layer-budgets must be uniform or left out off the CPU platform: got auto. Drop "
+            "it: hot rows do not move between the layers of a GPU."
+        )
     if on_cpu:
         reasons += rule_reasons(server_args, CPU_RULES)
     # A prefill server has one tier.

@@ -30,7 +30,6 @@ REFUSED = 2
 NODE, SEVERAL_NODES = "node-8", "ess-paper-32k"  # deployments of up to 8 GPUs, and of more
 # Queries a step -> accepted tokens, from table 2 of ESS. Others must be given by --accept.
 ACCEPTED = {1: 1.0, 2: 1.7, 4: 2.8}
-WORTH_A_LINE = 0.01  # gain in tokens/s from which the command mentions budgets
 TITLES = {"ess": "ESS", "one-tier": "one tier"}
 
 
@@ -85,8 +84,6 @@ def _parser() -> argparse.ArgumentParser:
         "--no-early-fetch", action="store_true",
         help="fetch each layer's rows in its turn, also in models whose layers share a top-k",
     )  # fmt: skip
-    budgets = "auto: as if a GPU's server gave layers different hot rows, which it does not yet"
-    add("--layer-budgets", choices=("auto", "uniform"), default="uniform", help=budgets)
     profiles = f"{', '.join(names('localities'))}, a .toml file, or what --ess-trace wrote"
     add("--locality", metavar="PROFILE|TRACE", help=profiles)
     add(
@@ -109,7 +106,7 @@ def ask(options: argparse.Namespace) -> Question:
     context, longest = _lengths(options)
     return Question(
         model, gpu, link, _deployment(options), context, options.itl_ms / 1000, longest,
-        options.requests, options.layer_budgets == "auto",
+        options.requests,
     )  # fmt: skip
 
 
@@ -244,7 +241,6 @@ def flags(question: Question, answer: Answer) -> list[str]:
         "--ess-host-gib", f"{host_gib:g}",
         "--ess-itl-ms", f"{question.itl_seconds * 1000:g}",
         "--ess-overlap", overlap,
-        "--ess-layer-budgets", "auto" if advice.budgets else "uniform",
         "--cuda-graph-max-bs-decode", str(advice.batch),
     ]  # fmt: skip
 
@@ -282,7 +278,6 @@ def lines(answer: Answer) -> Iterator[tuple[str, ...]]:
     yield row("hot rows a layer", lambda p: f"{p.hot_rows:,}")
     yield row("  for each request", lambda p: f"{p.hot_rows / p.batch:,.0f}")
     yield row("  of the slots", lambda p: f"{p.ratio:.2f}")
-    yield row("  layers share them", lambda p: "by budgets" if p.budgets else "uniformly")
     yield row("misses a request and layer", lambda p: f"{p.misses:.0f}")
     yield row("device GiB of hot rows", lambda p: f"{p.hot_gib:.1f}" if p.hot_gib else "-")
     yield row("device GiB of KV in all", lambda p: f"{p.device_gib:.1f}")
@@ -319,13 +314,6 @@ def verdict(question: Question, answer: Answer) -> Iterator[str]:
         yield f"python -m sglang_ess.launch_server ... {' '.join(arguments)}"
     if answer.helps and question.deployment.overlap not in ("da", "dba", "off"):
         yield "--ess-overlap auto needs --ess-overlap-costs: without that file nothing overlaps."
-    if answer.helps and answer.best and answer.budgeted:
-        more = answer.budgeted.tokens_per_second / answer.best.tokens_per_second - 1
-        if more >= WORTH_A_LINE:
-            yield (
-                f"Different hot rows for each layer would give {more:+.0%} more, with "
-                f"{answer.budgeted.batch} requests. A GPU's server does not have that yet."
-            )
 
 
 def plot(path: Path, planner: Planner, question: Question) -> None:
@@ -337,17 +325,12 @@ def plot(path: Path, planner: Planner, question: Question) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     for found in (planner.ess_candidates(), planner.one_tier_candidates()):
-        best: dict[int, Advice] = {}
-        for advice in found:
-            if advice.budgets and not question.budgets:
-                continue
-            if advice.batch not in best or advice.step_ms < best[advice.batch].step_ms:
-                best[advice.batch] = advice
+        tried = list(found)
         for axes, name in zip(panels, ("tokens_per_second", "itl_ms"), strict=True):
-            if best:
+            if tried:
                 axes.plot(
-                    list(best), [getattr(advice, name) for advice in best.values()],
-                    label=TITLES[next(iter(best.values())).tier],
+                    [advice.batch for advice in tried], [getattr(advice, name) for advice in tried],
+                    label=TITLES[tried[0].tier],
                 )  # fmt: skip
     panels[0].set_ylabel("tokens/s a GPU (simulated)")
     panels[1].set_ylabel("ms between tokens")

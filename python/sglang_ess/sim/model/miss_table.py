@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from sglang_ess.sim.model.decode_tiers import Sampling, miss_curves
 from sglang_ess.sim.model.locality import Locality
 from sglang_ess.sim.model.trace_replay import SCALES, curve, layer_curves
-from sglang_ess.tiers.balance.budgets import allot
 from sglang_ess.tiers.balance.ghost_cache import MissCurve
 from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.trace.trace import Kind, Trace
@@ -25,7 +23,6 @@ STEPS, SETTLE, REQUESTS = 24, 8, 2
 # Sizes at which misses are measured, as multiples of top-k.
 SIZES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0)
 FLOOR = 0.5  # fewest hot rows of a request and layer, as a share of a step's selected rows
-GRANULARITY = 64  # budgets move in units of this many rows of a request
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, because its curves are long
@@ -133,25 +130,6 @@ class MissTable:
     def uniform(self, rows: float) -> np.ndarray:
         """Return [layers] misses with `rows` hot rows of a request in every layer."""
         return np.repeat([curve.at(rows) for curve in self.curves], self.sizes)
-
-    def budgeted(self, levels: Sequence[int]) -> np.ndarray:
-        """Return [levels, layers] misses at the best budgets with a mean of each level's rows.
-
-        Rows move between index groups of one size, since a row of a group is a row of each layer.
-        """
-        return np.array([np.repeat(_shared_out(self, rows), self.sizes) for rows in levels])
-
-
-@lru_cache(maxsize=256)  # the planner asks again with limits lifted
-def _shared_out(table: MissTable, rows: int) -> tuple[float, ...]:
-    """Return [curves] misses at the best budgets with a mean of `rows`."""
-    rows = min(max(rows, table.floor), table.context)
-    misses = np.empty(len(table.curves))
-    for alike in IndexGroups(table.sizes).by_size().values():
-        curves = [table.curves[i] for i in alike]
-        budgets = allot(curves, rows * len(curves), table.floor, table.context, GRANULARITY)
-        misses[alike] = [curve.at(n) for curve, n in zip(curves, budgets.rows, strict=True)]
-    return tuple(misses.tolist())
 
 
 def _stands_for(locality: Locality, chosen: Sequence[int], layers: int) -> list[int]:

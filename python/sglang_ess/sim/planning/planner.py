@@ -1,8 +1,8 @@
 """Does ESS help this deployment, and with which settings? A search over batches by the cost model.
 
 More hot rows never miss more, so each batch takes all the device memory that its slots leave.
-What remains to choose is the batch, and whether layers share rows by budgets. One tier is among
-the choices, so the best choice is never slower than it. To find why ESS does not help, the
+What remains to choose is the batch. One tier is among the choices, so the best choice is never
+slower than it. Every layer has as many hot rows, as on a GPU. To find why ESS does not help, the
 planner asks again with one limit lifted: device memory, host memory, the link.
 """
 
@@ -21,8 +21,6 @@ from sglang_ess.sim.model.memory import Memory
 from sglang_ess.sim.model.miss_table import MissTable
 
 MIN_GAIN = 0.02  # in tokens/s over one tier; a smaller gain does not count as help
-BUDGET_GAIN = 0.02  # share of misses saved, below which a server keeps uniform rows
-LEVELS = 40  # sizes of a request's hot rows for which budgets are computed
 HOT_GIB_STEP = 0.01  # --ess-hot-gib is printed with two decimals
 FAST_LINK = 1e6  # factor on the link's rates that makes it free
 MAX_REQUESTS = 4096  # of one GPU, where nothing else limits them
@@ -42,8 +40,6 @@ class Question:
     itl_seconds  target for the mean time between two tokens of a request, which is a step's
                  time / accepted_tokens
     max_requests  that one GPU will ever serve at once; None: as many as fit
-    budgets      whether layers may get different hot rows by their misses. The CPU platform's
-                 server does that; a GPU's server does not yet.
     Raises: QuestionError for a value outside its limits.
     """
 
@@ -55,7 +51,6 @@ class Question:
     itl_seconds: float
     longest: int | None = None
     max_requests: int | None = None
-    budgets: bool = False
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
@@ -80,8 +75,7 @@ class Advice:
     """One way to serve on one GPU (decode rank). All figures are simulated.
 
     tier         "ess" or "one-tier"
-    budgets      whether hot rows differ by layer, according to misses
-    hot_rows     mean of a layer, all requests together; ratio: hot_rows / slots
+    hot_rows     of a layer, all requests together; ratio: hot_rows / slots
     hot_gib      device memory of the hot rows; device_gib: of the whole KV pool
     host_gib     host memory of the latent rows
     step_ms      one decode step; itl_ms: step_ms / accepted tokens; parts: of the step, in ms
@@ -91,7 +85,6 @@ class Advice:
 
     tier: str
     batch: int
-    budgets: bool
     hot_rows: int
     ratio: float
     hot_gib: float
@@ -111,7 +104,6 @@ class Answer:
     """What the planner answers. Each advice is None if none keeps the target.
 
     best      the one to follow; ess: the best with ESS; one_tier: the best without
-    budgeted  the best with ESS where hot rows may differ by layer, whatever the question says
     helps     whether best is ess; it must gain MIN_GAIN or more, or be the only one that fits
     gain      ess over one_tier in tokens/s, minus 1; None if either is missing
     limit     what keeps ESS from helping, one of LIMITS; reason: the same with numbers
@@ -120,7 +112,6 @@ class Answer:
     best: Advice | None
     ess: Advice | None
     one_tier: Advice | None
-    budgeted: Advice | None
     helps: bool
     gain: float | None
     limit: str | None
@@ -163,9 +154,6 @@ class Planner:
         self._memory = Memory.of(question.model, question.gpu, question.deployment)
         # A request's hot rows: at least the rows of one query, at most all of its tokens.
         self._min_rows = min(question.context, max(question.model.topk, misses.floor))
-        levels = np.geomspace(self._min_rows, question.context, LEVELS)
-        self._levels = np.unique(levels.astype(int))
-        self._budgeted = misses.budgeted(self._levels.tolist())
 
     # --- the candidates -----------------------------------------------------------------
 
@@ -173,15 +161,9 @@ class Planner:
         """The best without ESS, all rows on the device; None if none keeps the target."""
         return self._best(self.one_tier_candidates())
 
-    def ess(self, budgets: bool | None = None) -> Advice | None:
-        """The best with two tiers; None if none keeps the target.
-
-        budgets: overrides the question's; None: as the question says
-        """
-        allowed = self.question.budgets if budgets is None else budgets
-        return self._best(
-            advice for advice in self.ess_candidates() if allowed or not advice.budgets
-        )
+    def ess(self) -> Advice | None:
+        """The best with two tiers; None if none keeps the target."""
+        return self._best(self.ess_candidates())
 
     def one_tier_candidates(self) -> Iterator[Advice]:
         """One for each batch that the device holds, whatever its latency."""
@@ -189,9 +171,10 @@ class Planner:
         return (self._resident(batch) for batch in batches(self._capped(most)))
 
     def ess_candidates(self) -> Iterator[Advice]:
-        """One for each batch that both memories hold, and a second where budgets miss less."""
+        """One for each batch that both memories hold."""
         most = self._memory.max_batch(self.question.slots_tokens)
-        return (advice for batch in batches(self._capped(most)) for advice in self._two_tier(batch))
+        tried = (self._two_tier(batch) for batch in batches(self._capped(most)))
+        return (advice for advice in tried if advice is not None)
 
     def _capped(self, most: int) -> int:
         return min(most, self.question.max_requests or most)
@@ -205,12 +188,10 @@ class Planner:
         model, longest = self.question.model, self.question.slots_tokens
         slots = self._memory.slots(batch, longest)
         row = model.all_row_bytes + model.all_index_bytes
-        return self._advice(
-            "one-tier", batch, False, int(slots), np.zeros(model.layers), slots * row, 0.0
-        )
+        return self._advice("one-tier", batch, int(slots), np.zeros(model.layers), slots * row, 0.0)
 
-    def _two_tier(self, batch: int) -> Iterator[Advice]:
-        """A batch with uniform rows, and with budgets where those miss less."""
+    def _two_tier(self, batch: int) -> Advice | None:
+        """None if a request would have fewer hot rows than one query reads."""
         memory, question = self._memory, self.question
         longest = question.slots_tokens
         step = HOT_GIB_STEP * GIB
@@ -220,17 +201,13 @@ class Planner:
             rows = int(math.floor(rows * row_bytes / step) * step // row_bytes)
         share = min(rows / batch, question.context)
         if share < self._min_rows:
-            return
+            return None
         device, host = memory.device_used(batch, longest, rows), memory.host_used(batch, longest)
-        uniform = self._misses.uniform(share)
-        yield self._advice("ess", batch, False, rows, uniform, device, host)
-        budgeted = np.array([np.interp(share, self._levels, line) for line in self._budgeted.T])
-        if budgeted.sum() < (1 - BUDGET_GAIN) * uniform.sum():
-            yield self._advice("ess", batch, True, rows, budgeted, device, host)
+        return self._advice("ess", batch, rows, self._misses.uniform(share), device, host)
 
     def _advice(
-        self, tier: str, batch: int, budgets: bool, rows: int, misses: np.ndarray,
-        device_bytes: float, host_bytes: float,
+        self, tier: str, batch: int, rows: int, misses: np.ndarray, device_bytes: float,
+        host_bytes: float,
     ) -> Advice:  # fmt: skip
         question, deployment = self.question, self.question.deployment
         step = self._cost.step(batch, question.context, misses)
@@ -240,7 +217,6 @@ class Planner:
         return Advice(
             tier=tier,
             batch=batch,
-            budgets=budgets,
             hot_rows=rows,
             ratio=rows / slots,
             hot_gib=hot_bytes / GIB,
@@ -259,14 +235,14 @@ class Planner:
 
     def advise(self) -> Answer:
         """Find the best advice, and what limits ESS where it does not help."""
-        ess, one_tier, budgeted = self.ess(), self.one_tier(), self.ess(budgets=True)
+        ess, one_tier = self.ess(), self.one_tier()
         gain = None
         if ess and one_tier:
             gain = ess.tokens_per_second / one_tier.tokens_per_second - 1
         if ess and (gain is None or gain >= MIN_GAIN):
-            return Answer(ess, ess, one_tier, budgeted, True, gain, None, None)
+            return Answer(ess, ess, one_tier, True, gain, None, None)
         limit, reason = self._why_not(ess, one_tier)
-        return Answer(one_tier or ess, ess, one_tier, budgeted, False, gain, limit, reason)
+        return Answer(one_tier or ess, ess, one_tier, False, gain, limit, reason)
 
     def _why_not(self, ess: Advice | None, one_tier: Advice | None) -> tuple[str, str]:
         """(limit, reason): the first limit without which ESS would help, else another cause."""
