@@ -18,6 +18,7 @@ and two grid barriers of 1.2 us: 8 to 10 us. At batch 1: the same chain and bloc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 
@@ -82,29 +83,37 @@ class PlanBuffers:
         return self.bytes_for(*self.rows.shape)
 
 
+class PlanOptions(TypedDict, total=False):
+    """What plan_fetch may be given besides.
+
+    lists      write hits and misses apart; without it (the default) those four buffers stay as
+               they are
+    advance    end the tick (the default), so that the next plan may evict what this one used.
+               Overlap mode DBA plans a batch in halves and ends the tick with the second one
+    warm       lookups that no step makes: they count as used one tick ago, are not counted, and
+               find no row (-1) where every other row was used as recently; False by default
+    max_blocks blocks that copy, COPY_BLOCKS by default; the others end before the copies do
+    """
+
+    lists: bool
+    advance: bool
+    warm: bool
+    max_blocks: int
+
+
 def plan_fetch(
     state: HotState,
     topk: torch.Tensor,
     buffers: PlanBuffers,
     host_rows: torch.Tensor | None = None,
     hot_rows: torch.Tensor | None = None,
-    *,
-    lists: bool = False,
-    advance: bool = True,
-    warm: bool = False,
-    max_blocks: int = COPY_BLOCKS,
+    **options: Unpack[PlanOptions],
 ) -> None:
     """Plan topk [queries, K] int32 slots, -1 pads; results go to buffers of that shape.
 
     state      of one index group
     host_rows  [slots, ...] of the group's first layer, pinned; hot_rows [rows, ...] of the same
                row format, on the device. None: nothing is copied, and fetch must follow
-    lists      write hits and misses apart; without it those four buffers stay as they are
-    advance    end the tick, so that the next plan may evict what this one used. Overlap mode DBA
-               plans a batch in halves and ends the tick with the second one
-    warm       lookups that no step makes: they count as used one tick ago, are not counted, and
-               find no row (-1) where every other row was used as recently
-    max_blocks blocks that copy; the others end before the copies do
     Effect: asynchronous on the current stream, one launch. host_rows must not be written until it
     ends.
     Raises: ValueError for a wrong dtype, shape, device or row format, for pageable host memory, and
@@ -113,11 +122,14 @@ def plan_fetch(
     check_tensor("topk", topk, torch.int32, (None, None))
     host, hot = _copied(host_rows, hot_rows)
     b, s = buffers, state
-    hits = (b.hit_rows, b.hit_lengths, b.late_rows, b.late_lengths) if lists else (_NOTHING,) * 4
+    hits = (_NOTHING,) * 4
+    if options.get("lists", False):
+        hits = b.hit_rows, b.hit_lengths, b.late_rows, b.late_lengths
     cuda_build.load("plan_fetch").plan_fetch(
         topk, b.rows, *hits, b.miss_slots, b.miss_rows, b.num_misses,
         s.slot_row, s.row_slot, s.row_stamp, s.words, s.counters, s.times,
-        host, hot, warm, advance, max_blocks,
+        host, hot, options.get("warm", False), options.get("advance", True),
+        options.get("max_blocks", COPY_BLOCKS),
     )  # fmt: skip
 
 

@@ -37,7 +37,6 @@ SYSTEMS = {
     "ess da": {"overlap": "da", "hot_ratio": RATIO},
     "ess dba": {"overlap": "dba", "hot_ratio": RATIO},
     "ess passes": {"overlap": "dba"},
-    "ess budgets": {"overlap": "off", "hot_ratio": RATIO, "layer_budgets": "auto"},
     "ess resident": {"overlap": "off", "hot_ratio": 1.0},
 }
 ENDS_VAR = "ESS_GPU_ENDS"  # seconds since 1970 when all engines have to have ended, if it is set
