@@ -74,7 +74,7 @@ class TestGrid:
         limit = budget_bytes(CUDA, SLICE)
         batch, _, _ = ess_size(CUDA, SLICE, 32768)
         request = CUDA.request_tokens(32768)
-        shape = geometry(CUDA, SLICE, request + 64, moves=False)
+        shape = geometry(CUDA, SLICE, request + 64)
         more = (batch + 1) * request, (batch + 1) * CUDA.hot_rows(32768)
         assert shape.device_bytes(*more) > limit
         batch, rows, ratio = hisparse_size(CUDA, SLICE, 32768)
