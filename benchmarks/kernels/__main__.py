@@ -7,7 +7,8 @@ One run on a CUDA device, medians, each operation checked against its reference 
 order in which they matter, so that --seconds cuts the least.
 
 Exit status: 0, 1 if a result was wrong, 2 without a CUDA device. --interpret runs a miniature of
-every section on the CPU under Triton's interpreter, to try the code: its rows give no figures.
+every section on the CPU under Triton's interpreter, to try the code: its rows give no figures, and
+those of CUDA C++ kernels fail unless the process stands in for them (tests/support/cuda_host).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 from benchmarks.harness import Report, argument_parser, plot, print_failed
 from benchmarks.serving import shared
 
-SECTIONS = ("pcie", "fetch", "pack", "swap", "attention", "steps", "other_steps")
+SECTIONS = ("pcie", "fetch", "pack", "install", "swap", "attention", "steps", "other_steps")
 DEFAULT_US = (400.0, 30.0)  # indexer, preattn: of a layer at batch 160; see arguments()
 
 
@@ -55,8 +56,9 @@ def run_sections(bench, args, sizes) -> None:
     from benchmarks.kernels import attention, fetch, plan, points, step
 
     run = points.Run(bench, sizes, (args.indexer_us, args.preattn_us), args.seed)
-    calls = (fetch.measure_peak, fetch.measure_fetch, fetch.measure_pack, plan.measure_plans,
-             attention.measure_attention, step.measure_first, step.measure_others)  # fmt: skip
+    calls = (fetch.measure_peak, fetch.measure_fetch, fetch.measure_pack, fetch.measure_install,
+             plan.measure_plans, attention.measure_attention, step.measure_first,
+             step.measure_others)  # fmt: skip
     for name, section in zip(SECTIONS, calls, strict=True):
         if args.only and name not in args.only:
             continue

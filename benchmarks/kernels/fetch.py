@@ -1,4 +1,4 @@
-"""fetch and pack_write: rows from the host tier and to it, beside PCIe's peak."""
+"""fetch and pack_write: rows from the host tier and to it, with PCIe's peak; install."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import functools
 
 import torch
 
-from benchmarks.kernels.points import POISON, Run, Sizes
+from benchmarks.kernels.points import AGE_LIMIT, AGES, POISON, Run, Sizes, clone, overwrite
 from benchmarks.kernels.timing import EVENTS, Subject, require
-from ess_kernels.fetch import fetch, fetch_reference
+from ess_kernels import hot_state
+from ess_kernels.hot_state import HotState
 from ess_kernels.pack_write import pack_write
+from ess_kernels.plan_fetch import fetch, install
 from sglang_ess.layout import FP8_ROW_BYTES, LATENT_DIM, ROPE_DIM
 
 MANY_ROWS = 1 << 16  # of 656 B: 43 MB, about the L2
@@ -57,7 +59,9 @@ class Fetches:
         got, self.hot = self.hot, torch.empty_like(self.hot)
         self.poison()
         for index in range(last + 1):
-            fetch_reference(*self.arguments(index))
+            slots = self.slots[index][: self.count].long().to(self.host.device)
+            rows = self.rows[index][: self.count].long()
+            self.hot[rows] = self.host[slots].to(self.hot.device)
         got, self.hot = self.hot, got
         require(torch.equal(got, self.hot),
                 "fetched rows differ from their host rows, or others changed")  # fmt: skip
@@ -70,7 +74,7 @@ class Fetches:
 def measure_fetch(run: Run) -> None:
     """Our fetch at run.points (batch, misses)."""
     for batch, misses in run.points:
-        config = {"system": "triton", "batch": batch, "misses": misses, "row_bytes": FP8_ROW_BYTES}
+        config = {"system": "cuda", "batch": batch, "misses": misses, "row_bytes": FP8_ROW_BYTES}
         run.bench.begin(f"fetch {config}")
         case = Fetches(run.host, run.sizes, batch, misses, run.bench.device, run.seed)
         run.bench.time("fetch", config, case.subject)
@@ -95,3 +99,42 @@ def measure_pack(run: Run) -> None:
 
         subject = Subject([call], hot.zero_, check, n * FP8_ROW_BYTES)
         run.bench.time("pack", {"rows": n}, lambda s=subject: s)
+
+
+class Reserve:
+    """The rows of a decode step's new slots, one a request in each group, of full hot tiers."""
+
+    def __init__(self, sizes: Sizes, batch: int, device, seed: int):
+        generator = torch.Generator(device).manual_seed(seed)
+        rows = batch * sizes.buffer
+        self.slots = rows + torch.arange(batch, device=device)
+        state = HotState.new(sizes.groups, rows + batch, rows, device)
+        state.row_slot[:] = state.slot_row[:, :rows] = torch.arange(rows, device=device)
+        state.row_stamp.random_(1, AGES + 1, generator=generator)
+        for word, value in ((hot_state.TICK, AGES + 1), (hot_state.AGE_LIMIT, AGE_LIMIT),
+                            (hot_state.OCCUPIED, rows)):  # fmt: skip
+            state.words[:, word] = value
+        self.state, self._before = state, clone(state)
+
+    def restore(self) -> None:
+        overwrite(self.state, self._before)
+
+    def check(self, _last: int) -> None:
+        rows = self.state.slot_row[:, self.slots].long()
+        require((rows >= 0).all(), "a new slot has no row")
+        got = self.state.row_slot.gather(1, rows)
+        require((got == self.slots).all(), "a new slot has another slot's row")
+        stamps = self.state.row_stamp.gather(1, rows)
+        require((stamps == AGES + 1).all(), "a reserved row does not count as used")
+
+    def subject(self) -> Subject:
+        return Subject([lambda: install(self.state, self.slots, reserve=True)], self.restore,
+                       self.check)  # fmt: skip
+
+
+def measure_install(run: Run) -> None:
+    """install, as a decode step reserves rows: one launch for all groups."""
+    for batch in run.sizes.batches:
+        config = {"batch": batch, "groups": run.sizes.groups}
+        case = functools.partial(Reserve, run.sizes, batch, run.bench.device, run.seed)
+        run.bench.time("install", config, lambda c=case: c().subject())

@@ -35,13 +35,12 @@ def fetch_share(report: Report) -> float | None:
     return min(rates) / limit if limit and rates else None
 
 
-def swap_ratio(report: Report, reorder: bool) -> float | None:
+def swap_ratio(report: Report) -> float | None:
     """The lowest ratio of HiSparse's time to ours, over the points that both have."""
-    ours = {"system": "ours_triton", "reorder": reorder}
     return least(
         theirs["median"] / mine
         for theirs in report.select("swap", kind="measured", system="hisparse")
-        if (mine := report.median("swap", "time", **theirs["config"] | ours))
+        if (mine := report.median("swap", "time", **theirs["config"] | {"system": "ours"}))
     )
 
 
@@ -88,8 +87,7 @@ def summarise(report: Report) -> None:
         "pcie_d2h_gb_per_s": peak(report, "d2h"),
         "fetch_of_pcie_peak": fetch_share(report),
         "plan_us": max((row["median"] for row in plans), default=None),
-        "swap_vs_hisparse": swap_ratio(report, False),
-        "swap_with_reorder_vs_hisparse": swap_ratio(report, True),
+        "swap_vs_hisparse": swap_ratio(report),
         "exposed_share": least(exposed_share(report, k, (Mode.DA, Mode.DBA)) for k in kernels),
         "exposed_share_off": least(exposed_share(report, k, (Mode.OFF,)) for k in kernels),
         "resident_overhead": least(resident_overhead(report, k) for k in kernels),
@@ -155,7 +153,7 @@ def panels(report: Report) -> list[Panel]:
     batch = max((row["config"]["batch"] for row in report.select("fetch")), default=0)
     found = []
     for name, y, series, config in (
-        ("fetch", "gb_per_s", "system", {}), ("swap", "median", ("system", "reorder"), {}),
+        ("fetch", "gb_per_s", "system", {}), ("swap", "median", "system", {}),
         ("step", "median", ("kernel", "mode"), {"bare": False}),
     ):  # fmt: skip
         rows = report.select(name, kind="measured", batch=batch, **config)

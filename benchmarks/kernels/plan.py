@@ -1,19 +1,18 @@
-"""plan, and a whole swap-in: plan and fetch, in comparison with SGLang's HiSparse kernel.
+"""plan_fetch: the plan alone, and a whole swap-in in comparison with SGLang's HiSparse kernel.
 
-HiSparse resolves a request's top-k and copies its misses in one kernel, so its counterpart is our
-plan and fetch, and rebuild_order, which the server runs after attention has its rows. Both get the
-same requests, hot rows of the same bytes, order of use and misses (points.Steady).
+Both kernels resolve a top-k and copy its misses in one launch. Both get the same requests, hot rows
+of the same bytes, order of use and misses (points.Steady). The plan alone lists hits and misses
+apart, as overlap modes DA and DBA have it. From an empty tier every lookup misses.
 """
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.kernels.points import PAGE, POISON, Run, Steady
+from benchmarks.kernels.points import PAGE, POISON, Run, Steady, clone, overwrite
 from benchmarks.kernels.timing import Subject, require
-from ess_kernels.fetch import fetch
-from ess_kernels.plan import plan
-from ess_kernels.rebuild_order import OrderScratch, rebuild_order
+from ess_kernels.hot_state import HotState
+from ess_kernels.plan_fetch import PlanBuffers, plan_fetch
 from sglang_ess.layout import FP8_ROW_BYTES
 
 BLOCK_SIZE = 960  # HiSparse's default swap_in_block_size
@@ -21,43 +20,54 @@ BLOCK_SIZE = 960  # HiSparse's default swap_in_block_size
 
 def plan_subject(steady: Steady) -> Subject:
     def op(index):
-        plan(steady.state.layer(index), steady.topk[index], steady.buffers)
+        plan_fetch(steady.state.group(index), steady.topk[index], steady.buffers, lists=True)
 
     ops = [lambda i=i: op(i) for i in range(steady.sets)]
     return Subject(ops, steady.restore, steady.check_plan)
 
 
 class Swap:
-    """plan and fetch into hot rows that all sets share, poisoned before a sample."""
+    """plan_fetch with copies into hot rows that all sets share, poisoned before a sample.
 
-    def __init__(self, steady: Steady, host_rows):
-        self.steady, self.host = steady, host_rows
+    empty: no slot is hot, and every row is free
+    """
+
+    def __init__(self, steady: Steady, host_rows, empty: bool = False):
+        self.steady, self.host, self.empty = steady, host_rows, empty
         shape = steady.num_rows, host_rows.shape[1]
         self.hot = torch.empty(shape, dtype=host_rows.dtype, device=steady.device)
-        self.scratch = OrderScratch.new(steady.num_rows, steady.device)
-        self.need = min(steady.num_rows, steady.batch * (steady.sizes.topk + 1))
+        self.state, self.buffers = steady.state, steady.buffers
+        self.num_misses = steady.topk[0].numel() if empty else steady.num_misses
+        if empty:
+            s = steady.state
+            self.state = HotState.new(steady.sets, s.num_slots, s.num_rows, steady.device)
+            self.buffers = PlanBuffers.new(steady.batch, steady.sizes.topk, steady.device)
+            self._empty = clone(self.state)
 
-    def subject(self, with_reorder: bool) -> Subject:
-        b = self.steady.buffers
-
+    def subject(self) -> Subject:
         def op(index):
-            state = self.steady.state.layer(index)
-            plan(state, self.steady.topk[index], b)
-            fetch(self.host, self.hot, b.miss_slots, b.miss_rows, b.num_misses)
-            if with_reorder:
-                rebuild_order(state, self.need, self.scratch)
+            state, topk = self.state.group(index), self.steady.topk[index]
+            plan_fetch(state, topk, self.buffers, self.host, self.hot)
 
         ops = [lambda i=i: op(i) for i in range(self.steady.sets)]
-        num_bytes = self.steady.num_misses * FP8_ROW_BYTES
-        return Subject(ops, self._before, self._check, num_bytes)
+        return Subject(ops, self._before, self._check, self.num_misses * FP8_ROW_BYTES)
 
     def _before(self) -> None:
-        self.steady.restore()
+        if self.empty:
+            overwrite(self.state, self._empty)
+        else:
+            self.steady.restore()
         self.hot.fill_(POISON)
 
     def _check(self, last: int) -> None:
-        self.steady.check_plan(last)
-        b, n = self.steady.buffers, self.steady.num_misses
+        b, n = self.buffers, self.num_misses
+        if self.empty:
+            require(int(b.num_misses) == n, f"plan must miss {n}: got {int(b.num_misses)}")
+            slots = self.state.group(last).row_slot[b.rows.long()]
+            right = torch.equal(slots, self.steady.topk[last])
+            require(right, "plan gave a slot another slot's row")
+        else:
+            self.steady.check_plan(last)
         got = self.hot[b.miss_rows[:n].long()]
         wanted = self.host[b.miss_slots[:n].long().to(self.host.device)].to(got.device)
         require(torch.equal(got, wanted), "a fetched row differs")
@@ -147,17 +157,18 @@ class HiSparse:
 
 
 def measure_plans(run: Run) -> None:
-    """plan alone, then swap-ins: ours, ours with rebuild_order, HiSparse's; at run.points."""
-    for batch, misses in run.points:
+    """The plan alone, then swap-ins: ours and HiSparse's; at run.step_points, and from empty."""
+    for batch, misses in run.step_points:
         config = {"batch": batch, "misses": misses}
         run.bench.begin(f"plan and swap-in {config}")
         steady = run.steady(batch, misses)
-        at = {"system": "triton", "topk": run.sizes.topk} | config
+        at = {"system": "cuda", "topk": run.sizes.topk} | config
         run.bench.time("plan", at, lambda s=steady: plan_subject(s))
         config["row_bytes"] = FP8_ROW_BYTES
-        swap = Swap(steady, run.host)
-        for whole in (False, True):
-            at = {"system": "ours_triton", "reorder": whole} | config
-            run.bench.time("swap", at, lambda s=swap, w=whole: s.subject(w))
+        at = {"system": "ours"} | config
+        run.bench.time("swap", at, lambda s=steady: Swap(s, run.host).subject())
+        if misses == 0:
+            at = at | {"misses": run.sizes.topk}
+            run.bench.time("swap_empty", at, lambda s=steady: Swap(s, run.host, True).subject())
         at = {"system": "hisparse"} | config
         run.bench.time("swap", at, lambda s=steady: HiSparse(s, run.host).subject())

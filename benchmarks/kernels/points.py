@@ -15,12 +15,13 @@ import torch
 from benchmarks.kernels.timing import Bench, require
 from ess_kernels import hot_state
 from ess_kernels.hot_state import HotState
-from ess_kernels.plan import PlanBuffers
+from ess_kernels.plan_fetch import PlanBuffers
 from sglang_ess.layout import FP8_ROW_BYTES, LATENT_DIM, ROPE_DIM, SCALE_GROUP
 
 # How alike the lists of two successive steps are, the mean over layers: ESS figure 2.
 LAST_SHARE = 0.6
 AGES = 64  # steps over which a hot tier turned over
+AGE_LIMIT = AGES - AGES // 16  # one row in 16 is older, as hot_state.py keeps it
 POISON = 0xEE
 CHUNK_ROWS = 1 << 18
 FEW_REQUESTS = 16
@@ -34,6 +35,7 @@ class Sizes:
     context, buffer: slots and hot rows of a request; heads: V3.2's, and those of a rank of tensor
         parallelism 8; peak_bytes: of the large copy
     sets: input sets that take turns; few_sets: the same for up to FEW_REQUESTS requests
+    groups: index groups that one install serves
     """
 
     batches: tuple[int, ...]
@@ -45,6 +47,7 @@ class Sizes:
     peak_bytes: int = 1 << 30
     sets: int = 4
     few_sets: int = 16
+    groups: int = 61
 
     def sets_of(self, batch: int) -> int:
         return self.few_sets if batch <= FEW_REQUESTS else self.sets
@@ -53,7 +56,7 @@ class Sizes:
 FULL = Sizes((1, 16, 64, 160), (2, 8, 32, 64, 128, 256, 512, 1024, 2048))
 QUICK = Sizes((1, 16, 160), (2, 64, 256, 2048), sets=2)
 MINIATURE = Sizes((1, 2), (2, 16), topk=16, context=64, buffer=32, heads=(3,),
-                  peak_bytes=1 << 16, sets=2, few_sets=2)  # fmt: skip
+                  peak_bytes=1 << 16, sets=2, few_sets=2, groups=3)  # fmt: skip
 
 
 def make_rows(num_rows: int, device, generator) -> torch.Tensor:
@@ -105,6 +108,15 @@ class Run:
         return Steady(self.sizes, batch, misses, sets, self.bench.device, self.seed)
 
 
+def clone(state: HotState) -> HotState:
+    return HotState(**{f.name: getattr(state, f.name).clone() for f in fields(HotState)})
+
+
+def overwrite(state: HotState, source: HotState) -> None:
+    for f in fields(HotState):
+        getattr(state, f.name).copy_(getattr(source, f.name))
+
+
 def _shuffled(rows: int, columns: int, device, generator) -> torch.Tensor:
     """[rows, columns] int64: a permutation of the columns in each row."""
     return torch.rand(rows, columns, generator=generator, device=device).argsort(1)
@@ -137,8 +149,7 @@ class Steady:
         rows = _shuffled(sets, self.num_rows, device, generator)
         self.hot_row = rows.view(sets, batch, sizes.buffer)
         self.state = self._state()
-        copies = {f.name: getattr(self.state, f.name).clone() for f in fields(HotState)}
-        self._before = HotState(**copies)
+        self._before = clone(self.state)
         self.buffers = PlanBuffers.new(batch, sizes.topk, device)
 
     def _choose(self, generator) -> torch.Tensor:
@@ -163,11 +174,8 @@ class Steady:
         state.slot_row.scatter_(1, slots.long(), rows.int())
         state.row_slot.scatter_(1, rows, slots)
         state.row_stamp.scatter_(1, rows, stamps)
-        oldest_first = self.hot_row.flip(2).transpose(1, 2).reshape(self.sets, -1)
-        state.order.copy_(oldest_first.int())
-        for word, value in ((hot_state.TICK, AGES + 1), (hot_state.BUILT, AGES),
-                            (hot_state.NUM_FREE, 0), (hot_state.VALID, self.num_rows),
-                            (hot_state.CURSOR, 0), (hot_state.LENGTH, self.num_rows)):  # fmt: skip
+        for word, value in ((hot_state.TICK, AGES + 1), (hot_state.AGE_LIMIT, AGE_LIMIT),
+                            (hot_state.OCCUPIED, self.num_rows)):  # fmt: skip
             state.words[:, word] = value
         return state
 
@@ -179,31 +187,26 @@ class Steady:
 
     def restore_into(self, state: HotState) -> None:
         """Make a state of the same shape what a step finds."""
-        for f in fields(HotState):
-            getattr(state, f.name).copy_(getattr(self._before, f.name))
+        overwrite(state, self._before)
 
     def row_slot_before(self, index: int) -> torch.Tensor:
+        """[num_rows] int32 the slot of each row of set `index` before the plan."""
         return self._before.row_slot[index]
-
-    def victims(self, index: int) -> torch.Tensor:
-        """[num_misses] int32 rows that the plan takes: the oldest that its top-k does not hit."""
-        before = self._before.layer(index)
-        hits = before.slot_row[self.topk[index].long()]
-        stays = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
-        stays[hits[hits >= 0].long()] = True
-        return before.order[~stays[before.order.long()]][: self.num_misses]
 
     def check_plan(self, index: int = 0) -> None:
         """Check rows, misses and victims of the last plan. Raises: WrongResult."""
-        state, b = self.state.layer(index), self.buffers
+        state, before, b = self.state.group(index), self._before.group(index), self.buffers
         require(int(b.num_misses) == self.num_misses,
                 f"plan must miss {self.num_misses}: got {int(b.num_misses)}")  # fmt: skip
         require((b.rows >= 0).all(), "plan left a lookup without a row")
         require(torch.equal(state.row_slot[b.rows.long()], self.topk[index]),
                 "plan gave a slot another slot's row")  # fmt: skip
-        slots, rows = b.miss_slots[: self.num_misses], b.miss_rows[: self.num_misses]
+        slots, rows = b.miss_slots[: self.num_misses], b.miss_rows[: self.num_misses].long()
         require(torch.equal(slots.sort().values, self.expected[index].flatten().sort().values),
                 "plan listed other misses")  # fmt: skip
-        require(torch.equal(rows.sort().values, self.victims(index).sort().values),
-                "plan's victims are not the oldest rows")  # fmt: skip
+        require(torch.equal(state.row_slot[rows], slots), "plan listed other rows")
+        require((state.slot_row[before.row_slot[rows].long()] < 0).all(),
+                "plan left an evicted slot hot")  # fmt: skip
+        limit = torch.minimum(state.words, before.words)[hot_state.AGE_LIMIT]
+        require((AGES + 1 - before.row_stamp[rows] > limit).all(), "plan evicted a young row")
         require(int(state.counters[hot_state.SHORT]) == 0, "plan ran short of rows")

@@ -13,7 +13,7 @@ import torch
 from benchmarks.kernels.attention import CHECKED_QUERIES, check_output, make_kernel
 from benchmarks.kernels.points import Run, Steady
 from benchmarks.kernels.timing import Bench, Subject, nothing
-from ess_kernels.fetch import fetch
+from ess_kernels.plan_fetch import fetch
 from sglang_ess.attention.mla_kernels import PREFERRED
 from sglang_ess.attention.overlap import Mode
 from sglang_ess.attention.two_tier_decode import TwoTierDecode
@@ -96,22 +96,19 @@ class Step:
         steady.restore_into(self.tier.state)
         rows = torch.arange(steady.num_rows, dtype=torch.int32, device=device)
         for index in range(steady.sets):
-            self._fill(index, *self._copies(index, rows))
-        victims = [steady.victims(index) for index in range(steady.sets)]
-        self._refills = [self._copies(i, rows) for i, rows in enumerate(victims)]
+            self._fill(index, rows)
 
-    def _copies(self, index: int, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A miss list that fills rows of set `index` as the state before the step has them."""
+    def _fill(self, index: int, rows: torch.Tensor) -> None:
+        """Fill rows [n] int32 of set `index` as the state before the step has them."""
         count = torch.tensor([len(rows)], dtype=torch.int32, device=rows.device)
-        return self.steady.row_slot_before(index)[rows.long()], rows, count
-
-    def _fill(self, index: int, slots, rows, count) -> None:
+        slots = self.steady.row_slot_before(index)[rows.long()]
         fetch(self.host, self.tier.rows[index], slots, rows, count)
 
     def before(self) -> None:
+        for index in range(self.steady.sets):
+            taken = self.tier.state.row_slot[index] != self.steady.row_slot_before(index)
+            self._fill(index, taken.nonzero().flatten().int())
         self.steady.restore_into(self.tier.state)
-        for index, copies in enumerate(self._refills):
-            self._fill(index, *copies)
 
     def subject(self, mode: Mode, around: bool = True) -> Subject:
         """around: with the stand-ins."""
@@ -128,7 +125,7 @@ class Step:
                 self._decode.plan_half(step, topk[first:last], first, batch)
         elif around:
             self._indexer.run(0, batch)
-        self._decode.start(step, topk)
+        self._decode.start(step, topk, mode)
         if around:
             self._preattn.run(0, batch)
         self.out = self._decode.finish(self.q, step, mode)

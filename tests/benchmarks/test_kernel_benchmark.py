@@ -9,16 +9,17 @@ import sys
 
 import pytest
 import torch
-from ess_kernels.fetch import fetch
-from ess_kernels.plan import plan
 
 from benchmarks.harness import ROOT, Report, failed, measured, plot, print_failed
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import fetch as fetch_benchmark
 from benchmarks.kernels import figures
 from benchmarks.kernels import plan as plan_benchmark
-from benchmarks.kernels.points import MINIATURE, PAGE, Run, Sizes, Steady, host_tier
+from benchmarks.kernels.fetch import Reserve
+from benchmarks.kernels.points import AGES, MINIATURE, PAGE, Run, Sizes, Steady, host_tier
 from benchmarks.kernels.timing import Bench, Subject, WrongResult, require
+from ess_kernels import hot_state
+from ess_kernels.plan_fetch import fetch, install, plan_fetch
 from sglang_ess.attention.overlap import CostTable, Mode, OverlapPolicy
 
 HAS_CUDA = torch.cuda.is_available()
@@ -30,8 +31,14 @@ NEEDS_CUDA_KERNELS = ("flashmla_fp8", "flashmla_bf16", "trtllm", "flashinfer")
 
 
 def run_benchmark(*arguments):
+    start = (
+        "import os, sys; os.environ['TRITON_INTERPRET'] = '1'; "
+        "from tests.support.cuda_host import host; host.stand_in(); "
+        "from benchmarks.kernels.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    how = ["-c", start] if "--interpret" in arguments else ["-m", "benchmarks.kernels"]
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.kernels", *arguments],
+        [sys.executable, *how, *arguments],
         cwd=ROOT, text=True, capture_output=True, timeout=300,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
@@ -64,10 +71,11 @@ class TestMiniature:
         }  # fmt: skip
         assert ran == {
             *(("pcie_peak", way) for way in ("h2d", "d2h")),
-            *(("fetch", "triton"), ("pack", None)),
+            *((name, "cuda") for name in ("fetch", "plan")),
+            *((name, "ours") for name in ("swap", "swap_empty")),
             *(("step", mode.value) for mode in Mode),
-            *((name, "triton") for name in ("plan", "attention", "empty")),
-            *(("swap", "ours_triton"), ("indexer", None), ("preattn", None)),
+            *((name, "triton") for name in ("attention", "empty")),
+            *((name, None) for name in ("pack", "install", "indexer", "preattn")),
         }
 
     def test_only_what_needs_a_gpu_failed(self, miniature):
@@ -79,11 +87,11 @@ class TestMiniature:
 
     def test_every_point(self, miniature):
         rows = [r["config"] for r in miniature[0]["rows"] if r["kind"] == "interpreted"]
-        triton = [c for c in rows if c.get("system") == "triton"]
-        assert {(c["batch"], c["misses"]) for c in triton if "topk" in c} == {
-            (batch, misses) for batch in MINIATURE.batches for misses in MINIATURE.misses
+        plans = [c for c in rows if c.get("system") == "cuda" and "topk" in c]
+        assert {(c["batch"], c["misses"]) for c in plans} == {
+            (batch, misses) for batch in MINIATURE.batches for misses in (0, *MINIATURE.misses)
         }
-        assert {c["row_bytes"] for c in triton if "row_bytes" in c} == {656}
+        assert {c["row_bytes"] for c in rows if "row_bytes" in c} == {656}
         steps = {(c["mode"], c["batch"]) for c in rows if "mode" in c}
         assert steps == {(m.value, b) for m in Mode for b in (1, 2)} - {("dba", 1)}
 
@@ -108,7 +116,7 @@ def test_without_a_device_it_says_so_and_exits_with_2():
 
 # --- inputs and checks --------------------------------------------------------------------
 
-SMALL = Sizes((2,), (3,), topk=8, context=40, buffer=16, heads=(2,), sets=2, few_sets=2)
+SMALL = Sizes((2,), (3,), topk=8, context=40, buffer=16, heads=(2,), sets=2, few_sets=2, groups=3)
 
 
 @pytest.fixture
@@ -131,22 +139,26 @@ def run(bench):
     return Run(bench, SMALL, (1.0, 1.0), seed=0)
 
 
+def plan_set(point, index=0):
+    plan_fetch(point.state.group(index), point.topk[index], point.buffers, lists=True)
+
+
 class TestSteady:
     @pytest.mark.parametrize("misses", [0, 1, 3, 8])
     def test_a_plan_misses_what_was_asked_for(self, misses):
         point = Steady(SMALL, 2, misses, 2, DEVICE, seed=2)
         for index in range(2):
             point.restore()
-            plan(point.state.layer(index), point.topk[index], point.buffers)
+            plan_set(point, index)
             point.check_plan(index)
             assert int(point.buffers.num_misses) == 2 * misses
 
     def test_restore_brings_the_same_misses_again(self, steady):
         for _ in range(2):
             steady.restore()
-            plan(steady.state.layer(0), steady.topk[0], steady.buffers)
+            plan_set(steady)
             steady.check_plan(0)
-        plan(steady.state.layer(0), steady.topk[0], steady.buffers)  # not restored: all hit
+        plan_set(steady)  # not restored: all hit
         with pytest.raises(WrongResult, match="must miss 6: got 0"):
             steady.check_plan(0)
 
@@ -156,17 +168,45 @@ class TestSteady:
             (lambda b, s: b.rows[0].copy_(b.rows[0].flip(0)), "another slot's row"),
             (lambda b, s: b.rows[1, 2:3].fill_(-1), "without a row"),
             (lambda b, s: b.miss_slots[:1].add_(1), "other misses"),
-            (lambda b, s: b.miss_rows[:1].copy_(b.hit_rows[0, :1]), "victims"),
+            (lambda b, s: b.miss_rows[:1].copy_(b.hit_rows[0, :1]), "other rows"),
+            (lambda b, s: s.slot_row.clamp_(min=0), "an evicted slot hot"),
             (lambda b, s: s.counters.fill_(1), "ran short"),
         ],
     )  # fmt: skip
     def test_a_wrong_plan_is_noticed(self, steady, spoil, message):
         steady.restore()
-        state = steady.state.layer(0)
-        plan(state, steady.topk[0], steady.buffers)
-        spoil(steady.buffers, state)
+        plan_set(steady)
+        spoil(steady.buffers, steady.state.group(0))
         with pytest.raises(WrongResult, match=message):
             steady.check_plan(0)
+
+    def test_a_young_victim_is_noticed(self, steady):
+        steady.restore()
+        words = steady.state.words[0]
+        words[hot_state.AGE_LIMIT] = 0
+        plan_set(steady)
+        words[hot_state.AGE_LIMIT] = AGES
+        with pytest.raises(WrongResult, match="evicted a young row"):
+            steady.check_plan(0)
+
+
+class TestReserve:
+    def test_new_slots_get_rows_in_every_group(self):
+        case = Reserve(SMALL, 2, DEVICE, seed=1)
+        for _ in range(2):
+            case.restore()
+            install(case.state, case.slots, reserve=True)
+            case.check(0)
+
+    @pytest.mark.parametrize(
+        ("slots", "reserve", "message"),
+        [([32], True, "has no row"), ([32, 33], False, "does not count as used")],
+    )
+    def test_what_is_not_reserved_is_noticed(self, slots, reserve, message):
+        case = Reserve(SMALL, 2, DEVICE, seed=1)
+        install(case.state, torch.tensor(slots, device=DEVICE), reserve=reserve)
+        with pytest.raises(WrongResult, match=message):
+            case.check(0)
 
 
 def hisparse_on_the_host(wrong_row=False):
@@ -288,7 +328,7 @@ def synthetic():
     report, point = Report(machine={}), {"row_bytes": 656}
     report.add(row("pcie_peak", 20, 10**6, direction="h2d"))  # 50 GB/s
     report.add(row("pcie_peak", 25, 10**6, direction="d2h"))
-    for system, share in (("triton", 0.9),):
+    for system, share in (("cuda", 0.9),):
         for batch, misses in ((1, 2048), (16, 32), (16, 64), (160, 256)):
             num_bytes = batch * misses * 656
             # Below the least point, a rate that must not count.
@@ -298,12 +338,11 @@ def synthetic():
             report.add(row("fetch", us, num_bytes, system=system, batch=batch, misses=misses,
                            **point))  # fmt: skip
     for misses, us in ((2, 11), (2048, 14)):
-        report.add(row("plan", us, system="triton", topk=2048, batch=160, misses=misses))
-        report.add(row("plan", 99, system="triton", topk=2048, batch=64, misses=misses))
+        report.add(row("plan", us, system="cuda", topk=2048, batch=160, misses=misses))
+        report.add(row("plan", 99, system="cuda", topk=2048, batch=64, misses=misses))
         at = {"batch": 160, "misses": misses, **point}
         report.add(row("swap", 100, system="hisparse", **at))
-        report.add(row("swap", 40 + misses / 64, system="ours_triton", reorder=False, **at))
-        report.add(row("swap", 80 + misses / 64, system="ours_triton", reorder=True, **at))
+        report.add(row("swap", 40 + misses / 64, system="ours", **at))
     for heads, us in ((16, 20), (128, 40)):
         report.add(row("attention", us, kernel="triton", batch=1, heads=heads, **point))
     for batch in (1, 160):
@@ -333,7 +372,6 @@ class TestFigures:
             "fetch_of_pcie_peak": 0.85,
             "plan_us": 14,
             "swap_vs_hisparse": 100 / 72,
-            "swap_with_reorder_vs_hisparse": 100 / 112,
             "exposed_share": (256 * 0.2 + 5) / transfer,
             "exposed_share_off": 256 * 0.9 / transfer,
             "resident_overhead": 1.1,
