@@ -6,9 +6,8 @@ One run on a CUDA device, medians, each operation checked against its reference 
 (timing.py). An import or launch that fails is a failed row with its reason. SECTIONS are in the
 order in which they matter, so that --seconds cuts the least.
 
-Exit status: 0, 1 if a result was wrong, 2 without a CUDA device. --interpret runs a miniature of
-every section on the CPU under Triton's interpreter, to try the code: its rows give no figures, and
-those of CUDA C++ kernels fail unless the process stands in for them (tests/support/cuda_host).
+Exit status: 0, 1 if a result was wrong, 2 without a CUDA device. --interpret tries the code: on the
+CPU, all in miniature, without figures, if CUDA's kernels are stood in for (tests/support/cuda_host)
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
 
-from benchmarks.kernels.points import AGE_LIMIT, AGES, POISON, Run, Sizes, clone, overwrite
+from benchmarks.kernels.points import AGES, POISON, Run, Sizes, begin_step, overwrite
 from benchmarks.kernels.timing import EVENTS, Subject, require
-from ess_kernels import hot_state
 from ess_kernels.hot_state import HotState
 from ess_kernels.pack_write import pack_write
 from ess_kernels.plan_fetch import fetch, install
@@ -101,40 +101,21 @@ def measure_pack(run: Run) -> None:
         run.bench.time("pack", {"rows": n}, lambda s=subject: s)
 
 
-class Reserve:
-    """The rows of a decode step's new slots, one a request in each group, of full hot tiers."""
-
-    def __init__(self, sizes: Sizes, batch: int, device, seed: int):
-        generator = torch.Generator(device).manual_seed(seed)
-        rows = batch * sizes.buffer
-        self.slots = rows + torch.arange(batch, device=device)
-        state = HotState.new(sizes.groups, rows + batch, rows, device)
-        state.row_slot[:] = state.slot_row[:, :rows] = torch.arange(rows, device=device)
-        state.row_stamp.random_(1, AGES + 1, generator=generator)
-        for word, value in ((hot_state.TICK, AGES + 1), (hot_state.AGE_LIMIT, AGE_LIMIT),
-                            (hot_state.OCCUPIED, rows)):  # fmt: skip
-            state.words[:, word] = value
-        self.state, self._before = state, clone(state)
-
-    def restore(self) -> None:
-        overwrite(self.state, self._before)
-
-    def check(self, _last: int) -> None:
-        rows = self.state.slot_row[:, self.slots].long()
-        require((rows >= 0).all(), "a new slot has no row")
-        got = self.state.row_slot.gather(1, rows)
-        require((got == self.slots).all(), "a new slot has another slot's row")
-        stamps = self.state.row_stamp.gather(1, rows)
-        require((stamps == AGES + 1).all(), "a reserved row does not count as used")
-
-    def subject(self) -> Subject:
-        return Subject([lambda: install(self.state, self.slots, reserve=True)], self.restore,
-                       self.check)  # fmt: skip
-
-
 def measure_install(run: Run) -> None:
-    """install, as a decode step reserves rows: one launch for all groups."""
+    """install, as a step reserves rows of full tiers: one launch for all groups."""
     for batch in run.sizes.batches:
-        config = {"batch": batch, "groups": run.sizes.groups}
-        case = functools.partial(Reserve, run.sizes, batch, run.bench.device, run.seed)
-        run.bench.time("install", config, lambda c=case: c().subject())
+        rows, device = batch * run.sizes.buffer, run.bench.device
+        slots = torch.arange(rows, rows + batch, device=device)
+        state = HotState.new(run.sizes.groups, rows + batch, rows, device)
+        state.row_slot[:] = state.slot_row[:, :rows] = torch.arange(rows, device=device)
+        begin_step(state, state.row_stamp.random_(1, AGES + 1))
+        restore = functools.partial(overwrite, state, copy.deepcopy(state))
+
+        def check(_last, state=state, slots=slots):
+            found = state.slot_row[:, slots].long()
+            require((found >= 0).all(), "a new slot has no row")
+            stamps = state.row_stamp.gather(1, found)
+            require((stamps == AGES + 1).all(), "a reserved row does not count as used")
+
+        subject = Subject([functools.partial(install, state, slots, reserve=True)], restore, check)
+        run.bench.time("install", {"batch": batch, "groups": len(state.words)}, lambda s=subject: s)

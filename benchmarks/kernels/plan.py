@@ -1,73 +1,52 @@
 """plan_fetch: the plan alone, and a whole swap-in in comparison with SGLang's HiSparse kernel.
 
-Both kernels resolve a top-k and copy its misses in one launch. Both get the same requests, hot rows
-of the same bytes, order of use and misses (points.Steady). The plan alone lists hits and misses
-apart, as overlap modes DA and DBA have it. From an empty tier every lookup misses.
+Both kernels resolve a top-k and copy its misses in one launch, of the same requests, hot rows,
+order of use and misses (points.Steady). The plan alone lists hits and misses apart, as for DA, DBA.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from benchmarks.kernels.points import PAGE, POISON, Run, Steady, clone, overwrite
+from benchmarks.kernels.points import PAGE, POISON, Run, Steady
 from benchmarks.kernels.timing import Subject, require
-from ess_kernels.hot_state import HotState
-from ess_kernels.plan_fetch import PlanBuffers, plan_fetch
+from ess_kernels.plan_fetch import plan_fetch
 from sglang_ess.layout import FP8_ROW_BYTES
 
 BLOCK_SIZE = 960  # HiSparse's default swap_in_block_size
 
 
 def plan_subject(steady: Steady) -> Subject:
-    def op(index):
-        plan_fetch(steady.state.group(index), steady.topk[index], steady.buffers, lists=True)
-
-    ops = [lambda i=i: op(i) for i in range(steady.sets)]
+    ops = [
+        functools.partial(plan_fetch, steady.state.group(i), steady.topk[i], steady.buffers,
+                          lists=True) for i in range(steady.sets)
+    ]  # fmt: skip
     return Subject(ops, steady.restore, steady.check_plan)
 
 
 class Swap:
-    """plan_fetch with copies into hot rows that all sets share, poisoned before a sample.
+    """plan_fetch with copies into hot rows that all sets share, poisoned before a sample."""
 
-    empty: no slot is hot, and every row is free
-    """
-
-    def __init__(self, steady: Steady, host_rows, empty: bool = False):
-        self.steady, self.host, self.empty = steady, host_rows, empty
+    def __init__(self, steady: Steady, host_rows):
+        self.steady, self.host = steady, host_rows
         shape = steady.num_rows, host_rows.shape[1]
         self.hot = torch.empty(shape, dtype=host_rows.dtype, device=steady.device)
-        self.state, self.buffers = steady.state, steady.buffers
-        self.num_misses = steady.topk[0].numel() if empty else steady.num_misses
-        if empty:
-            s = steady.state
-            self.state = HotState.new(steady.sets, s.num_slots, s.num_rows, steady.device)
-            self.buffers = PlanBuffers.new(steady.batch, steady.sizes.topk, steady.device)
-            self._empty = clone(self.state)
 
     def subject(self) -> Subject:
-        def op(index):
-            state, topk = self.state.group(index), self.steady.topk[index]
-            plan_fetch(state, topk, self.buffers, self.host, self.hot)
-
-        ops = [lambda i=i: op(i) for i in range(self.steady.sets)]
-        return Subject(ops, self._before, self._check, self.num_misses * FP8_ROW_BYTES)
+        s, rows = self.steady, (self.host, self.hot)
+        ops = [functools.partial(plan_fetch, s.state.group(i), s.topk[i], s.buffers, *rows)
+               for i in range(s.sets)]  # fmt: skip
+        return Subject(ops, self._before, self._check, s.num_misses * FP8_ROW_BYTES)
 
     def _before(self) -> None:
-        if self.empty:
-            overwrite(self.state, self._empty)
-        else:
-            self.steady.restore()
+        self.steady.restore()
         self.hot.fill_(POISON)
 
     def _check(self, last: int) -> None:
-        b, n = self.buffers, self.num_misses
-        if self.empty:
-            require(int(b.num_misses) == n, f"plan must miss {n}: got {int(b.num_misses)}")
-            slots = self.state.group(last).row_slot[b.rows.long()]
-            right = torch.equal(slots, self.steady.topk[last])
-            require(right, "plan gave a slot another slot's row")
-        else:
-            self.steady.check_plan(last)
+        self.steady.check_plan(last)
+        b, n = self.steady.buffers, self.steady.num_misses
         got = self.hot[b.miss_rows[:n].long()]
         wanted = self.host[b.miss_slots[:n].long().to(self.host.device)].to(got.device)
         require(torch.equal(got, wanted), "a fetched row differs")
@@ -157,7 +136,7 @@ class HiSparse:
 
 
 def measure_plans(run: Run) -> None:
-    """The plan alone, then swap-ins: ours and HiSparse's; at run.step_points, and from empty."""
+    """The plan alone, then swap-ins: ours and HiSparse's; at run.step_points."""
     for batch, misses in run.step_points:
         config = {"batch": batch, "misses": misses}
         run.bench.begin(f"plan and swap-in {config}")
@@ -165,10 +144,6 @@ def measure_plans(run: Run) -> None:
         at = {"system": "cuda", "topk": run.sizes.topk} | config
         run.bench.time("plan", at, lambda s=steady: plan_subject(s))
         config["row_bytes"] = FP8_ROW_BYTES
-        at = {"system": "ours"} | config
-        run.bench.time("swap", at, lambda s=steady: Swap(s, run.host).subject())
-        if misses == 0:
-            at = at | {"misses": run.sizes.topk}
-            run.bench.time("swap_empty", at, lambda s=steady: Swap(s, run.host, True).subject())
-        at = {"system": "hisparse"} | config
-        run.bench.time("swap", at, lambda s=steady: HiSparse(s, run.host).subject())
+        for system, kind in (("ours", Swap), ("hisparse", HiSparse)):
+            at = {"system": system} | config
+            run.bench.time("swap", at, lambda s=steady, k=kind: k(s, run.host).subject())

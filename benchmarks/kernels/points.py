@@ -8,6 +8,7 @@ Several input sets, each with a state of its own, take turns as layers do.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
 
 import torch
@@ -108,8 +109,10 @@ class Run:
         return Steady(self.sizes, batch, misses, sets, self.bench.device, self.seed)
 
 
-def clone(state: HotState) -> HotState:
-    return HotState(**{f.name: getattr(state, f.name).clone() for f in fields(HotState)})
+def begin_step(state: HotState, stamps: torch.Tensor) -> None:
+    """Fill the words of full tiers whose rows were used at these ticks, 1 to AGES."""
+    state.words[:, hot_state.TICK], state.words[:, hot_state.AGE_LIMIT] = AGES + 1, AGE_LIMIT
+    state.words[:, hot_state.OCCUPIED] = stamps.shape[1]
 
 
 def overwrite(state: HotState, source: HotState) -> None:
@@ -128,7 +131,7 @@ class Steady:
     topk: [sets, batch, topk] int32 slots; positions: the same within the request
     resident: [sets, batch, buffer] int32 positions, the most recently used first
     hot_row: [sets, batch, buffer] int64 the rows they have
-    state: HotState of all sets, which restore() restores; buffers: PlanBuffers of all sets
+    state, before: HotState of all sets, and what a step finds; buffers: PlanBuffers of all sets
     """
 
     def __init__(self, sizes: Sizes, batch: int, misses: int, sets: int, device, seed: int):
@@ -149,7 +152,7 @@ class Steady:
         rows = _shuffled(sets, self.num_rows, device, generator)
         self.hot_row = rows.view(sets, batch, sizes.buffer)
         self.state = self._state()
-        self._before = clone(self.state)
+        self.before = copy.deepcopy(self.state)
         self.buffers = PlanBuffers.new(batch, sizes.topk, device)
 
     def _choose(self, generator) -> torch.Tensor:
@@ -173,29 +176,18 @@ class Steady:
         stamps = stamps.expand(self.sets, self.batch, -1).reshape(self.sets, -1)
         state.slot_row.scatter_(1, slots.long(), rows.int())
         state.row_slot.scatter_(1, rows, slots)
-        state.row_stamp.scatter_(1, rows, stamps)
-        for word, value in ((hot_state.TICK, AGES + 1), (hot_state.AGE_LIMIT, AGE_LIMIT),
-                            (hot_state.OCCUPIED, self.num_rows)):  # fmt: skip
-            state.words[:, word] = value
+        begin_step(state, state.row_stamp.scatter_(1, rows, stamps))
         return state
 
     def restore(self) -> None:
         """Restore the state of every set, and poison what a plan returns."""
-        self.restore_into(self.state)
+        overwrite(self.state, self.before)
         for f in fields(PlanBuffers):
             getattr(self.buffers, f.name).fill_(-7)
 
-    def restore_into(self, state: HotState) -> None:
-        """Make a state of the same shape what a step finds."""
-        overwrite(state, self._before)
-
-    def row_slot_before(self, index: int) -> torch.Tensor:
-        """[num_rows] int32 the slot of each row of set `index` before the plan."""
-        return self._before.row_slot[index]
-
     def check_plan(self, index: int = 0) -> None:
         """Check rows, misses and victims of the last plan. Raises: WrongResult."""
-        state, before, b = self.state.group(index), self._before.group(index), self.buffers
+        state, before, b = self.state.group(index), self.before.group(index), self.buffers
         require(int(b.num_misses) == self.num_misses,
                 f"plan must miss {self.num_misses}: got {int(b.num_misses)}")  # fmt: skip
         require((b.rows >= 0).all(), "plan left a lookup without a row")
@@ -207,6 +199,6 @@ class Steady:
         require(torch.equal(state.row_slot[rows], slots), "plan listed other rows")
         require((state.slot_row[before.row_slot[rows].long()] < 0).all(),
                 "plan left an evicted slot hot")  # fmt: skip
-        limit = torch.minimum(state.words, before.words)[hot_state.AGE_LIMIT]
-        require((AGES + 1 - before.row_stamp[rows] > limit).all(), "plan evicted a young row")
+        limit, ages = torch.minimum(state.words, before.words), AGES + 1 - before.row_stamp[rows]
+        require((ages > limit[hot_state.AGE_LIMIT]).all(), "plan evicted a young row")
         require(int(state.counters[hot_state.SHORT]) == 0, "plan ran short of rows")

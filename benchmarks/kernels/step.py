@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.kernels.attention import CHECKED_QUERIES, check_output, make_kernel
-from benchmarks.kernels.points import Run, Steady
+from benchmarks.kernels.points import Run, Steady, overwrite
 from benchmarks.kernels.timing import Bench, Subject, nothing
 from ess_kernels.plan_fetch import fetch
 from sglang_ess.attention.mla_kernels import PREFERRED
@@ -93,7 +93,7 @@ class Step:
         shape = batch, heads, ROW_DIM
         self.q = torch.randn(shape, generator=generator, device=device).bfloat16()
         self.out = None
-        steady.restore_into(self.tier.state)
+        overwrite(self.tier.state, steady.before)
         rows = torch.arange(steady.num_rows, dtype=torch.int32, device=device)
         for index in range(steady.sets):
             self._fill(index, rows)
@@ -101,14 +101,14 @@ class Step:
     def _fill(self, index: int, rows: torch.Tensor) -> None:
         """Fill rows [n] int32 of set `index` as the state before the step has them."""
         count = torch.tensor([len(rows)], dtype=torch.int32, device=rows.device)
-        slots = self.steady.row_slot_before(index)[rows.long()]
+        slots = self.steady.before.row_slot[index][rows.long()]
         fetch(self.host, self.tier.rows[index], slots, rows, count)
 
     def before(self) -> None:
         for index in range(self.steady.sets):
-            taken = self.tier.state.row_slot[index] != self.steady.row_slot_before(index)
+            taken = self.tier.state.row_slot[index] != self.steady.before.row_slot[index]
             self._fill(index, taken.nonzero().flatten().int())
-        self.steady.restore_into(self.tier.state)
+        overwrite(self.tier.state, self.steady.before)
 
     def subject(self, mode: Mode, around: bool = True) -> Subject:
         """around: with the stand-ins."""

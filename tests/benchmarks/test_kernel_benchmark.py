@@ -15,7 +15,6 @@ from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import fetch as fetch_benchmark
 from benchmarks.kernels import figures
 from benchmarks.kernels import plan as plan_benchmark
-from benchmarks.kernels.fetch import Reserve
 from benchmarks.kernels.points import AGES, MINIATURE, PAGE, Run, Sizes, Steady, host_tier
 from benchmarks.kernels.timing import Bench, Subject, WrongResult, require
 from ess_kernels import hot_state
@@ -72,7 +71,7 @@ class TestMiniature:
         assert ran == {
             *(("pcie_peak", way) for way in ("h2d", "d2h")),
             *((name, "cuda") for name in ("fetch", "plan")),
-            *((name, "ours") for name in ("swap", "swap_empty")),
+            ("swap", "ours"),
             *(("step", mode.value) for mode in Mode),
             *((name, "triton") for name in ("attention", "empty")),
             *((name, None) for name in ("pack", "install", "indexer", "preattn")),
@@ -190,25 +189,6 @@ class TestSteady:
             steady.check_plan(0)
 
 
-class TestReserve:
-    def test_new_slots_get_rows_in_every_group(self):
-        case = Reserve(SMALL, 2, DEVICE, seed=1)
-        for _ in range(2):
-            case.restore()
-            install(case.state, case.slots, reserve=True)
-            case.check(0)
-
-    @pytest.mark.parametrize(
-        ("slots", "reserve", "message"),
-        [([32], True, "has no row"), ([32, 33], False, "does not count as used")],
-    )
-    def test_what_is_not_reserved_is_noticed(self, slots, reserve, message):
-        case = Reserve(SMALL, 2, DEVICE, seed=1)
-        install(case.state, torch.tensor(slots, device=DEVICE), reserve=reserve)
-        with pytest.raises(WrongResult, match=message):
-            case.check(0)
-
-
 def hisparse_on_the_host(wrong_row=False):
     """SGLang's swap-in kernel as hisparse.cuh has it (slow path), request by request."""
 
@@ -280,6 +260,20 @@ class TestBench:
         monkeypatch.setattr(fetch_benchmark, "fetch", one_more)
         fetch_benchmark.measure_fetch(run)
         assert "or others changed" in bench.report.rows[0]["error"]
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda state, slots: install(state, slots[:1], reserve=True), "has no row"),
+            (lambda state, slots: install(state, slots), "does not count as used"),
+        ],
+    )
+    def test_a_slot_that_is_not_reserved_is_noticed(self, bench, run, monkeypatch, change, message):
+        fetch_benchmark.measure_install(run)
+        assert bench.report.rows.pop()["kind"] != "failed"
+        monkeypatch.setattr(fetch_benchmark, "install", lambda *args, reserve: change(*args))
+        fetch_benchmark.measure_install(run)
+        assert message in bench.report.rows[0]["error"]
 
     def test_what_cannot_be_made_is_a_failed_row(self, bench):
         def make():

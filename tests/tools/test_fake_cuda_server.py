@@ -26,6 +26,7 @@ from triton.runtime.jit import KernelInterface
 import ess_kernels
 from sglang_ess.attention.overlap import Mode
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
+from sglang_ess.tiers.topk_sample import GROUPS
 from tests.support.server import Server
 from tools.fake_cuda import build
 
@@ -43,10 +44,10 @@ SHAPE = {
     "heads": 16, "hidden": 1024, "index_heads": 32, "index_topk": 2048, "q_lora_rank": 256,
     "nope_dim": 128, "v_dim": 128,
 }  # fmt: skip
-# (model, layers, index groups)
+# (model, layers, index groups, sizes of these)
 MODELS = {
-    "v32": (TinyModelConfig(layers=2, **SHAPE), 2, 2),
-    "sharing": (TinyModelConfig(arch="glm", layers=4, sharing="FFSS", **SHAPE), 4, 2),
+    "v32": (TinyModelConfig(layers=2, **SHAPE), 2, 2, 1),
+    "sharing": (TinyModelConfig(arch="glm", layers=4, sharing="FFSS", **SHAPE), 4, 2, 2),
 }
 FLAGS = (
     "--kv-cache-dtype", "bfloat16", "--cuda-graph-backend-prefill", "breakable",
@@ -72,11 +73,12 @@ COSTS = {
 class Run:
     """One server's life. lines: (kind, text) that the fake runtime logged; answers: by name.
 
-    layers, groups: layers and index groups of its model
+    layers, groups, tiers: layers, index groups and their sizes, each size a tier, of its model
     """
 
     layers: int
     groups: int
+    tiers: int
     lines: list[tuple[str, str]]
     answers: dict[str, list[dict]]
     status: int
@@ -149,21 +151,25 @@ def run(request, tmp_path_factory):
     yield Run(*shape, lines, answers, status, text)
 
 
-def plans_of(graph) -> int:
-    """How many launches plan: some in every decode graph, none in another one."""
-    return sum(n for name, n in graph.kernels.items() if "plan_fetch_kernel" in name)
+PLAN = "plan_fetch_kernel"  # in every decode graph, and in no other
+FETCH = "fetch_kernel"
 
 
 def graphs(run) -> list[SimpleNamespace]:
     return [SimpleNamespace(**json.loads(text)) for kind, text in run.lines if kind == "GRAPH"]
 
 
+def times(counts, name) -> int:
+    """How often a kernel of Triton's, or of C++ in namespace ess, is among these."""
+    return sum(n for key, n in counts.items() if key == name or f"3ess{len(name)}{name}" in key)
+
+
 def decode_graphs(run) -> list[SimpleNamespace]:
-    return [graph for graph in graphs(run) if plans_of(graph)]
+    return [graph for graph in graphs(run) if times(graph.kernels, PLAN)]
 
 
 def prefill_graphs(run) -> list[SimpleNamespace]:
-    return [graph for graph in graphs(run) if not plans_of(graph)]
+    return [graph for graph in graphs(run) if not times(graph.kernels, PLAN)]
 
 
 def launches(run) -> Counter:
@@ -174,12 +180,17 @@ def launches(run) -> Counter:
 def mode_of(run, graph) -> Mode:
     """What the graph's kernels say. Parts are merged in DA and DBA, in each group's first layer.
 
-    Every group has a plan of its own, in DBA one for each half.
+    Without overlap a group's plan copies the first layer's rows; else a fetch does. DBA plans
+    and fetches each half.
     """
-    plans = plans_of(graph)
+    plans, fetches = (times(graph.kernels, name) for name in (PLAN, FETCH))
     merges = sum(n for name, n in graph.kernels.items() if "merge" in name.lower())
-    assert merges in (0, run.groups) and plans in (run.groups, 2 * run.groups)
-    return Mode.DBA if plans > run.groups else Mode.DA if merges else Mode.OFF
+    layers, groups = run.layers, run.groups
+    return {
+        (groups, layers - groups, 0): Mode.OFF,
+        (groups, layers, groups): Mode.DA,
+        (2 * groups, 2 * layers, groups): Mode.DBA,
+    }[plans, fetches, merges]
 
 
 def test_no_illegal_call_and_no_breach_of_order(run):
@@ -207,6 +218,7 @@ def test_prefill_is_captured_in_parts_between_which_the_tiers_are_used(run):
     assert len(prefill_graphs(run)) == parts * len(PREFILL_TOKENS)
     for graph in prefill_graphs(run):
         assert not kernel_names() & set(graph.kernels)
+        assert not any("3ess" in name for name in graph.kernels)
     replayed = Counter(bool(launches(run)[graph.id]) for graph in prefill_graphs(run))
     assert replayed == {True: parts * len(PREFILL_TOKENS)}
     assert re.search(r"Prefill batch, #new-seq: 1, .*cuda graph: True", run.log)
@@ -242,3 +254,25 @@ def test_prefixes_hit(run):
 def test_the_server_ends_cleanly(run):
     assert run.status == 0
     assert "Traceback" not in run.log
+
+
+def test_launches_and_edges_of_a_step_without_overlap(run):
+    """Two launches a layer, a fork and a join, and once a step install and the stream's end.
+
+    The sampled groups, in small all of them, also fork a copy of their top-k to the host.
+    """
+    sampled = min(GROUPS, run.groups)
+    for graph in decode_graphs(run):
+        if mode_of(run, graph) is not Mode.OFF:
+            continue
+        (transfer,) = [stream for stream, of in graph.nodes.items() if times(of, PLAN)]
+        behind = graph.nodes[transfer]
+        assert (times(behind, PLAN), times(behind, FETCH)) == (run.groups, run.layers - run.groups)
+        assert behind["memcpyAsync"] == sampled
+        assert sum(behind.values()) == run.layers + sampled
+        ours = (PLAN, FETCH, "_pack_write_kernel")
+        assert sum(times(graph.kernels, name) for name in ours) == 2 * run.layers
+        assert times(graph.kernels, "install_kernel") == run.tiers
+        ends = [tuple(edge.split()) for edge, n in graph.edges.items() for _ in range(n)]
+        assert sum(end == transfer for _, end in ends) == run.groups + sampled
+        assert sum(start == transfer for start, _ in ends) == run.layers + 1

@@ -3,16 +3,33 @@
 
 #include "runtime.h"
 
-// A line of JSON: its id, number of streams, and how often it holds each kernel.
-static void report(const Capture* c, size_t forked) {
-  std::map<std::string, int> kernels;
-  for (Node* n : c->graph->nodes)
-    if (!n->name.empty()) kernels[n->name]++;
+using Counts = std::map<std::string, int>;
+
+static std::string json(const Counts& counts) {
   std::string text;
-  for (auto& [name, n] : kernels)
+  for (auto& [name, n] : counts)
     text += (text.empty() ? "\"" : ", \"") + name + "\": " + std::to_string(n);
-  say(false, "GRAPH", "{\"id\": %llu, \"streams\": %zu, \"kernels\": {%s}}", c->graph->id, forked,
-      text.c_str());
+  return "{" + text + "}";
+}
+
+// A line of JSON: its id, number of streams, how often it holds each kernel; what each stream does
+// (kernels by name, else the operation); and the edges between streams: "from to": how many.
+static void report(const Capture* c, size_t forked) {
+  Counts kernels, edges;
+  std::map<unsigned long long, Counts> nodes;
+  for (Node* n : c->graph->nodes) {
+    if (!n->name.empty()) kernels[n->name]++;
+    nodes[n->stream][n->name.empty() ? n->what : n->name]++;
+    for (Node* d : n->deps)
+      if (d->stream != n->stream)
+        edges[std::to_string(d->stream) + " " + std::to_string(n->stream)]++;
+  }
+  std::string text;
+  for (auto& [stream, counts] : nodes)
+    text += (text.empty() ? "\"" : ", \"") + std::to_string(stream) + "\": " + json(counts);
+  say(false, "GRAPH",
+      "{\"id\": %llu, \"streams\": %zu, \"kernels\": %s, \"nodes\": {%s}, \"edges\": %s}",
+      c->graph->id, forked, json(kernels).c_str(), text.c_str(), json(edges).c_str());
 }
 
 API cudaError_t cudaStreamBeginCaptureToGraph(cudaStream_t s, cudaGraph_t g, const cudaGraphNode_t*,

@@ -32,6 +32,7 @@ struct Node {
   const char* what;
   std::string name;  // of the kernel
   std::vector<Node*> deps;
+  unsigned long long stream;  // that it was captured from
 };
 struct Graph {
   unsigned long long id;

@@ -70,7 +70,7 @@ cudaError_t enqueue(cudaStream_t s, const char* what, const std::string& name,
   if (!st) return fail(cudaErrorInvalidResourceHandle);
   if (Capture* c = st->capture) {
     if (c->invalid) return fail(cudaErrorStreamCaptureInvalidated);
-    Node* n = new Node{what, name, st->deps};
+    Node* n = new Node{what, name, st->deps, st->id};
     c->graph->nodes.push_back(n);
     st->deps = {n};
     return cudaSuccess;
