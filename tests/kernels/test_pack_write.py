@@ -387,6 +387,7 @@ def compiled(fp8: bool, **pointers):
             "BLOCK_PIECES": 64 if fp8 else 128,
             "ROWS_PER_STEP": module.ROWS_PER_STEP,
             "FP8": fp8,
+            "STORES_HOT": True,
             **{name: None for name, kind in pointers.items() if not kind},
         },
         num_warps=module.WARPS,

@@ -35,8 +35,9 @@ __host__ __device__ constexpr int rows_at_a_time(int row_words) {
 
 // Lane r < rows holds slot and hot row of the r-th row; negative: not copied.
 //
-// A lane with nothing to load reads `idle`, 16 bytes of device memory, and drops them: a predicate
-// on the load would make its target a value to merge, and the merge waits for the load.
+// A lane with nothing to load reads `idle`, 16 bytes of device memory that nobody writes meanwhile,
+// and drops them: a predicate on the load would make its target a value to merge, and the merge
+// waits for the load.
 template <int kRowWords>
 __device__ __forceinline__ void copy_some(const CopyArguments& c, int rows, int slot, int hot) {
   const int lane = threadIdx.x % kLanes;
@@ -44,6 +45,8 @@ __device__ __forceinline__ void copy_some(const CopyArguments& c, int rows, int 
   const int span = row_lanes(width), total = rows * span;
   const uint4* const from = static_cast<const uint4*>(c.host_rows);
   uint4* const to = static_cast<uint4*>(c.hot_rows);
+  const uint4* const idle = reinterpret_cast<const uint4*>(
+      reinterpret_cast<uintptr_t>(c.slots) & ~static_cast<uintptr_t>(kAccessBytes - 1));
   const int lead = static_cast<int>(reinterpret_cast<uintptr_t>(from) / kAccessBytes % kLineWords);
   for (int base = 0; base < total; base += kLoads * kLanes) {
     uint4 value[kLoads];
@@ -59,7 +62,7 @@ __device__ __forceinline__ void copy_some(const CopyArguments& c, int rows, int 
       const int word = place - row * span - shift;
       const bool wanted =
           place < total && word >= 0 && word < width && source_row >= 0 && target_row >= 0;
-      value[k] = load_host(wanted ? from + start + word : to);
+      value[k] = load_host(wanted ? from + start + word : idle);
       target[k] = wanted ? target_row * c.format.to_stride + word : -1;
     }
     loads_before_stores();

@@ -182,6 +182,7 @@ __device__ __forceinline__ int take_rows(Shared<kItems>& s, const GroupState& g,
       }
     }
   }
+  __syncthreads();  // who left by the laps has read s.position
   add_warp(&s.evictions, evictions);
   add_warp(&s.taken_free, taken_free);
   if (ages != 0) atomicAdd(&s.ages, ages);
