@@ -63,10 +63,13 @@ def metrics() -> str:
     """A row for each series that the exporter makes."""
     from prometheus_client import CollectorRegistry
 
-    from sglang_ess.metrics import Exporter
+    from sglang_ess.metrics import Exporter, LayerSnapshot, Snapshot
 
     registry = CollectorRegistry()
     exporter = Exporter({"model_name": "m"}, [0], registry)
+    # Some series begin with the first figure.
+    group = LayerSnapshot(**{field.name: 0 for field in fields(LayerSnapshot)})
+    exporter.update(Snapshot((group,), 0, 0))
     rows = []
     for family in registry.collect():
         names = {name for sample in family.samples for name in sample.labels}

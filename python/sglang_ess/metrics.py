@@ -243,16 +243,15 @@ class Exporter:
         def by_layer(metric: Any) -> dict[int, Any]:
             return {layer: metric.labels(**labels, layer=str(layer)) for layer in layers}
 
+        def counter(name: str, text: str, label_names: Sequence[str]) -> Any:
+            return Counter(f"sglang:ess_{name}_total", text, label_names, registry=registry)
+
         self._counters = {
-            name: by_layer(Counter(f"sglang:ess_{name}_total", text, names, registry=registry))
-            for name, text in _LAYER_COUNTERS.items()
+            name: by_layer(counter(name, text, names)) for name, text in _LAYER_COUNTERS.items()
         }
-        # No series before there is a figure: a tier on the CPU has none.
+        # Their series begin with the first figure: a tier on the CPU has none.
+        self._gpu_counters = {n: counter(n, text, names) for n, text in _GPU_COUNTERS.items()}
         self._labels = labels
-        self._gpu_counters = {
-            name: Counter(f"sglang:ess_{name}_total", text, names, registry=registry)
-            for name, text in _GPU_COUNTERS.items()
-        }
 
         def gauge(name: str, text: str, label_names: Sequence[str]) -> Any:
             full_name = f"sglang:ess_{name}"
@@ -268,26 +267,22 @@ class Exporter:
             name: gauge(name, text, list(labels)).labels(**labels) for name, text in _GAUGES.items()
         }
         self._pool_counters = {
-            name: Counter(
-                f"sglang:ess_{name}_total", text, list(labels), registry=registry
-            ).labels(**labels)
+            name: counter(name, text, list(labels)).labels(**labels)
             for name, text in _COUNTERS.items()
-        }  # fmt: skip
+        }
         self._admission_gauges = {
             name: gauge(name, text, list(labels)).labels(**labels)
             for name, text in _ADMISSION_GAUGES.items()
         }
-        self._preempted = Counter(
-            "sglang:ess_shed_requests_total",
+        self._preempted = counter(
+            "shed_requests",
             "Running requests that went back to the queue because the hot tier thrashed.",
             list(labels),
-            registry=registry,
         ).labels(**labels)
-        deferred = Counter(
-            "sglang:ess_held_rounds_total",
+        deferred = counter(
+            "held_rounds",
             "Scheduling rounds in which a waiting request could not join, by what ran out.",
             [*labels, "reason"],
-            registry=registry,
         )
         self._deferred = {reason: deferred.labels(**labels, reason=reason) for reason in REASONS}
         self._counted: dict[str, int] = {}
