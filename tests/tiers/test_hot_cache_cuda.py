@@ -84,6 +84,9 @@ def test_a_warm_up_does_not_take_what_the_last_step_used():
     assert served.decode(0, step) == []
     counters = served.tier.caches[0].counters
     assert counters["skipped"] == 30 and counters["short"] == 0
+    assert counters["steps"] == 2  # a warm-up is no step, nor is a prompt
+    served.prompt(torch.arange(150, 160))
+    assert served.tier.caches[0].steps == 2
     assert len([slot for slot in served.hot(0) if slot >= 100]) == 10  # the free rows
 
 
