@@ -144,6 +144,14 @@ class EssConfig:
         "--ess-overlap-costs",
         "JSON file with overlap costs measured on this GPU, for --ess-overlap auto; empty: none.",
     )
+    attention: str = _option(
+        "sglang",
+        "--ess-attention",
+        "Attention kernel of decode on a GPU where nothing is overlapped. sglang: that of "
+        "--dsa-decode-backend; flashinfer: FlashInfer's MLA over lists of rows, for bf16 rows "
+        "without overlap (not measured on a GPU).",
+        choices=("sglang", "flashinfer"),
+    )
     layer_budgets: str | None = _option(
         None,
         "--ess-layer-budgets",

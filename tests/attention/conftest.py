@@ -27,3 +27,11 @@ def garbage():
     new_memory_is_garbage()
     yield
     new_memory_is_garbage(False)
+
+
+@pytest.fixture
+def flashinfer_module(monkeypatch):
+    """FlashInfer's Python on a card that is not there; the value stands for its compiled module."""
+    from tests.support.flashinfer_device import stand_in
+
+    return stand_in(monkeypatch)

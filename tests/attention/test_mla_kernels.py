@@ -16,6 +16,7 @@ from ess_kernels.sparse_mla import sparse_mla_reference
 from sglang_ess.attention import mla_kernels
 from sglang_ess.attention.mla_kernels import (
     KERNELS,
+    FlashInferMemory,
     FlashInferMla,
     FlashMlaBf16,
     FlashMlaFp8,
@@ -200,66 +201,65 @@ def test_trtllm(heads, monkeypatch):
         kernel.attend(torch.zeros(6, heads, 576), *given[1:])
 
 
-class FakeWrapper:
-    """BatchMLAPagedAttentionWrapper: its signatures and CSR rules, the float64 definition."""
-
-    signatures: dict = {}
-
-    def __init__(self, *args, **kwargs):
-        a = self.signatures["__init__"].bind(self, *args, **kwargs).arguments
-        assert (
-            a["use_cuda_graph"] and a["backend"] == "fa3" and a["kv_indices"].dtype == torch.int32
-        )
-        self.kv_indices = a["kv_indices"]
-
-    def plan(self, **kwargs):
-        a = self.signatures["plan"].bind(self, **kwargs).arguments
-        m = a["metadata"]
-        assert (a["page_size"], a["causal"], a["lse_mode"]) == (1, False, "basee")
-        assert (a["head_dim_ckv"], a["head_dim_kpe"]) == (512, 64)
-        assert a["q_data_type"] == a["kv_data_type"] == BF16
-        assert torch.equal(m.kv_indptr.diff(), m.kv_len_arr)
-        assert len(m.kv_indices) == m.kv_indptr[-1] and len(m.qo_indptr) == len(m.kv_indptr)
-        tensors = m.kv_indptr, m.kv_len_arr, m.kv_indices, m.qo_indptr
-        assert all(x.dtype == torch.int32 for x in tensors)
-        self.indptr, self.heads, self.scale = m.kv_indptr.tolist(), a["num_heads"], a["sm_scale"]
-
-    def run(self, **kwargs):
-        a = self.signatures["run"].bind(self, **kwargs).arguments
-        q, kv = a["query"], a["kv_cache"]
-        assert q.shape == (len(self.indptr) - 1, self.heads, 576) and kv.shape[1:] == (1, 576)
-        assert a["return_lse"] and a["return_lse_base_on_e"]
-        results = [
-            sparse_mla_reference(q[t : t + 1], kv[:, 0], self.kv_indices[None, i:j], self.scale)
-            for t, (i, j) in enumerate(zip(self.indptr, self.indptr[1:], strict=False))
-        ]
-        out, lse = (torch.cat(parts) for parts in zip(*results, strict=True))
-        return out.bfloat16(), lse.float()
-
-
-def test_flashinfer(monkeypatch):
-    import flashinfer.mla
-
-    real = flashinfer.mla.BatchMLAPagedAttentionWrapper
-    names = ("__init__", "plan", "run")
-    FakeWrapper.signatures = {name: inspect.signature(getattr(real, name)) for name in names}
-    monkeypatch.setattr(flashinfer.mla, "BatchMLAPagedAttentionWrapper", FakeWrapper)
-    kernel = FlashInferMla(Need(BF16, (9, 0), 16), SCALE, CPU)
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0), (10, 0)])
+def test_flashinfer(flashinfer_module, capability):
+    kernel = FlashInferMla(Need(BF16, capability, 16), SCALE, CPU)
     q, rows, indices, _ = inputs(BF16, 16, packed=True)
     with pytest.raises(ValueError, match=r"Call plan\(\) once a step"):
         kernel.attend(q, rows, indices, None)
     for lengths in ([70, 70, 70, 70, 70], [70, 3, 1, 33, 64]):
         kernel.plan(lengths, 70)
-        buffer = kernel._kv_indices.data_ptr()
+        assert kernel._wrapper._backend == ("fa3" if capability == (9, 0) else "fa2")
         for layer in range(2):  # another layer, other lists, the same plan
             lists = indices.roll(layer, 0)
             got = kernel.attend(q, rows, lists, None)
             assert_right(got, q, rows, lists, torch.tensor(lengths))
-        assert kernel._kv_indices.data_ptr() == buffer  # what a CUDA graph captured
     with pytest.raises(ValueError, match="1 to 70: got 0.*dual attention"):
         kernel.plan([70, 0, 1, 33, 64], 70)
+    with pytest.raises(ValueError, match="1 to 70: got 71"):
+        kernel.plan([70, 71, 1, 33, 64], 70)
     with pytest.raises(ValueError, match=r"got \(4, 70\)"):
         kernel.attend(q[:4], rows, indices[:4], None)
+
+
+def test_a_captured_flashinfer_step_follows_the_next_plan(flashinfer_module):
+    """A CUDA graph keeps the arguments of the captured launch, and nothing of FlashInfer's host."""
+    kernel = FlashInferMla(Need(BF16, (9, 0), 16), SCALE, CPU)
+    q, rows, indices, _ = inputs(BF16, 16, packed=True)
+    kernel.plan([1] * 5, 70)
+    out, lse = kernel.attend(q, rows, indices, None)  # the capture
+    places, kv_indices = kernel._places, kernel._kv_indices
+    lengths = torch.tensor([70, 3, 1, 33, 64])
+    kernel.plan(lengths, 70)
+    torch.index_select(indices.view(-1), 0, places, out=kv_indices)
+    flashinfer_module.replay(flashinfer_module.runs[0])
+    assert_right((out, lse), q, rows, indices, lengths)
+
+
+def test_flashinfer_wrappers_share_their_memory(flashinfer_module):
+    memory = FlashInferMemory(CPU)
+    need = Need(BF16, (9, 0), 16)
+    q, rows, indices, _ = inputs(BF16, 16, packed=True)
+    kernels = {n: FlashInferMla(need, SCALE, CPU, memory) for n in (5, 2, 4)}
+    for _ in range(2):
+        for n, kernel in kernels.items():
+            kernel.plan([70, 3, 1, 33, 64][:n], 70)
+            got = kernel.attend(q[:n], rows, indices[:n], None)
+            assert_right(got, q[:n], rows, indices[:n], torch.tensor([70, 3, 1, 33, 64][:n]))
+    first = kernels[5]
+    assert all(
+        one._kv_indices.data_ptr() == first._kv_indices.data_ptr() for one in kernels.values()
+    )
+    assert all(one._places.data_ptr() == first._places.data_ptr() for one in kernels.values())
+
+
+def test_flashinfer_plans_the_largest_step(flashinfer_module):
+    """512 queries of 2,048 rows: the device makes the million places from two numbers a query."""
+    kernel = FlashInferMla(Need(BF16, (9, 0), 128), SCALE, CPU)
+    lengths = torch.arange(512) * 4 + 1
+    kernel.plan(lengths, 2048)
+    wanted = [t * 2048 + j for t, length in enumerate(lengths.tolist()) for j in range(length)]
+    assert kernel._places[: len(wanted)].tolist() == wanted
 
 
 @pytest.mark.parametrize("dtype", [FP8, BF16])

@@ -75,6 +75,8 @@ def test_attention_sinks(launch):
         result = launch("--ess-overlap", mode, model=HY4, accelerator="cuda")
         refused(result, "--ess-overlap must be off", f"got {mode}")
         assert launch("--ess-overlap", mode, accelerator="cuda")[1] == []
+    result = launch("--ess-attention", "flashinfer", model=HY4, accelerator="cuda")
+    refused(result, "--ess-attention must be sglang", "got flashinfer")
 
 
 def test_longcat(launch):

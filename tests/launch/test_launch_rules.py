@@ -193,6 +193,20 @@ def test_ranks_that_are_padded_to_one_length(launch, monkeypatch):
     assert launch("--disable-ess", accelerator="cuda")[1] == []
 
 
+def test_flashinfer_attention(launch):
+    flags = ("--ess-attention", "flashinfer")
+    refused(launch(*flags), "--ess-attention must be left out", "CPU platform")
+    refused(launch("--ess-attention", "fa4"), "--ess-attention", "sglang, flashinfer", "'fa4'")
+    gpu = {"accelerator": "cuda"}
+    for more in ((), ("--ess-overlap", "off"), ("--kv-cache-dtype", "bfloat16")):
+        assert launch(*flags, *more, **gpu)[1] == []
+    for mode in ("da", "dba"):
+        refused(launch(*flags, "--ess-overlap", mode, **gpu), "--ess-overlap must be off", mode)
+    fp8 = ("--kv-cache-dtype", "fp8_e4m3")
+    refused(launch(*flags, *fp8, **gpu), "must be bfloat16 with --ess-attention", "got fp8_e4m3")
+    assert launch("--ess-attention", "sglang", *fp8, "--ess-overlap", "da", **gpu)[1] == []
+
+
 def test_overlap_and_its_costs(launch, tmp_path):
     refused(launch("--ess-overlap", "da"), "--ess-overlap and", "CPU platform", "one stream")
     assert launch("--ess-overlap", "da", accelerator="cuda")[1] == []

@@ -64,6 +64,7 @@ class Upstream(DeepseekSparseAttnBackend):
         self.device, self.device_capability, self.use_mha = "cpu", None, False
         self.dsa_prefill_impl = self.dsa_decode_impl = "flashmla_sparse"
         self.dsa_kv_cache_store_fp8, self.dsa_index_topk = False, TOPK
+        self.num_q_heads = HEADS
         self.use_fused_topk, self.dsa_topk_backend = True, DSATopKBackend.SGL_KERNEL
         self.in_upstream = []
 
@@ -140,7 +141,7 @@ def builder(monkeypatch):
             SimpleNamespace(
                 token_to_kv_pool=Pool(sizes, hot_rows, staging_rows),
                 req_to_token=torch.zeros(12, SLOTS, dtype=torch.int32),
-                model_config=SimpleNamespace(hf_config=SimpleNamespace()),
+                model_config=SimpleNamespace(hf_config=SimpleNamespace(), scaling=SCALE),
             )
         )
 
@@ -173,12 +174,14 @@ class Run:
                 self.slots[request], dtype=torch.int32
             )
         loc = [s for r, n in new.items() for s in self.slots[r][len(self.slots[r]) - n :]]
+        seq_lens = torch.tensor([len(self.slots[r]) for r in new] + [1] * padding)
         return SimpleNamespace(
             forward_mode=mode,
             batch_size=len(new) + padding,
             out_cache_loc=torch.tensor(loc + [0] * padding),
             req_pool_indices=torch.tensor([*new, *[0] * padding]),
-            seq_lens=torch.tensor([len(self.slots[r]) for r in new] + [1] * padding),
+            seq_lens=seq_lens,
+            seq_lens_cpu=seq_lens.clone(),
             extend_prefix_lens_cpu=prefix,
             extend_seq_lens_cpu=list(new.values()),
             contains_last_prefill_chunk=True,
@@ -220,6 +223,10 @@ class Run:
             torch.testing.assert_close(out, wanted, **TOLERANCE)
             topk.fill_(0)  # a prefill graph's next layer has its own in the same buffer
 
+    def begin(self, batch):
+        """What SGLang calls before an eager decode step."""
+        self.backend.init_forward_metadata(batch)
+
     def decode(self, requests, padding=0, shared=(), begin=True, unpadded=0):
         """One step. Groups in `shared` take the top-k of the one before, without an indexer.
 
@@ -227,7 +234,7 @@ class Run:
         """
         batch = self.batch(ForwardMode.DECODE, dict.fromkeys(requests, 1), padding)
         if begin:
-            self.backend.init_forward_metadata(batch)
+            self.begin(batch)
         self.backend.forward_metadata = metadata_of(len(batch.seq_lens) - unpadded)
         real = len(requests)
         for i, (group, position) in enumerate(self.places):

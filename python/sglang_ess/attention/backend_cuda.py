@@ -3,8 +3,9 @@
 SGLang asks `hisparse_coordinator.swap_in_selected_pages` in decode and the pool's
 `translate_loc_to_hisparse_device` in prefill which rows to read, and reads them from the pool's
 get_key_buffer. The hot tier and the staging buffers answer all three, so SGLang's own kernels run
-unchanged. This module computes attention itself only where it needs log-sum-exps: in a decode
-step that overlaps fetch and attention, or that takes several passes.
+unchanged. This module computes attention itself only where it needs log-sum-exps, in a decode
+step that overlaps fetch and attention or that takes several passes, and where the operator asks
+for FlashInfer.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_ess.attention import half_batch
 from sglang_ess.attention.mla_kernels import Need, choose
 from sglang_ess.attention.overlap import Mode, policy_for
+from sglang_ess.attention.planned_lists import PlannedLists, planned_lists_for
 from sglang_ess.attention.two_tier_decode import LayerStep, TwoTierDecode
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
@@ -117,12 +119,17 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         # With this option ranks get rank 0's top-k after the indexer: too late for select().
         self._selects = not envs.SGLANG_DSA_TOPK_BROADCAST.get()
         self.hisparse_coordinator = _PlannedRows(self)
+        self.planned_lists: PlannedLists | None = None
+        if config.attention == "flashinfer":
+            self.planned_lists = planned_lists_for(self, model_runner.model_config.scaling)
+            self.needs_cpu_seq_lens = True  # SGLang keeps lengths on the host for those who ask
         pool.tier.mirror()  # so that no step has to wait for the first one
         if self.dsa_kv_cache_store_fp8:
             self.dsa_prefill_impl = "flashmla_kv"  # the only one that reads fp8 rows by index
             self.enable_auto_select_prefill_impl = False
         active = self
-        logger.info("ESS: overlap %s, costs %s", config.overlap, self.policy.source)
+        said = config.overlap, self.policy.source, config.attention
+        logger.info("ESS: overlap %s, costs %s, attention %s", *said)
 
     # --- metadata -------------------------------------------------------------------------
 
@@ -165,15 +172,23 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         if forward_batch.forward_mode.is_extend_without_speculative():
             self._begin_prompts(forward_batch)
         elif forward_batch.forward_mode.is_decode():
+            self._plan_lists(forward_batch, captured=False)
             self.next_step(forward_batch.batch_size)
 
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False) -> None:
         _check_mode(forward_batch.forward_mode)
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        if forward_batch.forward_mode.is_decode():
+            self._plan_lists(forward_batch, captured=True)
         if in_capture:
             self.step = StepState(Mode(get_capture_attention_variant() or self.chosen.value))
         else:
             self.next_step(forward_batch.batch_size)
+
+    def _plan_lists(self, forward_batch, captured: bool) -> None:
+        if self.planned_lists is not None:
+            lengths, batch = forward_batch.seq_lens_cpu, forward_batch.batch_size
+            self.planned_lists.plan(lengths, batch, captured)
 
     def next_step(self, batch: int) -> None:
         """Read the counters and choose the mode of the next steps: once a decode step, on the host.
@@ -334,11 +349,16 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             self._write(step, new, forward_batch)
         if step.buffers is not None and (position or self.step.mode is Mode.OFF):
             self.decode.wait(step)
-            with pool.reading(step.rows):
-                out = super().forward_decode(
-                    q, None, None, layer, forward_batch, False, q_rope=q_rope,
-                    topk_indices=topk, **kwargs,
-                )  # fmt: skip
+            if self.planned_lists is not None:
+                _check_no_sink(kwargs.get("attn_sink"), step, "--ess-attention sglang")
+                q_all, rows = _whole(heads, q_rope), step.rows.flatten(1)
+                out = self.planned_lists.attend(q_all, rows, step.buffers.rows, layer.scaling)
+            else:
+                with pool.reading(step.rows):
+                    out = super().forward_decode(
+                        q, None, None, layer, forward_batch, False, q_rope=q_rope,
+                        topk_indices=topk, **kwargs,
+                    )  # fmt: skip
         else:
             _check_no_sink(kwargs.get("attn_sink"), step)
             out = self._with_lse(layer, heads, q_rope, topk, step)
@@ -386,9 +406,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
 
     def _with_lse(self, layer, heads, q_rope, topk, step: LayerStep) -> torch.Tensor:
         """Attention in parts: a step that overlaps, or that takes several passes."""
-        q_all = heads if q_rope is None else torch.cat(
-            [heads, q_rope.view(len(heads), layer.tp_q_head_num, -1)], dim=-1
-        )  # fmt: skip
+        q_all = _whole(heads, q_rope)
         self._scale = layer.scaling
         if step.buffers is None:
             return self.decode.in_passes(step, q_all, topk)
@@ -412,6 +430,13 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         picks = self._random.integers(0, 2**31, CANARY_ROWS)
         group, position = pool.place(layer_id)
         pool.hot_caches[group].check_rows(picks, f"layer {layer_id}", pool.page_size, position)
+
+
+def _whole(heads: torch.Tensor, q_rope: torch.Tensor | None) -> torch.Tensor:
+    """The queries [T, H, 576] of heads [T, H, 512] and q_rope, or of heads that have both."""
+    if q_rope is None:
+        return heads
+    return torch.cat([heads, q_rope.view(*heads.shape[:2], -1)], dim=-1)
 
 
 def _check(backend: EssDsaBackend, pool, index_kpool: int = 1) -> None:
@@ -446,15 +471,15 @@ def _check(backend: EssDsaBackend, pool, index_kpool: int = 1) -> None:
             )
 
 
-def _check_no_sink(sink, step: LayerStep) -> None:
-    """Raises: RuntimeError for an attention sink, which attention in parts cannot have."""
+def _check_no_sink(sink, step: LayerStep, way: str = "--ess-overlap off") -> None:
+    """Raises: RuntimeError for a sink, which neither attention in parts nor FlashInfer can have."""
     if sink is None:
         return
-    way = "--ess-overlap off"
     if step.buffers is None:  # several passes, whatever overlaps
         way = "a larger hot tier (--ess-hot-ratio or --ess-hot-gib)"
     raise RuntimeError(
-        f"attention in parts must have no sink: got one. Add {way}, or --disable-ess."
+        f"attention in parts or by FlashInfer must have no sink: got one. Add {way}, or "
+        "--disable-ess."
     )
 
 

@@ -7,7 +7,8 @@
     out      [T, H, 512] bfloat16, lse [T, H] float32, natural logarithm; contiguous, as SGLang's
              merge_state_triton requires. A query without rows gets 0 and -inf.
 
-All but FlashInferMla can be captured in a CUDA graph: shapes are static and the host reads nothing.
+attend() can be captured in a CUDA graph: shapes are static and the host reads nothing.
+FlashInferMla must have a plan() before each step, outside the graph.
 `refusals` says in words what a kernel cannot do, without importing it; `choose` takes the first
 kernel that fits. A kernel that stops_early spends little on columns from lengths[t] on; the others
 compute them.
@@ -235,28 +236,62 @@ class TrtllmSparseMla:
         return out.masked_fill(empty[:, :, None], 0), lse.masked_fill(empty, -math.inf)
 
 
+class FlashInferMemory:
+    """Device memory that FlashInfer's wrappers share, because only one plan is in use at a time.
+
+    Everything in it is written by a plan() or inside a step, and read in that step, on one stream.
+    Captured graphs keep the tensors that they were captured with.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.workspace = torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._lists = (torch.empty(0), torch.empty(0))
+
+    def lists(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(kv_indices [size] int32, places [size] int64), zeros the first time."""
+        if len(self._lists[0]) < size:
+            self._lists = (
+                torch.zeros(size, dtype=torch.int32, device=self._device),
+                torch.zeros(size, dtype=torch.int64, device=self._device),
+            )
+        return self._lists[0][:size], self._lists[1][:size]
+
+
 class FlashInferMla:
     """FlashInfer's BatchMLAPagedAttentionWrapper at page size 1, with index lists as kv_indices.
 
     Its plan() needs each request's length on the host. So it serves whole, packed lists whose
     length the scheduler knows, not dual attention, whose parts have lengths that only the device
     knows. Call plan() once a step, outside the CUDA graph. attend() can then be captured, because
-    the wrapper keeps its buffers. It ignores `lengths`, which must equal the planned ones.
+    the wrapper keeps its buffers, and FlashInfer's launch depends on the number of queries and
+    heads alone (MLAPlan in its scheduler.cuh). attend() ignores `lengths`, which must equal the
+    planned ones.
     Source: flashinfer.mla._batch_mla._wrapper (plan, run; lse_mode "basee" is the natural
-    logarithm) and _planning (the page counts in kv_indptr must equal the lengths).
+    logarithm), _planning (the page counts in kv_indptr must equal the lengths) and
+    _backends._fa_common (a plan of other shapes must have a new wrapper).
+
+    memory: to share with other wrappers; None: its own
     """
 
     name = "flashinfer"
     stops_early = True
 
-    def __init__(self, need: Need, sm_scale: float, device: torch.device):
+    def __init__(
+        self,
+        need: Need,
+        sm_scale: float,
+        device: torch.device,
+        memory: FlashInferMemory | None = None,
+    ):
         import flashinfer.mla
 
         self._mla = flashinfer.mla
         self._device = device
         self._backend = "fa3" if need.capability == (9, 0) else "fa2"
-        self._num_heads = need.num_heads
+        self._num_heads, self._dtype = need.num_heads, need.rows_dtype
         self._sm_scale = sm_scale
+        self._memory = FlashInferMemory(device) if memory is None else memory
         self._wrapper: Any = None
         self._shape: tuple[int, int] | None = None
 
@@ -273,28 +308,31 @@ class FlashInferMla:
             reasons.append("wants rows before pads: got pads anywhere")
         return reasons
 
-    def plan(self, lengths: Sequence[int], num_columns: int) -> None:
+    def plan(self, lengths: Sequence[int] | torch.Tensor, num_columns: int) -> None:
         """Prepare attend() for len(lengths) queries with these list lengths of num_columns.
 
+        lengths: on the host. Waits for nothing on the device.
         Raises: ValueError if a length is not 1..num_columns.
         """
-        wrong = [length for length in lengths if not 1 <= length <= num_columns]
-        if wrong:
+        lengths = torch.as_tensor(lengths, dtype=torch.int32)
+        wrong = lengths[(lengths < 1) | (lengths > num_columns)]
+        if len(wrong):
             raise ValueError(
-                f"a list's length must be 1 to {num_columns}: got {wrong[0]}. Parts of lists, as "
-                "dual attention has them, go to another decode kernel."
+                f"a list's length must be 1 to {num_columns}: got {int(wrong[0])}. Parts of "
+                "lists, as dual attention has them, go to another decode kernel."
             )
         if self._shape != (len(lengths), num_columns):
             self._allocate(len(lengths), num_columns)
-        kv_indptr = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        place = [t * num_columns + j for t, length in enumerate(lengths) for j in range(length)]
-        self._place[: len(place)].copy_(torch.tensor(place))
+        kv_indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        torch.cumsum(lengths, 0, out=kv_indptr[1:])
+        total = int(kv_indptr[-1])
+        self._set_places(lengths, kv_indptr, num_columns, total)
         self._wrapper.plan(
             metadata=self._mla.MLAPlanMetadata.csr(
                 qo_indptr=torch.arange(len(lengths) + 1, dtype=torch.int32),
                 kv_indptr=kv_indptr,
-                kv_indices=self._kv_indices[: len(place)],
-                kv_len_arr=torch.tensor(lengths, dtype=torch.int32),
+                kv_indices=self._kv_indices[:total],
+                kv_len_arr=lengths,
             ),
             num_heads=self._num_heads,
             head_dim_ckv=LATENT_DIM,
@@ -302,18 +340,32 @@ class FlashInferMla:
             page_size=1,
             causal=False,
             sm_scale=self._sm_scale,
-            q_data_type=torch.bfloat16,
-            kv_data_type=torch.bfloat16,
+            q_data_type=self._dtype,
+            kv_data_type=self._dtype,
             lse_mode="basee",
         )
+
+    def _set_places(self, lengths, kv_indptr, num_columns: int, total: int) -> None:
+        """Write where in the flat lists [T * K] each of kv_indices comes from.
+
+        The host sends two numbers for each query; the device makes the rest of them. Places from
+        `total` on must be valid too: attend() reads them, and nobody reads the result.
+        """
+        gaps = torch.arange(len(lengths)) * num_columns - kv_indptr[:-1]
+        sent = torch.stack([lengths.long(), gaps])
+        if self._device.type == "cuda":
+            sent = sent.pin_memory()  # PyTorch reuses pinned memory only after its copies are done
+        counts, gaps = sent.to(self._device, non_blocking=True)
+        places = torch.repeat_interleave(gaps, counts, output_size=total)
+        torch.add(places, torch.arange(total, device=self._device), out=self._places[:total])
+        self._places[total:].zero_()  # a plan for a larger batch may have left others there
 
     def _allocate(self, num_queries: int, num_columns: int) -> None:
         device = self._device
         self._shape = num_queries, num_columns
-        self._kv_indices = torch.zeros(num_queries * num_columns, dtype=torch.int32, device=device)
-        self._place = torch.zeros(num_queries * num_columns, dtype=torch.int64, device=device)
+        self._kv_indices, self._places = self._memory.lists(num_queries * num_columns)
         self._wrapper = self._mla.BatchMLAPagedAttentionWrapper(
-            torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+            self._memory.workspace,
             use_cuda_graph=True,
             qo_indptr=torch.zeros(num_queries + 1, dtype=torch.int32, device=device),
             kv_indptr=torch.zeros(num_queries + 1, dtype=torch.int32, device=device),
@@ -328,7 +380,9 @@ class FlashInferMla:
                 f"indices must have the planned shape: got {tuple(indices.shape)}, planned "
                 f"{self._shape}. Call plan() once a step."
             )
-        torch.index_select(indices.view(-1), 0, self._place, out=self._kv_indices)
+        torch.index_select(indices.view(-1), 0, self._places, out=self._kv_indices)
+        # A query that pads a batch may have no row, and FlashInfer reads what it is given.
+        self._kv_indices.clamp_(min=0)
         out, lse = self._wrapper.run(
             query=q_all,
             kv_cache=rows.unsqueeze(1),

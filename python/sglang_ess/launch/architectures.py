@@ -138,4 +138,9 @@ def _sink_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[str
             "--ess-overlap must be off for a model with attention sinks, which attention in parts "
             f"leaves out: got {config.overlap} and costs {config.overlap_costs!r}. Drop both."
         )
+    if not on_cpu and config.attention != "sglang":
+        reasons.append(
+            "--ess-attention must be sglang for a model with attention sinks, which FlashInfer's "
+            f"MLA kernels leave out: got {config.attention}. Drop it."
+        )
     return reasons

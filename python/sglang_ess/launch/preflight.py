@@ -171,6 +171,7 @@ def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
         reasons += rule_reasons(server_args, rules, "with ESS", "Drop it or add --disable-ess")
         reasons += host_reasons(server_args, config) + trace_reasons(config, on_cpu)
         reasons += overlap_reasons(config, on_cpu) + padding_reasons()
+        reasons += attention_reasons(server_args, config, on_cpu)
     return reasons
 
 
@@ -190,6 +191,30 @@ def overlap_reasons(config: EssConfig, on_cpu: bool) -> list[str]:
     except ValueError as error:
         return [f"--ess-overlap-costs: {error}"]
     return []
+
+
+def attention_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[str]:
+    """Why --ess-attention flashinfer cannot be used."""
+    if config.attention == "sglang":
+        return []
+    if on_cpu:
+        return [
+            f"--ess-attention must be left out on the CPU platform: got {config.attention}. "
+            "Drop it: that platform has its own kernels."
+        ]
+    reasons = []
+    if config.overlap in ("da", "dba") or config.overlap_costs:
+        reasons.append(
+            f"--ess-overlap must be off with --ess-attention flashinfer: got {config.overlap} and "
+            f"costs {config.overlap_costs!r}. Drop both, or --ess-attention."
+        )
+    if server_args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
+        reasons.append(
+            "--kv-cache-dtype must be bfloat16 with --ess-attention flashinfer: got "
+            f"{server_args.kv_cache_dtype}. Use --kv-cache-dtype bfloat16, or drop "
+            "--ess-attention."
+        )
+    return reasons
 
 
 def padding_reasons() -> list[str]:
