@@ -16,7 +16,7 @@ import torch
 
 from sglang_ess.attention.mla_kernels import FlashInferMemory, FlashInferMla, Need
 from sglang_ess.attention.overlap import Mode
-from sglang_ess.layout import LATENT_DIM, ROPE_DIM
+from sglang_ess.layout import ROW_DIM
 
 
 class PlannedLists:
@@ -89,10 +89,9 @@ def planned_lists_for(backend: Any, sm_scale: float) -> PlannedLists:
             f"{', '.join(mode.value for mode in backend.policy.modes)}. Add --ess-overlap off."
         )
     rows = backend.token_to_kv_pool.tier.rows[0].flatten(1)
-    width = LATENT_DIM + ROPE_DIM
-    if rows.dtype != torch.uint8 and rows.shape[1] != width:
+    if rows.dtype != torch.uint8 and rows.shape[1] != ROW_DIM:
         raise RuntimeError(
-            f"--ess-attention flashinfer must have rows of {width} values: got "
+            f"--ess-attention flashinfer must have rows of {ROW_DIM} values: got "
             f"{rows.shape[1]}. Add --ess-attention sglang."
         )
     need = Need(rows.dtype, backend.device_capability, backend.num_q_heads)
