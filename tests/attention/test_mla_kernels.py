@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ess_kernels.sparse_mla import sparse_mla_reference
 from sglang_ess.attention import mla_kernels
@@ -234,6 +235,26 @@ def test_a_captured_flashinfer_step_follows_the_next_plan(flashinfer_module):
     torch.index_select(indices.view(-1), 0, places, out=kv_indices)
     flashinfer_module.replay(flashinfer_module.runs[0])
     assert_right((out, lse), q, rows, indices, lengths)
+
+
+def test_flashinfer_asks_the_device_nothing_in_a_captured_step(flashinfer_module, monkeypatch):
+    """Between plan() and the launch no tensor becomes a Python value, in FlashInfer neither."""
+    asked, launched = [], []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if not launched:
+                asked.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    kernel = FlashInferMla(Need(BF16, (9, 0), 16), SCALE, CPU)
+    q, rows, indices, _ = inputs(BF16, 16, packed=True)
+    kernel.plan([70, 3, 1, 33, 64], 70)
+    monkeypatch.setattr(flashinfer_module, "run", lambda *args: launched.append(args))
+    with Watch():
+        kernel.attend(q, rows, indices, None)
+    host = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "equal"}
+    assert launched and "index_select" in asked and not host & set(asked)
 
 
 def test_flashinfer_wrappers_share_their_memory(flashinfer_module):
