@@ -14,8 +14,9 @@ eligible: while there are many, the limit grows and other rows stay. Against exa
 at most 0.4 % more misses at 32K and 128K (aged_clock in results/policy_lab.json); the list that LRU
 needs would be rebuilt every few steps.
 
-A row that the same step uses is never eligible: its age is 0. A tier has at least as many rows as
-a plan has lookups and its step has new slots, so the hand always finds a row.
+A tier with a row for every slot has a free one for every miss, so there free rows alone are
+eligible. A row that the same step uses is never eligible: its age is 0. A tier has at least as many
+rows as a plan has lookups and its step has new slots, so the hand always finds a row.
 
 Ticks and ages are numbers of 31 bits. The age of a row that nobody used for 2^31 steps starts
 again at 0, which makes it young for a while.
@@ -47,7 +48,9 @@ MAX_AGE_LIMIT = 2**12  # kMaxAgeLimit of csrc/plan_fetch.cu. At first, free rows
 # counters [NUM_COUNTERS] int64, since the start of the server. The first six: tiers/contract.py.
 #   short     lookups and reserved slots that found no row, which must stay 0
 #   steps     ticks
-#   stall_ns  ns that the main stream waited for fetches, from `times`
+#   stall_ns  ns from when the main stream was ready for attention until the rows were there, over
+#             layers and steps, from `times`. Without overlap the main stream waited as long; in DA
+#             and DBA at most as long, because it attends to the hits meanwhile
 #   scans     stamps that the hand read
 COUNTERS = (
     "lookups", "misses", "evictions", "evicted_age", "installs", "skipped", "short", "steps",

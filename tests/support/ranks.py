@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.support import forked
+from tests.support.cuda_host import host
 
 RANKS, SECONDS = 2, 180
 
@@ -38,6 +39,7 @@ def on_two_ranks(body: Callable[..., Any], folder, *args: Any, **options: Any) -
 
 def _run(pipe, rank, store, options, body, args) -> None:
     try:
+        host.stand_in()
         _make_groups(rank, store, options)
         pipe.send((True, body(rank, *args)))
     except BaseException:

@@ -90,6 +90,37 @@ def test_a_warm_up_does_not_take_what_the_last_step_used():
     assert len([slot for slot in served.hot(0) if slot >= 100]) == 10  # the free rows
 
 
+def test_a_tier_with_a_row_for_every_slot_evicts_nothing():
+    """However long a row was not used; with fewer rows it would go, though others are free."""
+    for slots, evictions in ((256, 0), (257, 1)):
+        served = Served(slots, 256, topk=8, max_queries=1)
+        served.decode(0, torch.arange(8, dtype=torch.int32)[None])
+        served.tier.state.words[0, hot_state.TICK] += 5000
+        served.tier.state.words[0, hot_state.HAND] = 0
+        served.decode(0, torch.arange(8, 16, dtype=torch.int32)[None])
+        assert (served.tier.caches[0].counters["evictions"] > 0) == evictions
+
+
+def test_a_warm_up_is_no_stall():
+    served = Served(60, 20, topk=5, max_queries=1, layers=1)
+    cache, topk = served.tier.caches[0], torch.arange(5, dtype=torch.int32)[None]
+    served.decode(0, topk)
+    served.tier.state.times[0, 0, hot_state.MAIN_READY] = 1
+    before = served.tier.state.times.clone()
+    cache.warm(topk + 10)
+    assert torch.equal(served.tier.state.times, before)
+
+
+def test_many_queries_of_a_small_tier_find_rows():
+    """Each block lowers the limit once, and all of them pass over the tier meanwhile."""
+    served = Served(2000, 64 * 9, topk=8, max_queries=64)
+    for first in (0, 700):
+        topk = torch.arange(512, dtype=torch.int32).view(64, 8) + first
+        served.decode(0, topk)
+        served.tier.state.words[0, hot_state.AGE_LIMIT] = hot_state.MAX_AGE_LIMIT
+    assert served.tier.caches[0].counters["short"] == 0
+
+
 def test_stalls_are_counted_by_layer_and_step():
     served = Served(60, 20, topk=5, max_queries=1)
     state, slots = served.tier.state, torch.tensor([7], device=DEVICE)

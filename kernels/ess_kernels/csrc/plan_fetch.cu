@@ -48,6 +48,7 @@ constexpr int kCut = 8;             // and falls by as much where a block finds 
 constexpr int kBarren = 64;         // that is, less than one row in so many
 constexpr int kMaxAgeLimit = 1 << 12;
 constexpr int kChunkRows = 4;       // rows of a chunk that one thread looks at, at most
+constexpr int kLeastBlocks = 6;     // of a launch of several queries
 constexpr int kMaxLaps = 1024;      // far above any need: a damaged state must not hang the device
 
 template <int kItems>
@@ -131,7 +132,9 @@ __device__ __forceinline__ int take_rows(Shared<kItems>& s, const GroupState& g,
     const int64_t hoped = static_cast<int64_t>(kDensity) * (wanted - got);
     const int each = static_cast<int>(
         min(static_cast<int64_t>(kChunkRows), (hoped + kThreads - 1) / kThreads));
-    const int chunk = min(each * kThreads, g.num_rows);
+    // Not more than its share, or the blocks of a large batch would lap a small tier at each turn.
+    const int share = max(32, g.num_rows / static_cast<int>(gridDim.x));
+    const int chunk = min(each * kThreads, min(share, g.num_rows));
     if (!hand.insists && own_limit < hand.min_age) patience -= chunk;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -144,7 +147,8 @@ __device__ __forceinline__ int take_rows(Shared<kItems>& s, const GroupState& g,
     __syncthreads();
     const int64_t position = s.position;
     if (position < 0 || position / g.num_rows >= kMaxLaps) break;
-    const int oldest_kept = max(hand.insists ? s.limit : own_limit, hand.min_age - 1);
+    const int limit = g.roomy ? INT_MAX - 1 : hand.insists ? s.limit : own_limit;
+    const int oldest_kept = max(limit, hand.min_age - 1);
     int row[kChunkRows], stamp[kChunkRows], seen = 0;
 #pragma unroll
     for (int i = 0; i < kChunkRows; ++i) {
@@ -176,7 +180,7 @@ __device__ __forceinline__ int take_rows(Shared<kItems>& s, const GroupState& g,
     got = s.got;
     if (got < wanted && (s.seen - seen_before) * kBarren < chunk) {
       own_limit /= 2;
-      if (hand.insists && threadIdx.x == 0 && s.limit > 0) {
+      if (hand.insists && threadIdx.x == 0 && s.limit > 0 && !g.roomy) {
         atomicMin(g.words + AGE_LIMIT, s.limit - max(1, s.limit / kCut));
         store_relaxed(g.words + CUT, 1);
       }
@@ -402,7 +406,9 @@ const char* start_plan(const PlanArguments& a, void* stream) {
   // Asked once: a process has one kind of device.
   static const int most = resident_blocks(kernel, kThreads);
   if (most == 0) return "the device holds no block of plan_fetch";
-  return launch(kernel, a.queries < most ? a.queries : most, kThreads, true, stream, a);
+  // A small batch takes some blocks more, which only copy: two are too few to fill the link.
+  const int wanted = max(a.queries, min(kLeastBlocks, a.copy.blocks));
+  return launch(kernel, wanted < most ? wanted : most, kThreads, true, stream, a);
 }
 
 const char* plan_fetch(const PlanArguments& a, void* stream) {

@@ -21,6 +21,7 @@ struct GroupState {
   int64_t *counters, *times;
   int num_rows;
   int num_layers;
+  bool roomy;  // a row for every slot: nobody has to lose one
 };
 
 // Listed rows of one layer: entries 0 to *count - 1.

@@ -26,6 +26,7 @@ static GroupState state_of(TensorView slot_row, TensorView row_slot, TensorView 
   g.times = longs_of("times", times, times.numel());
   g.num_rows = static_cast<int>(rows / groups);
   g.num_layers = static_cast<int>(times.numel() / groups / 2);
+  g.roomy = rows >= slot_row.numel();
   return g;
 }
 
@@ -92,6 +93,7 @@ void plan_fetch_tensors(TensorView topk, TensorView rows, TensorView hit_rows,
   a.warm = warm;
   a.advance = advance;
   a.copy = copy_of(host_rows, hot_rows, miss_slots, miss_rows, num_misses, times, 0, blocks);
+  if (warm) a.copy.done = nullptr;  // no step waits for it
   check_launch("plan_fetch", plan_fetch(a, stream_of(topk)));
 }
 

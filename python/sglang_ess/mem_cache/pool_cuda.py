@@ -135,6 +135,8 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         slots [sum(new_tokens)] int64, in query order; the others: DeviceStaging.begin
         Every layer of the pass must be written: write_prompt fills the hot rows.
         """
+        for saved in self._saved:  # of the pass before, from the buffers that this one fills
+            wait(saved)
         self.staging.begin(prefix_tokens, new_tokens, tables, slots)
         # A copy: SGLang writes the next pass's slots into this tensor, and the main stream does
         # not wait for a prompt's saves at the end of its pass.

@@ -293,12 +293,15 @@ class DeviceHotCache:
         )
         return buffers
 
-    def fetch(self, planned: PlanBuffers, layer: int = 0) -> None:
-        """Copy the plan's missed rows of one layer from the host tier."""
+    def fetch(self, planned: PlanBuffers, layer: int = 0, is_step: bool = True) -> None:
+        """Copy the plan's missed rows of one layer from the host tier.
+
+        is_step: a decode step waits for it, so its end counts in "stall_ns"
+        """
         host, hot = self.host_layers[layer], self.hot_layers[layer]
         plan_fetch.fetch(
             host, hot, planned.miss_slots, planned.miss_rows, planned.num_misses,
-            self.state.times, layer,
+            self.state.times if is_step else None, layer,
         )  # fmt: skip
 
     def invalidate(self, slots: torch.Tensor) -> None:
@@ -313,7 +316,7 @@ class DeviceHotCache:
         for part in reversed(self.passes(*topk.shape)):
             planned = self.plan_and_fetch(topk[part.queries, part.columns], warm=True)
             for layer in range(1, self.num_layers):
-                self.fetch(planned, layer)
+                self.fetch(planned, layer, is_step=False)
 
     # --- figures and checks; they wait for the device ---------------------------------------
 
