@@ -30,6 +30,7 @@ def noticed(module, shapes, seeds=SEEDS, fault=host.NO_FAULT, number=0):
         status = 1
         try:
             signal.alarm(SECONDS)
+            torch.set_num_threads(1)  # the threads of the parent's OpenMP are not here
             kernels = Seeded(module, fault=fault, number=number)
             cuda_build.load = lambda name: kernels
             for seed in range(seeds):
@@ -75,8 +76,8 @@ MUTANTS = [
     Mutant("a hit is not stamped",
            "if (x.row[i] >= 0) use_row(g, hand, x.row[i]);", ""),
     Mutant("a row in use is eligible",
-           "const int oldest_kept = max(hand.insists ? s.limit : own_limit, hand.min_age - 1);",
-           "const int oldest_kept = max(hand.insists ? s.limit : own_limit, hand.min_age - 2);"),
+           "const int oldest_kept = max(limit, hand.min_age - 1);",
+           "const int oldest_kept = max(limit, hand.min_age - 2);"),
     Mutant("tickets begin at 1",
            "__shfl_sync(0xffffffffu, base, 0) + __popc(votes & ((1u << lane) - 1))",
            "__shfl_sync(0xffffffffu, base, 0) + __popc(votes & ((2u << lane) - 1))"),
