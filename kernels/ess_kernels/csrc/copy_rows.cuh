@@ -2,8 +2,8 @@
 //
 // Bytes in flight decide the speed over PCIe: 55 GB/s (PCIe 5 x16) times a round trip of about
 // 2 us is 110 KB that must be under way at any time. A warp issues kLoads loads of 512 B before its
-// first store: 4 rows of 656 B or 2 of 1152 B, 2.3 to 2.6 KB. So 48 warps cover the link; 16 blocks
-// of 16 warps are five times that, because a warp has nothing in flight while it stores.
+// first store: 3 rows of 656 B or 2 of 1152 B, 2.0 to 2.3 KB. So 56 warps cover the link; 16 blocks
+// of 16 warps are four times that, because a warp has nothing in flight while it stores.
 //
 // A request goes to the host as lines of 128 B. Rows start at any multiple of 16 B, so the lanes
 // are dealt to a row from the start of its first line on: eight neighbouring lanes read one line,
@@ -17,7 +17,7 @@ namespace ess {
 
 constexpr int kLanes = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kLoads = 6;
+constexpr int kLoads = 5;
 constexpr int kLineWords = 128 / kAccessBytes;
 constexpr int kFp8RowWords = 656 / kAccessBytes;
 constexpr int kBf16RowWords = 1152 / kAccessBytes;
