@@ -17,14 +17,6 @@ def _touch(target: str, kind: str, signature: str, body: str, reason: str, test:
 
 HOOKS = (
     _touch(
-        f"{_POOL}._write_mla_kv_buffer",
-        "call",
-        "(self, dst_buffer, loc, cache_k_nope, cache_k_rope)",
-        "sglang_ess.mem_cache.pool_cuda",
-        "Private: it packs latent rows; ours lets it pack into new rows on the device.",
-        "mem_cache/test_pool_cuda.py",
-    ),
-    _touch(
         f"{_POOL}.get_key_buffer",
         "subclass",
         "(self, layer_id)",

@@ -97,7 +97,7 @@ def read_layer(staging, host, batch, layer, topk, fmt, padding=None) -> int:
         new_rows = place.copy_(new_rows)
     for index, group in enumerate(staging.groups):
         staged = staging.rows(layer, index, new_rows)
-        places = staging.places_of(index, topk[group.queries])
+        places = staging.translate(index, topk)[group.queries]
         real = topk[group.queries] >= 0
         assert torch.equal(places >= 0, real)
         whole = torch.zeros_like(topk)

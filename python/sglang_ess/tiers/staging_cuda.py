@@ -135,21 +135,16 @@ class DeviceStaging:
             self._pending = self._prefetch(item + 1)
         return buffer
 
-    def places_of(self, index: int, topk: torch.Tensor) -> torch.Tensor:
-        """Map slots [T, K] int32 of groups[index], -1 pads, to rows of its buffer."""
-        self._put(self.groups[index])
-        return gather_rows(topk, self._place)
-
     def translate(self, index: int, topk: torch.Tensor) -> torch.Tensor:
-        """places_of for a whole batch's slots [T, K] int32: 0 where a query is another group's."""
-        self._put(self.groups[index])
-        return gather_rows(topk, self._place, self.groups[index].queries)
+        """Map a whole batch's slots [T, K] int32, -1 pads, to rows of groups[index]'s buffer.
 
-    def _put(self, group: DeviceGroup) -> None:
-        """Fill the map for this group. Entries of other groups' slots may be stale."""
-        if self._placed is not group:
+        0 where a query is another group's.
+        """
+        group = self.groups[index]
+        if self._placed is not group:  # entries of other groups' slots may be stale
             self._place[group.slots] = group.places
             self._placed = group
+        return gather_rows(topk, self._place, group.queries)
 
     def _prefetch(self, item: int) -> tuple[int, torch.cuda.Event | None]:
         """Start the copy for an item. Returns the item and the event at the copy's end, if any."""
