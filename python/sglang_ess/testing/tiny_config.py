@@ -31,6 +31,7 @@ class Arch:
         "streams" (HC_STREAMS residual streams, mixed by hyper-connections); "stacked" experts:
         those of a layer are one tensor; "pairs": two layers of attention and MLP are one layer
         of the checkpoint, with the experts beside its second half
+    mtp: the name of its MTP layer in a checkpoint; None: no such layer is written
     config: what config.json says in addition
     """
 
@@ -48,27 +49,31 @@ class Arch:
     indexer_halves: bool = True
     indexer_rope_last: bool = False
     parts: tuple[str, ...] = ()
+    mtp: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
 HC_STREAMS = 4
+AFTER_THE_LAST = "model.layers.{layers}."
 ARCHS = {
     "v32": Arch(
         "DeepseekV32ForCausalLM", "deepseek_v32", "deepseek_v32", "DeepSeek-V3.2",
-        rope="yarn", groups=2,
+        rope="yarn", groups=2, mtp=AFTER_THE_LAST,
     ),
     "v3": Arch(
         "DeepseekV3ForCausalLM", "deepseek_v3", "deepseek_v32", "DeepSeek-V3 with an indexer",
-        rope="yarn", groups=2,
+        rope="yarn", groups=2, mtp=AFTER_THE_LAST,
     ),
     "glm": Arch(
         "GlmMoeDsaForCausalLM", "glm_moe_dsa", "glm_moe_dsa", "GLM-5",
         rope_theta=1_000_000, topk_freq=2, shares=True, indexer_halves=False,
+        mtp=AFTER_THE_LAST,
     ),
     "hy4": Arch(
         "HYV4ForCausalLM", "hy_v4", "hy_v4", "Hy4",
         rope_theta=10_000_000, topk_freq=4, shares=True, indexer_halves=False,
         indexer_rope_last=True, parts=("gate", "sinks", "streams", "stacked"),
+        mtp="model.mtp_layers.0.",
         # The release's limit is 10, which no activation of a tiny model reaches.
         config={"hc_mult": HC_STREAMS, "hc_magnitude": 2.0, "hc_eps": 1e-6, "swiglu_limit": 2.0},
     ),
@@ -88,6 +93,11 @@ ARCHS = {
 def count(default: int | None, low: int = 1, step: int = 1, help: str = "") -> Any:
     """Return an integer field that must be at least `low` and a multiple of `step`."""
     return field(default=default, metadata={"low": low, "step": step, "help": help})
+
+
+def flag(help: str) -> Any:
+    """Return an integer field that is 0 or 1."""
+    return field(default=0, metadata={"low": 0, "high": 1, "step": 1, "help": help})
 
 
 def letters(help: str) -> Any:
@@ -111,6 +121,9 @@ def field_problems(config: Any) -> Iterator[str]:
         elif "choices" in rule:
             if value not in rule["choices"]:
                 yield f"{one.name} must be {' or '.join(rule['choices'])}: got {value!r}"
+        elif "high" in rule:
+            if type(value) is not int or not rule["low"] <= value <= rule["high"]:
+                yield f"{one.name} must be {rule['low']} or {rule['high']}: got {value!r}"
         elif type(value) is not int or value < rule["low"] or value % rule["step"]:
             kind = f"a multiple of {rule['step']}" if rule["step"] > 1 else "an integer"
             yield f"{one.name} must be {kind} >= {rule['low']}: got {value!r}"
@@ -125,6 +138,9 @@ class TinyModelConfig:
     indexer, and the others reuse its choice.
     sharing: index_topk_pattern in their place, a letter for each layer: F runs an indexer
     rope: SGLang's own CPU backend serves only "yarn"; this project's CPU platform serves both.
+    mtp_layers: 1: a layer of multi-token prediction, SGLang's draft for EAGLE, with an indexer of
+        its own. The target's weights are those without it.
+    index_share_for_mtp_iteration: SGLang's: 1: all draft steps read the top-k of the first
     dtype: a float32 checkpoint is served as float16 unless SGLang is told --dtype float32.
     Raises: ValueError, one line, naming every field that is out of range.
     """
@@ -156,6 +172,8 @@ class TinyModelConfig:
     rope: str | None = choice(None, ("yarn", "plain"), "yarn or plain")
     # DeepSeek-V3.2 has 40; 4 keeps the unscaled part of a 16k context at 4k
     yarn_factor: int = count(4, low=2, help="context / its unscaled part")
+    mtp_layers: int = flag("draft layers for speculative decoding")
+    index_share_for_mtp_iteration: int = flag("1: one top-k for all draft steps")
     dtype: str = choice("bfloat16", ("bfloat16", "float32"), "bfloat16 or float32")
     seed: int = count(0, low=0)
 
@@ -190,6 +208,13 @@ class TinyModelConfig:
             yield f"dense_layers must be <= layers {self.layers}: got {self.dense_layers}"
         if "pairs" in ARCHS[self.arch].parts and self.layers % 2:
             yield f"layers must be even for arch {self.arch}: got {self.layers}"
+        if self.mtp_layers and ARCHS[self.arch].mtp is None:
+            yield f"mtp_layers must be 0 for arch {self.arch}: got {self.mtp_layers}"
+        elif self.mtp_layers and self.layers == 1:
+            # SGLang reads the draft of a one-layer model from layer 0.
+            yield "layers must be >= 2 with an MTP layer: got 1"
+        if self.index_share_for_mtp_iteration > self.mtp_layers:
+            yield "index_share_for_mtp_iteration must be 0 without an MTP layer: got 1"
         if self.sharing and len(self.sharing) != self.layers:
             yield f"sharing must have {self.layers} letters, one a layer: got {self.sharing!r}"
         if not ARCHS[self.arch].shares and "shared" in self.indexer_types:

@@ -99,6 +99,7 @@ def model_config(config: TinyModelConfig, vocab_size: int, token_ids: dict[str, 
     if "streams" in arch.parts:
         sparse = config.layers - config.dense_layers
         result["mlp_layer_types"] = ["dense"] * config.dense_layers + ["sparse"] * sparse
+    result |= _mtp_fields(config)
     if "pairs" in arch.parts:
         result |= _pair_fields(config) | {"rope_scaling": result.pop("rope_parameters")}
     elif arch.shares:
@@ -108,6 +109,13 @@ def model_config(config: TinyModelConfig, vocab_size: int, token_ids: dict[str, 
 
         return tiny_glm5_next.model_config(result, config)
     return result
+
+
+def _mtp_fields(config: TinyModelConfig) -> dict:
+    """Return what a model without an MTP layer does not say."""
+    layers = {"num_nextn_predict_layers": 1} if config.mtp_layers else {}
+    shared = {"index_share_for_mtp_iteration": True} if config.index_share_for_mtp_iteration else {}
+    return layers | shared
 
 
 def _pair_fields(config: TinyModelConfig) -> dict:
@@ -138,12 +146,14 @@ def write_tiny_model(out_dir: str | os.PathLike, config: TinyModelConfig) -> Pat
     """
     out = prepare_directory(out_dir, MARKER, config)
     # Imported here: a refused command line should not wait for torch.
-    from sglang_ess.testing import tiny_glm5_next, tiny_weights
+    from sglang_ess.testing import tiny_glm5_next, tiny_mtp, tiny_weights
     from sglang_ess.testing.tiny_tokenizer import TOKEN_IDS, VOCAB_SIZE
 
     special = config.arch == "glm5_next"
     of_arch = tiny_glm5_next if special else tiny_weights
-    tensors = of_arch.checkpoint_tensors(config, VOCAB_SIZE)
+    tensors = [*of_arch.checkpoint_tensors(config, VOCAB_SIZE)]
+    if config.mtp_layers:
+        tensors += tiny_mtp.mtp_tensors(config, VOCAB_SIZE)
     tiny_weights.write_weights(out / "model.safetensors", tensors, config.dtype)
     write_small_files(out, model_config(config, VOCAB_SIZE, TOKEN_IDS))
     for name, content in tiny_glm5_next.PROCESSORS.items() if special else ():

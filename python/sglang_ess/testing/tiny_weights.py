@@ -140,8 +140,16 @@ def _attention_name(config, layer) -> str:
 def _attention(config, draws, layer):
     # A shared layer has no indexer, so it must agree with the one whose choice it reuses.
     source = max(i for i in range(layer + 1) if config.indexer_types[i] == "full")
-    shared = f"from layer {source} "
     name = _attention_name(config, layer)
+    yield from attention(config, draws, name, f"from layer {source} ", source == layer)
+
+
+def attention(config, draws, name, shared, indexed):
+    """Yield one layer's attention, whose tensors begin with `name`.
+
+    shared: begins the names of the draws that it has in common with the indexer that selects for it
+    indexed: whether that indexer is its own
+    """
     q_rank, rope = config.q_lora_rank, QK_ROPE_HEAD_DIM
     kv_a = draws.blind(shared + "kv_a", KV_LORA_RANK + rope)
     index_k = draws.matrix(shared + "index k", INDEX_HEAD_DIM - rope, KV_LORA_RANK)
@@ -164,7 +172,7 @@ def _attention(config, draws, layer):
     if "sinks" in ARCHS[config.arch].parts:
         yield name + "learnable_sink_param", SINK_MEAN + draws.normal(name + "sinks", config.heads)
     yield name + "o_proj.weight", draws.matrix(name + "o", config.hidden, value_width, gain=gain)
-    if source == layer:
+    if indexed:
         yield from _indexer(
             config,
             draws,
