@@ -38,7 +38,7 @@ class Pool(pool_cuda.CudaEssTokenToKVPool):
         self.kv_cache_dim, self.dsa_kv_cache_store_fp8 = NOPE + ROPE, False
         nan = float("nan")  # reading a row that nobody filled must show
         self.kv_buffer = [torch.full((SLOTS, 1, NOPE + ROPE), nan) for _ in range(layers)]
-        shape = SimpleNamespace(topk=TOPK)
+        shape = SimpleNamespace(topk=TOPK, queries=1)
         rows = {"hot_rows": hot_rows, "staging_rows": staging_rows}
         self.capacity = SimpleNamespace(geometry=shape, **rows)
         self._create_tiers()

@@ -99,6 +99,7 @@ class Geometry:
     page_slots   slots of a page
     ghosts       index groups have ghost caches, by which hot rows move between them
     groups       the index groups of the layers; None: each layer is one
+    queries      of a request in a decode step: 1, or the draft tokens of a verify step
     Raises: ValueError for groups of another number of layers.
     """
 
@@ -110,6 +111,7 @@ class Geometry:
     page_slots: int
     tier: TierBytes = CPU_TIER
     ghosts: bool = False
+    queries: int = 1
     groups: IndexGroups | None = None
 
     def __post_init__(self) -> None:
@@ -391,9 +393,10 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
     from sglang.srt.configs.model_config import get_dsa_mtp_topk_width
     from sglang.srt.mem_cache.kv_cache_configurator import calculate_mla_kv_cache_dim
     from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
+    from sglang.srt.runtime_context import get_spec
 
     model, dtype = configurator.model_config, configurator.kv_cache_dtype
-    groups = index_groups(configurator)
+    groups, drafts = index_groups(configurator), get_spec().speculative_num_draft_tokens
     layers = groups.layers
     row_bytes = calculate_mla_kv_cache_dim(model_config=model, kv_cache_dtype=dtype)
     row_bytes *= dtype.itemsize
@@ -410,6 +413,7 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
         topk=topk,
         context_tokens=model.context_len,
         page_slots=configurator.pool_page_size,
+        queries=1 if configurator.spec_algorithm.is_none() else drafts,
         tier=CPU_TIER if on_cpu else GPU_TIER,
         ghosts=on_cpu and moves_rows(config, groups),
         groups=groups,

@@ -54,7 +54,7 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
                 for groups in self.groups.by_size().values()
                 if len(groups) > 1
             ]
-        self.sample = TopkSample(len(self.groups), topk)
+        self.sample = TopkSample(len(self.groups), topk, width=self.capacity.geometry.queries)
         self.staging = Staging(host_rows, self.capacity.staging_rows)
         self.request_misses = np.zeros(1, np.int64)
 

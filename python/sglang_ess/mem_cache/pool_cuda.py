@@ -43,7 +43,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
             self.groups, self.kv_buffer, hot_rows, topk, PLAN_QUERIES_CUDA, self.device
         )
         pinned = torch.device(self.device).type == "cuda"
-        self.sample = TopkSample(len(self.groups), topk, pinned)
+        self.sample = TopkSample(len(self.groups), topk, pinned, self.capacity.geometry.queries)
         self._probe = LinkProbe(self.kv_buffer[0], self.device, self.transfer)
         self.staging = DeviceStaging(
             self.kv_buffer, self.capacity.staging_rows, self.device, self.transfer
