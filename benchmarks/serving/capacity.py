@@ -37,6 +37,9 @@ from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
 from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.model_runner_components.layer_setup import ModelLayerInfo
+from sglang.srt.model_executor.model_runner_components.spec_aux_hidden_state import (
+    SpecAuxHiddenStateConfig,
+)
 from sglang.srt.runtime_context import get_context, get_parallel
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from transformers import DeepseekV32Config, GlmMoeDsaConfig, HYV4Config
@@ -87,7 +90,7 @@ class MetaConfigurator(KVCacheConfigurator):
             device="meta", gpu_id=0, attn_dp_size=1, pp_size=1, model_config=model,
             server_args=get_context().server_args, kv_cache_dtype=torch.float8_e4m3fn,
             model_dtype=torch.bfloat16, page_size=PAGE_SLOTS, layer_info=info,
-            spec_algorithm=SpeculativeAlgorithm.NONE, spec_aux_config=SimpleNamespace(),
+            spec_algorithm=SpeculativeAlgorithm.NONE, spec_aux_config=SpecAuxHiddenStateConfig(),
             use_mla_backend=True,
         )  # fmt: skip
         # The rest is None: no weights, no streams, no draft, no sliding window.

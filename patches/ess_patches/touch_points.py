@@ -190,6 +190,14 @@ CPU = (
         "The buffers of all layers, for the bytes a token costs; only these pools have it.",
         "launch/test_startup.py",
     ),
+    _ess(
+        "sglang.srt.speculative.base_spec_worker.BaseSpecWorker.primary_draft_kv_pool",
+        "call",
+        "<property>",
+        "sglang_ess.launch.startup",
+        "The draft model's pool, for the bytes that it takes; None for n-grams.",
+        "launch/test_startup.py",
+    ),
     _touch(
         f"{_POOL}.set_mla_kv_buffer",
         "call",
@@ -259,7 +267,7 @@ CPU = (
         "call",
         "(kvc)",
         "sglang_ess.mem_cache.capacity",
-        "The bytes of a token as SGLang counts them: its result's _cell_size.",
+        "The bytes of a token as SGLang counts them, a draft model's too: its result's _cell_size.",
         "mem_cache/test_capacity.py",
     ),
     _touch(
@@ -267,7 +275,7 @@ CPU = (
         "call",
         "(self, kvc, num_layers)",
         "sglang_ess.mem_cache.capacity",
-        "Computes _cell_size, which only instances have.",
+        "The same without the draft model's. Computes _cell_size, which only instances have.",
         "mem_cache/test_capacity.py",
     ),
     _touch(

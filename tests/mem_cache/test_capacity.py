@@ -1,5 +1,6 @@
 """The byte budget: what is decided, at its limits, and that a real pool takes just that."""
 
+import os
 import re
 from dataclasses import replace
 
@@ -22,7 +23,7 @@ from sglang_ess.mem_cache.capacity import (
 from sglang_ess.mem_cache.host_share import NodeRanks, host_limit_bytes
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from sglang_ess.tiers.index_groups import IndexGroups
-from tests.support.engine import EngineProcess
+from tests.support.engine import EngineProcess, in_fork
 
 PAGE, GIB = 64, 1 << 30
 # A layer's row, its index key; what DeepSeek-V3.2 has of them.
@@ -72,6 +73,66 @@ def test_the_parts_of_the_sum():
     assert geometry.device_bytes(100, 20) == slots + hot + staging + 64 * 8 * 12
     assert geometry.host_bytes(100) == 110 * 2 * 656
     assert geometry.staging_rows(30) == 40  # no request is longer than the slots there are
+
+
+def test_a_draft_model_takes_device_memory_alone():
+    """Its row and key of every slot, and of the page that takes padding's writes."""
+    drafts = replace(SMALL, draft_bytes=656 + 132)
+    for slots, rows in ((PAGE, 8), (640, 128)):
+        more = drafts.device_bytes(slots, rows) - SMALL.device_bytes(slots, rows)
+        assert more == (slots + PAGE) * (656 + 132)
+        assert drafts.host_bytes(slots) == SMALL.host_bytes(slots)
+    assert max_slots(AUTO, drafts, GIB, PLENTY) < max_slots(AUTO, SMALL, GIB, PLENTY)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16"])
+@pytest.mark.parametrize("name", ["v32", "glm52"])
+def test_the_draft_models_pool_is_what_the_formula_says(name, dtype):
+    """SGLang's own pool, on torch's meta device; GLM-5.2's layers share index keys, its MTP layer
+    has some all the same. Without a draft model (n-grams, too) nothing is counted.
+    """
+    plain, drafts, exact, buffers = in_fork(geometries_of, name, getattr(torch, dtype))
+    slots, pool_bytes = buffers
+    assert plain.draft_bytes == 0
+    assert replace(drafts, draft_bytes=0) == plain
+    assert (slots + PAGE) * drafts.draft_bytes == pool_bytes
+    key = drafts.draft_bytes - plain.row_bytes
+    assert key == 132 and exact.draft_bytes == plain.row_bytes + 512
+    assert exact.index_bytes * 132 == plain.index_bytes * 512
+
+
+def geometries_of(name, dtype):
+    """(geometries without a draft model, with it, with exact keys; slots and bytes of its pool)"""
+    from sglang.srt.model_executor.model_runner_components.layer_setup import ModelLayerInfo
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    from benchmarks.serving.capacity import MetaConfigurator, Point, published
+
+    os.environ |= EssConfig(enabled=False).to_env()  # SGLang's own sizes
+
+    def made(algorithm):
+        found = MetaConfigurator(Point(name, 32768, GIB))
+        found.kv_cache_dtype, found.spec_algorithm = dtype, algorithm
+        return found
+
+    with published():
+        plain = capacity._geometry(made(SpeculativeAlgorithm.NGRAM), AUTO)[1]
+        target, draft = made(SpeculativeAlgorithm.EAGLE), made(SpeculativeAlgorithm.EAGLE)
+        target.spec_aux_config.eagle_draft_num_layers = 1
+        drafts, exact = (
+            capacity._geometry(target, config)[1]
+            for config in (AUTO, EssConfig(index_dtype="float32"))
+        )
+        draft.is_draft_worker = True
+        draft.layer_info = ModelLayerInfo(start_layer=0, end_layer=1, num_effective_layers=1)
+        _, pools = target.build()
+        sizes = draft._derive_pool_sizes(config=target._resolve_memory_pool_config(0))
+        shared = pools.req_to_token_pool, pools.token_to_kv_pool_allocator
+        names = "req_to_token_pool", "token_to_kv_pool_allocator"
+        given = dict(zip(names, shared, strict=True))
+        pool = draft._init_pools(sizes=sizes, **given).token_to_kv_pool
+    buffers = *pool.kv_buffer, *pool.index_k_with_scale_buffer
+    return plain, drafts, exact, (pool.size, sum(buffer.nbytes for buffer in buffers))
 
 
 def test_a_cap_of_the_users_goes_to_the_automatic_hot_tier():
@@ -233,8 +294,10 @@ configs = st.one_of(
     st.builds(EssConfig, hot_gib=st.floats(1e-4, 0.1)),
 )
 geometries = st.builds(
-    lambda layers, row, keys, *rest: Geometry(layers, row, min(keys, layers) * 132, *rest),
-    st.integers(1, 61), st.sampled_from((656, 1152, 2304)), st.integers(1, 61),
+    lambda layers, row, keys, draft, *rest: Geometry(
+        layers, row, min(keys, layers) * 132, *rest, draft_bytes=draft * (row + 132)
+    ),
+    st.integers(1, 61), st.sampled_from((656, 1152, 2304)), st.integers(1, 61), st.integers(0, 1),
     st.integers(1, 2048), st.integers(1, 200_000), st.sampled_from((1, 64)),
 )  # fmt: skip
 

@@ -57,15 +57,17 @@ def test_hot_rows_fill_what_slots_leave_and_no_more_than_there_are():
     assert rows < paper.hot_rows(100, 32768)
 
 
+@pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("name", ["deepseek-v3.2", "glm-5.2", "hy4"])
-def test_ours_charges_what_the_gpu_pool_allocates(name):
+def test_ours_charges_what_the_gpu_pool_allocates(name, drafts):
     """Where layers share a top-k: index keys, map and row states once an index group."""
     context, batch, rows, model = 32768, 40, 64 * 1000, load("model", name)
     geometry = capacity.Geometry(
         layers=model.layers, row_bytes=656, index_bytes=len(model.groups) * 132, topk=2048,
         context_tokens=context, page_slots=64, tier=capacity.GPU_TIER, groups=model.groups,
+        draft_bytes=drafts * (656 + 132),
     )  # fmt: skip
-    rank = Memory(model, DEVICE_BYTES)
+    rank = Memory(model, DEVICE_BYTES, charges=Charges.ours(model, drafts))
     found = rank.device_used(batch, context, rows)
     # Left out: pages of staging rows, layers' counters, reserved rows. Kilobytes.
     assert found == pytest.approx(geometry.device_bytes(batch * context, rows), abs=200e3)
@@ -84,6 +86,35 @@ def test_one_tier_of_glm_5_2_is_elided():
     assert (ours.slot_bytes, ours.hot_row_bytes) == (2772 + 22 * 4, 51168 + 21 * 8)
 
 
+def test_the_mtp_layer_is_paid_for_where_it_drafts():
+    """788 B of a slot in V3.2 and GLM-5.2, in either tier; ESS's equation leaves them out."""
+    node, gpu = load("deployment", "node-8"), load("gpu", "h200")
+    alone = changed(node, queries=1, accepted_tokens=1.0)
+    for name in ("deepseek-v3.2", "glm-5.2"):
+        model = load("model", name)
+        plain, drafts = (Memory.of(model, gpu, deployment) for deployment in (alone, node))
+        assert drafts.charges.slot_bytes - plain.charges.slot_bytes == 656 + 132
+        assert drafts.resident_bytes - plain.resident_bytes == 656 + 132
+        assert drafts.charges.hot_row_bytes == plain.charges.hot_row_bytes
+        assert drafts.host_used(8, 32768) == plain.host_used(8, 32768)
+        paper = Memory.of(model, gpu, node, Charges.paper(model))
+        assert paper.resident_bytes == plain.resident_bytes
+        four = changed(node, queries=4, accepted_tokens=2.8)  # the layer runs three times
+        assert Memory.of(model, gpu, four).charges == drafts.charges
+
+
+def test_weights_of_the_mtp_layer():
+    """DeepSeek-V3's README_WEIGHTS: 11.5B, without the embedding and head that it shares. V3.2's
+    has an indexer besides.
+    """
+    node = load("deployment", "node-8")
+    whole = changed(node, expert_gpus=1)
+    alone = changed(whole, queries=1, accepted_tokens=1.0)
+    found = weight_bytes(MODEL, whole) - weight_bytes(MODEL, alone)
+    joins = 2 * MODEL.hidden**2  # in bfloat16, so counted twice
+    assert found - joins - MODEL.indexer_weights == pytest.approx(11.5e9, rel=0.01)
+
+
 def test_the_constants_are_the_kernels():
     assert memory.ROW_STATE_BYTES == hot_state.HOT_ROW_STATE_BYTES
     plans = layout.PLAN_QUERIES_CUDA * 2048 * memory.PLAN_BYTES_PER_LOOKUP
@@ -94,7 +125,10 @@ def test_weights_leave_room_on_h200_and_none_on_a_node_of_h100():
     node = load("deployment", "node-8")
     left = kv_bytes(MODEL, load("gpu", "h200"), node)
     assert left / GIB == pytest.approx(140.4 * 0.9 - 4 - weight_bytes(MODEL, node) / GIB)
-    with pytest.raises(ValueError, match="weights must fit into a GPU: got 94.5 GiB, limit 67.6"):
+    with pytest.raises(ValueError, match="weights must fit into a GPU: got 96.2 GiB, limit 67.6"):
         kv_bytes(MODEL, load("gpu", "h100"), node)
+    alone = changed(node, queries=1, accepted_tokens=1.0)
+    with pytest.raises(ValueError, match="got 94.5 GiB, limit 67.6"):
+        kv_bytes(MODEL, load("gpu", "h100"), alone)
     assert kv_bytes(MODEL, load("gpu", "h100"), changed(node, expert_gpus=32)) > 0
     assert Memory.of(MODEL, load("gpu", "h200"), changed(node, kv_gib=7.0)).device_bytes == 7 * GIB

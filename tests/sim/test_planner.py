@@ -129,10 +129,14 @@ def test_no_batch_nearby_is_better():
 
 def test_one_tier_is_the_resident_batch():
     advice = advise().one_tier
-    row = 61 * (656 + 132)
+    row = 62 * (656 + 132)  # the MTP layer's too, because the question has two queries
     memory = Memory.of(*(getattr(question(), name) for name in ("model", "gpu", "deployment")))
     assert advice.batch == memory.device_bytes // (CONTEXT * row)
     assert (advice.misses, advice.host_gib, advice.ratio) == (0, 0, 1)
+    assert advice.device_gib == pytest.approx(62 * advice.draft_gib)
+    assert advice.draft_gib * GIB == pytest.approx(advice.batch * CONTEXT * (656 + 132))
+    alone = advise(queries=1, accepted_tokens=1.0).one_tier
+    assert alone.draft_gib == 0
 
 
 def test_longer_requests_take_more_memory_than_the_average_says():
@@ -292,7 +296,7 @@ def test_a_curve_stands_for_every_layer_of_its_group():
 def test_one_tier_holds_no_index_keys_of_layers_that_share():
     answer = Planner(shared(), GROUPS).advise()
     memory = Memory.of(GLM, shared().gpu, shared().deployment)
-    assert answer.one_tier.batch == memory.device_bytes // (CONTEXT * 53940)
+    assert answer.one_tier.batch == memory.device_bytes // (CONTEXT * (53940 + 788))
     assert answer.helps and answer.gain > 2
     ess = answer.ess
     assert 0 < ess.parts["transfer"] < ess.in_turn_ms
@@ -326,6 +330,25 @@ def quick(monkeypatch):
     monkeypatch.setattr(command, "misses_of", lambda question, *_: table(question.context))
 
 
+DRAFTS = "--speculative-algorithm NEXTN --speculative-eagle-topk 1".split()
+DRAFTS += "--speculative-num-steps 1 --speculative-num-draft-tokens 2".split()
+
+
+@pytest.mark.parametrize(("mtp", "steps"), [(1, None), (2, 1), (4, 3)])
+def test_the_advice_drafts_as_many_tokens_as_were_asked_for(mtp, steps):
+    """SGLang takes them: one chain of steps, and the token that is sure."""
+    from sglang.srt.server_args import ServerArgs
+
+    found = command._draft_flags(mtp)
+    assert (found == []) == (steps is None)
+    if found:
+        parser = ArgumentParser()
+        ServerArgs.add_cli_args(parser)
+        args = parser.parse_args(["--model-path", "m", *found])
+        assert args.speculative_num_steps == steps == args.speculative_num_draft_tokens - 1
+        assert (args.speculative_algorithm, args.speculative_eagle_topk) == ("NEXTN", 1)
+
+
 @pytest.mark.parametrize("more", [[], ["--overlap", "da"], ["--host-gib", "72.5"],
                                   ["--requests", "2"]])  # fmt: skip
 def test_the_flags_are_the_servers(quick, more):
@@ -338,10 +361,10 @@ def test_the_flags_are_the_servers(quick, more):
     config, others = parser.parse_known_args(arguments)
     config = EssConfig.from_cli_args(config)
     if not answer.helps:
-        assert arguments == ["--disable-ess"] and not config.enabled
+        assert arguments == ["--disable-ess", *DRAFTS] and not config.enabled
         return
     advice = answer.best
-    assert others == ["--cuda-graph-max-bs-decode", str(advice.batch)]
+    assert others == ["--cuda-graph-max-bs-decode", str(advice.batch), *DRAFTS]
     hot_row = Memory.of(asked.model, asked.gpu, asked.deployment).charges.hot_row_bytes
     assert config.hot_gib * GIB // hot_row == advice.hot_rows
     host_gib = config.host_gib / asked.deployment.gpus_per_node  # the flag is for a node

@@ -116,6 +116,9 @@ def serving_facts(scheduler: Any) -> dict[str, Any]:
     if hasattr(pool, "index_k_with_scale_buffer"):
         facts |= {"index_topk": model.hf_config.index_topk} | _row_facts(pool)
         facts["node_ranks"] = NodeRanks.of(get_parallel()).total
+        if not scheduler.spec_algorithm.is_none():
+            facts |= _speculation_facts(scheduler)
+            facts["device_bytes"] += facts["draft_bytes"]
     return facts
 
 
@@ -160,8 +163,24 @@ def _row_facts(pool: Any) -> dict[str, Any]:
     } | _tier_facts(pool)
 
 
+def _speculation_facts(scheduler: Any) -> dict[str, Any]:
+    """Queries of a request in a verify step, and bytes of the draft model's pool, which has one
+    tier on the device. An algorithm without a draft model (n-grams) has none.
+    """
+    from sglang.srt.runtime_context import get_spec
+
+    pool = scheduler.draft_worker.primary_draft_kv_pool
+    return {
+        "verify_queries": get_spec().speculative_num_draft_tokens,
+        "draft_layers": 0 if pool is None else pool.layer_num,
+        "draft_bytes": 0 if pool is None else int(pool.get_kv_size_bytes()),
+    }
+
+
 def _tier_facts(pool: Any) -> dict[str, Any]:
-    """Bytes on the device and on the host. With one tier all are on the device."""
+    """Bytes on the device and on the host, without a draft model's. With one tier all are on the
+    device.
+    """
     if not hasattr(pool, "hot_caches"):
         return {"tiers": 1, "device_bytes": int(pool.get_kv_size_bytes()), "host_bytes": 0}
     rows = [cache.num_rows for cache in pool.hot_caches]
@@ -214,6 +233,7 @@ _TIER_ROWS = {
         ("host tier", "{host_tier}"),
     ),
 }
+_SPECULATION_ROWS = (("speculation", "{speculation}"),)
 _LIMIT_ROWS = (
     ("slots", "{slots} in pages of {page_slots}"),
     (
@@ -232,10 +252,12 @@ def block(server_args: Any, facts: dict[str, Any], seconds: float) -> str:
         "url": server_args.url(),
         "device_mib": facts.get("device_bytes", 0) / MIB,
         "host_tier": _host_text(facts),
+        "speculation": _speculation_text(facts),
     }
     rows: tuple[tuple[str, str], ...] = _MODEL_ROWS if facts else (("model", "{model_path}"),)
     if "latent_format" in facts:
         rows += _ROW_ROWS + _TIER_ROWS[facts["tiers"]]
+        rows += _SPECULATION_ROWS if "verify_queries" in facts else ()
     rows += (_LIMIT_ROWS if facts else ()) + (("URL", "{url}"),)
     if "topk_stream" in facts:
         rows += (("top-k stream", "{topk_stream}: outputs are wrong (--ess-unsafe)"),)
@@ -258,6 +280,17 @@ def _host_text(facts: dict[str, Any]) -> str:
 
     pages = Residence(num_bytes, facts["host_huge_bytes"], facts["host_numa_bytes"])
     return f"{text}; {pages.text}"
+
+
+def _speculation_text(facts: dict[str, Any]) -> str:
+    """The rows that a verify step may need hot for each request, and the draft model's memory."""
+    queries, layers = facts.get("verify_queries", 1), facts.get("draft_layers", 0)
+    rows = min(queries * facts.get("index_topk", 0), facts.get("max_request_tokens", 0))
+    text = f"a step verifies {queries} tokens of a request: up to {rows} rows of a layer"
+    if layers == 0:
+        return text
+    mib = facts["draft_bytes"] / MIB
+    return f"{text}; draft of {layers} layer{'s' * (layers > 1)}, {mib:.0f} MiB of the device's"
 
 
 @contextmanager

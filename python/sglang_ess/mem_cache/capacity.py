@@ -1,9 +1,11 @@
 """How many slots and hot rows fit into device and host memory.
 
-    device bytes = slots x (index keys + maps) + hot rows x (layers x row) + staging + plan + ghosts
+    device bytes = slots x (index keys + maps + draft) + hot rows x (layers x row)
+                   + staging + plan + ghosts
     host bytes   = slots x layers x row
 
-Maps, row states and ghosts exist once for each index group, rows for each layer.
+Maps, row states and ghosts exist once for each index group, rows for each layer. A draft model's
+layers (MTP) have one tier: the device holds their latent rows and index keys of every slot.
 
 SGLang sizes its pool once, with the device bytes that it has left for KV. The numbers are chosen
 then, and the pool is built by them. All ranks of a TP group choose the same ones, and the ranks of
@@ -97,6 +99,7 @@ class Geometry:
     row_bytes    one latent row
     index_bytes  index keys of one slot, all layers
     page_slots   slots of a page
+    draft_bytes  latent rows and index keys of one slot in the draft model's layers; 0 without one
     ghosts       index groups have ghost caches, by which hot rows move between them
     groups       the index groups of the layers; None: each layer is one
     queries      of a request in a decode step: 1, or the draft tokens of a verify step
@@ -113,6 +116,7 @@ class Geometry:
     ghosts: bool = False
     queries: int = 1
     groups: IndexGroups | None = None
+    draft_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.groups is not None and self.groups.layers != self.layers:
@@ -137,8 +141,10 @@ class Geometry:
 
     @property
     def slot_device_bytes(self) -> int:
-        """Bytes of a slot: index keys, and its entry in each group's map and in the staging map."""
-        return self.index_bytes + (self.num_groups + 1) * MAP_BYTES
+        """Bytes of a slot: index keys, its entries in the groups' maps and in the staging map,
+        and the draft model's row and key.
+        """
+        return self.index_bytes + (self.num_groups + 1) * MAP_BYTES + self.draft_bytes
 
     @property
     def hot_row_bytes(self) -> int:
@@ -157,7 +163,7 @@ class Geometry:
         return STAGING_BUFFERS * self.paged(self.staging_rows(slots)) * self.row_bytes
 
     def device_bytes(self, slots: int, hot_rows: int) -> int:
-        """Bytes of everything that the pool allocates on the device."""
+        """Bytes of everything that the pool and the draft model's allocate on the device."""
         padded = slots + self.page_slots  # SGLang's page 0 takes padding's writes
         return (
             padded * self.slot_device_bytes
@@ -389,7 +395,10 @@ def _padding_bytes(configurator: Any) -> int:
 
 
 def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
-    """(SGLang's bytes per token, geometry) from a KVCacheConfigurator for sparse attention."""
+    """(SGLang's bytes per token, geometry) from a KVCacheConfigurator for sparse attention.
+
+    SGLang's bytes per token include the draft model's.
+    """
     from sglang.srt.configs.model_config import get_dsa_mtp_topk_width
     from sglang.srt.mem_cache.kv_cache_configurator import calculate_mla_kv_cache_dim
     from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
@@ -400,24 +409,32 @@ def _geometry(configurator: Any, config: EssConfig) -> tuple[int, Geometry]:
     layers = groups.layers
     row_bytes = calculate_mla_kv_cache_dim(model_config=model, kv_cache_dtype=dtype)
     row_bytes *= dtype.itemsize
-    cell_bytes = create_memory_pool_configurator(configurator)._cell_size
+    sizes = create_memory_pool_configurator(configurator)
+    cell_bytes, target_bytes = sizes._cell_size, sizes._compute_cell_size(configurator, layers)
+    # None without a draft model, as for n-grams.
+    draft_rows = (configurator.spec_aux_config.eagle_draft_num_layers or 0) * row_bytes
+    draft_keys = cell_bytes - target_bytes - draft_rows
     on_cpu = configurator.device == "cpu"
-    topk = get_dsa_mtp_topk_width(model.hf_config)  # of a list: with pooled keys above index_topk
-    index_bytes = cell_bytes - layers * row_bytes
-    if config.index_dtype == "float32":  # SGLang counts fp8 keys
-        index_bytes = index_bytes * index_page_bytes(fp32=True) // index_page_bytes(fp32=False)
     return cell_bytes, Geometry(
         layers=layers,
         row_bytes=row_bytes,
-        index_bytes=index_bytes,
-        topk=topk,
+        index_bytes=_key_bytes(config, target_bytes - layers * row_bytes),
+        topk=get_dsa_mtp_topk_width(model.hf_config),  # with pooled keys above index_topk
         context_tokens=model.context_len,
         page_slots=configurator.pool_page_size,
         queries=1 if configurator.spec_algorithm.is_none() else drafts,
         tier=CPU_TIER if on_cpu else GPU_TIER,
         ghosts=on_cpu and moves_rows(config, groups),
         groups=groups,
+        draft_bytes=draft_rows + _key_bytes(config, draft_keys),
     )
+
+
+def _key_bytes(config: EssConfig, counted: int) -> int:
+    """Bytes of the index keys for which SGLang counted `counted`: always those of fp8 keys."""
+    if config.index_dtype != "float32":
+        return counted
+    return counted * index_page_bytes(fp32=True) // index_page_bytes(fp32=False)
 
 
 def index_groups(owner: Any) -> IndexGroups:

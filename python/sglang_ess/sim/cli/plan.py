@@ -230,8 +230,9 @@ def flags(question: Question, answer: Answer) -> list[str]:
     """Return the arguments of sglang_ess.launch_server that serve as answer.best says."""
     if answer.best is None:
         return []
+    drafts = _draft_flags(question.deployment.queries)
     if not answer.helps:
-        return ["--disable-ess"]
+        return ["--disable-ess", *drafts]
     advice, deployment = answer.best, question.deployment
     overlap = deployment.overlap if deployment.overlap in ("da", "dba", "off") else "auto"
     # One GiB more, because the pool also counts a page of padding. The flag is for a whole node.
@@ -241,7 +242,17 @@ def flags(question: Question, answer: Answer) -> list[str]:
         "--ess-host-gib", f"{host_gib:g}",
         "--ess-itl-ms", f"{question.itl_seconds * 1000:g}",
         "--ess-overlap", overlap,
-        "--cuda-graph-max-bs-decode", str(advice.batch),
+        "--cuda-graph-max-bs-decode", str(advice.batch), *drafts,
+    ]  # fmt: skip
+
+
+def _draft_flags(queries: int) -> list[str]:
+    """Return SGLang's arguments by which the MTP layer drafts queries - 1 tokens, in a chain."""
+    if queries == 1:
+        return []
+    return [
+        "--speculative-algorithm", "NEXTN", "--speculative-eagle-topk", "1",
+        "--speculative-num-steps", str(queries - 1), "--speculative-num-draft-tokens", str(queries),
     ]  # fmt: skip
 
 
@@ -280,6 +291,8 @@ def lines(answer: Answer) -> Iterator[tuple[str, ...]]:
     yield row("  of the slots", lambda p: f"{p.ratio:.2f}")
     yield row("misses a request and layer", lambda p: f"{p.misses:.0f}")
     yield row("device GiB of hot rows", lambda p: f"{p.hot_gib:.1f}" if p.hot_gib else "-")
+    if any(p.draft_gib for p in found):
+        yield row("device GiB of the draft's KV", lambda p: f"{p.draft_gib:.1f}")
     yield row("device GiB of KV in all", lambda p: f"{p.device_gib:.1f}")
     yield row("host GiB a GPU", lambda p: f"{p.host_gib:.0f}" if p.host_gib else "-")
 

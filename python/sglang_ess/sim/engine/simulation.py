@@ -69,7 +69,7 @@ def room_of(scenario: Scenario, system: str, model: Model, memory: Memory, longe
     row_bytes, asked = model.all_row_bytes, scenario.memory
     longest = whole_pages(longest)
     if system == ONE_TIER:
-        most = memory.device_bytes // (row_bytes + model.all_index_bytes)
+        most = memory.device_bytes // memory.resident_bytes
         slots = int(most) // PAGE_SLOTS * PAGE_SLOTS
         return Room(slots, slots)
     on_host = memory.host_bytes // row_bytes
@@ -111,8 +111,8 @@ class Simulation:
         self._deployment = deployment_of(scenario)
         gpu = load("gpu", scenario.gpu)
         self._cost = CostModel(self._model, gpu, link_of(scenario), self._deployment)
-        charges = Charges.paper if scenario.memory.charges == PAPER else Charges.ours
-        memory = Memory.of(self._model, gpu, self._deployment, charges(self._model))
+        charges = Charges.paper(self._model) if scenario.memory.charges == PAPER else None
+        memory = Memory.of(self._model, gpu, self._deployment, charges)
         tokens = workload.input_tokens + workload.output_tokens
         self._longest = int(tokens.max(initial=1))
         if self._longest > self._model.max_context:

@@ -45,6 +45,8 @@ class Model(Checked):
     row_bytes     latent row of one token in one layer
     index_bytes   index key of one token in one layer that selects
     weight_bytes  one weight of the projections and experts
+    mtp_layers    layers that draft tokens, used if a request has several queries in a step; not
+                  among `layers`
     gated         a gate as wide as all heads' values multiplies attention's output
     index_groups  layers of each index group: its first layer selects, the others read the same
                   rows; left out: each layer selects. See `groups`.
@@ -72,6 +74,7 @@ class Model(Checked):
     row_bytes: int = spec(AT_LEAST_ONE)
     index_bytes: int = spec(AT_LEAST_ONE)
     weight_bytes: float = spec(POSITIVE)
+    mtp_layers: int = spec(NOT_NEGATIVE, default=0)
     gated: bool = spec(default=False)
     index_groups: tuple[int, ...] | None = spec(AT_LEAST_ONE, default=None)
 
@@ -105,6 +108,11 @@ class Model(Checked):
     def all_index_bytes(self) -> int:
         """Index keys of one token: those of the layers that select."""
         return len(self.groups) * self.index_bytes
+
+    @property
+    def draft_bytes(self) -> int:
+        """Latent rows and index keys of one token in the MTP layers, each of which selects."""
+        return self.mtp_layers * (self.row_bytes + self.index_bytes)
 
     @property
     def projection_weights(self) -> int:

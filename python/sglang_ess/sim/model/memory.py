@@ -5,7 +5,8 @@
 
 ESS counts only `batch x context x layers x (ratio x row + index key)`, which gives the batch and
 the ratio of each row in its tables. Our pool adds maps, row state and staging, as
-mem_cache/capacity.py does. This room may not import that file; a test compares the two.
+mem_cache/capacity.py does, and the rows and keys of the MTP layers where tokens are drafted: these
+stay on the device. This room may not import that file; a test compares the two.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ PLAN_BYTES_PER_LOOKUP = 20
 class Charges:
     """Device bytes that the KV pool charges.
 
-    slot_bytes         for each slot; slots come in pages of page_slots
+    slot_bytes         for each slot, hot or not; slots come in pages of page_slots
     hot_row_bytes      for one hot row in every layer, with its state in every index group
     staging_row_bytes  for each token of the longest request
     fixed_bytes        for any size
+    draft_bytes        of slot_bytes: rows and index keys of the MTP layers
     """
 
     slot_bytes: float
@@ -36,23 +38,29 @@ class Charges:
     staging_row_bytes: float
     fixed_bytes: float
     page_slots: int
+    draft_bytes: float = 0
 
     @classmethod
     def paper(cls, model: Model) -> Charges:
-        """As ESS counts: rows and index keys alone."""
+        """As ESS counts: rows and index keys alone, without those of the MTP layer."""
         return cls(model.all_index_bytes, model.all_row_bytes, 0, 0, 1)
 
     @classmethod
-    def ours(cls, model: Model) -> Charges:
-        """As the GPU pool allocates: a map and row states for each index group."""
+    def ours(cls, model: Model, drafts: bool = False) -> Charges:
+        """As the GPU pool allocates: a map and row states for each index group.
+
+        drafts: the MTP layers draft tokens
+        """
         groups = len(model.groups)
+        draft = model.draft_bytes if drafts else 0
         plans = PLAN_QUERIES_CUDA * model.topk * PLAN_BYTES_PER_LOOKUP
         return cls(
-            slot_bytes=model.all_index_bytes + (groups + 1) * MAP_BYTES,
+            slot_bytes=model.all_index_bytes + (groups + 1) * MAP_BYTES + draft,
             hot_row_bytes=model.all_row_bytes + groups * ROW_STATE_BYTES,
             staging_row_bytes=STAGING_BUFFERS * model.row_bytes,
             fixed_bytes=plans + probe_bytes(model.row_bytes),
             page_slots=PAGE_SLOTS,
+            draft_bytes=draft,
         )
 
 
@@ -73,8 +81,18 @@ class Memory:
     def of(
         cls, model: Model, gpu: Gpu, deployment: Deployment, charges: Charges | None = None
     ) -> Memory:
-        """Memory of a decode rank. With tensor parallelism each of its GPUs holds every row."""
+        """Memory of a decode rank. With tensor parallelism each of its GPUs holds every row.
+
+        charges: None: ours
+        """
+        charges = charges or Charges.ours(model, deployment.queries > 1)
         return cls(model, kv_bytes(model, gpu, deployment), deployment.host_gib * GIB, charges)
+
+    @property
+    def resident_bytes(self) -> float:
+        """Device bytes of a slot in one tier, with all its rows and no maps."""
+        rows = self.model.all_row_bytes + self.model.all_index_bytes
+        return rows + self.charges.draft_bytes
 
     def slots(self, batch: float, context: float) -> float:
         """Slots of `batch` requests of `context` tokens, each in whole pages."""
@@ -99,9 +117,8 @@ class Memory:
         return self.hot_rows(batch, context) / (batch * context)
 
     def resident_batch(self, context: float) -> int:
-        """Requests that fit one-tier: every row on the device, no maps."""
-        row = self.model.all_row_bytes + self.model.all_index_bytes
-        return int(self.device_bytes // (self.slots(1, context) * row))
+        """Requests that fit one-tier."""
+        return int(self.device_bytes // (self.slots(1, context) * self.resident_bytes))
 
     def max_batch(self, context: float, ratio: float = 0.0) -> int:
         """Most requests that fit, with ratio x context hot rows for each."""
@@ -126,16 +143,20 @@ class Memory:
 def weight_bytes(model: Model, deployment: Deployment) -> float:
     """Bytes of weights on one GPU.
 
-    Tensor parallelism divides attention and dense layers, expert_gpus the routed experts.
+    Tensor parallelism divides attention and dense layers, expert_gpus the routed experts. MTP
+    layers count where they draft; they share the model's head, and each has a matrix of its own
+    that joins a token's embedding and its hidden state.
     """
     tensor = deployment.tensor_parallel
-    moe = model.layers - model.dense_layers
-    indexers = len(model.groups) * model.indexer_weights
-    attention = model.layers * model.projection_weights / tensor + indexers
+    mtp = model.mtp_layers if deployment.queries > 1 else 0
+    moe = model.layers - model.dense_layers + mtp
+    indexers = (len(model.groups) + mtp) * model.indexer_weights
+    attention = (model.layers + mtp) * model.projection_weights / tensor + indexers
     dense = model.dense_layers * model.dense_weights / tensor
     shared = moe * model.shared_experts * model.expert_weights
     routed = moe * model.experts / deployment.expert_gpus * model.expert_weights
     head = 2 * model.vocabulary * model.hidden / tensor * HEAD_WEIGHT_BYTES
+    head += mtp * 2 * model.hidden**2 * HEAD_WEIGHT_BYTES
     return (attention + dense + shared + routed) * model.weight_bytes + head
 
 

@@ -76,7 +76,8 @@ class Advice:
 
     tier         "ess" or "one-tier"
     hot_rows     of a layer, all requests together; ratio: hot_rows / slots
-    hot_gib      device memory of the hot rows; device_gib: of the whole KV pool
+    hot_gib      device memory of the hot rows; draft_gib: of the MTP layers' rows and keys;
+                 device_gib: of the whole KV pool, with both
     host_gib     host memory of the latent rows
     step_ms      one decode step; itl_ms: step_ms / accepted tokens; parts: of the step, in ms
     in_turn_ms   the part "transfer", if no fetch were issued before its layer's turn
@@ -97,6 +98,7 @@ class Advice:
     misses: float
     parts: dict[str, float] = field(default_factory=dict)
     in_turn_ms: float = 0.0
+    draft_gib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,9 @@ class Planner:
         return max(kept, key=lambda advice: advice.tokens_per_second, default=None)
 
     def _resident(self, batch: int) -> Advice:
-        model, longest = self.question.model, self.question.slots_tokens
-        slots = self._memory.slots(batch, longest)
-        row = model.all_row_bytes + model.all_index_bytes
-        return self._advice("one-tier", batch, int(slots), np.zeros(model.layers), slots * row, 0.0)
+        slots = self._memory.slots(batch, self.question.slots_tokens)
+        device, misses = slots * self._memory.resident_bytes, np.zeros(self.question.model.layers)
+        return self._advice("one-tier", batch, int(slots), misses, device, 0.0)
 
     def _two_tier(self, batch: int) -> Advice | None:
         """None if a request would have fewer hot rows than one query reads."""
@@ -229,6 +230,7 @@ class Planner:
             misses=float(np.mean(misses)),
             parts={name: seconds * MS for name, seconds in step.parts.items()},
             in_turn_ms=step.in_turn * MS,
+            draft_gib=slots * self._memory.charges.draft_bytes / GIB,
         )
 
     # --- answer -------------------------------------------------------------------------
