@@ -144,6 +144,14 @@ ESS = (
         "A flush frees every slot at once.",
         "serving/test_soak.py",
     ),
+    _ess(
+        "sglang.srt.speculative.base_spec_worker.BaseSpecWorker.primary_draft_kv_pool",
+        "call",
+        "<property>",
+        "sglang_ess.launch.startup",
+        "The draft model's pool, for the bytes that it takes; None for n-grams.",
+        "launch/test_startup.py",
+    ),
 )
 
 CPU = (
@@ -188,14 +196,6 @@ CPU = (
         "<property>",
         "sglang_ess.launch.startup",
         "The buffers of all layers, for the bytes a token costs; only these pools have it.",
-        "launch/test_startup.py",
-    ),
-    _ess(
-        "sglang.srt.speculative.base_spec_worker.BaseSpecWorker.primary_draft_kv_pool",
-        "call",
-        "<property>",
-        "sglang_ess.launch.startup",
-        "The draft model's pool, for the bytes that it takes; None for n-grams.",
         "launch/test_startup.py",
     ),
     _touch(

@@ -156,6 +156,25 @@ def test_the_bytes_of_a_token_of_glm_52(tiers):
     assert ("maps of 21 index groups" in block) == (tiers == 2)
 
 
+DRAFT = {"draft_layers": 1, "draft_bytes": 12 << 20}
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        ({"draft_layers": 0, "draft_bytes": 0}, "up to 512 rows of a layer"),  # n-grams
+        (DRAFT, "up to 512 rows of a layer; 1 draft layer, 12 MiB on the device"),
+        (DRAFT | {"max_request_tokens": 300}, "up to 300 rows of a layer; 1 draft layer, 12 MiB"),
+        (DRAFT | {"draft_layers": 2}, "up to 512 rows of a layer; 2 draft layers, 12 MiB"),
+    ],
+)
+def test_what_a_verify_step_needs(facts, text):
+    """The rows that its queries may select together, of no more than a request has."""
+    known = {"verify_queries": 4, "index_topk": 128, "max_request_tokens": 16_382}
+    found = startup._speculation_text(known | facts)
+    assert found.startswith(f"a step verifies 4 tokens of a request: {text}")
+
+
 GIB_FACTS = {"host_bytes": 3 << 30}
 PINNED = GIB_FACTS | {"host_huge_bytes": 3 << 29, "host_numa_bytes": {"1": 3 << 30}}
 NODE = ", 24576 MiB on this node (8 ranks)"

@@ -93,7 +93,7 @@ def test_the_draft_models_pool_is_what_the_formula_says(name, dtype):
     """
     plain, drafts, exact, buffers = in_fork(geometries_of, name, getattr(torch, dtype))
     slots, pool_bytes = buffers
-    assert plain.draft_bytes == 0
+    assert plain.draft_bytes == 0 and plain.queries == 4
     assert replace(drafts, draft_bytes=0) == plain
     assert (slots + PAGE) * drafts.draft_bytes == pool_bytes
     key = drafts.draft_bytes - plain.row_bytes
@@ -115,7 +115,7 @@ def geometries_of(name, dtype):
         found.kv_cache_dtype, found.spec_algorithm = dtype, algorithm
         return found
 
-    with published():
+    with published(speculative_num_draft_tokens=4):
         plain = capacity._geometry(made(SpeculativeAlgorithm.NGRAM), AUTO)[1]
         target, draft = made(SpeculativeAlgorithm.EAGLE), made(SpeculativeAlgorithm.EAGLE)
         target.spec_aux_config.eagle_draft_num_layers = 1

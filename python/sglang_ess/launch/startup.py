@@ -290,7 +290,7 @@ def _speculation_text(facts: dict[str, Any]) -> str:
     if layers == 0:
         return text
     mib = facts["draft_bytes"] / MIB
-    return f"{text}; draft of {layers} layer{'s' * (layers > 1)}, {mib:.0f} MiB of the device's"
+    return f"{text}; {layers} draft layer{'s' * (layers > 1)}, {mib:.0f} MiB on the device"
 
 
 @contextmanager
