@@ -2,8 +2,7 @@
 
 Each row is checked at each start, in every process, like the hooks. The check imports the rows'
 modules, and a process imports nearly all of them anyway: measured next to other work on two cores,
-it adds 0.7 s to the 22 s of the scheduler and of the detokenizer (0.6 s of it for http_server)
-and nothing to the launcher.
+it adds 0.7 s to the 22 s of the scheduler and of the detokenizer, nothing to the launcher.
 """
 
 from ess_patches.contract import Hook
