@@ -117,7 +117,7 @@ def plan_fetch(
     Effect: asynchronous on the current stream, one launch. host_rows must not be written until it
     ends.
     Raises: ValueError for a wrong dtype, shape, device or row format, for pageable host memory, and
-    for more lookups than there are rows.
+    for more lookups than there are rows, unless there is a row for every slot.
     """
     check_tensor("topk", topk, torch.int32, (None, None))
     host, hot = _copied(host_rows, hot_rows)

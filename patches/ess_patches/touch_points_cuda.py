@@ -37,7 +37,8 @@ HOOKS = (
         "subclass",
         _FORWARD,
         "sglang_ess.attention.backend_cuda",
-        "Ours lets SGLang's run once for each group of staged requests.",
+        "Ours lets SGLang's run once for each group of staged requests; in a verification of "
+        "drafts over hot rows.",
         "attention/test_backend_cuda.py",
     ),
     _touch(
@@ -135,7 +136,8 @@ HOOKS = (
         "registry",
         "(name)",
         "sglang_ess.platforms.cuda",
-        "Puts our backend under the names dsa and nsa; the last registration wins.",
+        "Puts our backend under the names dsa and nsa, for the target model; the last "
+        "registration wins.",
         "platforms/test_cuda.py",
     ),
 )

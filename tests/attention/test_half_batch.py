@@ -142,7 +142,62 @@ def test_queries_without_metadata_cannot_be_cut(plans):
 
 def test_every_field_that_is_cut_is_one_of_sglangs():
     names = {field.name for field in dataclasses.fields(DSAMetadata)}
-    assert names >= set(half_batch.PER_QUERY) | CUT | SHARED | PREFILL
+    assert names >= set(half_batch.PER_QUERY + half_batch.PER_REQUEST) | CUT | SHARED | PREFILL
+
+
+# --- several queries a request ------------------------------------------------------------
+
+LISTS = 3
+
+
+def verify_metadata(captured: bool, native: bool, requests=4) -> DSAIndexerMetadata:
+    """Of a verification of drafts, as SGLang makes it: query i of request r sees 100 r + i + 1.
+
+    captured: for a CUDA graph, where each query is a prompt of one token
+    native: lengths as DeepGEMM takes them on sm_100, a row for each request
+    """
+    whole = metadata(requests * LISTS)
+    lengths = (100 * torch.arange(requests)[:, None] + torch.arange(1, LISTS + 1)).int()
+    totals, flat = lengths[:, -1].contiguous(), lengths.view(-1)
+    context = totals[:, None].expand(-1, LISTS).contiguous() if native else flat[:, None]
+    changes = dict(
+        cache_seqlens_int32=totals,
+        dsa_seqlens_expanded=flat,
+        dsa_cache_seqlens_int32=flat,
+        dsa_extend_seq_lens_list=[1] * len(flat) if captured else [LISTS] * requests,
+        indexer_seq_lens=None if captured else totals.long() - LISTS,
+        topk_v2_plan=torch.zeros(len(flat) + 1, 2, dtype=torch.int32),
+    )
+    attn = dataclasses.replace(whole.attn_metadata, **changes)
+    return dataclasses.replace(whole, attn_metadata=attn, paged_mqa_ctx_lens_2d=context)
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["a row a query", "a row a request"])
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("requests", [slice(0, 1), slice(1, 4)], ids=["first", "second"])
+def test_a_half_of_a_verification_has_whole_requests(plans, captured, native, requests):
+    whole = verify_metadata(captured, native)
+    queries = slice(requests.start * LISTS, requests.stop * LISTS)
+    half = half_batch.slice_metadata(whole, queries, LISTS)
+    count = requests.stop - requests.start
+    assert torch.equal(half.get_seqlens_int32(), whole.get_seqlens_int32()[requests])
+    assert torch.equal(half.get_seqlens_expanded(), whole.get_seqlens_expanded()[queries])
+    assert torch.equal(half.get_page_table_64(), whole.get_page_table_64()[queries])
+    # The indexer divides their sum by the requests, and takes the native path at this shape.
+    assert sum(half.get_dsa_extend_len_cpu()) == count * LISTS
+    shape = (count, LISTS) if native else (count * LISTS, 1)
+    assert half.paged_mqa_ctx_lens_2d.shape == shape
+    rows = requests if native else queries
+    assert torch.equal(half.paged_mqa_ctx_lens_2d, whole.paged_mqa_ctx_lens_2d[rows])
+    assert [len(lengths) for lengths in plans] == [count * LISTS]
+    if not captured:
+        assert torch.equal(half.get_indexer_seq_len(), whole.get_indexer_seq_len()[requests])
+
+
+def test_tokens_behind_the_last_request_cannot_be_cut(plans):
+    whole = verify_metadata(captured=False, native=False)
+    assert half_batch.slice_metadata(whole, slice(6, 12), LISTS) is not None
+    assert half_batch.slice_metadata(whole, slice(6, 14), LISTS) is None
 
 
 # --- what upstream reads ------------------------------------------------------------------
@@ -172,4 +227,4 @@ def test_the_indexer_reads_no_other_part_of_its_metadata():
             method = getattr(DSAIndexerMetadata, called, None)
             fields |= reads(method, "self.attn_metadata") if inspect.isfunction(method) else set()
     assert fields >= {"real_page_table", "topk_v2_plan", "dsa_seqlens_expanded", "page_table_1"}
-    assert fields <= set(half_batch.PER_QUERY) | CUT | SHARED | PREFILL
+    assert fields <= set(half_batch.PER_QUERY + half_batch.PER_REQUEST) | CUT | SHARED | PREFILL

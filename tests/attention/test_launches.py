@@ -116,6 +116,21 @@ def test_what_overlap_adds(step, overlap, planned):
     assert of_layers == [WRITTEN + SAMPLED + PARTS] * 2
 
 
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 1)], ids=["layers", "groups"])
+@pytest.mark.parametrize("overlap", ["off", "da", "dba"])
+def test_a_verification_launches_what_a_decode_step_does(
+    monkeypatch, counted, step, overlap, sizes
+):
+    run = Run(small_backend.builder(monkeypatch)(overlap, hot_rows=100, drafts=3, sizes=sizes))
+    run.prefill({1: 9, 2: 5})
+    for _ in range(2):
+        run.verify({1: 2, 2: 1})
+    calls = counted(run)
+    run.verify({1: 1, 2: 3})
+    as_decode = [(DECODE if name == EXTEND else name, of) for name, of in calls]
+    assert as_decode == step(overlap=overlap, sizes=sizes)
+
+
 @pytest.mark.parametrize(("tokens", "plans"), [(1, 1), (3, 2)])
 def test_a_prefill_layer_of_eight_prompts(monkeypatch, counted, tokens, plans):
     """plans: of the warm-up, which takes as many as the hot rows allow."""

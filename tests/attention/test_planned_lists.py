@@ -189,6 +189,13 @@ def test_refusals_at_start(build, flashinfer_module):
     build("auto", attention="sglang")
 
 
+def test_drafts_are_refused(build, float_rows):
+    with pytest.raises(RuntimeError, match="got --speculative-num-draft-tokens 3. Add") as refused:
+        build("off", attention="flashinfer", drafts=3)
+    assert "\n" not in str(refused.value)
+    build("off", attention="sglang", drafts=3)
+
+
 def test_refusals_in_a_step(made):
     backend = made()
     run = Packed(backend)

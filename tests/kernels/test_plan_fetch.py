@@ -238,6 +238,12 @@ def test_what_is_refused(device):
         plan((1, 20))
 
 
+def test_more_lookups_than_rows_where_every_slot_has_one(device):
+    tier, generator = Tier(device, 50, 50), torch.Generator().manual_seed(5)
+    for _ in range(3):
+        tier.plan(draw(generator, 6, 40, 50))
+
+
 def test_the_widest_plan(device):
     width = plan_fetch.max_width()
     assert width >= 2048

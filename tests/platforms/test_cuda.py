@@ -11,7 +11,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from ess_patches import all_hooks, contract
 from sglang_ess.attention import backend_cuda
-from sglang_ess.attention.backend_cuda import EssDsaBackend, _check, _check_mode
+from sglang_ess.attention.backend_checks import check_mode, check_server
+from sglang_ess.attention.backend_cuda import EssDsaBackend
 from sglang_ess.attention.overlap import Mode
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache.allocator import EssPagedAllocator
@@ -89,7 +90,18 @@ def test_a_sparse_models_main_pool_and_its_backend_are_ours(
     assert chosen is (CudaEssTokenToKVPool if ours else DSATokenToKVPool)
     changed = {name for name in registry if registry[name] is not before.get(name)}
     assert changed == ({"dsa", "nsa"} if ours else set())
-    assert all(registry[name] is EssDsaBackend for name in changed)
+    assert all(registry[name] is cuda_hooks.sparse_backend for name in changed)
+
+
+@pytest.mark.parametrize(("draft", "name"), [(False, "ours"), (True, "upstream's")])
+def test_a_draft_model_keeps_upstreams_backend(monkeypatch, draft, name):
+    for owner, attribute, built in (
+        (backend_cuda, "EssDsaBackend", "ours"),
+        (dsa_backend, "DeepseekSparseAttnBackend", "upstream's"),
+    ):
+        monkeypatch.setattr(owner, attribute, lambda runner, built=built: (built, runner))
+    runner = SimpleNamespace(is_draft_worker=draft)
+    assert cuda_hooks.sparse_backend(runner) == (name, runner)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +127,9 @@ def active(monkeypatch):
     """active(...) puts a backend in this process with the given modes, choice and select()."""
 
     def put(modes=tuple(Mode), chosen=Mode.OFF, select=None):
-        backend = SimpleNamespace(policy=SimpleNamespace(modes=modes), chosen=chosen, select=select)
+        backend = SimpleNamespace(
+            policy=SimpleNamespace(modes=modes), chosen=chosen, select=select, indexer_metadata="m"
+        )
         monkeypatch.setattr(backend_cuda, "active", backend)
         return backend
 
@@ -163,22 +177,30 @@ def test_top_k_without_a_backend_is_upstreams(active):
     assert out == ("upstream", "indexer", ForwardMode.DECODE, 3, "q", "w", "m")
 
 
-@pytest.mark.parametrize(
-    "mode", [ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.IDLE, ForwardMode.TARGET_VERIFY]
-)
+@pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.IDLE])
 def test_top_k_of_other_than_decode_is_upstreams(active, mode):
     active(select=None)
     assert cuda_hooks.topk_selected(get_topk, "i", batch(mode), 3, "q", "w", "m")[2] is mode
 
 
-def test_top_k_of_decode_goes_through_select(active):
+@pytest.mark.parametrize(
+    "mode", [ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND_V2]
+)
+def test_top_k_of_a_draft_model_is_upstreams(active, mode):
+    """Its layers have ids of the target's too; its backend gives metadata of its own."""
+    active(select=None)
+    assert cuda_hooks.topk_selected(get_topk, "i", batch(mode), 3, "q", "w", "draft")[2] is mode
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.DECODE, ForwardMode.TARGET_VERIFY])
+def test_top_k_of_a_decode_step_goes_through_select(active, mode):
     def select(upstream, forward_batch, layer_id, q_fp8, weights, metadata):
         assert (layer_id, q_fp8, weights, metadata) == (3, "q", "w", "m")
         return upstream("half q", "half w", "half m")
 
     active(select=select)
-    out = cuda_hooks.topk_selected(get_topk, "indexer", batch(ForwardMode.DECODE), 3, "q", "w", "m")
-    assert out == ("upstream", "indexer", ForwardMode.DECODE, 3, "half q", "half w", "half m")
+    out = cuda_hooks.topk_selected(get_topk, "indexer", batch(mode), 3, "q", "w", "m")
+    assert out == ("upstream", "indexer", mode, 3, "half q", "half w", "half m")
 
 
 # --- what the backend decides against upstream's own code ---------------------------------
@@ -242,7 +264,10 @@ def test_decode_graphs_keep_no_table_of_every_slot(monkeypatch):
     assert backend.hisparse_coordinator == "ours"
 
 
-@pytest.mark.parametrize("mode", [ForwardMode.DECODE, ForwardMode.IDLE, ForwardMode.EXTEND])
+@pytest.mark.parametrize(
+    "mode",
+    [ForwardMode.DECODE, ForwardMode.IDLE, ForwardMode.EXTEND, ForwardMode.TARGET_VERIFY],
+)
 def test_top_k_gives_slots_in_every_mode(mode):
     backend = bare(
         use_fused_topk=True,
@@ -255,9 +280,18 @@ def test_top_k_gives_slots_in_every_mode(mode):
     )
     metadata = backend.get_indexer_metadata(0, batch(mode))
     assert metadata.topk_transform_method is TopkTransformMethod.PAGED
-    assert not metadata.force_unfused_topk
+    assert not metadata.force_unfused_topk and metadata is backend.indexer_metadata
     upstream = dsa_backend.DeepseekSparseAttnBackend.get_indexer_metadata(backend, 0, batch(mode))
-    assert upstream.force_unfused_topk == mode.is_decode_or_idle()
+    assert upstream.force_unfused_topk == (mode is not ForwardMode.EXTEND)
+
+
+def test_the_seed_of_a_draft_is_as_the_indexer_gave_it():
+    """SGLang exports a top-k of slots as it is; only offsets need the pass's page table."""
+    backend = bare(use_fused_topk=True, dsa_kv_cache_store_fp8=True)
+    backend.dsa_prefill_impl = "flashmla_sparse"
+    seed = torch.tensor([[3, 9, -1]], dtype=torch.int32)
+    for mode in (ForwardMode.EXTEND, ForwardMode.TARGET_VERIFY):
+        assert backend.prepare_mtp_seed_indices(seed, mode) is seed
 
 
 @pytest.mark.parametrize(
@@ -271,26 +305,33 @@ def test_top_k_gives_slots_in_every_mode(mode):
         ({"dsa_prefill_impl": "trtllm"}, "DSA backend trtllm"),
         ({"dsa_prefill_impl": "flashmla_sparse_q8"}, "DSA backend flashmla_sparse_q8"),
         ({"glue": "1"}, "SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
+        ({"plan_stream": "1"}, None),
+        (
+            {"plan_stream": "1", "speculative_num_draft_tokens": 2},
+            "SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
+        ),
     ],
 )
 def test_what_the_backend_refuses(monkeypatch, changes, says):
     fields = {"use_fused_topk": True, "dsa_decode_impl": "fa3", "dsa_prefill_impl": "fa3"}
+    fields["speculative_num_draft_tokens"] = None
     pool = changes.pop("pool", object.__new__(CudaEssTokenToKVPool))
     kpool = changes.pop("index_kpool", 1)
     monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", changes.pop("glue", "0"))
+    monkeypatch.setenv("SGLANG_ENABLE_OVERLAP_PLAN_STREAM", changes.pop("plan_stream", "0"))
     backend = SimpleNamespace(**fields | changes)
     if says is None:
-        _check(backend, pool, kpool)
+        check_server(backend, pool, kpool)
         return
     with pytest.raises(RuntimeError, match=says) as refused:
-        _check(backend, pool, kpool)
+        check_server(backend, pool, kpool)
     assert "\n" not in str(refused.value) and "got" in str(refused.value)
 
 
 @pytest.mark.parametrize("mode", ForwardMode)
-def test_drafts_and_their_verification_are_refused(mode):
-    if mode in (ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND_V2):
-        with pytest.raises(RuntimeError, match=mode.name):
-            _check_mode(mode)
+def test_a_draft_models_pass_is_refused(mode):
+    if mode is ForwardMode.DRAFT_EXTEND_V2:
+        with pytest.raises(RuntimeError, match="the target model only: got a pass DRAFT_EXTEND_V2"):
+            check_mode(mode)
     else:
-        _check_mode(mode)
+        check_mode(mode)

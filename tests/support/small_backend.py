@@ -30,7 +30,7 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # float32 sums in another order
 class Pool(pool_cuda.CudaEssTokenToKVPool):
     """The pool's tiers over float32 rows, without SGLang's allocation."""
 
-    def __init__(self, sizes, hot_rows, staging_rows):
+    def __init__(self, sizes, hot_rows, staging_rows, queries=1):
         self.groups = IndexGroups(sizes)
         layers = self.groups.layers
         self.device, self.start_layer, self.layer_num, self.page_size = "cpu", 0, layers, PAGE
@@ -38,7 +38,7 @@ class Pool(pool_cuda.CudaEssTokenToKVPool):
         self.kv_cache_dim, self.dsa_kv_cache_store_fp8 = NOPE + ROPE, False
         nan = float("nan")  # reading a row that nobody filled must show
         self.kv_buffer = [torch.full((SLOTS, 1, NOPE + ROPE), nan) for _ in range(layers)]
-        shape = SimpleNamespace(topk=TOPK, queries=1)
+        shape = SimpleNamespace(topk=TOPK, queries=queries)
         rows = {"hot_rows": hot_rows, "staging_rows": staging_rows}
         self.capacity = SimpleNamespace(geometry=shape, **rows)
         self._create_tiers()
@@ -65,22 +65,35 @@ class Upstream(DeepseekSparseAttnBackend):
         self.dsa_prefill_impl = self.dsa_decode_impl = "flashmla_sparse"
         self.dsa_kv_cache_store_fp8, self.dsa_index_topk = False, TOPK
         self.num_q_heads = HEADS
+        self.speculative_num_draft_tokens = model_runner.drafts
         self.use_fused_topk, self.dsa_topk_backend = True, DSATopKBackend.SGL_KERNEL
         self.in_upstream = []
 
     def init_forward_metadata(self, forward_batch):
-        self.forward_metadata = metadata_of(len(forward_batch.seq_lens))
+        lists = self._lists(forward_batch.forward_mode)
+        self.forward_metadata = metadata_of(len(forward_batch.seq_lens) * lists, lists)
 
     def init_forward_metadata_out_graph(self, forward_batch, in_capture=False):
-        self.forward_metadata = metadata_of(len(forward_batch.seq_lens))
+        Upstream.init_forward_metadata(self, forward_batch)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None,
                        k_rope=None, topk_indices=None):  # fmt: skip
         assert not save_kv_cache or self.use_mha
-        self.in_upstream.append("extend")
+        verifies = forward_batch is not None and forward_batch.forward_mode.is_target_verify()
+        self.in_upstream.append("verify" if verifies else "extend")
         if self.use_mha:
             return q
-        rows = self.token_to_kv_pool.translate_loc_to_hisparse_device(topk_indices)
+        rows = self._pad_topk_indices(topk_indices, len(q))
+        if self.hisparse_coordinator is not None:
+            if verifies:
+                requests, lists = len(forward_batch.seq_lens), self.speculative_num_draft_tokens
+                ask, grouped = self.hisparse_coordinator.swap_in_selected_pages, (requests, lists)
+                lengths = self.forward_metadata.dsa_seqlens_expanded
+                rows = ask(
+                    forward_batch.req_pool_indices, lengths, rows.view(*grouped, -1), layer.layer_id
+                ).view(requests * lists, -1)
+            else:
+                rows = self.token_to_kv_pool.translate_loc_to_hisparse_device(rows)
         return self._attend(layer, q, q_rope, rows.to(torch.int32))
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None,
@@ -108,28 +121,33 @@ class Backend(EssDsaBackend, Upstream):
     """EssDsaBackend whose super() is Upstream."""
 
 
-def metadata_of(rows: int) -> DSAMetadata:
-    """Of a decode batch; page_table_1 numbers the queries, for the fake indexer."""
-    counts = torch.arange(rows, dtype=torch.int32)
+def metadata_of(rows: int, lists: int = 1) -> DSAMetadata:
+    """Of a decode batch with `lists` queries a request, as SGLang makes it for an eager step.
+
+    page_table_1 numbers the queries, for the fake indexer
+    """
+    counts, requests = torch.arange(rows, dtype=torch.int32), rows // lists
     edges = torch.arange(rows + 1, dtype=torch.int32)
+    lengths = counts[:requests]
     return DSAMetadata(
-        page_size=64, cache_seqlens_int32=counts, max_seq_len_q=1, max_seq_len_k=SLOTS,
-        cu_seqlens_q=edges, cu_seqlens_k=edges, page_table_1=counts[:, None],
+        page_size=64, cache_seqlens_int32=lengths, max_seq_len_q=1, max_seq_len_k=SLOTS,
+        cu_seqlens_q=edges, cu_seqlens_k=edges[: requests + 1], page_table_1=counts[:, None],
         real_page_table=counts[:, None], dsa_cache_seqlens_int32=counts, dsa_cu_seqlens_q=edges,
-        dsa_cu_seqlens_k=edges, dsa_extend_seq_lens_list=[1] * rows, dsa_seqlens_expanded=counts,
-        paged_mqa_ctx_lens_2d=counts[:, None],
+        dsa_cu_seqlens_k=edges, dsa_extend_seq_lens_list=[lists] * requests,
+        dsa_seqlens_expanded=counts, paged_mqa_ctx_lens_2d=counts[:, None],
     )  # fmt: skip
 
 
 def builder(monkeypatch):
     """build(overlap, ...): a Backend over a new pool, whose index groups have `sizes` layers.
 
+    drafts: --speculative-num-draft-tokens; 0 without speculation
     parallel: SGLang's ParallelContext, or what stands for it; options: of EssConfig
     """
     alone = SimpleNamespace(tp_size=1, attn_dp_enabled=False)
 
     def build(overlap="da", hot_rows=HOT_ROWS, staging_rows=SLOTS, max_queries=6, sizes=(1, 1),
-              parallel=alone, **options):  # fmt: skip
+              parallel=alone, drafts=0, **options):  # fmt: skip
         monkeypatch.setattr(pool_cuda, "PLAN_QUERIES_CUDA", max_queries)
         for name, value in EssConfig(enabled=True, overlap=overlap, **options).to_env().items():
             monkeypatch.setenv(name, value)
@@ -139,9 +157,10 @@ def builder(monkeypatch):
         torch.manual_seed(hot_rows)
         return Backend(
             SimpleNamespace(
-                token_to_kv_pool=Pool(sizes, hot_rows, staging_rows),
+                token_to_kv_pool=Pool(sizes, hot_rows, staging_rows, drafts or 1),
                 req_to_token=torch.zeros(12, SLOTS, dtype=torch.int32),
                 model_config=SimpleNamespace(hf_config=SimpleNamespace(), scaling=SCALE),
+                drafts=drafts,
             )
         )
 
@@ -157,6 +176,7 @@ class Run:
         self.rows = torch.full((len(self.places), SLOTS, NOPE + ROPE), float("nan"))
         self.free = self.random.permutation(np.arange(PAGE, SLOTS)).tolist()
         self.slots: dict[int, list[int]] = {}
+        self.ahead: dict[int, list[int]] = {}  # slots behind a request's tokens, for drafts
         self.layers = [
             SimpleNamespace(layer_id=i, tp_q_head_num=HEADS, v_head_dim=NOPE, head_dim=NOPE + ROPE,
                             scaling=SCALE, tp_k_head_num=1) for i in range(len(self.places))
@@ -164,7 +184,8 @@ class Run:
         self.halves_seen = 0
 
     def finish(self, request):  # its slots are the next to be given away
-        self.free += self.random.permutation(self.slots.pop(request)).tolist()
+        slots = self.slots.pop(request) + self.ahead.pop(request, [])
+        self.free += self.random.permutation(slots).tolist()
 
     def batch(self, mode, new: dict[int, int], padding=0):
         prefix = [len(self.slots.setdefault(request, [])) for request in new]
@@ -194,6 +215,28 @@ class Run:
             picks.append(own)
         picks += [-1] * (TOPK - len(picks))
         return self.random.permutation(picks)
+
+    def verify_batch(self, requests, padding=0, unpadded=0):
+        """A verification of drafts, whose rows go to the slots behind the requests' tokens.
+
+        padding: requests; unpadded: tokens past the last request, which no request has
+        """
+        lists, loc = self.backend.speculative_num_draft_tokens, []
+        for request in requests:
+            ahead = self.ahead.setdefault(request, [])
+            ahead += [self.free.pop() for _ in range(lists - len(ahead))]
+            slots = self.slots[request] + ahead
+            self.backend.req_to_token[request, : len(slots)] = torch.tensor(slots).int()
+            loc += ahead[:lists]
+        lengths = torch.tensor([len(self.slots[r]) for r in requests] + [1] * padding)
+        return SimpleNamespace(
+            forward_mode=ForwardMode.TARGET_VERIFY,
+            batch_size=len(lengths),
+            out_cache_loc=torch.tensor(loc + [0] * (padding * lists + unpadded)),
+            req_pool_indices=torch.tensor([*requests, *[0] * padding]),
+            seq_lens=lengths,
+            seq_lens_cpu=None,  # acceptance is still on its way
+        )
 
     def layer(self, batch, i, topk):
         """Inputs of attention, whose rows go into the one tier, and what must come out."""
@@ -236,18 +279,42 @@ class Run:
         if begin:
             self.begin(batch)
         self.backend.forward_metadata = metadata_of(len(batch.seq_lens) - unpadded)
-        real = len(requests)
+        seen = [self.slots[r] for r in requests]
+        self.step(batch, seen, shared, self.backend.forward_decode)
+
+    def verify(self, accepted, padding=0, begin=True, unpadded=0, exact=False):
+        """One verification of drafts. accepted: {request: tokens that it keeps, 1 or more}.
+
+        padding, unpadded: as verify_batch; exact: attention gives the one tier's very bits
+        """
+        lists = self.backend.speculative_num_draft_tokens
+        batch = self.verify_batch(accepted, padding, unpadded)
+        if begin:
+            self.begin(batch)
+        seen = [
+            self.slots[r] + self.ahead[r][: i + 1] for r in accepted for i in range(lists)
+        ]  # fmt: skip
+        self.step(batch, seen, (), self.backend.forward_extend, exact)
+        for request, tokens in accepted.items():
+            self.slots[request] += self.ahead[request][:tokens]
+            del self.ahead[request][:tokens]
+
+    def step(self, batch, seen, shared, forward, exact=False):
+        """All layers of a step whose real queries see these slots, the last one their own."""
+        real, padding = len(seen), len(batch.out_cache_loc) - len(seen)
         for i, (group, position) in enumerate(self.places):
             selects = position == 0 and group not in shared
             if selects:
-                rows = [self.pick(self.slots[r], self.slots[r][-1]) for r in requests]
+                rows = [self.pick(slots, slots[-1]) for slots in seen]
                 rows += [np.array([0] + [-1] * (TOPK - 1))] * padding
                 topk = torch.from_numpy(np.array(rows)).int()
             args, given, wanted = self.layer(batch, i, topk)
             if selects:
                 given["topk_indices"] = topk = self.select(batch, i, topk)
-            out = self.backend.forward_decode(*args, **given)
+            out = forward(*args, **given)
             assert out.shape == (len(topk), HEADS, NOPE) and out.dtype == torch.float32
+            if exact:
+                assert torch.equal(out[:real], wanted[:real]), "not close: other bits"
             torch.testing.assert_close(out[:real], wanted[:real], **TOLERANCE)
         assert not self.backend.step.layer and not self.backend.token_to_kv_pool._reading
 
@@ -278,4 +345,25 @@ def serve(backend, seed=0, tokens=(9, 5)):
     run.prefill({3: 6, 2: 2})
     run.decode([2, 3], padding=1)
     run.decode([2, 3], shared=(1,))
+    return run
+
+
+def serve_drafts(backend, seed=0, exact=False):
+    """As serve(), with verifications that keep all, some or one of their drafts.
+
+    Two requests end with rejected rows behind them, and others get their slots.
+    """
+    run = Run(backend, seed)
+    most = backend.speculative_num_draft_tokens
+    run.prefill({1: 9, 2: 5})
+    for first, second in ((1, most), (most, 1), (1, 2), (2, 1)):
+        run.verify({1: first, 2: second}, exact=exact)
+    run.finish(1)
+    run.prefill({3: 6})
+    run.verify({2: 1, 3: 1}, padding=1, exact=exact)
+    run.verify({2: most, 3: 1}, exact=exact)
+    run.finish(2)
+    run.verify({3: 2}, exact=exact)
+    run.prefill({4: 7})
+    run.verify({4: 1, 3: most}, unpadded=1, exact=exact)
     return run

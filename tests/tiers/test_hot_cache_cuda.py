@@ -150,6 +150,30 @@ def test_passes_cover_the_batch_and_fit(shape, rows, most, count):
     assert (covered == 1).all() and len(parts) == count
 
 
+@pytest.mark.parametrize(
+    ("rows", "most", "queries"),
+    [
+        (96, 12, [12]),
+        (95, 12, [9, 3]),  # 11 queries fit, but 3 of a request stay together
+        (96, 8, [6, 6]),
+        (47, 12, [3, 3, 3, 3]),
+        (23, 12, [2] * 6),  # no request fits
+        (12, 12, [1] * 12),
+    ],
+)
+def test_a_pass_has_whole_requests(rows, most, queries):
+    parts = passes(12, 8, rows, most, lists=3)
+    assert [part.queries.stop - part.queries.start for part in parts] == queries
+    assert [part.queries.start for part in parts] == [sum(queries[:i]) for i in range(len(queries))]
+
+
+def test_with_a_row_for_every_slot_any_batch_fits():
+    assert len(passes(12, 8, 40, 12, num_slots=41)) == 3
+    assert len(passes(12, 8, 40, 12, num_slots=40)) == 1
+    assert len(passes(13, 8, 40, 12, num_slots=40)) == 2  # queries of a plan
+    assert len(passes(2, 48, 40, 12, num_slots=40)) == 1
+
+
 def test_a_top_k_wider_than_a_plan_is_refused():
     widest = plan_fetch.max_width()
     with pytest.raises(ValueError, match=f"topk must be at most {widest}, .* got {widest + 1}"):

@@ -71,7 +71,8 @@ void plan_fetch_tensors(TensorView topk, TensorView rows, TensorView hit_rows,
   }
   const int64_t lookups = topk.numel(), queries = topk.size(0), hot = row_slot.numel();
   const int64_t widest = kPlanMaxItems * plan_threads();
-  if (topk.size(1) < 1 || topk.size(1) > widest || lookups > hot) {
+  const bool fits = lookups <= hot || hot >= slot_row.numel();
+  if (topk.size(1) < 1 || topk.size(1) > widest || !fits) {
     TVM_FFI_THROW(ValueError) << "a plan must have 1 to " << widest << " columns and at most "
                               << hot << " lookups, one for each hot row: got shape "
                               << topk.shape() << ". Plan the batch in passes.";

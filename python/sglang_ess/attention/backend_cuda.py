@@ -6,6 +6,10 @@ get_key_buffer. The hot tier and the staging buffers answer all three, so SGLang
 unchanged. This module computes attention itself only where it needs log-sum-exps, in a decode
 step that overlaps fetch and attention or that takes several passes, and where the operator asks
 for FlashInfer.
+
+A verification of drafts is a decode step with several queries a request, one for each draft token.
+It writes as many rows, to ordinary slots; the next step writes those of the rejected tokens again.
+The draft model has SGLang's own backend and a pool in one tier.
 """
 
 from __future__ import annotations
@@ -28,12 +32,12 @@ from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_atte
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_ess.attention import half_batch
+from sglang_ess.attention.backend_checks import check_mode, check_no_sink, check_server
 from sglang_ess.attention.mla_kernels import Need, choose
 from sglang_ess.attention.overlap import Mode, policy_for
 from sglang_ess.attention.planned_lists import PlannedLists, planned_lists_for
 from sglang_ess.attention.two_tier_decode import LayerStep, TwoTierDecode
 from sglang_ess.config import EssConfig
-from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
 from sglang_ess.tiers.contract import CANARY_ROWS
 from sglang_ess.tiers.warmup_window import warm_spans
 
@@ -51,6 +55,7 @@ class StepState:
     A captured decode graph holds the tensors of the state that it was captured with.
 
     mode        how a decode step orders transfer and attention
+    lists       queries of each request in a decode step
     warm_spans  (first, end) of the queries that warm the hot tier in prefill
     reserved    whether the pass's new slots have hot rows; None until its first layer asks
     halves      (queries, the indexer's metadata of these queries) of a DBA batch, the same for
@@ -59,6 +64,7 @@ class StepState:
     """
 
     mode: Mode
+    lists: int = 1
     warm_spans: list[tuple[int, int]] = field(default_factory=list)
     reserved: bool | None = None
     halves: list[tuple[slice, Any]] | None = None
@@ -102,7 +108,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         global active
         super().__init__(model_runner, *args, **kwargs)
         pool = self.token_to_kv_pool
-        _check(self, pool, get_dsa_index_kpool(model_runner.model_config.hf_config))
+        check_server(self, pool, get_dsa_index_kpool(model_runner.model_config.hf_config))
         config = EssConfig.from_env()
         self._warms, self._canary_rate = config.warmup == "on", config.canary_rate
         self._random = np.random.default_rng(0)
@@ -115,6 +121,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         self.policy = policy_for(config, len(pool.groups), get_parallel())
         self.chosen = self.policy.choose(1).mode  # for the steps to come
         self.step = StepState(self.chosen)
+        self.indexer_metadata: Any = None  # the last that the indexer got: the target model's
         self._steps = 0
         # With this option ranks get rank 0's top-k after the indexer: too late for select().
         self._selects = not envs.SGLANG_DSA_TOPK_BROADCAST.get()
@@ -140,7 +147,8 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
     def get_indexer_metadata(self, layer_id, forward_batch):
         """Metadata with fused top-k, whose indices are slots. Upstream unfuses it for HiSparse."""
         metadata = super().get_indexer_metadata(layer_id, forward_batch)
-        return replace(metadata, force_unfused_topk=False)
+        self.indexer_metadata = replace(metadata, force_unfused_topk=False)
+        return self.indexer_metadata
 
     @contextmanager
     def _as_one_tier(self) -> Iterator[None]:
@@ -166,24 +174,31 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             super().set_dsa_prefill_impl(forward_batch)
 
     def init_forward_metadata(self, forward_batch) -> None:
-        _check_mode(forward_batch.forward_mode)
+        mode = forward_batch.forward_mode
+        check_mode(mode)
         super().init_forward_metadata(forward_batch)
-        self.step = StepState(self.chosen)
-        if forward_batch.forward_mode.is_extend_without_speculative():
+        self.step = StepState(self.chosen, self._lists(mode))
+        if mode.is_extend_without_speculative():
             self._begin_prompts(forward_batch)
-        elif forward_batch.forward_mode.is_decode():
+        elif is_decode_step(mode):
             self._plan_lists(forward_batch, captured=False)
-            self.next_step(forward_batch.batch_size)
+            self.next_step(forward_batch.batch_size * self.step.lists)
 
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False) -> None:
-        _check_mode(forward_batch.forward_mode)
+        mode = forward_batch.forward_mode
+        check_mode(mode)
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
-        if forward_batch.forward_mode.is_decode():
+        if is_decode_step(mode):
             self._plan_lists(forward_batch, captured=True)
         if in_capture:
-            self.step = StepState(Mode(get_capture_attention_variant() or self.chosen.value))
+            variant = get_capture_attention_variant() or self.chosen.value
+            self.step = StepState(Mode(variant), self._lists(mode))
         else:
-            self.next_step(forward_batch.batch_size)
+            self.next_step(forward_batch.batch_size * self._lists(mode))
+
+    def _lists(self, mode) -> int:
+        """Queries of each request in a decode step of this forward mode."""
+        return self.speculative_num_draft_tokens if mode.is_target_verify() else 1
 
     def _plan_lists(self, forward_batch, captured: bool) -> None:
         if self.planned_lists is not None:
@@ -193,6 +208,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
     def next_step(self, batch: int) -> None:
         """Read the counters and choose the mode of the next steps: once a decode step, on the host.
 
+        batch: queries of the step
         The counters come from a copy that began some steps ago. If it is not done, nobody waits.
         """
         tier = self.token_to_kv_pool.tier
@@ -242,12 +258,23 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None,
         topk_indices=None, **kwargs,
     ):  # fmt: skip
-        def upstream(save):
+        def upstream(save, topk=topk_indices):
             return super(EssDsaBackend, self).forward_extend(
                 q, k, v, layer, forward_batch, save, q_rope=q_rope, k_rope=k_rope,
-                topk_indices=topk_indices, **kwargs,
+                topk_indices=topk, **kwargs,
             )  # fmt: skip
 
+        def over_hot_rows(step, _):
+            # They are the slots that it reads. As HiSparse's it would want whole requests, and
+            # data-parallel padding has none.
+            with self._as_one_tier():
+                return upstream(False, step.buffers.rows)
+
+        if forward_batch is not None and forward_batch.forward_mode.is_target_verify():
+            new, sink = (k, k_rope) if save_kv_cache else None, kwargs.get("attn_sink")
+            return self._decode_layer(
+                over_hot_rows, layer, forward_batch, q, q_rope, topk_indices, new, sink
+            )
         pool = self.token_to_kv_pool
         if self.use_mha:
             return upstream(save_kv_cache)
@@ -296,11 +323,12 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         cache = pool.hot_caches[group]
         if not self._selects or not batch or len(slots) != batch:
             return get_topk(q_fp8, weights, metadata)
-        if not self._reserve(slots, width) or len(cache.passes(batch, width)) > 1:
+        lists = self.step.lists
+        if not self._reserve(slots, width) or len(cache.passes(batch, width, lists)) > 1:
             return get_topk(q_fp8, weights, metadata)
-        step, mode = self.decode.layer(group), self.step.mode
+        step, mode = self.decode.layer(group, lists=lists), self.step.mode
         halves = []
-        if mode is Mode.DBA and self.decode.can_halve(group, batch, width):
+        if mode is Mode.DBA and self.decode.can_halve(group, batch, width, lists):
             halves = self._halves(metadata, batch)
         parts = []
         for queries, half in halves:
@@ -320,10 +348,12 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         return self.step.reserved
 
     def _halves(self, metadata, batch: int) -> list[tuple[slice, Any]]:
-        """The indexer's metadata for each half; empty where it has no row for each query."""
+        """The indexer's metadata for each half of the requests; empty where it lacks queries."""
         if self.step.halves is None:
-            parts = slice(0, batch // 2), slice(batch // 2, batch)
-            halves = [(part, half_batch.slice_metadata(metadata, part)) for part in parts]
+            lists = self.step.lists
+            middle = batch // lists // 2 * lists
+            parts = slice(0, middle), slice(middle, batch)
+            halves = [(part, half_batch.slice_metadata(metadata, part, lists)) for part in parts]
             self.step.halves = [] if any(half is None for _, half in halves) else halves
         return self.step.halves
 
@@ -331,6 +361,24 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None,
         topk_indices=None, **kwargs,
     ):  # fmt: skip
+        def upstream(_, topk):
+            return super(EssDsaBackend, self).forward_decode(
+                q, None, None, layer, forward_batch, False, q_rope=q_rope, topk_indices=topk,
+                **kwargs,
+            )  # fmt: skip
+
+        new, sink = (k, k_rope) if save_kv_cache else None, kwargs.get("attn_sink")
+        return self._decode_layer(
+            upstream, layer, forward_batch, q, q_rope, topk_indices, new, sink
+        )
+
+    def _decode_layer(
+        self, upstream, layer, forward_batch, q, q_rope, topk_indices, new, sink
+    ) -> torch.Tensor:
+        """A layer of a decode step: write its new rows, see to its hot rows, attend to them.
+
+        upstream(step, topk): SGLang's attention over the layer's hot rows; new: as _write
+        """
         pool = self.token_to_kv_pool
         group, position = pool.place(layer.layer_id)
         heads = q.view(-1, layer.tp_q_head_num, layer.v_head_dim if q_rope is not None
@@ -338,7 +386,6 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         if not len(heads):
             return heads.new_empty(0, layer.tp_q_head_num, layer.v_head_dim)
         topk = self._pad_topk_indices(topk_indices, len(heads))
-        new = (k, k_rope) if save_kv_cache else None
         if position == 0:
             self.step.layer = self._write_and_start(group, forward_batch, topk, new)
             self._observe(group, topk)
@@ -350,17 +397,14 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         if step.buffers is not None and (position or self.step.mode is Mode.OFF):
             self.decode.wait(step)
             if self.planned_lists is not None:
-                _check_no_sink(kwargs.get("attn_sink"), step, "--ess-attention sglang")
+                check_no_sink(sink, step, "--ess-attention sglang")
                 q_all, rows = _whole(heads, q_rope), step.rows.flatten(1)
                 out = self.planned_lists.attend(q_all, rows, step.buffers.rows, layer.scaling)
             else:
                 with pool.reading(step.rows):
-                    out = super().forward_decode(
-                        q, None, None, layer, forward_batch, False, q_rope=q_rope,
-                        topk_indices=topk, **kwargs,
-                    )  # fmt: skip
+                    out = upstream(step, topk)
         else:
-            _check_no_sink(kwargs.get("attn_sink"), step)
+            check_no_sink(sink, step)
             out = self._with_lse(layer, heads, q_rope, topk, step)
         if step.is_last:  # in a capture it would keep the group's buffers from the next one
             self.step.layer = None
@@ -368,7 +412,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
             pool.transfer.join()  # a capture must end in one stream
             # A warm-up and the capture after it are one pass for SGLang. The capture must make
             # what it reads, or a replay would read the warm-up's metadata.
-            self.step = StepState(self.step.mode)
+            self.step = StepState(self.step.mode, self.step.lists)
         return out
 
     def _observe(self, group: int, topk: torch.Tensor) -> None:
@@ -398,7 +442,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         if not selected:
             slots = forward_batch.out_cache_loc
             reserved = new is None or self._reserve(slots, topk.shape[1])
-            step = self.decode.layer(group, reserved)
+            step = self.decode.layer(group, reserved, self.step.lists)
         self._write(step, new, forward_batch)
         if not selected:
             self.decode.start(step, topk, self.step.mode)
@@ -432,61 +476,13 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         pool.hot_caches[group].check_rows(picks, f"layer {layer_id}", pool.page_size, position)
 
 
+def is_decode_step(mode: Any) -> bool:
+    """Whether a pass of this forward mode reads hot rows: decode, or a verification of drafts."""
+    return bool(mode.is_decode() or mode.is_target_verify())
+
+
 def _whole(heads: torch.Tensor, q_rope: torch.Tensor | None) -> torch.Tensor:
     """The queries [T, H, 576] of heads [T, H, 512] and q_rope, or of heads that have both."""
     if q_rope is None:
         return heads
     return torch.cat([heads, q_rope.view(*heads.shape[:2], -1)], dim=-1)
-
-
-def _check(backend: EssDsaBackend, pool, index_kpool: int = 1) -> None:
-    """Raises: RuntimeError, one line, for what this backend cannot serve."""
-    if not isinstance(pool, CudaEssTokenToKVPool):
-        raise RuntimeError(
-            f"ESS must have its own KV pool: got {type(pool).__name__}. Report the server's "
-            "options; --disable-ess serves them."
-        )
-    if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get():
-        raise RuntimeError(
-            "ESS must see every decode step on the host: got SGLANG_ENABLE_METADATA_GLUE_GRAPH "
-            "on. Unset it or add --disable-ess."
-        )
-    if index_kpool > 1:
-        raise RuntimeError(
-            "ESS must have an index key for each token: got index_kpool "
-            f"{index_kpool}. Add --disable-ess."
-        )
-    if not backend.use_fused_topk:
-        raise RuntimeError(
-            "ESS must have fused top-k: got SGLANG_DSA_FUSE_TOPK off. Unset it or add "
-            "--disable-ess."
-        )
-    impls = (backend.dsa_prefill_impl, backend.dsa_decode_impl)
-    for impl in ("trtllm", "flashmla_sparse_q8"):  # one reads pages, one flattens the prefix
-        if impl in impls:
-            raise RuntimeError(
-                f"ESS must read rows by index: got the DSA backend {impl}. Add "
-                "--dsa-decode-backend and --dsa-prefill-backend flashmla_kv (fp8 rows) or "
-                "flashmla_sparse (bf16 rows)."
-            )
-
-
-def _check_no_sink(sink, step: LayerStep, way: str = "--ess-overlap off") -> None:
-    """Raises: RuntimeError for a sink, which neither attention in parts nor FlashInfer can have."""
-    if sink is None:
-        return
-    if step.buffers is None:  # several passes, whatever overlaps
-        way = "a larger hot tier (--ess-hot-ratio or --ess-hot-gib)"
-    raise RuntimeError(
-        f"attention in parts or by FlashInfer must have no sink: got one. Add {way}, or "
-        "--disable-ess."
-    )
-
-
-def _check_mode(mode) -> None:
-    """Raises: RuntimeError for drafts and their verification: several queries a request."""
-    if mode.is_target_verify() or mode.is_draft_extend_v2():
-        raise RuntimeError(
-            f"ESS must decode one query a request: got {mode.name}. Drop "
-            "--speculative-algorithm or add --disable-ess."
-        )

@@ -7,38 +7,45 @@ from typing import Any
 
 import torch
 
-# The fields of DSAMetadata with a row for each query of a decode step. The others belong to
-# prefill or to the whole batch.
+# The fields of DSAMetadata with a row for each query of a decode step, and those with one for each
+# request. The others belong to prefill or to the whole batch.
 PER_QUERY = (
-    "cache_seqlens_int32",
     "page_table_1",
     "real_page_table",
     "dsa_cache_seqlens_int32",
     "dsa_seqlens_expanded",
     "indexer_logical_page_table",
-    "indexer_seq_lens",
 )
+PER_REQUEST = ("cache_seqlens_int32", "indexer_seq_lens")
 
 
-def slice_metadata(metadata: Any, queries: slice) -> Any:
+def slice_metadata(metadata: Any, queries: slice, lists: int = 1) -> Any:
     """DSAIndexerMetadata of the queries [start, stop) alone.
 
+    lists: queries of each request; start and stop are multiples of it
     It has no DeepGEMM schedule: the whole batch's does not fit, and the indexer makes one itself.
     Returns None where the last queries have no metadata: data-parallel padding, which the indexer
     only knows at the end of a whole batch.
     """
     whole = metadata.attn_metadata
-    if queries.stop > len(whole.cache_seqlens_int32):
+    if queries.stop > len(whole.dsa_seqlens_expanded):
         return None
+    requests = slice(queries.start // lists, queries.stop // lists)
+    num_requests = len(whole.cache_seqlens_int32)
+
+    def part(values: Any) -> Any:
+        """Of what has a row for each request or for each query, as SGLang's caller likes."""
+        return values[requests if len(values) == num_requests else queries]
+
     cut: dict[str, Any] = {
-        name: getattr(whole, name)[queries]
-        for name in PER_QUERY
+        name: getattr(whole, name)[rows]
+        for names, rows in ((PER_QUERY, queries), (PER_REQUEST, requests))
+        for name in names
         if isinstance(getattr(whole, name), torch.Tensor)
     }
-    count = queries.stop - queries.start
     cut |= {
-        "dsa_extend_seq_lens_list": whole.dsa_extend_seq_lens_list[queries],
-        "cu_seqlens_q": whole.cu_seqlens_q[: count + 1],
+        "dsa_extend_seq_lens_list": part(whole.dsa_extend_seq_lens_list),
+        "cu_seqlens_q": whole.cu_seqlens_q[: queries.stop - queries.start + 1],
         "paged_mqa_schedule_metadata": None,
         "paged_mqa_ctx_lens_2d": None,
     }
@@ -51,5 +58,5 @@ def slice_metadata(metadata: Any, queries: slice) -> Any:
         metadata,
         attn_metadata=replace(whole, **cut),
         paged_mqa_schedule_metadata=None,
-        paged_mqa_ctx_lens_2d=None if lens is None else lens[queries],
+        paged_mqa_ctx_lens_2d=None if lens is None else part(lens),
     )

@@ -88,6 +88,12 @@ def planned_lists_for(backend: Any, sm_scale: float) -> PlannedLists:
             "--ess-attention flashinfer must come with --ess-overlap off: got modes "
             f"{', '.join(mode.value for mode in backend.policy.modes)}. Add --ess-overlap off."
         )
+    if backend.speculative_num_draft_tokens:
+        raise RuntimeError(
+            "--ess-attention flashinfer must know each query's length on the host, which nobody "
+            "does while drafts are verified: got --speculative-num-draft-tokens "
+            f"{backend.speculative_num_draft_tokens}. Add --ess-attention sglang."
+        )
     rows = backend.token_to_kv_pool.tier.rows[0].flatten(1)
     if rows.dtype != torch.uint8 and rows.shape[1] != ROW_DIM:
         raise RuntimeError(

@@ -53,6 +53,7 @@ class LayerStep:
 
     group, cache: the index group and its hot tier
     reserved the step's new slots have hot rows; else no plan may start before they are saved
+    lists    queries of each request
     position: of the layer in the group whose turn it is
     topk     [T, K] int32 slots, -1 pads; None before start()
     buffers  the plan of the whole batch, valid until the next group's plan; None where the batch
@@ -66,6 +67,7 @@ class LayerStep:
     group: int
     cache: DeviceHotCache
     reserved: bool = True
+    lists: int = 1
     position: int = 0
     topk: torch.Tensor | None = None
     buffers: PlanBuffers | None = None
@@ -118,9 +120,12 @@ class TwoTierDecode:
             self.tier.invalidate(slots)
         return fits
 
-    def layer(self, group: int, reserved: bool = True) -> LayerStep:
-        """Begin a group's step in its first layer. reserved: what reserve() said."""
-        return LayerStep(group, self.tier.caches[group], reserved)
+    def layer(self, group: int, reserved: bool = True, lists: int = 1) -> LayerStep:
+        """Begin a group's step in its first layer.
+
+        reserved: what reserve() said; lists: queries of each request
+        """
+        return LayerStep(group, self.tier.caches[group], reserved, lists)
 
     def follow(self, step: LayerStep, position: int) -> None:
         """Go on with another layer of the group."""
@@ -163,9 +168,12 @@ class TwoTierDecode:
         step.halves.append(half)
         step.planned = last
 
-    def can_halve(self, group: int, batch: int, width: int) -> bool:
-        """Whether a batch can be planned in halves: both must be hot at the same time."""
-        return batch > 1 and len(self.tier.caches[group].passes(batch, width)) == 1
+    def can_halve(self, group: int, batch: int, width: int, lists: int = 1) -> bool:
+        """Whether a batch can be planned in halves: both must be hot at the same time.
+
+        lists: queries of each request, all of which are in one half
+        """
+        return batch > lists and len(self.tier.caches[group].passes(batch, width)) == 1
 
     def start(self, step: LayerStep, topk: torch.Tensor, mode: Mode) -> bool:
         """Plan topk [T, K] int32 slots and fetch its misses, behind what the caller does next.
@@ -173,7 +181,7 @@ class TwoTierDecode:
         Returns False, having done nothing, where the batch takes several passes: use in_passes.
         """
         cache = step.cache
-        if len(cache.passes(*topk.shape)) > 1:
+        if len(cache.passes(*topk.shape, step.lists)) > 1:
             return False
         step.topk, halved = topk, step.planned == len(topk)
         with self.transfer.on_transfer_stream():
@@ -229,7 +237,7 @@ class TwoTierDecode:
         """
         outs: list[torch.Tensor] = []
         parts: tuple[torch.Tensor, torch.Tensor] | None = None
-        for index, part in enumerate(step.cache.passes(*topk.shape)):
+        for index, part in enumerate(step.cache.passes(*topk.shape, step.lists)):
             out, lse = self._one_pass(step, q[part.queries], topk, index, part)
             if part.columns != slice(0, topk.shape[1]):
                 wide = out.float(), lse

@@ -17,13 +17,23 @@ def kv_pool_class(pool_class: type, configurator: Any, *, kind: str, default: ty
         return pool_class
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    from sglang_ess.attention.backend_cuda import EssDsaBackend
     from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
 
     # The pool is built before the backend. The names stay, so that every "dsa" rule applies.
     for name in ("dsa", "nsa"):
-        register_attention_backend(name)(EssDsaBackend)
+        register_attention_backend(name)(sparse_backend)
     return CudaEssTokenToKVPool
+
+
+def sparse_backend(model_runner: Any) -> Any:
+    """The attention backend of a sparse model: ours, and SGLang's for a draft model's one tier."""
+    if model_runner.is_draft_worker:
+        from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
+
+        return DeepseekSparseAttnBackend(model_runner)
+    from sglang_ess.attention.backend_cuda import EssDsaBackend
+
+    return EssDsaBackend(model_runner)
 
 
 def paged_allocator_class(allocator_class: type | None, platform: Any) -> type | None:
@@ -67,14 +77,20 @@ def topk_selected(
     get_topk: Any, indexer: Any, forward_batch: Any, layer_id: int, q_fp8: Any, weights: Any,
     metadata: Any,
 ) -> Any:  # fmt: skip
-    """AROUND Indexer._get_topk_paged: start decode's plan and fetch as soon as top-k is known."""
+    """AROUND Indexer._get_topk_paged: start decode's plan and fetch as soon as top-k is known.
+
+    A draft model's indexer passes here too, in the same modes and with layer ids of its own, but
+    with the metadata of another backend.
+    """
     from sglang_ess.attention import backend_cuda
 
     def upstream(q_fp8, weights, metadata):
         return get_topk(indexer, forward_batch, layer_id, q_fp8, weights, metadata)
 
     backend = backend_cuda.active
-    if backend is None or not forward_batch.forward_mode.is_decode():
+    if backend is None or metadata is not backend.indexer_metadata:
+        return upstream(q_fp8, weights, metadata)
+    if not backend_cuda.is_decode_step(forward_batch.forward_mode):
         return upstream(q_fp8, weights, metadata)
     return backend.select(upstream, forward_batch, layer_id, q_fp8, weights, metadata)
 

@@ -125,11 +125,19 @@ class DeviceTier:
     def has_room(self, num_queries: int, width: int) -> bool:
         """Return whether a decode step may reserve a row per query, and one plan still fits.
 
+        num_queries: of which each writes a row; a request may have several
+
         If not, the caller invalidates the written slots, and plans fetch them like others: a later
         pass might evict a reserved row before another layer of the group has filled its own.
         """
-        parts = passes(num_queries, width, self.num_rows, self.max_queries)
-        return len(parts) == 1 and (width + 1) * num_queries <= self.num_rows
+        if len(self.passes(num_queries, width)) > 1:
+            return False
+        return (width + 1) * num_queries <= self.num_rows or self.num_rows >= self.num_slots
+
+    def passes(self, num_queries: int, width: int, lists: int = 1) -> list[Pass]:
+        """The passes of a decode step. lists: queries of each request."""
+        limits = self.num_rows, self.max_queries, lists, self.num_slots
+        return passes(num_queries, width, *limits)
 
     def reserve(self, slots: torch.Tensor, first_slot: int = 0) -> None:
         """Give the slots [n] that a decode step writes hot rows in every layer.
@@ -253,9 +261,9 @@ class DeviceHotCache:
         self.state, self.num_slots = tier.state.group(index), tier.num_slots
         self.num_layers, self.num_rows = len(self.host_layers), tier.num_rows
 
-    def passes(self, num_queries: int, width: int) -> list[Pass]:
-        """The passes of a decode step."""
-        return passes(num_queries, width, self.num_rows, self._tier.max_queries)
+    def passes(self, num_queries: int, width: int, lists: int = 1) -> list[Pass]:
+        """The passes of a decode step. lists: queries of each request."""
+        return self._tier.passes(num_queries, width, lists)
 
     def plan(
         self,
