@@ -1,6 +1,6 @@
 """Slots, largest batches and host memory of one tier, HiSparse and ESS at equal device bytes.
 
-Nothing is timed; each system's own code decides, for one rank, fp8 rows and no MTP. One tier and
+Nothing is timed; each system's own code decides, for one rank and fp8 rows. One tier and
 HiSparse: SGLang's KVCacheConfigurator chooses slots and running requests, and builds pool,
 allocator and request table; ModelRunner.maybe_init_hisparse_coordinator builds coordinator and host
 pool; bytes are those of their tensors. ESS: sglang_ess.mem_cache.capacity for a CUDA device, with
@@ -15,6 +15,8 @@ config.json. Settings: "hot ratio 0.1" (host_to_device_ratio 10, --ess-hot-ratio
     batch_vs_hisparse     ESS's largest batch / HiSparse's, which ends by its rows a request;
                           batch_vs_best_hisparse: at the host_to_device_ratio that is best for it
     vs_one_tier           ESS's slots / one tier's; hisparse_vs_one_tier: HiSparse's
+    mtp_vs_one_tier       the same with an MTP layer, whose rows and index keys of every slot both
+                          keep on the device; mtp_batch_vs_one_tier: the largest batches
     maps_states           ESS's bytes of maps and row states for a token; maps_states_before: with a
                           map for each layer instead of each index group
     hisparse_beyond_gib   what HiSparse takes outside the bytes for KV at SGLang's default
@@ -46,7 +48,7 @@ from transformers import DeepseekV32Config, GlmMoeDsaConfig, HYV4Config
 
 from benchmarks import harness
 from sglang_ess.config import EssConfig
-from sglang_ess.layout import GIB, KIB, PAGE_SLOTS
+from sglang_ess.layout import GIB, INDEX_KEY_BYTES, KIB, PAGE_SLOTS
 from sglang_ess.mem_cache import capacity
 
 CONTEXTS, HEADLINE = (8 * KIB, 32 * KIB, 128 * KIB, 1024 * KIB), 32 * KIB
@@ -73,6 +75,7 @@ class Point(NamedTuple):
     model: str  # of MODELS
     context: int  # tokens of a request
     device_bytes: int  # for KV
+    mtp_layers: int = 0  # that draft
 
 
 class MetaConfigurator(KVCacheConfigurator):
@@ -84,13 +87,14 @@ class MetaConfigurator(KVCacheConfigurator):
         with tempfile.TemporaryDirectory() as directory:
             config_class(**more).save_pretrained(directory)
             model = ModelConfig(directory, context_length=point.context, dtype="bfloat16")
-        layers = model.num_hidden_layers
+        layers, algorithm = model.num_hidden_layers, SpeculativeAlgorithm
         info = ModelLayerInfo(start_layer=0, end_layer=layers, num_effective_layers=layers)
         given = dict(
             device="meta", gpu_id=0, attn_dp_size=1, pp_size=1, model_config=model,
             server_args=get_context().server_args, kv_cache_dtype=torch.float8_e4m3fn,
             model_dtype=torch.bfloat16, page_size=PAGE_SLOTS, layer_info=info,
-            spec_algorithm=SpeculativeAlgorithm.NONE, spec_aux_config=SpecAuxHiddenStateConfig(),
+            spec_algorithm=algorithm.EAGLE if point.mtp_layers else algorithm.NONE,
+            spec_aux_config=SpecAuxHiddenStateConfig(eagle_draft_num_layers=point.mtp_layers),
             use_mla_backend=True,
         )  # fmt: skip
         # The rest is None: no weights, no streams, no draft, no sliding window.
@@ -174,11 +178,13 @@ def geometry_of(configurator: MetaConfigurator) -> capacity.Geometry:
     """ESS's geometry on a CUDA device."""
     pool, model = configurator.build()[1].token_to_kv_pool, configurator.model_config
     rows, groups = pool.kv_buffer[0].shape[0], capacity.index_groups(configurator)
+    row_bytes = pool.kv_buffer[0].nbytes // rows
+    drafts = configurator.spec_aux_config.eagle_draft_num_layers
     return capacity.Geometry(
-        layers=groups.layers, row_bytes=pool.kv_buffer[0].nbytes // rows,
+        layers=groups.layers, row_bytes=row_bytes,
         index_bytes=sum(keys.nbytes for keys in pool.index_k_with_scale_buffer) // rows,
         topk=model.hf_config.index_topk, context_tokens=model.context_len, page_slots=PAGE_SLOTS,
-        tier=capacity.GPU_TIER, groups=groups,
+        tier=capacity.GPU_TIER, groups=groups, draft_bytes=drafts * (row_bytes + INDEX_KEY_BYTES),
     )  # fmt: skip
 
 
@@ -225,7 +231,8 @@ def compare(report: harness.Report, point: Point) -> None:
 
 def summarise(report: harness.Report, point: Point, found: dict) -> None:
     one, theirs, ours = (found[SAME][name] for name in ("one tier", "HiSparse", "ESS"))
-    defaults = found[DEFAULTS]
+    defaults, mtp = found[DEFAULTS], point._replace(mtp_layers=1)
+    drafting = {"one tier": one_tier(mtp), "ESS": ess(mtp, RATIO)}
     best = max(hisparse(point, n, default_limit=True)["requests"] for n in HISPARSE_RATIOS)
     for key, above, below in (
         ("vs_hisparse", ours["slots"], theirs["slots"]),
@@ -234,6 +241,8 @@ def summarise(report: harness.Report, point: Point, found: dict) -> None:
         ("batch_vs_best_hisparse", ours["requests"], best),
         ("vs_one_tier", ours["slots"], one["slots"]),
         ("hisparse_vs_one_tier", theirs["slots"], one["slots"]),
+        ("mtp_vs_one_tier", drafting["ESS"]["slots"], drafting["one tier"]["slots"]),
+        ("mtp_batch_vs_one_tier", drafting["ESS"]["requests"], drafting["one tier"]["requests"]),
     ):
         report.summarise(f"{point.model}_{key}", above / below if below else None)
     with published():

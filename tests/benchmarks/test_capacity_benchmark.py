@@ -137,9 +137,16 @@ class TestSizes:
         assert found["rows"] == round(0.1 * 32 * K)
         assert found["host"] * GIB == (slots + PAGE) * latents
 
+    def test_one_tier_with_an_mtp_layer(self, sizes, model):
+        """SGLang keeps its row and index key of every slot."""
+        latents, index, _ = BYTES[model]
+        found = sizes.call("size", "one_tier", (model, 32 * K, BUDGET, 1))
+        assert found["slots"] == whole_pages(BUDGET // (latents + index + 656 + 132))
+
     @pytest.mark.parametrize("hot_ratio", [None, 0.1])
-    def test_ess_is_what_a_server_decides(self, sizes, model, hot_ratio):
-        point = model, 128 * K, BUDGET
+    @pytest.mark.parametrize("mtp_layers", [0, 1])
+    def test_ess_is_what_a_server_decides(self, sizes, model, hot_ratio, mtp_layers):
+        point = model, 128 * K, BUDGET, mtp_layers
         found = sizes.call("size", "ess", point, hot_ratio)
         slots, rows = sizes.call("decided", point, hot_ratio)
         assert found["slots"] == slots
@@ -182,6 +189,9 @@ def test_the_command(sizes, tmp_path):
     assert 0.95 < summary["v32_vs_hisparse"] < 1
     assert summary["glm52_hisparse_vs_one_tier"] == pytest.approx(3.5, abs=0.01)
     assert 6.6 < summary["glm52_vs_one_tier"] < 6.84  # without maps and states it were 6.84
+    for model, least in (("v32", 3.7), ("glm52", 6.2)):
+        assert least < summary[f"{model}_mtp_vs_one_tier"] < summary[f"{model}_vs_one_tier"]
+        assert summary[f"{model}_mtp_batch_vs_one_tier"] > least
     for model in ("v32", "glm51"):
         assert summary[f"{model}_maps_states"] == summary[f"{model}_maps_states_before"]
     for model in ("glm52", "hy4"):

@@ -110,15 +110,15 @@ def geometries_of(name, dtype):
 
     os.environ |= EssConfig(enabled=False).to_env()  # SGLang's own sizes
 
-    def made(algorithm):
-        found = MetaConfigurator(Point(name, 32768, GIB))
-        found.kv_cache_dtype, found.spec_algorithm = dtype, algorithm
+    def made(mtp_layers):
+        found = MetaConfigurator(Point(name, 32768, GIB, mtp_layers))
+        found.kv_cache_dtype = dtype
         return found
 
     with published(speculative_num_draft_tokens=4):
-        plain = capacity._geometry(made(SpeculativeAlgorithm.NGRAM), AUTO)[1]
-        target, draft = made(SpeculativeAlgorithm.EAGLE), made(SpeculativeAlgorithm.EAGLE)
-        target.spec_aux_config.eagle_draft_num_layers = 1
+        ngram, target, draft = made(0), made(1), made(1)
+        ngram.spec_algorithm = SpeculativeAlgorithm.NGRAM
+        plain = capacity._geometry(ngram, AUTO)[1]
         drafts, exact = (
             capacity._geometry(target, config)[1]
             for config in (AUTO, EssConfig(index_dtype="float32"))
