@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import types
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,12 +14,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.values import MultiProcessValue
+from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 
 from ess_kernels import hot_state
 from sglang_ess import metrics
-from sglang_ess.admission.policy import HOT_TIER, Admission, AdmissionLimits
+from sglang_ess.admission.policy import HOT_TIER, Admission, AdmissionLimits, Step
 from sglang_ess.mem_cache.pool import EssTokenToKVPool
-from sglang_ess.metrics import Exporter, Metrics, Watch, log_line
+from sglang_ess.metrics import Exporter, Metrics, SpeculationCounts, Watch, log_line
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from sglang_ess.tiers import HotCache, HotGroups
 from sglang_ess.tiers.index_groups import IndexGroups
@@ -26,6 +28,11 @@ from tests.support.server import Server
 
 ROW_BYTES, SLOTS = 656, 40
 LABELS = {"model_name": "tiny", "tp_rank": 0}
+# SGLang's counters of a SchedulerMetricsReporter: since its last log line, and before that.
+SPECULATION = (
+    "spec_num_accept_tokens", "spec_num_forward_ct",
+    "spec_total_num_accept_tokens", "spec_total_num_forward_ct",
+)  # fmt: skip
 
 
 class Pool:
@@ -136,6 +143,18 @@ def test_the_log_line():
     )
 
 
+def test_the_log_line_of_speculative_steps():
+    """Two verify steps of two requests gave 9 tokens: the misses are those of both steps."""
+    pool, taken = make_pool(), Metrics()
+    decode(pool, [1, 2, 3, -1], [1, 2, 3, 4])
+    decode(pool, [1, 2, 3, -1], [5, 6, 7, 8])
+    assert "5.5 misses/step, 1.2 misses/token (accept length 2.25), fetched" in log_line(
+        taken.snapshot(pool, 20), tokens=9, request_steps=4
+    )
+    idle = log_line(taken.snapshot(pool, 20), tokens=9, request_steps=4)
+    assert "accept length" not in idle, "no step was planned meanwhile"
+
+
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
     [(0, "0.0 B"), (1023, "1023.0 B"), (1 << 20, "1.0 MiB"), (3 << 40, "3072.0 GiB")],
@@ -236,6 +255,7 @@ def reporter(monkeypatch):
         metrics_collector=SimpleNamespace(labels=LABELS),
         forward_ct_decode=1,
         decode_log_interval=4,
+        **dict.fromkeys(SPECULATION, 0),
     )
 
 
@@ -255,6 +275,43 @@ def test_one_line_an_interval(reporter, caplog):
         assert metrics.decode_reported(None, reporter, True) is None
     assert len(lines(caplog)) == 3
     assert all("2.0 misses/step" in line for line in lines(caplog))
+
+
+def test_accept_lengths_are_sglangs_own(reporter, caplog):
+    """SGLang's reporter counts verify steps and moves its counts to the totals as it logs."""
+    caplog.set_level(logging.INFO)
+    real = types.MethodType(SchedulerMetricsReporter.update_spec_metrics, reporter)
+    reporter.spec_num_correct_drafts = 0
+    reporter.spec_num_block_accept_tokens = reporter.spec_num_cap_tokens = 0
+    for step in range(1, 9):
+        decode(reporter.pool, [step], [step])
+        reporter.forward_ct_decode = step
+        accepted = 3 if step > 4 else 2  # tokens of each of two requests
+        real(2, 2 * (accepted - 1), num_accept_tokens=2 * accepted)
+        if step % reporter.decode_log_interval == 0:
+            for name in ("num_accept_tokens", "num_forward_ct"):
+                total = getattr(reporter, f"spec_total_{name}") + getattr(reporter, f"spec_{name}")
+                setattr(reporter, f"spec_total_{name}", total)
+                setattr(reporter, f"spec_{name}", 0)
+        metrics.decode_reported(None, reporter, True)
+    first, second = lines(caplog)
+    assert "2.0 misses/step, 0.5 misses/token (accept length 2.00)" in first
+    assert "2.0 misses/step, 0.3 misses/token (accept length 3.00)" in second
+
+
+def test_counts_that_sglang_resets_are_left_out():
+    """flush_cache does that."""
+    reporter = SimpleNamespace(**dict.fromkeys(SPECULATION, 0))
+    counts = SpeculationCounts(reporter)
+    assert counts.since_last() == (0, 0)
+    reporter.spec_num_accept_tokens, reporter.spec_num_forward_ct = 7, 3
+    assert counts.since_last() == (7, 3)
+    assert counts.since_last() == (0, 0)
+    SchedulerMetricsReporter.reset_metrics(reporter)
+    reporter.spec_num_accept_tokens, reporter.spec_num_forward_ct = 2, 1
+    assert counts.since_last() == (0, 0)
+    reporter.spec_num_accept_tokens, reporter.spec_num_forward_ct = 6, 3
+    assert counts.since_last() == (4, 2)
 
 
 def test_only_the_logging_rank_logs(reporter, caplog):
@@ -471,4 +528,9 @@ def test_admission_is_exported_as_it_stands():
         assert value("held_rounds_total", reason="link") == 0
         assert value("shed_requests_total") == refusals - 1
         assert value("link_bytes_per_second") == 5e9 and value("thrashing") == 0
+        assert value("accept_length") == 1
         assert value("working_set_rows") == admission.working_set_rows > 0
+    for _ in range(2):  # the first four steps of a request do not count
+        admission.observe(Step(4, 1, 0.01, 40, 0, 0, tokens=2.5))
+    exporter.update_admission(admission)
+    assert value("accept_length") == 2.5

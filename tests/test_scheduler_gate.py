@@ -3,12 +3,21 @@
 from collections import deque
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_ess import scheduler_gate
+from sglang_ess.admission.feed import OBSERVED_STEPS
 from sglang_ess.admission.policy import HOT_TIER, LINK, Decision
+from sglang_ess.admission.working_set import WINDOW
+from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache.allocator import EssPagedAllocator
+from sglang_ess.tiers.topk_sample import SAMPLES, TopkSample
 from tests.support import parity, retraction
 from tests.support.scheduling import Decode
 
@@ -176,6 +185,78 @@ def test_parking_takes_in_the_step_under_way_and_leaves_the_finished(overlap):
     assert all(req.retracted_stain for req in parked) and not batch.batch_is_full
     assert done == ([("batch", "result")] if overlap else [])
     assert (scheduler.last_batch is None) == overlap
+
+
+# --- speculative decoding -------------------------------------------------------------------
+
+
+class Observer:
+    """An Admission that keeps what it is told of steps and of working sets."""
+
+    def __init__(self):
+        self.steps, self.sets = [], []
+        self.observe = self.steps.append
+        self.observe_working_sets = lambda *args: self.sets.append(args)
+        self.keep = lambda running: running
+
+
+def gate_of_drafts(queries, num_slots=4096, topk=4):
+    """A gate over SGLang's own counters, a real sample and the queries that a pool knows of."""
+    reporter = SimpleNamespace()
+    SchedulerMetricsReporter.reset_metrics(reporter)
+    scheduler = SimpleNamespace(metrics_reporter=reporter, last_batch=None)
+    scheduler.attn_tp_cpu_group = SimpleNamespace(size=lambda: 1)
+    geometry = SimpleNamespace(topk=topk, layers=2, row_bytes=656, queries=queries)
+    pool = SimpleNamespace(
+        capacity=SimpleNamespace(hot_rows=1000, slots=num_slots, geometry=geometry),
+        sample=TopkSample(1, topk, width=queries), host_tier=SimpleNamespace(num_slots=num_slots),
+        measure_link=lambda: 1e9, totals=lambda: (0, 0, 0),
+    )  # fmt: skip
+    gate = scheduler_gate.SchedulerGate(scheduler, pool, EssConfig(itl_ms=40))
+    assert gate.admission.limits.queries == queries
+    gate.admission = gate._feed._admission = Observer()
+    return gate, scheduler, pool
+
+
+def test_the_policy_learns_of_all_lists_and_of_the_tokens_of_a_step():
+    """Ten requests, three queries each; the result of a step is there one round later."""
+    queries, topk, count = 3, 4, 10
+    gate, scheduler, pool = gate_of_drafts(queries, topk=topk)
+    reqs = [SimpleNamespace(rid=f"r{i}", seqlen=100 + i) for i in range(count)]
+    batch = ScheduleBatch(reqs, spec_algorithm=SpeculativeAlgorithm.EAGLE)
+    batch.forward_mode = ForwardMode.DECODE
+    gate.keep(batch)
+    assert gate.admission.steps == []
+    accept_lens = np.random.default_rng(0).integers(1, queries + 1, (WINDOW, count))
+    # Request i selects 4 of its own 100 slots by query; each step shifts them by one.
+    first = 100 * torch.arange(count).view(-1, 1, 1) + 10 * torch.arange(queries).view(1, -1, 1)
+    for step in range(WINDOW):
+        scheduler.last_batch = batch
+        lists = (first + torch.arange(topk) + step).view(-1, topk).int()
+        pool.sample.decode_topk(0, lists)
+        gate.keep(batch)
+        tokens = int(accept_lens[step].sum())
+        SchedulerMetricsReporter.update_spec_metrics(
+            scheduler.metrics_reporter, count, tokens - count, num_accept_tokens=tokens
+        )
+    assert [step.running for step in gate.admission.steps] == [count] * (WINDOW // OBSERVED_STEPS)
+    means = [1.0, *accept_lens.mean(1)[:-1]]  # before the first result a step has one token
+    expected = np.mean(np.reshape(means, (-1, OBSERVED_STEPS)), axis=1)
+    assert [step.tokens for step in gate.admission.steps] == pytest.approx(expected)
+    ((sizes, sharing, growth),) = gate.admission.sets
+    # 12 steps move four neighbours by 11: 15 of each query, of which 5 are the next query's too.
+    assert sizes == [(100 + i, 35) for i in range(SAMPLES)] and sharing == 1
+    assert growth[0] == SAMPLES * queries * topk and growth[-1] == SAMPLES * 35
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.IDLE, ForwardMode.PREBUILT])
+def test_no_other_pass_is_a_decode_step(mode):
+    gate, scheduler, _ = gate_of_drafts(2)
+    reqs = [SimpleNamespace(rid="r", seqlen=9)]
+    scheduler.last_batch = SimpleNamespace(reqs=reqs, forward_mode=mode)
+    for _ in range(2 * OBSERVED_STEPS):
+        assert gate.keep(SimpleNamespace(reqs=reqs)) is None
+    assert gate.admission.steps == gate.admission.sets == []
 
 
 # --- several ranks --------------------------------------------------------------------------

@@ -27,6 +27,7 @@ def scheduler_of(
         waiting_queue=[SimpleNamespace(seqlen=1000 + i % 7) for i in range(waiting)],
         max_running_requests=running + places,
         chunked_req=None,
+        metrics_reporter=None,
         schedule_policy=schedule_policy,
         enable_priority_scheduling=False,
         enable_priority_preemption=False,
@@ -44,7 +45,7 @@ def gate_of(scheduler: Any, admission: Any = None) -> Any:
     from sglang_ess.config import EssConfig
     from sglang_ess.scheduler_gate import SchedulerGate
 
-    geometry = SimpleNamespace(topk=2048, layers=61, row_bytes=656)
+    geometry = SimpleNamespace(topk=2048, layers=61, row_bytes=656, queries=1)
     pool = SimpleNamespace(
         capacity=SimpleNamespace(hot_rows=1 << 26, slots=1 << 27, geometry=geometry),
         measure_link=lambda: 25e9,

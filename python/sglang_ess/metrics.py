@@ -36,6 +36,7 @@ class LayerSnapshot:
 
     layer: layer_id of the group's first layer, as the pool numbers it (where SGLang wraps the pool
         for linear attention layers, from 0); layers: how many read its top-k
+    steps: decode steps; a speculative one with its D lists a request is one
     lookups: top-k entries resolved; misses: those of them that were fetched from the host tier
     fetched_bytes: of the misses, in all layers of the group; installed_rows: rows made hot by a
         write or by warm-up
@@ -142,8 +143,36 @@ class Metrics:
         )
 
 
-def log_line(snapshot: Snapshot) -> str:
-    """The log line. Misses are those of all index groups in a decode step, bytes of all layers."""
+class SpeculationCounts:
+    """What speculative decoding has brought one scheduler, by SGLang's own counters.
+
+    reporter: SGLang's SchedulerMetricsReporter. It counts each decode step whose result is there,
+        and moves the counts to its totals when it logs.
+    """
+
+    def __init__(self, reporter: Any):
+        self._reporter, self._before = reporter, (0, 0)
+
+    def since_last(self) -> tuple[int, int]:
+        """(tokens, decode steps counted once for each request in them) since the last call.
+
+        The tokens of a step are its accepted drafts and one more for each request. (0, 0) without
+        speculation, and after SGLang has reset its counters.
+        """
+        reporter, before = self._reporter, self._before
+        self._before = now = (
+            reporter.spec_total_num_accept_tokens + reporter.spec_num_accept_tokens,
+            reporter.spec_total_num_forward_ct + reporter.spec_num_forward_ct,
+        )
+        tokens, request_steps = now[0] - before[0], now[1] - before[1]
+        return (0, 0) if min(tokens, request_steps) < 0 else (tokens, request_steps)
+
+
+def log_line(snapshot: Snapshot, tokens: int = 0, request_steps: int = 0) -> str:
+    """The log line. Misses are those of all index groups in a decode step, bytes of all layers.
+
+    tokens, request_steps: of SpeculationCounts; 0 without speculation
+    """
     used, rows = snapshot.total("hot_rows_used"), snapshot.total("hot_rows")
     layers, groups = snapshot.total("layers"), len(snapshot.groups)
     of = f"{layers} layers" + (f" in {groups} index groups" if groups < layers else "")
@@ -157,8 +186,11 @@ def log_line(snapshot: Snapshot) -> str:
             f"hit rate {1 - misses / lookups:.1%} "
             f"(layer {worst.layer} lowest, {worst.hit_ratio:.1%})",
             f"{misses / steps:.1f} misses/step",
-            f"fetched {_size(snapshot.total('fetched_bytes') / steps)}/step",
         ]
+        if request_steps:
+            length = tokens / request_steps
+            parts.append(f"{misses / tokens:.1f} misses/token (accept length {length:.2f})")
+        parts.append(f"fetched {_size(snapshot.total('fetched_bytes') / steps)}/step")
         exposed = sum(group.exposed_fetch_seconds or 0.0 for group in snapshot.groups)
         if exposed > 0:
             parts.append(f"waited {exposed / (steps * layers) * 1e6:.1f} us/layer/step for them")
@@ -219,6 +251,8 @@ _ADMISSION_GAUGES = {
     "hot_tier_demand_rows": "Rows a layer that the running requests want hot: their working sets, "
     "what they share counted once.",
     "predicted_step_seconds": "Decode step that admission predicts for the running requests.",
+    "accept_length": "Tokens that a request gets in a decode step, mean of the last steps: what "
+    "admission divides a step's time by. 1 without speculation.",
     "link_bytes_per_second": "Host-to-device bandwidth at row size, as last measured.",
     "thrashing": "1 while rows are evicted about as soon as they were used.",
 }
@@ -319,6 +353,7 @@ class Exporter:
             "working_set_rows": admission.working_set_rows,
             "hot_tier_demand_rows": admission.hot_tier_demand,
             "predicted_step_seconds": admission.step_seconds,
+            "accept_length": admission.accept_length,
             "link_bytes_per_second": admission.link_bytes_per_second,
             "thrashing": float(admission.is_thrashing),
         }
@@ -357,6 +392,7 @@ class Watch:
         self._requests = scheduler.req_to_token_pool
         self._logs = reporter.is_stats_logging_rank
         self._logged, self._exported = Metrics(), Metrics()
+        self._speculation = SpeculationCounts(reporter)
         self._exporter: Exporter | None = None
         self._broken = False
         if reporter.current_scheduler_metrics_enabled:
@@ -381,7 +417,8 @@ class Watch:
 
     def _log(self) -> None:
         used_slots = self._observer.get_pool_stats().full_num_used
-        logger.info(log_line(self._logged.snapshot(self._pool, used_slots)))
+        snapshot = self._logged.snapshot(self._pool, used_slots)
+        logger.info(log_line(snapshot, *self._speculation.since_last()))
 
     def _publish(self, used_slots: int) -> None:
         assert self._exporter is not None  # only a collector with an exporter calls this

@@ -26,6 +26,7 @@ from sglang_ess.disagg.decode_side import RequestWarmup
 from sglang_ess.disagg.metadata import EssMetadataBuffers
 from sglang_ess.mem_cache.allocator import sparse_pool
 from sglang_ess.mem_cache.pool import EssTokenToKVPool
+from sglang_ess.metrics import SpeculationCounts
 from sglang_ess.tiers.topk_sample import SAMPLES
 
 logger = logging.getLogger(__name__)
@@ -138,13 +139,17 @@ class SchedulerGate:
                 row_bytes=geometry.row_bytes,
                 itl_seconds=None if config.itl_ms is None else config.itl_ms / 1000,
                 num_slots=pool.capacity.slots,
+                queries=geometry.queries,
             )
             rate = pool.measure_link()
             self.admission = Admission(limits, rate)
-            window = WorkingSetWindow(pool.host_tier.num_slots, SAMPLES, geometry.topk)
+            width = geometry.queries * geometry.topk
+            window = WorkingSetWindow(pool.host_tier.num_slots, SAMPLES, width)
             layers = len(pool.sample.groups)
             self._feed = AdmissionFeed(self.admission, window, layers, self._totals())
             logger.info("ESS: host-to-device link %.1f GB/s at row size", rate / 1e9)
+        self._speculation = SpeculationCounts(scheduler.metrics_reporter)
+        self._accepted = 1.0  # tokens per request in the newest steps with a result
         buffers = getattr(scheduler, "disagg_metadata_buffers", None)
         warms = config.pd_warmup == "on" and isinstance(buffers, EssMetadataBuffers)
         self._warm_up = RequestWarmup(pool, buffers) if warms else None
@@ -163,6 +168,7 @@ class SchedulerGate:
         now = time.perf_counter()
         last, seconds = self._scheduler.last_batch, now - self._round_began
         self._round_began = now
+        # SGLang gives the batch of a verify step the mode of a decode step again.
         if last is None or not last.forward_mode.is_decode() or not last.reqs:
             return None
         policy_updated = self._feed.decoded(self._last_step(last.reqs, seconds))
@@ -189,7 +195,11 @@ class SchedulerGate:
         requests, sampled, topk = [hash(req.rid) for req in reqs], reqs[:SAMPLES], None
         if len(set(requests[:SAMPLES])) == len(sampled):  # the window needs distinct owners
             topk = self._pool.sample.rows[self._feed.layer, : len(sampled)].numpy()
-        return LastStep(requests, seconds, self._totals, topk, [req.seqlen for req in sampled])
+        tokens, request_steps = self._speculation.since_last()
+        if request_steps:
+            self._accepted = tokens / request_steps
+        lengths = [req.seqlen for req in sampled]
+        return LastStep(requests, seconds, self._totals, topk, lengths, self._accepted)
 
     def _totals(self) -> Totals | None:
         totals = self._pool.totals()

@@ -33,17 +33,20 @@ class Request:
 class Server:
     """A decode server of one layer with a real LRU; a step takes 10 ms + n / 10 ms + fetches.
 
-    Each step a request keeps half of its top-k and draws the others from its pool.
+    Each token a request keeps half of its top-k and draws the others from its pool.
     admission: decides who runs; without, as many as `batch` do.
+    queries: lists of a request in a step, of successive drafts; each is accepted with ACCEPTED if
+        those before it are, and the lists of the others are selected in vain.
     """
 
-    KEPT = 0.5
+    KEPT, ACCEPTED = 0.5, 0.7
 
-    def __init__(self, hot_rows, topk, batch, admission=None, seed=0, measures=True):
+    def __init__(self, hot_rows, topk, batch, admission=None, seed=0, measures=True, queries=1):
         self.rng = np.random.default_rng(seed)
-        self.topk, self.batch, self.admission = topk, batch, admission
+        self.topk, self.batch, self.admission, self.queries = topk, batch, admission, queries
         self.cache = HotCache(None, min(hot_rows, REGION * batch), REGION * batch)
-        self.window = WorkingSetWindow(REGION * batch, SAMPLES, topk) if measures else None
+        width = queries * topk
+        self.window = WorkingSetWindow(REGION * batch, SAMPLES, width) if measures else None
         self.free = list(range(batch))
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
@@ -75,16 +78,28 @@ class Server:
             self.leave(self.running[-1])
 
     def select(self):
-        """The top-k of this step [running, topk]."""
-        for request in self.running:
+        """The lists of this step [running, queries * topk], and the tokens of each request."""
+        drawn = self.rng.random((len(self.running), self.queries - 1)) < self.ACCEPTED
+        gained = 1 + drawn.cumprod(1).sum(1)
+        lists = [self.lists_of(*pair) for pair in zip(self.running, gained, strict=True)]
+        return np.stack(lists).astype(np.int32), gained
+
+    def lists_of(self, request, gained):
+        lists, accepted = [], None
+        for query in range(1, self.queries + 1):
             drawn = self.rng.random(self.topk) >= self.KEPT
             new = REGION * request.region + self.rng.integers(request.pool, size=drawn.sum())
             request.topk[drawn] = new
-        return np.stack([request.topk for request in self.running]).astype(np.int32)
+            lists.append(request.topk.copy())
+            if query == gained:
+                accepted = lists[-1].copy()
+        request.topk = accepted
+        return np.concatenate(lists)
 
     def step(self):
         self.join()
-        before, topk = self.cache.counters, self.select()
+        before, (lists, gained) = self.cache.counters, self.select()
+        topk = lists.reshape(-1, self.topk)
         plan = self.cache.plan(torch.from_numpy(topk))
         while plan.stop is not None:
             plan = self.cache.plan(torch.from_numpy(topk), plan.stop)
@@ -93,15 +108,15 @@ class Server:
         seconds = 0.010 + 0.0001 * n + delta["misses"] * ROW_BYTES / SLOW_LINK
         self.seconds, self.tokens, self.steps = (
             self.seconds + seconds,
-            self.tokens + n,
+            self.tokens + int(gained.sum()),
             self.steps + 1,
         )
         if self.admission:
-            self.report(topk, Step(1, n, seconds, delta["misses"], delta["evictions"],
-                                   delta["evicted_age"]))  # fmt: skip
-        for request in list(self.running):
-            request.done += 1
-            if request.done == request.output:
+            self.report(lists, Step(1, n, seconds, delta["misses"], delta["evictions"],
+                                    delta["evicted_age"], float(gained.mean())))  # fmt: skip
+        for request, tokens in zip(list(self.running), gained, strict=False):  # the last are shed
+            request.done += int(tokens)
+            if request.done >= request.output:
                 self.finished.append(request.name)
                 self.leave(request)
 
@@ -133,11 +148,13 @@ class Server:
 HOT_ROWS, TOPK, BATCH = 2000, 64, 64
 
 
-def served(hot_rows_told, steps, measures, seed=0):
+def served(hot_rows_told, steps, measures, seed=0, queries=1, itl_seconds=None):
     """A server of HOT_ROWS after many steps, its throughput, and what its admission did."""
-    limits = AdmissionLimits(hot_rows_told, TOPK, layers=1, row_bytes=ROW_BYTES)
+    limits = AdmissionLimits(
+        hot_rows_told, TOPK, layers=1, row_bytes=ROW_BYTES, itl_seconds=itl_seconds, queries=queries
+    )
     admission = Admission(limits, SLOW_LINK)
-    server = Server(HOT_ROWS, TOPK, BATCH, admission, seed, measures)
+    server = Server(HOT_ROWS, TOPK, BATCH, admission, seed, measures, queries)
     return server.throughput(steps, seed + 1), server, admission
 
 
@@ -155,6 +172,34 @@ def test_admission_keeps_the_peak_where_off_collapses(fixed, seed):
     throughput, _, admission = served(HOT_ROWS, 800, True, seed)
     assert throughput >= 0.9 * peak
     assert admission.retractions == 0
+
+
+@pytest.mark.parametrize("queries", [2, 4])
+def test_with_drafts_too(queries):
+    """A step's union of lists is what wants hot rows, so fewer requests run than without drafts."""
+
+    def at(batch):
+        return Server(HOT_ROWS, TOPK, batch, queries=queries).throughput(300)
+
+    peak = max(map(at, (8, 12, 14, 16, 18, 20, 24)))
+    assert at(BATCH) < 0.2 * peak
+    throughput, server, admission = served(HOT_ROWS, 800, True, queries=queries)
+    assert throughput >= 0.9 * peak
+    assert admission.retractions == 0
+    expected = sum(Server.ACCEPTED**i for i in range(queries))
+    assert admission.accept_length == pytest.approx(expected, rel=0.15)
+
+
+def test_the_latency_target_is_that_of_an_accepted_token():
+    """A cold joiner makes a step 30 ms long. At 25 ms a token, drafts alone let others join."""
+    target = 0.025
+    _, alone, _ = served(10**6, 200, True, itl_seconds=target)
+    assert len(alone.running) == 1
+    _, server, admission = served(10**6, 600, True, queries=4, itl_seconds=target)
+    assert len(server.running) > 8 and admission.deferred["link"] > 0
+    # `throughput` leaves out the first quarter.
+    step_seconds = server.seconds / (600 - 600 // 4)
+    assert target < step_seconds <= target * admission.accept_length
 
 
 def test_shedding_makes_up_for_working_sets_that_are_far_too_small(fixed):

@@ -13,6 +13,7 @@ from sglang_ess.admission.working_set import (
     WorkingSets,
     WorkingSetWindow,
     prior_growth,
+    prior_lists,
 )
 
 SLOTS, SAMPLES, TOPK, STEPS = 40, 4, 5, 3
@@ -224,3 +225,50 @@ def test_a_window_of_another_length_says_nothing_of_growth():
     sets.observe([(10_000, 270)], 1.0, 1, (100, 200))
     assert (sets.growth == prior_growth()).all()
     assert len(sets.growth) == WINDOW
+
+
+# --- speculative decoding --------------------------------------------------------------------
+
+
+def test_the_lists_of_a_step_count_together():
+    """Two lists a request and step, side by side; what both have counts once."""
+    window = WorkingSetWindow(SLOTS, SAMPLES, 2 * TOPK, 2)
+    window.add(as_rows([[1, 2, 3, -1, 4, 2, 3, -1], [1, 9, -1, -1, 9, 10, -1, -1]]), [7, 8])
+    counts = window.add(as_rows([[1, 2, 3, 4, 5, 2, 3, 4], [1, 9, 10, -1, 9, 10, 1, -1]]), [7, 8])
+    assert counts == WindowCounts({7: 5, 8: 3}, 7, (7, 8))
+
+
+@pytest.mark.parametrize("queries", [2, 4])
+def test_before_any_measurement_drafts_widen_the_working_set(queries):
+    """As the lists of successive tokens do: more than one list has, less than as many times."""
+    one, sets = WorkingSets(100), WorkingSets(100, queries)
+    assert one.step_rows == 100 and one.mean == PRIOR_TOPKS * 100
+    assert one.step_rows < sets.step_rows < queries * 100
+    assert one.mean < sets.mean < queries * one.mean
+    assert sets.estimate(10**6) == sets.mean
+    assert sets.estimate(50) == 50
+    # Warm-up ids are those of some 12 lists, of which a window now has `queries` times as many.
+    assert sets.estimate(10**6, known=100) == pytest.approx(100 * sets.mean / one.mean)
+    assert len(sets.growth) == WINDOW and sets.growth[-1] == 1
+    # After a step: as much as `queries` lists have of all that 12 such steps have.
+    union = prior_lists(queries * WINDOW)
+    assert sets.growth[0] == union[queries - 1] / union[-1]
+    assert sets.growth[1] == union[2 * queries - 1] / union[-1]
+    assert one.growth[queries - 1] / one.growth[0] == pytest.approx(union[queries - 1])
+
+
+def test_the_rows_of_a_step_are_measured():
+    sets = WorkingSets(100, queries=4)
+    growth = np.linspace(150, 400, WINDOW)  # one request: 150 of 400 lookups of a step are distinct
+    for _ in range(40):
+        sets.observe([(10_000, 400)], 1.0, 1, growth)
+    assert sets.step_rows == pytest.approx(150)
+    for _ in range(40):
+        sets.observe([(10_000, 400)] * 2, 1.0, 2, 2 * growth)
+    assert sets.step_rows == pytest.approx(150), "the growth of several is their sum"
+    for _ in range(40):
+        sets.observe([(60, 60)], 1.0, 1, np.full(WINDOW, 60))
+    assert sets.step_rows == pytest.approx(100), "a longer request may follow"
+    one = WorkingSets(100)
+    one.observe([(60, 60)], 1.0, 1, np.full(WINDOW, 60))
+    assert one.step_rows == 100

@@ -181,24 +181,26 @@ class Told:
         return call
 
 
-def told_gate():
+def told_gate(queries=1):
     """The simulator's gate, over an Admission that writes down what it is told."""
-    return AdmissionGate(Told(), 500, TOPK, 2)
+    return AdmissionGate(Told(), 500, queries * TOPK, 2)
 
 
-def some_steps(rng, steps=60):
+def some_steps(rng, queries, steps=60):
     """(requests, seconds, totals, top-k, tokens) of decode steps; batches change now and then."""
     batch, totals = [0, 1, 2], np.zeros(3, int)
     for step in range(steps):
         if rng.random() < 0.15:
             batch = sorted({*batch, int(rng.integers(20))} - {int(rng.integers(20))}) or [7]
         totals = totals + rng.integers(0, 50, 3)
-        topk = rng.integers(-1, 500, (min(SAMPLES, len(batch)), TOPK)).astype(np.int32)
+        shape = min(SAMPLES, len(batch)), queries * TOPK
+        topk = rng.integers(-1, 500, shape).astype(np.int32)
         yield batch, 0.01 + 0.001 * step, totals, topk, [100 + r + step for r in batch]
 
 
 @pytest.mark.slow
-def test_the_policy_is_told_what_the_server_tells_it(monkeypatch):
+@pytest.mark.parametrize("queries", [1, 3])
+def test_the_policy_is_told_what_the_server_tells_it(monkeypatch, queries):
     """The server's own SchedulerGate and the simulator's, over the same steps: the same calls."""
     from types import SimpleNamespace
 
@@ -206,23 +208,35 @@ def test_the_policy_is_told_what_the_server_tells_it(monkeypatch):
 
     from sglang_ess import scheduler_gate
     from sglang_ess.admission.working_set import WINDOW, WorkingSetWindow
+    from sglang_ess.metrics import SpeculationCounts
 
     clock = iter(())
     monkeypatch.setattr(scheduler_gate.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(scheduler_gate.SchedulerGate, "_agreed", lambda self, number: number)
-    rows = torch.zeros(2, SAMPLES, TOPK, dtype=torch.int32)
+    rows = torch.zeros(2, SAMPLES, queries * TOPK, dtype=torch.int32)
     pool = SimpleNamespace(sample=SimpleNamespace(layers=(0, 1), rows=rows))
     scheduler = SimpleNamespace(last_batch=None)
+    counts_of_sglang = SimpleNamespace(
+        spec_num_accept_tokens=0, spec_num_forward_ct=0,
+        spec_total_num_accept_tokens=0, spec_total_num_forward_ct=0,
+    )  # fmt: skip
     real = object.__new__(scheduler_gate.SchedulerGate)
     told = Told()
     state = dict(
         _scheduler=scheduler, _pool=pool, admission=told, _round_began=0.0, _link_measured=1e9,
-        _preemption_logged=0.0, _feed=AdmissionFeed(told, WorkingSetWindow(500, SAMPLES, TOPK), 2),
+        _preemption_logged=0.0, _accepted=1.0, _speculation=SpeculationCounts(counts_of_sglang),
+        _feed=AdmissionFeed(told, WorkingSetWindow(500, SAMPLES, queries * TOPK), 2),
     )  # fmt: skip
     vars(real).update(state)
-    ours = told_gate()
-    now = 0.0
-    for batch, seconds, totals, topk, tokens in some_steps(np.random.default_rng(0)):
+    ours = told_gate(queries)
+    now, accepted = 0.0, 1.0
+    rng = np.random.default_rng(0)
+    for batch, seconds, totals, topk, tokens in some_steps(rng, queries):
+        if queries > 1 and rng.random() < 0.9:  # else its result is not there yet
+            drafts = int(rng.integers(0, len(batch) * (queries - 1) + 1))
+            accepted = 1 + drafts / len(batch)
+            counts_of_sglang.spec_num_accept_tokens += len(batch) + drafts
+            counts_of_sglang.spec_num_forward_ct += len(batch)
         reqs = [SimpleNamespace(rid=r, seqlen=t) for r, t in zip(batch, tokens, strict=True)]
         scheduler.last_batch = SimpleNamespace(
             reqs=reqs, forward_mode=SimpleNamespace(is_decode=lambda: True)
@@ -234,8 +248,9 @@ def test_the_policy_is_told_what_the_server_tells_it(monkeypatch):
         clock = iter([now, now])
         real.keep(SimpleNamespace(reqs=reqs))
         last = LastStep(
-            tuple(batch), seconds, lambda counts=counts: Totals(*counts), topk, tokens[:SAMPLES]
-        )
+            tuple(batch), seconds, lambda counts=counts: Totals(*counts), topk, tokens[:SAMPLES],
+            accepted,
+        )  # fmt: skip
         ours.keep(len(batch), last)
     told, expected = ours.admission.calls, real.admission.calls
     assert len(expected) > 20 and {name for name, *_ in expected} == {
@@ -246,8 +261,10 @@ def test_the_policy_is_told_what_the_server_tells_it(monkeypatch):
         assert name == other
         if name == "observe":
             mine, theirs = vars(args[0]).copy(), vars(others[0]).copy()
-            assert mine.pop("seconds") == pytest.approx(theirs.pop("seconds"))
+            for name in ("seconds", "tokens"):
+                assert mine.pop(name) == pytest.approx(theirs.pop(name))
             assert mine == theirs
+            assert queries > 1 or others[0].tokens == 1
         else:
             assert args == others
             assert name == "keep" or len(args[2]) == WINDOW and min(args[2]) > 0

@@ -45,9 +45,10 @@ class LastStep:
     seconds   since the last round
     totals    returns the Totals after the step, None where the device has not reported; called
               only when the policy is updated
-    topk      [sampled requests, K] int32 of layer AdmissionFeed.layer; None: no sample
+    topk      [sampled requests, K] int32 of layer AdmissionFeed.layer, all lists of a request in
+              one row; None: no sample
     tokens    [sampled requests] context lengths
-    accepted  mean tokens per request
+    accepted  mean tokens per request: 1, or the accept length of a speculative step
     """
 
     requests: Sequence[int]

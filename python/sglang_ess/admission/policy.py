@@ -48,7 +48,7 @@ THRASH_STEPS = 8  # settled steps before the tier is judged
 # Mean eviction age in steps. It is a third of a window, whose union is less than two thirds of a
 # working set: by the growth at PRIOR_TOPKS, 1.7 top-k's a request. HiSparse ships with 2 and 3.
 THRASH_AGE = 4
-THRASH_MISSES = 1 / 8  # of a top-k per request, step and layer; fewer misses cost nothing
+THRASH_MISSES = 1 / 8  # of what a request selects in a step and layer; fewer misses cost nothing
 COOLDOWN_STEPS = 24  # two windows, after which preempted requests no longer show in the means
 MAX_PATIENCE = 32 * COOLDOWN_STEPS  # healthy steps before the cap rises
 MISS_SHARE = 1 / 4  # fetching may add this share of a step's compute time before it counts
@@ -67,7 +67,7 @@ class AdmissionLimits:
     """The size of a decode server, and its latency target.
 
     hot_rows     hot rows per layer
-    topk         slots that one query selects
+    topk         slots that one query selects; queries: of a request in a decode step
     layers       layers with latent rows
     row_bytes    bytes of one row
     itl_seconds  inter-token-latency target; None: no limit on the link
@@ -81,6 +81,7 @@ class AdmissionLimits:
     row_bytes: int
     itl_seconds: float | None = None
     num_slots: int | None = None
+    queries: int = 1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -138,6 +139,7 @@ class Admission:
     patience doubles with each preemption and halves when two rises follow each other, so that a
     correct cap is rarely exceeded.
 
+    accept_length  tokens that a request gets in a step, mean of the last steps; 1 without drafts
     retractions  requests preempted since the start
     deferred     rounds in which a waiting request could not join, by reason
     """
@@ -145,10 +147,10 @@ class Admission:
     def __init__(self, limits: AdmissionLimits, link_bytes_per_second: float):
         self.limits = limits
         self.link(link_bytes_per_second)
-        self._sets = WorkingSets(limits.topk)
+        self._sets = WorkingSets(limits.topk, limits.queries)
         self._fit = StepFit()
         self._missed: float | None = None  # rows per request and step, all layers
-        self._tokens = 1.0  # per request and step
+        self.accept_length = 1.0  # tokens per request and step
         self._running = self._observed_running = 0
         self._unsettled = self._passed_over = 0  # steps
         self._recent: deque[Step] = deque()
@@ -198,8 +200,8 @@ class Admission:
         seconds = max(0.0, step.seconds - self._copy_seconds(missed))
         self._fit.add(step.running, seconds, step.steps)
         news = np.array([missed / step.running, step.tokens])
-        olds = news if self._missed is None else np.array([self._missed, self._tokens])
-        self._missed, self._tokens = blend(olds, news, 1 - MISS_DECAY**step.steps).tolist()
+        olds = news if self._missed is None else np.array([self._missed, self.accept_length])
+        self._missed, self.accept_length = blend(olds, news, 1 - MISS_DECAY**step.steps).tolist()
         self._recent.append(step)
         while self._recent_steps - self._recent[0].steps >= THRASH_STEPS:
             self._recent.popleft()
@@ -329,7 +331,7 @@ class Admission:
 
     def _misses_hurt(self, running: int) -> bool:
         """Return whether a batch whose every lookup misses would be slow."""
-        worst = running * self.limits.layers * self.limits.topk
+        worst = running * self.limits.layers * self._sets.step_rows
         return not self._fit.last or self._is_slow(running, worst)
 
     def _is_slow(self, running: int, missed: float) -> bool:
@@ -355,7 +357,7 @@ class Admission:
         """Return whether a step with one more request, `cold` of them new, meets the target."""
         if self.limits.itl_seconds is None:
             return True
-        target = self.limits.itl_seconds * self._tokens  # seconds of a step
+        target = self.limits.itl_seconds * self.accept_length  # seconds of a step
         if self._closed == LINK and self._step_seconds(running) >= REOPEN * target:
             return False
         if running >= SLOW_START * self._fit.last:
@@ -370,7 +372,8 @@ class Admission:
 
     def _fetch_seconds(self, running: int, cold: int, misses: float) -> float:
         rows = (
-            running * misses * (self._missed or 0.0) + cold * self.limits.layers * self.limits.topk
+            running * misses * (self._missed or 0.0)
+            + cold * self.limits.layers * self._sets.step_rows
         )
         return self._copy_seconds(rows)
 
@@ -430,6 +433,7 @@ class Admission:
         running = self._recent[-1].running
         if running <= 1 or not self._is_slow(running, missed / self._recent_steps):
             return False
-        if missed <= THRASH_MISSES * self.limits.topk * self.limits.layers * lookup_steps:
+        selected = lookup_steps * self.limits.layers * self._sets.step_rows
+        if missed <= THRASH_MISSES * selected:
             return False
         return self.best_to_keep(running) < running

@@ -17,6 +17,7 @@ FIT_SPREAD = 0.1  # standard deviation of n / mean n at which the fit is half pr
 class StepFit:
     """Exponentially weighted least squares for compute(n) = a + b n seconds, a and b >= 0.
 
+    n counts requests. All have as many queries in a step, and drafting is part of a step.
     Steps of a single batch size n do not determine b. compute(n) = b n is then the cautious
     choice; a ridge pulls b towards it, and more so the less n has varied.
     """

@@ -1,5 +1,6 @@
 """Working sets: the distinct slots per layer that a request selected in the last decode steps.
 
+A step of speculative decoding has several queries a request, whose lists count together.
 WorkingSetWindow counts them for sampled requests. WorkingSets estimates those of the others.
 """
 
@@ -78,14 +79,14 @@ class WindowCounts:
 
 
 class WorkingSetWindow:
-    """Keeps the top-k of up to `samples` requests in one layer for `window` decode steps.
+    """Keeps the lists of up to `samples` requests in one layer for `window` decode steps.
 
     A row counts if it had the same owner in all steps of the window. The top-k is copied before it
     is checked: on a GPU it may be written while it is read, and a torn value may only cause a wrong
     count, never an access out of bounds.
 
     num_slots      slots of the host tier
-    samples, topk  the largest [n, K] that add takes
+    samples, topk  the largest [n, K] that add takes; K is that of all a request's lists in a step
     Raises: ValueError for a size below 1.
     """
 
@@ -110,7 +111,7 @@ class WorkingSetWindow:
     def add(self, topk: np.ndarray, owners: Sequence[int]) -> WindowCounts | None:
         """Take a decode step. Returns the counts if the window is full, and begins the next.
 
-        topk    [n, K] int32 slots, -1 pads; n <= samples, K <= topk
+        topk    [n, K] int32 slots, -1 pads, each row of one request; n <= samples, K <= topk
         owners  [n] distinct, the request of each row
         Raises: ValueError for more rows or columns, or an owner given twice.
         """
@@ -161,36 +162,50 @@ def blend(old: float | Array, new: float | Array, weight: float) -> float | Arra
     return old + weight * (new - old)
 
 
-def prior_growth() -> np.ndarray:
-    """Return [WINDOW] float64: the share of a working set selected in the first 1, 2 ... steps."""
-    new = PRIOR_NEW * np.arange(1.0, WINDOW) ** -PRIOR_DECAY
-    rows = 1 + np.concatenate([[0.0], np.cumsum(new)])
-    growth: np.ndarray = rows / rows[-1]
+def prior_lists(count: int) -> np.ndarray:
+    """Return [count] float64: the union of 1, 2 ... successive lists, in top-k's."""
+    new = PRIOR_NEW * np.arange(1.0, count) ** -PRIOR_DECAY
+    union: np.ndarray = 1 + np.concatenate([[0.0], np.cumsum(new)])
+    return union
+
+
+def prior_growth(queries: int = 1) -> np.ndarray:
+    """Return [WINDOW] float64: the share of a working set selected in the first 1, 2 ... steps.
+
+    queries: lists of a request in a step; successive ones, as if every draft was accepted
+    """
+    union = prior_lists(queries * WINDOW)[queries - 1 :: queries]
+    growth: np.ndarray = union / union[-1]
     return growth
 
 
 class WorkingSets:
     """Estimates working sets by context length, from the windows measured so far.
 
-    mean     mean rows of a running request; the policy updates it when it admits others
-    sharing  union / sum of rows
-    growth   [WINDOW] share of a working set selected in the first 1, 2 ... steps; the last is 1
+    queries    lists of a request in a decode step
+    mean       mean rows of a running request; the policy updates it when it admits others
+    sharing    union / sum of rows
+    growth     [WINDOW] share of a working set selected in the first 1, 2 ... steps; the last is 1
+    step_rows  distinct rows of a request's lists in one step, mean; topk if there is one list
     """
 
-    def __init__(self, topk: int):
-        self._topk = topk
+    def __init__(self, topk: int, queries: int = 1):
+        self._topk, self._queries = topk, queries
         self._buckets: dict[int, tuple[float, float]] = {}  # log2 tokens -> mean tokens, rows
         self.sharing = 1.0
-        self.mean = float(PRIOR_TOPKS * topk)
-        self.growth = prior_growth()
+        union = prior_lists(queries * WINDOW)
+        self._more = float(union[-1] / union[WINDOW - 1])  # rows, relative to one list a step
+        self.mean = PRIOR_TOPKS * topk * self._more
+        self.growth = prior_growth(queries)
+        self.step_rows = topk * float(union[queries - 1])
 
     def _prior(self, tokens: float) -> float:
-        return max(1, min(tokens, PRIOR_TOPKS * self._topk))
+        return max(1, min(tokens, PRIOR_TOPKS * self._topk * self._more))
 
     def estimate(self, tokens: int, known: int | None = None) -> float:
         """Estimate the rows of a request with this context length, at most `tokens`.
 
-        known: a lower bound of its rows, if any
+        known: a lower bound of its rows, if any: those of about WINDOW successive lists
         Uses the nearest measured length, else `known`, else the prior. Other lengths scale as the
         prior does: with the tokens for short requests, and not at all for long ones, since
         locality is almost flat in context length (ESS, Figure 2).
@@ -198,7 +213,7 @@ class WorkingSets:
         tokens = max(1, tokens)
         lower = max(1, known or 1)
         if not self._buckets:
-            return min(tokens, lower) if known is not None else self._prior(tokens)
+            return min(tokens, lower * self._more) if known is not None else self._prior(tokens)
         bucket = tokens.bit_length()
         nearest = min(self._buckets, key=lambda other: (abs(other - bucket), other))
         mean_tokens, mean_rows = self._buckets[nearest]
@@ -235,6 +250,8 @@ class WorkingSets:
         self.sharing = blend(self.sharing, min(1.0, sharing), weight)
         if len(growth) == WINDOW:
             self.growth = blend(self.growth, np.array(growth) / growth[-1], WINDOW_WEIGHT)
+            lists = min(self._queries, max(1.0, growth[0] / (len(samples) * self._topk)))
+            self.step_rows = blend(self.step_rows, lists * self._topk, WINDOW_WEIGHT)
 
     def missed(self, rows: np.ndarray | float, hot_rows: float) -> np.ndarray:
         """Predict the rows of a layer that a step misses with LRU.

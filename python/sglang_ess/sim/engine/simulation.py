@@ -220,6 +220,7 @@ class Simulation:
             row_bytes=model.row_bytes,
             itl_seconds=None if server.itl_ms is None else server.itl_ms / 1000,
             num_slots=self._room.slots,
+            queries=self._deployment.queries,
         )
         width = model.topk * self._deployment.queries
         slots = self._room.slots + self.scenario.server.max_running * GROWTH_SLACK
