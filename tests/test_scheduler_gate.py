@@ -6,9 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sglang.srt.managers.overlap_utils import FutureMap, RelayPayload
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.speculative import eagle_disaggregation, spec_utils
+from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_ess import scheduler_gate
@@ -21,6 +24,7 @@ from sglang_ess.tiers.topk_sample import SAMPLES, TopkSample
 from tests.support import parity, retraction
 from tests.support.scheduling import Decode
 
+KEPT = ("topk_p", "topk_index", "hidden_states", "bonus_tokens")  # of an EagleDraftInput
 PATCH = "tests.support.scheduling:"
 SLOTS, REQUESTS, NEW_TOKENS = 8192, 8, 48
 # A decode step of all requests selects 8 x 128 rows a layer; this holds two and a half of them.
@@ -162,6 +166,8 @@ def request(name, done=False):
 
 
 class Batch:
+    spec_algorithm = SpeculativeAlgorithm.NONE
+
     def __init__(self, reqs):
         self.reqs, self.batch_is_full = reqs, True
 
@@ -185,6 +191,54 @@ def test_parking_takes_in_the_step_under_way_and_leaves_the_finished(overlap):
     assert all(req.retracted_stain for req in parked) and not batch.batch_is_full
     assert done == ([("batch", "result")] if overlap else [])
     assert (scheduler.last_batch is None) == overlap
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_parked_requests_draft_from_where_they_are(overlap, monkeypatch):
+    """By SGLang's own draft input: the parked rejoin with what the batch has for them now."""
+    monkeypatch.setattr(spec_utils, "spec_need_hidden_states", lambda: True)
+    spec = SimpleNamespace(
+        speculative_eagle_topk=1, enable_multi_layer_eagle=False,
+        speculative_use_rejection_sampling=False,
+    )  # fmt: skip
+    monkeypatch.setattr(eagle_disaggregation, "get_spec", lambda: spec)
+    table, width, hidden = torch.zeros(8, 100, dtype=torch.int32), 5, 6
+    future_map = FutureMap(
+        torch.device("cpu"), SpeculativeAlgorithm.EAGLE, SimpleNamespace(req_to_token=table)
+    )
+    batch, rows = Batch([request(name) for name in ("3", "1", "2")]), torch.tensor([4, 2, 7])
+    batch.spec_algorithm = SpeculativeAlgorithm.EAGLE
+    for req, row in zip(batch.reqs, rows.tolist(), strict=True):
+        req.kv = SimpleNamespace(req_pool_idx=row)
+        # As a transfer left them.
+        req.output_topk_p = torch.ones(1)
+        req.output_topk_index = torch.tensor([99])
+        req.hidden_states_tensor = torch.full((hidden,), 99.0)
+        req.output_dsa_topk_indices = torch.arange(width)
+    now = EagleDraftInput(
+        topk_p=torch.tensor([[0.3], [0.1], [0.2]]), topk_index=torch.tensor([[3], [1], [2]]),
+        hidden_states=torch.arange(3 * hidden).view(3, hidden).float(),
+        bonus_tokens=torch.tensor([13, 11, 12]),
+        dsa_topk_indices=torch.arange(3 * width).view(3, width).int(),
+    )  # fmt: skip
+    batch.spec_info = now
+    if overlap:
+        future_map.stash(rows, RelayPayload.from_draft_input(now))
+        batch.spec_info = EagleDraftInput(future_indices=rows)
+    scheduler = SimpleNamespace(enable_overlap=False, last_batch=None, future_map=future_map)
+    parked = scheduler_gate.park(scheduler, batch, keep=1)
+    assert [req.rid for req in parked] == ["1", "2"]
+    expected = {name: getattr(now, name)[1:].clone() for name in vars(now) if name in KEPT}
+    now.topk_index.zero_()  # the batch goes on
+    future_map.hidden_states_buf is None or future_map.hidden_states_buf.zero_()
+    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["none"]), vocab_size=100)
+    again = eagle_disaggregation.build_eagle_disagg_draft_input(
+        SimpleNamespace(reqs=parked, device="cpu", model_config=config, enable_overlap=False),
+        torch.tensor([11, 12]), future_map,
+    )  # fmt: skip
+    for name, tensor in expected.items():
+        assert torch.equal(getattr(again, name), tensor), name
+    assert again.dsa_topk_indices is None
 
 
 # --- speculative decoding -------------------------------------------------------------------

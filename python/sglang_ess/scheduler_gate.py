@@ -93,10 +93,31 @@ def park(scheduler: Any, running_batch: Any, keep: int) -> list[Any]:
     for req in parked:
         req.retracted_stain = True  # its cached tokens are counted already
     if parked:
+        keep_drafts(scheduler, running_batch, gone)
         running_batch.batch_is_full = False
         # Last, because nothing may fail between here and the caller's having them.
         running_batch.filter_batch(keep_indices=sorted(kept))
     return parked
+
+
+def keep_drafts(scheduler: Any, batch: Any, indices: list[int]) -> None:
+    """Store with these requests of a decode batch what their next drafts start from.
+
+    SGLang drafts for a joining request from these attributes, which a transfer set. By now they
+    are those of the prompt's end, and every draft from them would be rejected.
+    """
+    if not batch.spec_algorithm.is_eagle():
+        return
+    drafts, rows = batch.spec_info, indices
+    sources = drafts.topk_p, drafts.topk_index, drafts.hidden_states
+    if drafts.future_indices is not None:  # the overlapped loop has them by row of the table
+        relay, rows = scheduler.future_map, [batch.reqs[i].kv.req_pool_idx for i in indices]
+        sources = relay.topk_p_buf, relay.topk_index_buf, relay.hidden_states_buf
+    for i, row in zip(indices, rows, strict=True):
+        req, copies = batch.reqs[i], [source[row].to("cpu", copy=True) for source in sources]
+        req.output_topk_p, req.output_topk_index, req.hidden_states_tensor = copies
+        # A list of slots here, one of positions in a transfer: the draft model selects again.
+        req.output_dsa_topk_indices = None
 
 
 def _finish_step_under_way(scheduler: Any) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from benchmarks.sim import admission_rounds
 from benchmarks.sim.admission_rounds import PLACES, RUNNING, WAITING, fill_places
@@ -147,6 +148,8 @@ def fail(*args, **kwargs):
 
 class Batch:
     """A running batch of which the last requests are the first to go."""
+
+    spec_algorithm = SpeculativeAlgorithm.NONE
 
     def __init__(self, reqs):
         self.reqs, self.batch_is_full = reqs, False
