@@ -125,3 +125,66 @@ class Life:
                 self.rewrite(self.rng.integers(4))
         self.recorder.writer.close()
         return self.expected
+
+
+class Verifies:
+    """Recorded verify steps of speculative decoding, and in plain lists what the trace has of them.
+
+    Each request has its row of the table. A step gives it `queries` lists of each layer, of which
+    it keeps the first few; the positions of the others are selected again in the next step.
+
+    steps     by layer: the top-k [requests * queries, WIDTH] of each step
+    kept      [steps][requests] tokens
+    records   as trace.Record with positions as a list, and the query's number in its request
+    """
+
+    REQUESTS, WIDTH, SLOTS, START = 3, 6, 576, 20
+
+    def __init__(self, path, rng, queries=4, layers=2, rows=80, block=None):
+        self.rng, self.queries, self.block = rng, queries, block
+        self.recorder = TraceRecorder(path, layers, self.WIDTH, self.SLOTS, {})
+        self.caches = [self.recorder.hot_cache(None, rows, self.SLOTS) for _ in range(layers)]
+        slots = rng.permutation(self.SLOTS).astype(np.int32)
+        self.table = slots.reshape(self.REQUESTS, -1)
+        self.lengths = [self.START + 5 * request for request in range(self.REQUESTS)]
+        self.names = [f"request {request}" for request in range(self.REQUESTS)]
+        self.steps = [[] for _ in range(layers)]
+        self.kept, self.records = [], []
+
+    def step(self, tells=True):
+        """One verify step. tells: whether its accepted lengths are recorded."""
+        width, rows = self.queries, np.arange(self.REQUESTS).repeat(self.queries)
+        seen = [length + j + 1 for length in self.lengths for j in range(width)]
+        names = [name for name in self.names for _ in range(width)]
+        lengths = np.array(seen, np.int32)
+        self.recorder.begin_step(names, rows.astype(np.int64), lengths, self.table, width)
+        kept = self.rng.integers(1, width + 1, self.REQUESTS).tolist()
+        for cache, steps in zip(self.caches, self.steps, strict=True):
+            positions = [self.positions(length) for length in seen]
+            steps.append(self.table[rows[:, None], positions])
+            for place, chosen in enumerate(positions):
+                one = cache.layer, cache.steps, names[place], seen[place], chosen.tolist()
+                self.records.append((*one, place % width < kept[place // width] and tells))
+            self.plan(cache, steps[-1])
+        if tells:
+            self.recorder.accepted(kept)
+            self.kept.append(kept)
+        self.lengths = [length + n for length, n in zip(self.lengths, kept, strict=True)]
+
+    def positions(self, length):
+        """WIDTH of `length` positions in order, most of them among the last 30."""
+        recent = self.rng.permutation(min(length, 30))[: self.WIDTH - 1]
+        chosen = set((length - 1 - recent).tolist())
+        others = [p for p in self.rng.permutation(length).tolist() if p not in chosen]
+        return np.sort([*chosen, others[0]])
+
+    def plan(self, cache, topk):
+        block = self.block or len(topk)
+        for first in range(0, len(topk), block):
+            part, start = torch.from_numpy(topk[first : first + block].copy()), (0, 0)
+            while start is not None:
+                start = cache.plan(part, start, first > 0).stop
+
+    def close(self):
+        self.recorder.writer.close()
+        return self.recorder.writer.path

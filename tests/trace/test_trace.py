@@ -198,7 +198,7 @@ PREFIX_2 = trace.PREFIX.pack(trace.MAGIC, 2, 33)
         (b"", "must begin with"),
         (b"layer,step,positions\n", "must begin with"),
         (trace.MAGIC, "must begin with"),
-        (trace.PREFIX.pack(trace.MAGIC, 1, 0), "must be of version 2: got 1"),
+        (trace.PREFIX.pack(trace.MAGIC, 1, 0), "must be of version 2 or 3: got 1"),
         (trace.PREFIX.pack(trace.MAGIC, 2, 99) + b'{"layers": 1', "got 12 of 99 bytes"),
         (trace.PREFIX.pack(trace.MAGIC, 2, 2) + b"{}", "KeyError: 'layers'"),
         (trace.PREFIX.pack(trace.MAGIC, 2, 2) + b"[]", "whole header"),
@@ -381,7 +381,7 @@ def test_the_documented_format(tmp_path):
     recorder.writer.close()
     data = (tmp_path / "t").read_bytes()
     magic, version, size = struct.unpack_from("<8sII", data)
-    assert (magic, version) == (b"ESSTRACE", 2)
+    assert (magic, version) == (b"ESSTRACE", 3)
     facts = {"layers": 1, "topk": 4, "slots": 500, "meta": {"page": 64}}
     assert json.loads(data[16 : 16 + size]) == facts
     at = 16 + size

@@ -1,9 +1,9 @@
-"""The bytes of a trace file, version 2. trace.py writes and reads it.
+"""The bytes of a trace file, version 3. trace.py writes it, and reads version 2 too.
 
 All numbers little-endian:
 
     magic    8 B  b"ESSTRACE"
-    version  u32  2
+    version  u32  3
     length   u32  bytes of the header
     header   JSON in one line, with its newline:
              {"layers": int, "topk": int, "slots": int, "meta": {...}}
@@ -23,7 +23,7 @@ A record is one decode query of one layer. The raw bytes of a frame:
     numbers, event by event, as LEB128: 7 bits a byte, the last byte of a number below 128;
         signed ones as 0, -1, 1, -2, ... -> 0, 1, 2, 3, ...
 
-Events are in the order in which they happened. SLOTS and GAP are of no layer; each other
+Events are in the order in which they happened. SLOTS, GAP and ACCEPTED are of no layer; each other
 begins with 7 signed numbers: by how much STATE, the layer's counters after it, exceeds that
 of the layer's last event in the file (zeros before the first).
 
@@ -41,10 +41,15 @@ of the layer's last event in the file (zeros before the first).
     7 SLOTS     row of the table      runs     start, then as INSTALL: from position start on
                                                the row has these slots and ends with them
     8 GAP       events dropped here   0
+    9 ACCEPTED  queries a request     requests  of each request of the last step: tokens it kept
 
 A plan's query has its positions' slots in the row of the request table, in that order, pads
-after them. A file with no trailer was cut off (a crash, a killed server); its whole frames
-are good.
+after them. In a verify step of speculative decoding a request has several queries, which adjoin and
+see one position more each. The first ones, as many as ACCEPTED says, had the right tokens; the
+positions of the others are computed again in the next step, on the same slots. Version 2 has no
+ACCEPTED, and one query a request.
+
+A file with no trailer was cut off (a crash, a killed server); its whole frames are good.
 """
 
 from __future__ import annotations
@@ -61,7 +66,8 @@ import numpy as np
 from sglang_ess.tiers.contract import COUNTERS
 from sglang_ess.trace import codec
 
-MAGIC, VERSION = b"ESSTRACE", 2
+MAGIC, VERSION = b"ESSTRACE", 3
+READABLE = (2, VERSION)
 PREFIX = struct.Struct("<8sII")
 FRAME = struct.Struct("<4sIIII")
 FRAME_TAG, TRAILER_TAG = b"FRAM", b"TAIL"
@@ -84,17 +90,18 @@ class Kind(IntEnum):
     RESIZE = 6
     SLOTS = 7
     GAP = 8
+    ACCEPTED = 9
 
 
 HAS_RUNS = (Kind.INSTALL, Kind.INVALIDATE, Kind.SLOTS)
 HAS_TOPK = (Kind.PLAN_SLOTS, Kind.WARM)
-OF_NO_LAYER = (Kind.SLOTS, Kind.GAP)
+OF_NO_LAYER = (Kind.SLOTS, Kind.GAP, Kind.ACCEPTED)
 NO_DATA = np.empty((0, 2), np.int32)
 NOTHING = np.empty(0, np.int64)
 
 
 class Queries(NamedTuple):
-    """The requests of a plan's queries.
+    """The requests of a plan's queries. In a verify step a request has several, which adjoin.
 
     request_ids [n]; rows [n] of the request table; lengths [n] positions that each query sees
     """
@@ -107,9 +114,9 @@ class Queries(NamedTuple):
 class Entry(NamedTuple):
     """An event to write.
 
-    counters  [7] int64 the layer's STATE after the event; None for SLOTS and GAP
+    counters  [7] int64 the layer's STATE after the event; None for events of no layer
     data      PLAN: positions [n, width] int32, -1 pads; PLAN_SLOTS, WARM: slots [n, width] int32;
-              INSTALL, INVALIDATE, SLOTS: runs [m, 2] int32
+              INSTALL, INVALIDATE, SLOTS: runs [m, 2] int32; ACCEPTED: lengths [requests, 1] int32
     queries   requests of a PLAN; a PLAN_SLOTS with queries is written as a PLAN if possible
     start     first position of a SLOTS
     """
@@ -134,7 +141,7 @@ class TraceFrame:
     offsets        [n + 1] record i has positions[offsets[i] : offsets[i + 1]]
     positions      [offsets[n]] int32
     kinds, event_layers, arguments, sizes  [events]
-    counters       [events, 7] the layer's STATE after each event; 0 for SLOTS and GAP
+    counters       [events, 7] the layer's STATE after each event; 0 for events of no layer
     numbers        of all events, without their counters
     places         [events] where in numbers each event begins
     starts         [plans + 1] the n-th PLAN has the records starts[n] to starts[n + 1]
@@ -171,6 +178,10 @@ class TraceFrame:
     def start(self, event: int) -> int:
         """Return the first position of a SLOTS event."""
         return int(self.numbers[self.places[event]])
+
+    def accepted(self, event: int) -> np.ndarray:
+        """Return the tokens [requests] int64 that an ACCEPTED event says were kept."""
+        return self.numbers[self.places[event] :][: self.sizes[event]]
 
     def topk(self, event: int) -> np.ndarray:
         """Return the slots [queries, width] int64 of a PLAN_SLOTS or WARM."""
@@ -226,6 +237,9 @@ class Packer:
                     end = codec.encode_number(entry.start, out, end)
                     self._learn(entry)
                 end = codec.encode_runs(data, out, end)
+            elif kind == Kind.ACCEPTED:
+                for number in data.ravel().tolist():
+                    end = codec.encode_number(number, out, end)
         names = [name.encode(errors="replace")[:MAX_ID_BYTES] for name in ids]
         raw = [
             struct.pack("<I", len(names)),
@@ -339,6 +353,7 @@ def _frame(
     starts = np.concatenate([[0], np.cumsum(sizes[plans])])
     num_data = np.where(np.isin(kinds, HAS_RUNS), 2 * sizes, 0) + (kinds == Kind.SLOTS)
     num_data += np.where(np.isin(kinds, HAS_TOPK), sizes * widths, 0)
+    num_data += np.where(kinds == Kind.ACCEPTED, sizes, 0)
     num_data[plans] = np.diff(offsets[starts])
     _expect((num_data <= len(numbers)).all(), "its events must have the numbers that they claim")
     ends = np.cumsum(num_data + of_layer * len(STATE))

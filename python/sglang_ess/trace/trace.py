@@ -28,6 +28,7 @@ from sglang_ess.trace.format import (
     HAS_TOPK,
     MAGIC,
     PREFIX,
+    READABLE,
     STATE,
     TRAILER_TAG,
     VERSION,
@@ -55,6 +56,7 @@ TRAILER_BYTES = 256  # reserved below the limit
 CLOSE_SECONDS = 60.0
 HEADER_NUMBERS = ("layers", "topk", "slots")
 NOTHING = np.empty(0, np.int64)
+OF_STEPS = (Kind.PLAN, Kind.PLAN_SLOTS, Kind.ACCEPTED)
 
 
 # --- writer -----------------------------------------------------------------------------
@@ -224,7 +226,7 @@ def _num_events(entries: Sequence[Entry]) -> int:
 
 
 class Record(NamedTuple):
-    """One decode query of one layer.
+    """One decode query of one layer. In a verify step a request has several, which adjoin.
 
     step       of the layer, counted from 0
     length     positions that the query sees
@@ -239,11 +241,13 @@ class Record(NamedTuple):
 
 
 class Event(NamedTuple):
-    """An operation on one layer's HotCache, or a GAP, which belongs to no layer.
+    """An operation on one layer's HotCache, or a GAP or ACCEPTED, which belong to no layer.
 
-    slots     PLAN, WARM: the top-k [queries, width] int32, -1 pads; INSTALL, INVALIDATE: [n] int64
-    argument  PLAN: same_step; INSTALL: min_age; RESIZE: hot rows; GAP: missing events
-    counters  [7] int64 format.STATE after it; meaningless for a GAP
+    slots     PLAN, WARM: the top-k [queries, width] int32, -1 pads; INSTALL, INVALIDATE: [n] int64;
+              ACCEPTED: tokens [requests] int64 that each request of the last step kept
+    argument  PLAN: same_step; INSTALL: min_age; RESIZE: hot rows; GAP: missing events; ACCEPTED:
+              queries of a request
+    counters  [7] int64 format.STATE after it; meaningless for a GAP and ACCEPTED
     """
 
     kind: Kind
@@ -269,18 +273,33 @@ class Trace:
 
     def __iter__(self) -> Iterator[Record]:
         for frame in self.frames():
-            offsets = frame.offsets.tolist()
-            for i, (layer, step, name, length) in enumerate(
-                zip(
-                    frame.layers.tolist(),
-                    frame.steps.tolist(),
-                    frame.ids.tolist(),
-                    frame.lengths.tolist(),
-                    strict=True,
-                )
-            ):
-                positions = frame.positions[offsets[i] : offsets[i + 1]]
-                yield Record(layer, step, frame.request_ids[name], length, positions)
+            for _, record in _queries(frame, 0, len(frame.ids)):
+                yield record
+
+    def kept(self) -> Iterator[Record]:
+        """Read the Records of queries whose token was kept, each layer's in order.
+
+        Of a verify step that are as many of each request's as were accepted. A verify step whose
+        ACCEPTED is missing is left out. A step of one query a request is whole.
+        """
+        step: dict[int, list[_Query]] = {}  # layer -> the queries of its last step so far
+        for frame in self.frames():
+            plan = 0
+            for event in np.flatnonzero(np.isin(frame.kinds, OF_STEPS)).tolist():
+                kind, argument = frame.kinds[event], int(frame.arguments[event])
+                if kind == Kind.ACCEPTED:
+                    yield from _accepted(step, frame.accepted(event), argument)
+                    step.clear()
+                    continue
+                layer = int(frame.event_layers[event])
+                if argument % 2 == 0:  # it begins a step
+                    yield from _whole(step.pop(layer, []))
+                if kind == Kind.PLAN:
+                    first, end = frame.starts[plan : plan + 2].tolist()
+                    step.setdefault(layer, []).extend(_queries(frame, first, end))
+                    plan += 1
+        for queries in step.values():
+            yield from _whole(queries)
 
     def frames(self, progress: Callable[[int], object] = lambda _: None) -> Iterator[TraceFrame]:
         """Read frame by frame, as columns. Ends at the first broken frame.
@@ -319,6 +338,39 @@ class Trace:
                 raise ValueError(f"{self.path} has a frame of another kind: {error}.") from None
 
 
+_Query = tuple[int, Record]  # a row of the request table and its query
+
+
+def _queries(frame: TraceFrame, first: int, end: int) -> Iterator[_Query]:
+    """Yield a frame's records [first, end), each with its row of the request table."""
+    offsets = frame.offsets[first : end + 1].tolist()
+    names = [frame.request_ids[i] for i in frame.ids[first:end].tolist()]
+    columns = (
+        c[first:end].tolist() for c in (frame.rows, frame.layers, frame.steps, frame.lengths)
+    )
+    for i, (name, row, layer, step, length) in enumerate(zip(names, *columns, strict=True)):
+        positions = frame.positions[offsets[i] : offsets[i + 1]]
+        yield row, Record(layer, step, name, length, positions)
+
+
+def _accepted(step: dict[int, list[_Query]], kept: np.ndarray, width: int) -> Iterator[Record]:
+    """Yield the first kept[i] of each request's `width` queries, in each layer that has all."""
+    wanted = np.arange(width) < kept[:, None]
+    for queries in step.values():
+        if len(queries) == wanted.size:
+            for (_, record), is_kept in zip(queries, wanted.ravel().tolist(), strict=True):
+                if is_kept:
+                    yield record
+
+
+def _whole(queries: list[_Query]) -> Iterator[Record]:
+    """Yield the queries of a step, unless a request has several and nobody knows which count."""
+    rows = [row for row, _ in queries]
+    if len(set(rows)) == len(rows):
+        for _, record in queries:
+            yield record
+
+
 def _events(frame: TraceFrame, table: dict[int, np.ndarray], slots: int) -> Iterator[Event]:
     """Decode a frame's events. table: updated. Raises: ValueError for impossible slots."""
     plan = 0
@@ -337,6 +389,8 @@ def _events(frame: TraceFrame, table: dict[int, np.ndarray], slots: int) -> Iter
             argument %= 2
         elif kind in HAS_RUNS:
             found = _within(frame.slots(i), 0, slots)
+        elif kind == Kind.ACCEPTED:
+            found = _within(frame.accepted(i), 1, argument + 1, "accepted lengths")
         elif kind == Kind.RESIZE and not 1 <= argument <= slots:
             raise ValueError(f"hot rows must be 1 to {slots}: got {argument}")
         shown = Kind.PLAN if kind == Kind.PLAN_SLOTS else Kind(kind)
@@ -370,10 +424,11 @@ def _topk(
     return topk
 
 
-def _within(slots: np.ndarray, first: int, end: int) -> np.ndarray:
-    if len(slots) and not first <= slots.min() <= slots.max() < end:
-        raise ValueError(f"slots must be {first} to {end - 1}: got {slots.min()}, {slots.max()}")
-    return slots
+def _within(numbers: np.ndarray, first: int, end: int, what: str = "slots") -> np.ndarray:
+    if len(numbers) and not first <= numbers.min() <= numbers.max() < end:
+        got = f"{numbers.min()}, {numbers.max()}"
+        raise ValueError(f"{what} must be {first} to {end - 1}: got {got}")
+    return numbers
 
 
 def read_trace(path: str | Path) -> Trace:
@@ -391,9 +446,10 @@ def read_trace(path: str | Path) -> Trace:
                 "Record one with --ess-trace."
             )
         _, version, length = PREFIX.unpack(prefix)
-        if version != VERSION:
+        if version not in READABLE:
+            known = " or ".join(map(str, READABLE))
             raise ValueError(
-                f"an ESS trace must be of version {VERSION}: got {version} in {path}. Record it "
+                f"an ESS trace must be of version {known}: got {version} in {path}. Record it "
                 "again with this version's --ess-trace."
             )
         text = file.read(length)

@@ -37,6 +37,7 @@ class TraceRecorder(TopkObserver):
         self.writer = TraceWriter(path, layers, topk, slots, meta=meta)
         self._num_caches = 0
         self._step: tuple[tuple[str, ...], np.ndarray, np.ndarray] | None = None
+        self._verifying = (0, 1)  # requests of the last step, queries of each
         # A copy of SGLang's request table as far as the file has it. Memory pages that no request
         # has reached stay unbacked.
         self._known, self._known_lengths = np.zeros((0, 0), np.int32), np.zeros(0, np.int64)
@@ -54,14 +55,17 @@ class TraceRecorder(TopkObserver):
         req_rows: np.ndarray,
         lengths: np.ndarray,
         req_to_token: np.ndarray,
+        width: int = 1,
     ) -> None:
         """Attribute the following plans to these queries.
 
         request_ids [T]; req_rows [T] int64 rows of the request table; lengths [T] int32
         positions each query sees; req_to_token [requests, context] int32, not a copy
+        width: queries of each request, which adjoin; the last one sees most
         """
-        self._step = None
-        if self.writer.recording and self._slots(req_rows, lengths, req_to_token):
+        self._step, self._verifying = None, (len(request_ids) // width, width)
+        last = np.arange(width - 1, len(req_rows), width)  # of each request
+        if self.writer.recording and self._slots(req_rows[last], lengths[last], req_to_token):
             self._step = tuple(request_ids), req_rows.copy(), lengths.copy()
 
     def begin_pass(self, request_ids: Sequence[str], queries: PassQueries) -> None:
@@ -70,7 +74,29 @@ class TraceRecorder(TopkObserver):
             self.end_step()
             return
         arrays = queries.req_rows.numpy(), queries.lengths.numpy(), queries.req_to_token.numpy()
-        self.begin_step(request_ids, *arrays)
+        width = len(queries.req_rows) // max(1, len(request_ids))
+        of_queries = [name for name in request_ids for _ in range(width)]
+        self.begin_step(of_queries, *arrays, max(1, width))
+
+    def accepted(self, lengths: Sequence[int]) -> None:
+        """Record how many tokens each request kept of the last decode pass.
+
+        Call it once a verify step, when the drafts have been compared with the target's tokens:
+        after the plans of the last layer and before the next begin_pass of the target model.
+        lengths: one for each request of the pass, in its order; 1 to its queries a request. The
+            target's own token counts, so it is never 0
+        Raises: ValueError for lengths that do not fit the pass.
+        """
+        requests, width = self._verifying
+        kept = np.asarray(lengths, np.int32).reshape(-1, 1)
+        if len(kept) != requests or (requests and not 1 <= kept.min() <= kept.max() <= width):
+            raise ValueError(
+                f"accepted lengths must be 1 to {width} for each of {requests} requests: got "
+                f"{kept.ravel().tolist()}."
+            )
+        self._verifying = (0, 1)
+        if self.writer.recording and requests:
+            self.writer.put(Entry(Kind.ACCEPTED, 0, width, data=kept))
 
     def end_step(self) -> None:
         """Stop attributing plans to the queries of begin_step."""

@@ -172,7 +172,7 @@ class Recorded:
     records: list
     path: Path = Path("x.trace")
 
-    def __iter__(self):
+    def kept(self):
         return iter(self.records)
 
 

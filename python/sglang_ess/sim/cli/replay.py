@@ -164,8 +164,20 @@ class Study:
         console.print(
             self.verdict()[0].upper() + self.verdict()[1:], highlight=False, soft_wrap=True
         )
+        if self.recorded.queries > 1:
+            console.print(self.speculation(), highlight=False, soft_wrap=True)
         console.print(self._layer_table())
         console.print(self._tier_table())
+
+    def speculation(self) -> str:
+        """One line: what a verify step of a request misses, and what that is a token."""
+        found = self.recorded
+        return (
+            f"Speculation: {found.queries} queries a verify step, {found.verifies:,} verifies of a "
+            f"request, {found.tokens / found.verifies:.2f} tokens kept; in all {self.unit}s "
+            f"{found.misses_per_verify:,.1f} misses a verify, {found.misses_per_token:,.1f} a kept "
+            "token."
+        )
 
     def _layer_table(self) -> Table:
         table = Table(title=f"Each {self.unit}", title_justify="left", box=SIMPLE_HEAD)
@@ -196,6 +208,8 @@ class Study:
             "hit rate",
             "misses/step",
             "KiB/step",
+            "misses/verify",
+            "misses/token",
             "misses to x1",
         ):
             table.add_column(name, justify="right")
@@ -207,12 +221,16 @@ class Study:
             )
             table.add_row(
                 point["name"], f"{point['rows']:,}", mib, f"{point['hit_ratio']:.2%}",
-                f"{point['misses_per_step']:,.1f}", kib, f"x{point['misses_ratio']:.2f}",
+                f"{point['misses_per_step']:,.1f}", kib, f"{point['misses_per_verify']:,.1f}",
+                f"{point['misses_per_token']:,.1f}", f"x{point['misses_ratio']:.2f}",
             )  # fmt: skip
         return table
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """Yield the whole tier at each size. misses_ratio: to the recorded size."""
+        """Yield the whole tier at each size. misses_ratio: to the recorded size.
+
+        A step is one of the batch, a verify one of a request. Without speculation it is a token.
+        """
         named = {f"x{scale:g}": found for scale, found in self.scaled.items()}
         named |= {f"{count} a {self.unit}": found for count, found in self.given.items()}
         if self.best:
@@ -231,6 +249,8 @@ class Study:
                 "hit_ratio": found.hit_ratio,
                 "misses": misses,
                 "misses_per_step": found.misses_per_step,
+                "misses_per_verify": found.misses_per_verify,
+                "misses_per_token": found.misses_per_token,
                 "fetched_bytes_per_step": row_bytes and fetched * row_bytes,
                 "misses_ratio": misses / (before.total("misses") or 1),
                 "layers": [
@@ -247,6 +267,9 @@ class Study:
             "end": self.end,
             "events": found.num_events,
             "events_missing": found.missing,
+            "queries": found.queries,
+            "verifies": found.verifies,
+            "kept_tokens": found.tokens,
             "exact": not found.missing and not found.differences,
             "differences": [asdict(one) for one in found.differences],
             "server": [layer.server for layer in found.layers],

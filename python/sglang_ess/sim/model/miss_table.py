@@ -86,7 +86,8 @@ class MissTable:
 
         progress: called with bytes read
         layers: of the model, or its index groups, for which a trace has one layer each
-        Raises: ValueError for a trace of another number of layers or without a decode step.
+        Raises: ValueError for a trace of another number of layers, without a decode step, or with
+        verify steps of another number of queries.
         """
         groups = IndexGroups.single(layers) if isinstance(layers, int) else layers
         if trace.layers != len(groups):
@@ -94,10 +95,20 @@ class MissTable:
             raise ValueError(
                 f"trace must be of the model's {len(groups)} {what}: got {trace.layers}."
             )
-        plans = [e for e in trace.events() if e.kind == Kind.PLAN and e.layer == 0]
+        plans, recorded = [], 1
+        for event in trace.events():
+            if event.kind == Kind.PLAN and event.layer == 0:
+                plans.append(event)
+            elif event.kind == Kind.ACCEPTED:
+                recorded = event.argument
         steps = sum(not event.argument for event in plans)
         if not steps:
             raise ValueError("trace must hold a decode step: got none.")
+        if recorded not in (1, queries):
+            raise ValueError(
+                f"trace must be of steps with {queries} queries a request: got {recorded}. Plan "
+                f"with --mtp {recorded}."
+            )
         requests = max(1.0, sum(len(event.slots) for event in plans) / steps / queries)
         most = min(queries * trace.topk, context)
         curves = []

@@ -84,12 +84,18 @@ class Replay:
     missing      events that the recording dropped; the replay is inexact if there are any
     differences  the first of each layer; only looked for at the recorded sizes
     num_events   of the trace
+    verifies     decode steps of a request; with speculation: verify steps
+    tokens       tokens that these kept: as many without speculation
+    queries      queries of a request in a verify step; 1 without speculation
     """
 
     layers: list[LayerReplay] = field(default_factory=list)
     missing: int = 0
     differences: list[Difference] = field(default_factory=list)
     num_events: int = 0
+    verifies: int = 0
+    tokens: int = 0
+    queries: int = 1
 
     def total(self, counter: str) -> int:
         return sum(layer.counters[counter] for layer in self.layers)
@@ -111,6 +117,16 @@ class Replay:
         """
         return sum(layer.misses_per_step for layer in self.layers)
 
+    @property
+    def misses_per_verify(self) -> float:
+        """Mean misses in a step of one request, all layers of the trace together."""
+        return self.total("misses") / max(1, self.verifies)
+
+    @property
+    def misses_per_token(self) -> float:
+        """Mean misses for each token that was kept, all layers of the trace together."""
+        return self.total("misses") / max(1, self.tokens)
+
 
 # --- one size ---------------------------------------------------------------------------
 
@@ -130,7 +146,7 @@ def replay(
     Raises: ReplayError if a layer has no events, or an event before its first size; ValueError
     for both rows and scale, for rows of another number of layers, and as Trace.frames.
     """
-    found, is_exact = Replay(), rows is None and scale is None
+    found, is_exact, lists = Replay(), rows is None and scale is None, 0
     tier = _Tier(trace, _sizes(trace, rows, scale), is_exact)
     server: list[np.ndarray | None] = [None] * trace.layers
     differing: set[int] = set()
@@ -139,6 +155,12 @@ def replay(
         if event.kind == Kind.GAP:
             found.missing += event.argument
             continue
+        if event.kind == Kind.ACCEPTED:
+            found.queries = max(found.queries, event.argument)
+            found.verifies += len(event.slots)
+            found.tokens += int(event.slots.sum())
+            continue
+        lists += len(event.slots) if event.kind == Kind.PLAN and event.layer == 0 else 0
         counters, layer = tier.apply(event), event.layer
         server[layer] = event.counters
         if is_exact and not found.missing and layer not in differing:
@@ -148,6 +170,8 @@ def replay(
                 found.differences.append(
                     Difference(*place, _named(event.counters), _named(counters))
                 )
+    if not found.verifies:
+        found.verifies = found.tokens = lists
     for layer, (cache, counted) in enumerate(zip(tier.caches, server, strict=True)):
         if cache is None:
             raise ReplayError(

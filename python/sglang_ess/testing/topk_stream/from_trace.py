@@ -20,7 +20,7 @@ def from_trace(trace: Trace, streams: int, steps: int) -> StreamTable:
     """
     lengths: dict[str, int] = {}
     counts: dict[tuple[str, int], int] = defaultdict(int)
-    for record in trace:
+    for record in trace.kept():
         if len(record.positions) == trace.topk:
             counts[record.request_id, record.layer] += 1
             lengths.setdefault(record.request_id, record.length)
@@ -54,7 +54,7 @@ def _selections(
 ) -> dict[tuple[str, int], list[np.ndarray]]:
     """Return {(request, layer): its first `count` full selections}."""
     found: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
-    for record in trace:
+    for record in trace.kept():
         rows = found[record.request_id, record.layer] if record.request_id in requests else None
         if rows is not None and len(rows) < count and len(record.positions) == trace.topk:
             rows.append(record.positions)
