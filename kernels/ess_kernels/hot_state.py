@@ -1,8 +1,9 @@
 """The state of an index group's hot tier on the device: which slot has which row, used when.
 
 Life of a row. A free row has the stamp FREE. `plan_fetch` and `install` give it to a slot and stamp
-it with the *tick*, the number of the decode step under way. Each later hit stamps it again.
-`invalidate` makes it free. When a slot needs a row, a clock hand finds one.
+it with the *tick*, the number of the decode step under way, or of its pass where it takes several.
+Each later hit stamps it again. `invalidate` makes it free. When a slot needs a row, a clock hand
+finds one.
 
 The hand. There is no list of rows in order of use: words[HAND] is a place among the rows, and who
 needs rows reads the stamps from there on, in chunks, and moves the hand. A row is eligible if it is
@@ -47,7 +48,7 @@ MAX_AGE_LIMIT = 2**12  # kMaxAgeLimit of csrc/plan_fetch.cu. At first, free rows
 
 # counters [NUM_COUNTERS] int64, since the start of the server. The first six: tiers/contract.py.
 #   short     lookups and reserved slots that found no row, which must stay 0
-#   steps     ticks
+#   steps     decode steps: ticks, but those of one step's passes are one
 #   stall_ns  ns from when the main stream was ready for attention until the rows were there, over
 #             layers and steps, from `times`. Without overlap the main stream waited as long; in DA
 #             and DBA at most as long, because it attends to the hits meanwhile

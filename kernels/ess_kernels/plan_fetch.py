@@ -92,12 +92,16 @@ class PlanOptions(TypedDict, total=False):
                Overlap mode DBA plans a batch in halves and ends the tick with the second one
     warm       lookups that no step makes: they count as used one tick ago, are not counted, and
                find no row (-1) where every other row was used as recently; False by default
+    step_pass  (i, n): plan i of the n that the step takes, (0, 1) by default. Each of them is a
+               tick, so that it may evict what the one before used; n of them count as one step,
+               in which the ages of what they evict are counted
     max_blocks blocks that copy, COPY_BLOCKS by default; the others end before the copies do
     """
 
     lists: bool
     advance: bool
     warm: bool
+    step_pass: tuple[int, int]
     max_blocks: int
 
 
@@ -129,7 +133,7 @@ def plan_fetch(
         topk, b.rows, *hits, b.miss_slots, b.miss_rows, b.num_misses,
         s.slot_row, s.row_slot, s.row_stamp, s.words, s.counters, s.times,
         host, hot, options.get("warm", False), options.get("advance", True),
-        options.get("max_blocks", COPY_BLOCKS),
+        *options.get("step_pass", (0, 1)), options.get("max_blocks", COPY_BLOCKS),
     )  # fmt: skip
 
 

@@ -123,9 +123,9 @@ def log(monkeypatch, late):
         fetch(cache, planned, layer)
         now.pop()
 
-    def labelled_first(cache, topk, warm=False):
+    def labelled_first(cache, topk, **options):
         now.append((cache._tier.num_layers, 0))
-        planned = plan_and_fetch(cache, topk, warm)
+        planned = plan_and_fetch(cache, topk, **options)
         now.pop()
         return planned
 
@@ -247,9 +247,9 @@ def wrong_layer_of_the_group(monkeypatch):
         fetch(cache, planned, layer)
         cache.host_layers = hosts
 
-    def of_the_last(cache, topk, warm=False):
+    def of_the_last(cache, topk, **options):
         host, cache.host_rows = cache.host_rows, cache.host_layers[-1]
-        planned = plan_and_fetch(cache, topk, warm)
+        planned = plan_and_fetch(cache, topk, **options)
         cache.host_rows = host
         return planned
 
@@ -335,9 +335,9 @@ def fetches_read_when_they_are_issued(monkeypatch):
         fetch(cache, planned, layer)
         cache.host_layers = hosts
 
-    def early_first(cache, topk, warm=False):
+    def early_first(cache, topk, **options):
         host, cache.host_rows = cache.host_rows, cache.host_rows.clone()
-        planned = plan_and_fetch(cache, topk, warm)
+        planned = plan_and_fetch(cache, topk, **options)
         cache.host_rows = host
         return planned
 

@@ -77,7 +77,7 @@ def hold_back(transfer, copy_rows):
 def in_two(cache):
     """plan_and_fetch whose copies can be held back."""
 
-    def plan_and_fetch(topk):
+    def plan_and_fetch(topk, step_pass=(0, 1)):
         planned = cache.plan(topk)
         cache.fetch(planned)
         return planned

@@ -55,10 +55,10 @@ def test_a_small_tier_takes_whole_requests_as_long_as_one_fits(
     """(1, TOPK): a query that no request has, where a batch is padded by tokens."""
     plan, seen = DeviceHotCache.plan_and_fetch, set()
 
-    def watched(cache, topk, warm=False):
+    def watched(cache, topk, warm=False, **options):
         if not warm:
             seen.add(tuple(topk.shape))
-        return plan(cache, topk, warm)
+        return plan(cache, topk, warm, **options)
 
     monkeypatch.setattr(DeviceHotCache, "plan_and_fetch", watched)
     backend = build("off", hot_rows=hot_rows, drafts=DRAFTS, max_queries=max_queries, warmup="off")
@@ -78,9 +78,9 @@ def test_with_a_hot_row_for_every_slot_one_plan_does(build, late):
         assert cache.steps == 3 and cache.counters["evictions"] == 0
 
 
-def verify_three_times(build, overlap):
+def verify_three_times(build, overlap, hot_rows=HOT_ROWS):
     """Steps that the hot tier has counted, of three verifications."""
-    backend = build(overlap, hot_rows=HOT_ROWS, drafts=DRAFTS, max_queries=12, sizes=(1, 2))
+    backend = build(overlap, hot_rows=hot_rows, drafts=DRAFTS, max_queries=12, sizes=(1, 2))
     run = Run(backend)
     run.prefill({1: 9, 2: 5})
     for _ in range(3):
@@ -88,9 +88,22 @@ def verify_three_times(build, overlap):
     return [cache.steps for cache in backend.token_to_kv_pool.hot_caches]
 
 
+@pytest.mark.parametrize("hot_rows", [HOT_ROWS, DRAFTS * TOPK, 5], ids=["one", "two", "many"])
 @pytest.mark.parametrize("overlap", ["off", "da", "dba"])
-def test_a_verification_is_one_step_of_the_hot_tier(build, overlap):
-    assert verify_three_times(build, overlap) == [3, 3]
+def test_a_verification_is_one_step_of_the_hot_tier_in_any_number_of_passes(
+    build, overlap, hot_rows
+):
+    assert verify_three_times(build, overlap, hot_rows) == [3, 3]
+
+
+def test_a_step_for_each_pass_is_noticed(build, monkeypatch):
+    plan = DeviceHotCache.plan_and_fetch
+    monkeypatch.setattr(
+        DeviceHotCache,
+        "plan_and_fetch",
+        lambda cache, topk, warm=False, **_: plan(cache, topk, warm),
+    )
+    assert verify_three_times(build, "off", DRAFTS * TOPK) != [3, 3]
 
 
 def test_a_step_for_each_half_is_noticed(build, monkeypatch):
@@ -104,11 +117,11 @@ def test_a_step_for_each_half_is_noticed(build, monkeypatch):
 def test_a_step_for_each_draft_token_is_noticed(build, monkeypatch):
     plan = DeviceHotCache.plan_and_fetch
 
-    def by_query(cache, topk, warm=False):
+    def by_query(cache, topk, warm=False, **options):
         if not warm:
             for first in range(len(topk) - 1):
                 cache.plan(topk[first : first + 1], first)
-        return plan(cache, topk, warm)
+        return plan(cache, topk, warm, **options)
 
     monkeypatch.setattr(DeviceHotCache, "plan_and_fetch", by_query)
     assert verify_three_times(build, "off") != [3, 3]

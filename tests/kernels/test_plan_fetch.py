@@ -238,6 +238,19 @@ def test_what_is_refused(device):
         plan((1, 20))
 
 
+def test_the_plans_of_a_step_are_one_step_and_as_many_ticks(device):
+    """Each may evict what the one before used. plan_check counts steps and ages."""
+    tier, generator = Tier(device, 400, 40), torch.Generator().manual_seed(3)
+    for _ in range(4):
+        for number in range(3):
+            tier.plan(draw(generator, 2, 20, 400), step_pass=(number, 3))
+    counters = tier.state.counters.tolist()
+    assert counters[hot_state.STEPS] == 4 and int(tier.state.words[hot_state.TICK]) == 1 + 4 * 3
+    assert 0 < counters[hot_state.EVICTED_AGE] < counters[hot_state.EVICTIONS]
+    with pytest.raises(ValueError, match="below the step's passes: got 3 of 3"):
+        tier.plan(draw(generator, 2, 20, 400), step_pass=(3, 3))
+
+
 def test_more_lookups_than_rows_where_every_slot_has_one(device):
     tier, generator = Tier(device, 50, 50), torch.Generator().manual_seed(5)
     for _ in range(3):

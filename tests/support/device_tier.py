@@ -384,4 +384,4 @@ def no_fetch() -> None:
     from sglang_ess.tiers.hot_cache_cuda import DeviceHotCache
 
     DeviceHotCache.fetch = lambda *_: None
-    DeviceHotCache.plan_and_fetch = lambda cache, topk, warm=False: cache.plan(topk)
+    DeviceHotCache.plan_and_fetch = lambda cache, topk, **options: cache.plan(topk)

@@ -125,23 +125,28 @@ class Tier:
         self.hot = hot.to(device)
         self.device = device
 
-    def plan(self, topk, *, lists=False, advance=True, warm=False, copy=True, max_blocks=2):
+    def plan(
+        self, topk, *, lists=False, advance=True, warm=False, copy=True, max_blocks=2,
+        step_pass=(0, 1),
+    ):  # fmt: skip
         """plan_fetch of topk [queries, K] int32 on the host, checked. Returns its buffers."""
         before, hot = self.state.cpu(), self.hot.cpu().clone()
         buffers = poisoned(*topk.shape, self.device)
         rows = (self.host, self.hot) if copy else (None, None)
         plan_fetch.plan_fetch(
             self.state, topk.to(self.device), buffers, *rows,
-            lists=lists, advance=advance, warm=warm, max_blocks=max_blocks,
+            lists=lists, advance=advance, warm=warm, max_blocks=max_blocks, step_pass=step_pass,
         )  # fmt: skip
         after = self.state.cpu()
         taken = self._check_plan(before, after, topk, buffers, warm)
         self._check_lists(before, after, topk, buffers, lists)
         tick = int(before.words[hot_state.TICK])
         assert int(after.words[hot_state.TICK]) == (tick + advance) & TICK_MASK
-        expected = {"evictions": len(taken.evicted), "evicted_age": int(taken.owned_ages.sum())}
+        number, passes = step_pass
+        ages = int((taken.owned_ages // passes).sum())
+        expected = {"evictions": len(taken.evicted), "evicted_age": ages}
         if advance:
-            expected["steps"] = 1
+            expected["steps"] = int(number == passes - 1)
         if warm:
             missed = (before.slot_row[topk[topk >= 0].long().unique()] < 0).sum()
             expected["skipped"] = int(missed) - len(taken.slots)

@@ -102,6 +102,7 @@ struct Hand {
   int min_age;    // of a row that is taken; above the age of those that this launch stamps
   int limit;      // as words[AGE_LIMIT], of a launch that does not insist
   bool insists;   // it finds a row for everyone, and lowers words[AGE_LIMIT] for that
+  int step_ticks; // ages are counted in steps of so many ticks
 };
 
 __device__ __forceinline__ int age_of(const Hand& hand, int stamp) {
@@ -170,7 +171,7 @@ __device__ __forceinline__ int take_rows(Shared<kItems>& s, const GroupState& g,
           ++taken_free;
         } else {
           store_relaxed(g.slot_row + g.row_slot[row[i]], kNone);
-          ages += age;
+          ages += age / hand.step_ticks;
           ++evictions;
         }
       }
@@ -361,7 +362,8 @@ __global__ void __launch_bounds__(kThreads, !kSingle && kItems <= 4 ? 2 : 1)
   Shared<kItems>& s = block_shared<Shared<kItems>>();
   const GroupState& g = a.state;
   const int tick = g.words[TICK], use_age = a.warm ? 1 : 0;
-  const Hand hand{tick, (tick - use_age) & kTickMask, use_age + 1, g.words[AGE_LIMIT], !a.warm};
+  const Hand hand{tick, (tick - use_age) & kTickMask, use_age + 1, g.words[AGE_LIMIT], !a.warm,
+                  a.passes};
   clear(s);
   if (blockIdx.x == 0 && threadIdx.x == 0) *a.num_misses = 0;
   Lookups<kItems> x;
@@ -381,7 +383,7 @@ __global__ void __launch_bounds__(kThreads, !kSingle && kItems <= 4 ? 2 : 1)
     end_scan(g, !a.warm);
     if (a.advance) {
       g.words[TICK] = (tick + 1) & kTickMask;
-      g.counters[STEPS] += 1;
+      g.counters[STEPS] += a.pass == a.passes - 1;
     }
   }
   const int copying = min(blocks, a.copy.blocks);
@@ -469,7 +471,7 @@ __global__ void __launch_bounds__(kThreads, 2) install_kernel(const InstallArgum
   const GroupState g = group_state(a, blockIdx.x);
   const int tick = g.words[TICK], use_age = a.reserve ? 0 : 2;
   const int min_age = max(use_age + 1, a.min_age);
-  const Hand hand{tick, (tick - use_age) & kTickMask, min_age, min_age - 1, a.reserve};
+  const Hand hand{tick, (tick - use_age) & kTickMask, min_age, min_age - 1, a.reserve, 1};
   clear(s);
   if (a.reserve && threadIdx.x == 0) add_stall(g);
   for (int base = 0; base < a.count; base += kItems * kThreads) {

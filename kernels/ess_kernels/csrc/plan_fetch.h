@@ -44,6 +44,7 @@ struct PlanArguments {
   int32_t *miss_slots, *miss_rows, *num_misses;
   bool warm;  // plan_fetch.WARM, else DECODE
   bool advance;
+  int pass, passes;  // of the step's plans: ages count in steps
   CopyArguments copy;
 };
 

@@ -65,7 +65,7 @@ void plan_fetch_tensors(TensorView topk, TensorView rows, TensorView hit_rows,
                         TensorView slot_row, TensorView row_slot, TensorView row_stamp,
                         TensorView words, TensorView counters, TensorView times,
                         TensorView host_rows, TensorView hot_rows, bool warm, bool advance,
-                        int64_t blocks) {
+                        int64_t pass, int64_t passes, int64_t blocks) {
   if (topk.ndim() != 2) {
     TVM_FFI_THROW(ValueError) << "topk must be [queries, K]: got shape " << topk.shape() << ".";
   }
@@ -76,6 +76,10 @@ void plan_fetch_tensors(TensorView topk, TensorView rows, TensorView hit_rows,
     TVM_FFI_THROW(ValueError) << "a plan must have 1 to " << widest << " columns and at most "
                               << hot << " lookups, one for each hot row: got shape "
                               << topk.shape() << ". Plan the batch in passes.";
+  }
+  if (pass < 0 || pass >= passes || passes > std::numeric_limits<int32_t>::max()) {
+    TVM_FFI_THROW(ValueError) << "a pass must be 0 or more and below the step's passes: got "
+                              << pass << " of " << passes << ".";
   }
   PlanArguments a;
   a.state = state_of(slot_row, row_slot, row_stamp, words, counters, times, 1);
@@ -93,6 +97,8 @@ void plan_fetch_tensors(TensorView topk, TensorView rows, TensorView hit_rows,
   a.num_misses = words_of("num_misses", num_misses, 1);
   a.warm = warm;
   a.advance = advance;
+  a.pass = static_cast<int>(pass);
+  a.passes = static_cast<int>(passes);
   a.copy = copy_of(host_rows, hot_rows, miss_slots, miss_rows, num_misses, times, 0, blocks);
   if (warm) a.copy.done = nullptr;  // no step waits for it
   check_launch("plan_fetch", plan_fetch(a, stream_of(topk)));

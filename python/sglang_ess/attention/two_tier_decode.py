@@ -237,8 +237,9 @@ class TwoTierDecode:
         """
         outs: list[torch.Tensor] = []
         parts: tuple[torch.Tensor, torch.Tensor] | None = None
-        for index, part in enumerate(step.cache.passes(*topk.shape, step.lists)):
-            out, lse = self._one_pass(step, q[part.queries], topk, index, part)
+        passes = step.cache.passes(*topk.shape, step.lists)
+        for index, part in enumerate(passes):
+            out, lse = self._one_pass(step, q[part.queries], topk, (index, len(passes)), part)
             if part.columns != slice(0, topk.shape[1]):
                 wide = out.float(), lse
                 parts = wide if part.columns.start == 0 else self.merge(parts, wide)
@@ -258,9 +259,10 @@ class TwoTierDecode:
         (out_a, lse_a), (out_b, lse_b) = a, b
         return self.merge_state(out_a, _finite(lse_a), out_b, _finite(lse_b))
 
-    def _one_pass(self, step: LayerStep, q, topk, index: int, part: Pass):
+    def _one_pass(self, step: LayerStep, q, topk, number: tuple[int, int], part: Pass):
         """Attention of one pass. The group's first layer plans it; the others repeat its fetches.
 
+        number: (i, n), pass i of the step's n
         Each layer's hot rows take the same steps, in its own turn.
         """
         cache, position = step.cache, step.position
@@ -269,12 +271,12 @@ class TwoTierDecode:
         # reads the plan buffers.
         with self.transfer.on_transfer_stream():
             if lookups is None:
-                planned = step.passes[index]
+                planned = step.passes[number[0]]
                 cache.fetch(planned, position)
                 used = planned.miss_slots, planned.miss_rows, planned.num_misses
                 self.transfer.record_stream(*used)
             else:
-                planned = cache.plan_and_fetch(lookups)
+                planned = cache.plan_and_fetch(lookups, step_pass=number)
                 self.transfer.record_stream(lookups)
             fetched = self.transfer.event()
         wait(fetched)

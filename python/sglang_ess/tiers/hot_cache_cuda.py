@@ -284,10 +284,13 @@ class DeviceHotCache:
         plan_fetch.plan_fetch(self.state, topk.contiguous(), buffers, advance=advance, lists=lists)
         return buffers
 
-    def plan_and_fetch(self, topk: torch.Tensor, warm: bool = False) -> PlanBuffers:
+    def plan_and_fetch(
+        self, topk: torch.Tensor, warm: bool = False, step_pass: tuple[int, int] = (0, 1)
+    ) -> PlanBuffers:
         """plan() and fetch() of the group's first layer, in one launch.
 
-        warm: of lookups that no step makes; see plan_fetch.plan_fetch
+        warm: of lookups that no step makes; step_pass: (i, n), plan i of a step's n. See
+        plan_fetch.PlanOptions
         """
         buffers = self._tier.buffers_for(*topk.shape)
         plan_fetch.plan_fetch(
@@ -298,6 +301,7 @@ class DeviceHotCache:
             self.rows,
             advance=not warm,
             warm=warm,
+            step_pass=step_pass,
         )
         return buffers
 
