@@ -219,8 +219,8 @@ def _count_calls() -> None:
     )
 
 
-def _cut(metadata, queries: slice):
-    """half_batch.slice_metadata for the CPU indexer's metadata."""
+def _cut(metadata, queries: slice, lists: int = 1):
+    """half_batch.slice_metadata for the CPU indexer's metadata, which has a row for each query."""
     return replace(
         metadata,
         req_rows=metadata.req_rows[queries],
@@ -232,6 +232,7 @@ def _cut(metadata, queries: slice):
 def backend_class() -> type:
     """EssDsaBackend whose super() is CpuUpstream."""
     from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
+    from sglang.srt.runtime_context import get_spec
 
     from sglang_ess.attention.backend_cuda import EssDsaBackend
     from sglang_ess.cpu.attention_backend import (
@@ -262,6 +263,7 @@ def backend_class() -> type:
             self.dsa_decode_impl = self.dsa_prefill_impl = "flashmla_kv"
             self.dsa_kv_cache_store_fp8 = self.token_to_kv_pool.dsa_kv_cache_store_fp8
             self.dsa_index_topk = self.token_to_kv_pool.capacity.geometry.topk
+            self.speculative_num_draft_tokens = get_spec().speculative_num_draft_tokens
 
         def init_forward_metadata(self, forward_batch):
             self._cpu.init_forward_metadata(forward_batch)
@@ -279,7 +281,9 @@ def backend_class() -> type:
             topk_indices=None, **kwargs,
         ):  # fmt: skip
             assert not save_kv_cache, "EssDsaBackend saves"
-            places = self.token_to_kv_pool.translate_loc_to_hisparse_device(topk_indices)
+            places = topk_indices
+            if self.hisparse_coordinator is not None:
+                places = self.token_to_kv_pool.translate_loc_to_hisparse_device(topk_indices)
             return self._attend(layer, q, q_rope, places)
 
         def forward_decode(
