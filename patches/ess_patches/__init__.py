@@ -3,6 +3,7 @@
 hooks              upstream functions that ESS changes
 touch_points       upstream names that ESS uses unchanged, on any platform or on the CPU
 touch_points_cuda  the same on a GPU
+linear_attention   hooks for models with linear attention layers, speculation: for drafts
 topk_stream        hooks of the test-only switch --ess-topk-stream
 """
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:  # `python -m ess_patches.contract` must not find it imported 
 
 
 def all_hooks() -> tuple[Hook, ...]:
-    """Every row but those of `topk_stream`: hooks first, then touch points."""
+    """The rows that every server needs: hooks first, then touch points."""
     from ess_patches import hooks, touch_points, touch_points_cuda
 
     return hooks.HOOKS + touch_points.HOOKS + touch_points_cuda.HOOKS

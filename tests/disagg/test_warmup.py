@@ -53,7 +53,7 @@ def record(active, table, positions, prefix=36, rid="a"):
     topk = 100 - np.array(positions, np.int32)
     lengths = torch.arange(prefix, prefix + len(topk), dtype=torch.int32) + 1
     rows, spans = torch.ones(len(topk), dtype=torch.int64), ((1, prefix, len(topk)),)
-    active.begin_pass([rid], PassQueries(torch.from_numpy(table), rows, lengths, spans))
+    active.begin_pass([rid], PassQueries(torch.from_numpy(table), rows, lengths, spans, 1))
     for group in range(GROUPS):
         active.prefill_topk(group, torch.from_numpy(topk))
 

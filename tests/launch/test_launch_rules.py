@@ -45,7 +45,6 @@ def test_hisparse(launch):
         ("--attn-dp-size", "2", "1"),
         ("--nnodes", "2", "1"),
         ("--enable-dp-attention", None, "off"),
-        ("--speculative-algorithm", "EAGLE", "unset"),
         ("--quantization", "fp8", "unset or unquant"),
         ("--enable-hierarchical-cache", None, "off"),
         ("--enable-lora", None, "unset or off"),
@@ -150,7 +149,6 @@ RULE_CASES = {
     "enable_hierarchical_cache": ["--enable-hierarchical-cache"],
     "enable_lmcache": ["--enable-lmcache"],
     "enable_flexkv": ["--enable-flexkv"],
-    "speculative_algorithm": ["--speculative-algorithm", "EAGLE"],
     "pp_size": ["--pp-size", "2"],
     "dcp_size": ["--dcp-size", "2"],
     "attn_cp_size": ["--attn-cp-size", "2"],
@@ -184,6 +182,54 @@ def test_what_two_tiers_do_not_serve_on_a_gpu(launch, name, flag, allowed):
     assert given[0] == flag
     refused(launch(*given, accelerator="cuda"), f"{flag} must be ", "with ESS", "add --disable-ess")
     assert launch(*given, "--disable-ess", accelerator="cuda")[1] == []
+
+
+MTP = {**DSA, "num_nextn_predict_layers": 1}
+NGRAM = ["--speculative-algorithm", "NGRAM"]
+CHAIN = [*NGRAM, "--speculative-ngram-max-bfs-breadth", "1"]
+
+
+@pytest.mark.parametrize("gpu", [{}, {"accelerator": "cuda"}], ids=["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ""),
+        (["--speculative-num-steps", "3", "--speculative-eagle-topk", "1"], ""),
+        (["--speculative-eagle-topk", "4"], "--speculative-eagle-topk must be unset or 1"),
+        (["--speculative-adaptive"], "--speculative-adaptive must be off"),
+        (["--enable-multi-layer-eagle"], "--enable-multi-layer-eagle must be off"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ["EAGLE", "nextn"])
+def test_chains_of_drafts_are_served(launch, algorithm, flags, words, gpu):
+    given = ["--speculative-algorithm", algorithm, *flags]
+    result = launch(*given, model=MTP, **gpu)
+    refused(result, words) if words else result[1] == []
+    if gpu:
+        assert launch(*given, "--disable-ess", model=MTP, **gpu)[1] == []
+
+
+@pytest.mark.parametrize("gpu", [{}, {"accelerator": "cuda"}], ids=["cpu", "cuda"])
+def test_other_speculation_is_refused(launch, gpu):
+    for algorithm in ("EAGLE3", "DFLASH", "STANDALONE"):
+        words = "--speculative-algorithm must be unset or EAGLE or NEXTN or NGRAM", algorithm
+        refused(launch("--speculative-algorithm", algorithm, model=MTP, **gpu), *words)
+    assert launch(*CHAIN, **gpu)[1] == []
+    refused(launch(*NGRAM, **gpu), "--speculative-ngram-max-bfs-breadth must be 1", "got 10")
+    without = launch("--speculative-algorithm", "EAGLE", **gpu)
+    refused(without, "must have a model with a draft layer", "num_nextn_predict_layers None")
+    named = ["--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", "org/draft"]
+    assert launch(*named, **gpu)[1] == []
+
+
+def test_speculation_that_the_cpu_platform_lacks(launch):
+    eagle = ["--speculative-algorithm", "EAGLE"]
+    sampling = [*eagle, "--speculative-use-rejection-sampling"]
+    refused(launch(*sampling, model=MTP), "--speculative-use-rejection-sampling must be off")
+    assert launch(*sampling, model=MTP, accelerator="cuda")[1] == []
+    refused(launch(*CHAIN, model=GLM5_NEXT), "not all of DeepSeek sparse attention")
+    dense = {"architectures": ["LlamaForCausalLM"]}
+    refused(launch(*CHAIN, "--disable-ess", model=dense), "not all of DeepSeek sparse attention")
 
 
 def test_ranks_that_are_padded_to_one_length(launch, monkeypatch):

@@ -63,12 +63,12 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _attend_hot(self, layer, q, q_rope, topk) -> torch.Tensor:
-        """Decode: attend from the hot tier, in blocks of queries that one plan may have."""
+        """Decode: attend from the hot tier, in blocks of whole requests that one plan may have."""
         pool, outs = self.token_to_kv_pool, []
         group, position = pool.place(layer.layer_id)
-        cache = pool.hot_caches[group]
-        firsts = range(0, len(q), PLAN_QUERIES_CPU)
-        blocks = [slice(first, first + PLAN_QUERIES_CPU) for first in firsts]
+        cache, width = pool.hot_caches[group], self.forward_metadata.width
+        block_size = max(1, PLAN_QUERIES_CPU // width) * width
+        blocks = [slice(first, first + block_size) for first in range(0, len(q), block_size)]
         if position == 0:
             lists = [topk[block] for block in blocks]  # Tensor.split takes several times as long
             self._step = GroupStep(cache, lists, self._fetches, self._canary)
@@ -79,6 +79,7 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
             rows = cache.arena.layers[position]
             outs.append(attend_passes(plans, rows, layer, q[block], q_rope[block]))
             if position == 0 and cache.query_misses.any():
-                requests = self.forward_metadata.req_rows[block].numpy()
-                pool.request_misses[requests] += cache.query_misses * cache.num_layers
+                requests = self.forward_metadata.req_rows[block][::width].numpy()
+                misses = cache.query_misses.reshape(-1, width).sum(1)
+                pool.request_misses[requests] += misses * cache.num_layers
         return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -17,15 +17,39 @@ class SparseMetadata(PassQueries):
     """The queries of one forward pass, and the sizes that every layer needs.
 
     max_length: the largest of lengths
-    page_table [B, P] int32: index-key pages of each request in decode; None in prefill
+    page_table [T, P] int32: index-key pages of each query's request in decode; None in prefill
     """
 
     max_length: int
     page_table: torch.Tensor | None
 
     @staticmethod
-    def for_decode(req_to_token, req_rows, seq_lens) -> "SparseMetadata":
-        """Metadata of a decode step: one query a request."""
+    def of_batch(forward_batch, req_to_token, draft_step: int | None = None) -> "SparseMetadata":
+        """Metadata of SGLang's ForwardBatch.
+
+        draft_step: of a draft model's decode step, from 0. SGLang counts the positions before the
+            first draft in seq_lens, and leaves the drafts out.
+        """
+        mode, seq_lens = forward_batch.forward_mode, forward_batch.seq_lens
+        rows = forward_batch.req_pool_indices.long()
+        if mode.is_target_verify() or mode.is_draft_extend_v2():
+            queries = len(forward_batch.input_ids) // max(1, len(rows))
+            # A draft extend's lengths contain its tokens already; a verify step's do not.
+            before = seq_lens - queries if mode.is_draft_extend_v2() else seq_lens
+            lengths = before.unsqueeze(1) + torch.arange(1, queries + 1)
+            rows = rows.repeat_interleave(queries)
+            return SparseMetadata.for_decode(req_to_token, rows, lengths.view(-1), queries)
+        if mode.is_decode_or_idle():
+            lengths = seq_lens if draft_step is None else seq_lens + (draft_step + 1)
+            return SparseMetadata.for_decode(req_to_token, rows, lengths)
+        prefixes = list(forward_batch.extend_prefix_lens_cpu)
+        return SparseMetadata.for_extend(
+            req_to_token, rows, prefixes, list(forward_batch.extend_seq_lens_cpu)
+        )
+
+    @staticmethod
+    def for_decode(req_to_token, req_rows, seq_lens, width: int = 1) -> "SparseMetadata":
+        """Metadata of a decode step: width queries a request, one after the other."""
         lengths = seq_lens.to(torch.int32)
         max_length = int(lengths.max()) if len(lengths) else 0
         first_slots = req_to_token[req_rows, :max_length:PAGE_SLOTS]
@@ -34,6 +58,7 @@ class SparseMetadata(PassQueries):
             req_rows,
             lengths,
             None,
+            width,
             max_length,
             (first_slots // PAGE_SLOTS).contiguous(),
         )
@@ -51,7 +76,7 @@ class SparseMetadata(PassQueries):
         spans = tuple(zip(req_rows.tolist(), prefix_lens, extend_lens, strict=True))
         max_length = max((prefix + n for _, prefix, n in spans), default=0)
         rows = torch.repeat_interleave(req_rows, tokens)
-        return SparseMetadata(req_to_token, rows, lengths.int(), spans, max_length, None)
+        return SparseMetadata(req_to_token, rows, lengths.int(), spans, 1, max_length, None)
 
 
 class CpuSparseMlaBackend(AttentionBackend):
@@ -60,6 +85,7 @@ class CpuSparseMlaBackend(AttentionBackend):
     The indexer hands over slots, not positions, as SGLang's fused top-k does on CUDA.
     observers: see each index group's top-k list before attention reads its rows
     groups: the index groups of the layers; needed for observers only
+    draft_step: the one decode step of a draft model that it serves, from 0; None: any pass
     """
 
     forward_metadata: SparseMetadata  # of the pass under way
@@ -69,26 +95,19 @@ class CpuSparseMlaBackend(AttentionBackend):
         model_runner,
         observers: Sequence[TopkObserver] = (),
         groups: IndexGroups | None = None,
+        draft_step: int | None = None,
     ):
         super().__init__()
+        self._draft_step = draft_step
         self._observers, self._groups = tuple(observers), groups
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.kv_cache_dtype = model_runner.kv_cache_dtype
 
     def init_forward_metadata(self, forward_batch) -> None:
-        req_rows = forward_batch.req_pool_indices.long()
-        if forward_batch.forward_mode.is_decode_or_idle():
-            self.forward_metadata = SparseMetadata.for_decode(
-                self.req_to_token, req_rows, forward_batch.seq_lens
-            )
-        else:
-            self.forward_metadata = SparseMetadata.for_extend(
-                self.req_to_token,
-                req_rows,
-                list(forward_batch.extend_prefix_lens_cpu),
-                list(forward_batch.extend_seq_lens_cpu),
-            )
+        self.forward_metadata = SparseMetadata.of_batch(
+            forward_batch, self.req_to_token, self._draft_step
+        )
         for observer in self._observers:
             observer.begin_pass(forward_batch.rids, self.forward_metadata)
 
@@ -167,3 +186,20 @@ def attend_rows(layer, q, q_rope, rows, indices) -> tuple[torch.Tensor, torch.Te
     Every attention of the CPU platform goes through here, so one place can time it.
     """
     return sparse_mla(q, q_rope, rows, indices, layer.scaling)
+
+
+class CpuDraftBackends:
+    """The backends of a draft model's decode steps, one for each, as SGLang's draft worker has them.
+
+    attn_backends: of the steps 0 to num_steps - 2; the last draft is no step's input
+    """
+
+    needs_cpu_seq_lens = True
+
+    def __init__(self, model_runner, num_steps: int):
+        steps = range(num_steps - 1)
+        self.attn_backends = [CpuSparseMlaBackend(model_runner, draft_step=i) for i in steps]
+
+    def init_forward_metadata(self, forward_batch) -> None:
+        for backend in self.attn_backends:
+            backend.init_forward_metadata(forward_batch)

@@ -10,7 +10,7 @@ from typing import Any
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool
 
-from sglang_ess.errors import Refusal
+from sglang_ess.plugin import register_late
 
 
 def over_own_layers(runner: Any, build: Callable[[Any], AttentionBackend]) -> AttentionBackend:
@@ -37,14 +37,9 @@ def _use_linear_attention() -> None:
 
     Raises: Refusal where SGLang is not as the contract has it.
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry
+    from ess_patches import linear_attention
 
-    from ess_patches import contract, linear_attention
-
-    if mismatches := contract.check(linear_attention.HOOKS + linear_attention.TOUCHED):
-        raise Refusal("; ".join(map(str, mismatches)))
-    contract.register(linear_attention.HOOKS, "cpu")
-    HookRegistry.apply_hooks()
+    register_late(linear_attention.HOOKS + linear_attention.TOUCHED, "cpu")
 
 
 class _OwnLayers(AttentionBackend):

@@ -23,7 +23,6 @@ CPU_RULES: Rules = (
     ("moe_dp_size", "--moe-dp-size", (1,)),
     ("nnodes", "--nnodes", (1,)),
     ("enable_dp_attention", "--enable-dp-attention", (False,)),
-    ("speculative_algorithm", "--speculative-algorithm", (None,)),
     ("quantization", "--quantization", (None, "unquant")),
     ("enable_hierarchical_cache", "--enable-hierarchical-cache", (False,)),
     ("enable_lmcache", "--enable-lmcache", (False,)),
@@ -78,8 +77,6 @@ ESS_RULES: Rules = (
     ),
     # A pool with two tiers stays so until the server ends, and a prefill server has one tier.
     ("enable_pd_role_switch", "--enable-pd-role-switch", (False,)),
-    # A draft model has its own pool, and a verify step has several queries a request.
-    ("speculative_algorithm", "--speculative-algorithm", (None,)),
     ("pp_size", "--pp-size", (1,)),
     ("dcp_size", "--dcp-size", (1,)),
     ("attn_cp_size", "--attn-cp-size", (1,)),
@@ -103,8 +100,9 @@ CUDA_RULES: Rules = (
     ("decode_attention_backend", "--decode-attention-backend", (None, "dsa", "nsa")),
 )  # fmt: skip
 # Options that change the queries per request in decode, or the page table: a stream knows neither.
-STREAM_RULES = tuple(
-    rule for rule in ESS_RULES if rule[0] in ("speculative_algorithm", "dcp_size", "attn_cp_size")
+STREAM_RULES: Rules = (
+    ("speculative_algorithm", "--speculative-algorithm", (None,)),
+    *(rule for rule in ESS_RULES if rule[0] in ("dcp_size", "attn_cp_size")),
 )
 
 

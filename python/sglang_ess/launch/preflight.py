@@ -25,6 +25,7 @@ from sglang_ess.launch.option_rules import (
     rule_reasons,
 )
 from sglang_ess.launch.ports import port_reasons
+from sglang_ess.launch.speculation_rules import speculation_reasons
 from sglang_ess.plugin import PLUGIN_NAMES, active_platform
 
 NOT_LOADED = (
@@ -275,6 +276,7 @@ def model_reasons(
     if sparse:
         reasons += architecture_reasons(server_args, model, config, on_cpu)
         reasons += mixed_reasons(server_args, model, config, on_cpu)
+    reasons += speculation_reasons(server_args, model, config, on_cpu, sparse)
     shape = model.get("kv_lora_rank"), model.get("qk_rope_head_dim")
     fp8 = sparse and not on_cpu and server_args.kv_cache_dtype == "fp8_e4m3"
     # On the CPU platform, no row has other sizes.
@@ -332,7 +334,7 @@ def stream_reasons(
         ]
     from sglang_ess.testing.topk_stream import spec
 
-    others = () if config.enabled or on_cpu else STREAM_RULES  # refused without a stream too
+    refused = config.enabled or on_cpu  # the other options, without a stream too
     return spec.reasons(config.topk_stream, model) + rule_reasons(
-        server_args, others, "with --ess-topk-stream"
+        server_args, STREAM_RULES[: 1 if refused else None], "with --ess-topk-stream"
     )

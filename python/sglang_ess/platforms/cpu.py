@@ -53,6 +53,21 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
 
         return EssPagedAllocator if serves_two_tiers(_config()) else RefusingPagedAllocator
 
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """The launcher refuses trees of drafts: launch/option_rules.py."""
+        return algorithm in ("EAGLE", "NGRAM")
+
+    def get_speculative_worker_cls(self, algorithm: str) -> None:
+        """None: SGLang's own worker serves. Effect: its kernels have torch forms from now on."""
+        from sglang_ess.cpu.speculation import use_torch_kernels
+
+        use_torch_kernels()
+
+    def get_speculative_cache_locs_fn(self):
+        from sglang_ess.cpu.speculation import verify_slots
+
+        return verify_slots
+
     def apply_server_args_defaults(self, server_args) -> None:
         """Replace SGLang's choices for an Intel AMX host. A backend that the user named stays."""
         from sglang.srt.arg_groups.model_override_base import model_config_of

@@ -18,7 +18,9 @@ def kv_pool_class(pool_class: type, configurator: Any, *, kind: str, default: ty
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     from sglang_ess.mem_cache.pool_cuda import CudaEssTokenToKVPool
+    from sglang_ess.platforms.draft_chains import use_chains
 
+    use_chains()
     # The pool is built before the backend. The names stay, so that every "dsa" rule applies.
     for name in ("dsa", "nsa"):
         register_attention_backend(name)(sparse_backend)

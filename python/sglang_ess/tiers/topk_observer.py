@@ -15,14 +15,16 @@ class PassQueries:
     req_to_token [requests, max context] int32: SGLang's request table, not a copy
     req_rows [T] int64: the row of req_to_token that each query belongs to
     lengths [T] int32: positions each query sees, itself included
-    spans: (row, prefix, tokens) of each request in query order; None in decode, which has one
-        query a request
+    spans: (row, prefix, tokens) of each request in query order; None in decode
+    width: queries of each request in decode: 1, or the draft tokens of a verify step of
+        speculative decoding. Those of a request follow one another, at successive positions
     """
 
     req_to_token: torch.Tensor
     req_rows: torch.Tensor
     lengths: torch.Tensor
     spans: tuple[tuple[int, int, int], ...] | None
+    width: int
 
 
 class TopkObserver:
@@ -32,7 +34,10 @@ class TopkObserver:
     """
 
     def begin_pass(self, request_ids: Sequence[str], queries: PassQueries) -> None:
-        """A forward pass begins. Not called on CUDA, where a replayed graph runs no Python."""
+        """A forward pass begins. Not called on CUDA, where a replayed graph runs no Python.
+
+        request_ids: one for each request, in the order of its queries
+        """
 
     def watches(self, group: int) -> bool:
         """Whether decode_topk does something for this group, at any time."""

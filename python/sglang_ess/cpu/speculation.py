@@ -1,0 +1,212 @@
+"""SGLang's kernels for speculative decoding, in torch, for chains of drafts.
+
+ess_patches.speculation puts them where SGLang has CUDA or Triton kernels alone. A chain has one
+draft a position (--speculative-eagle-topk 1): node j of a request follows node j - 1, and its row
+goes to the j-th of the D slots after the request's prefix. D: draft tokens of a verify step.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sglang_ess.plugin import register_late
+
+
+def chain_links(bs: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The links of chains: (index, next node, next sibling), each [bs, width] int64.
+
+    index counts the nodes of the whole batch; the others count those of a request, -1: none.
+    """
+    nodes = torch.arange(width)
+    index = torch.arange(bs * width).view(bs, width)
+    next_node = torch.where(nodes == width - 1, -1, nodes + 1)
+    return index, next_node.repeat(bs, 1), torch.full((bs, width), -1)
+
+
+def build_chain(parents, scores, seq_lens, tree_mask, positions, *links_and_sizes) -> None:
+    """build_tree_kernel_efficient_func for chains: fills positions [bs * D] and the three links.
+
+    links_and_sizes: the links [bs, D] each, top-k, steps, D and the mode of the mask
+    The mask stays as it is: the sparse backend of the CPU platform derives what a node sees from
+    its position.
+    Source: sglang/kernels/ops/speculative/spec_tree.py.
+    """
+    *links, _topk, _steps, width, _mode = links_and_sizes
+    for target, values in zip(links, chain_links(len(seq_lens), width), strict=True):
+        target.copy_(values)
+    positions.view(-1, width).copy_(seq_lens.unsqueeze(1) + torch.arange(width))
+
+
+def chain_of_mask(
+    tree_mask, verified_seq_len, positions, retrieve_index, retrieve_next_token,
+    retrieve_next_sibling, batch_size, draft_token_num,
+) -> None:  # fmt: skip
+    """reconstruct_indices_from_tree_mask_func for chains, whose masks [bs, D, D] are triangles.
+
+    Source: sglang/kernels/ops/speculative/reconstruct_tree.py.
+    """
+    links = retrieve_index, retrieve_next_token, retrieve_next_sibling
+    sizes = 1, draft_token_num - 1, draft_token_num, None
+    build_chain(None, None, verified_seq_len, tree_mask, positions, *links, *sizes)
+
+
+def verify_chain(
+    *, predicts, accept_index, accept_token_num, candidates, target_predict, **links
+) -> tuple[Tensor, Tensor, Tensor]:
+    """verify_tree_greedy_func for chains: accepts drafts up to the first that is not the argmax.
+
+    predicts [bs * D] int32: at each accepted node the token that follows it; others stay
+    accept_index [bs, D] int32: the accepted nodes, node 0 first, -1 after them
+    accept_token_num [bs] int32: accepted drafts, node 0 not counted
+    candidates [bs, D]: token of each node; target_predict [bs, D]: the argmax after each node
+    Source: sglang/kernels/ops/speculative/spec_tree.py.
+    """
+    matches = candidates[:, 1:] == target_predict[:, :-1]
+    accepted = matches.int().cumprod(1).sum(1)
+    _accept(predicts, accept_index, accept_token_num, accepted, target_predict)
+    return predicts, accept_index, accept_token_num
+
+
+def _accept(predicts, accept_index, accept_token_num, accepted, tokens) -> None:
+    """Write the outputs of a verification: accepted [bs] drafts, tokens [bs, D] after each node."""
+    bs, width = tokens.shape
+    nodes = torch.arange(width)
+    taken = nodes <= accepted.unsqueeze(1)
+    index = torch.arange(bs * width).view(bs, width)
+    accept_token_num.copy_(accepted)
+    accept_index.copy_(torch.where(taken, index, -1)[:, : accept_index.shape[1]])
+    predicts.view(bs, width)[taken] = tokens[taken].to(predicts.dtype)
+
+
+def sample_chain(
+    *, predicts, accept_index, accept_token_num, candidates, target_probs, uniform_samples,
+    uniform_samples_for_final_sampling, **others,
+) -> None:  # fmt: skip
+    """tree_speculative_sampling_target_only for chains: each token has the target's distribution.
+
+    A draft is accepted with its own target probability p: where uniform_samples [bs, D] of the
+    node before it is at most p / threshold_acc, or p is at least threshold_single. At the first
+    that is not, a token is drawn from the target without that draft; after the last node, from
+    the whole. target_probs [bs, D, vocab]; others: the two thresholds, and what chains do not need
+    Source: sglang/kernels/ops/speculative/sampling.py.
+    """
+    bs, width, _ = target_probs.shape
+    drafts = candidates[:, 1:].long()
+    p = target_probs[:, :-1].gather(2, drafts.unsqueeze(2)).squeeze(2)
+    taken = uniform_samples[:, : width - 1] <= p / others["threshold_acc"]
+    taken |= p >= others["threshold_single"]
+    accepted = taken.int().cumprod(1).sum(1)
+    rows = torch.arange(bs)
+    last = target_probs[rows, accepted].clone()
+    rejected = accepted < width - 1
+    last[rows[rejected], drafts[rejected, accepted[rejected]]] = 0
+    tokens = torch.cat([drafts, drafts[:, -1:]], 1)
+    tokens[rows, accepted] = _draw(last, uniform_samples_for_final_sampling)
+    _accept(predicts, accept_index, accept_token_num, accepted, tokens)
+
+
+def _draw(weights: Tensor, coins: Tensor) -> Tensor:
+    """The first token at which the sum of weights [n, vocab] exceeds coin [n] times the whole."""
+    sums = weights.double().cumsum(1)
+    found = torch.searchsorted(sums, (coins.double() * sums[:, -1]).unsqueeze(1), right=True)
+    last = (weights > 0).long().cumsum(1).argmax(1)  # of those that may be drawn at all
+    return torch.minimum(found.squeeze(1), last)
+
+
+def fill_bonus_tokens(accept_tokens, accept_lens, bonus_tokens, accept_stride, batch_size) -> None:
+    """bonus_tokens[i] = the last accepted token of request i, of accept_tokens [bs, stride].
+
+    Source: fill_bonus_tokens_func of sglang/kernels/ops/speculative/eagle.py.
+    """
+    rows = accept_tokens.view(batch_size, accept_stride)
+    bonus_tokens.copy_(rows.gather(1, (accept_lens.long() - 1).unsqueeze(1)).squeeze(1))
+
+
+def slots_after(req_to_token: Tensor, req_rows: Tensor, starts: Tensor, count: int) -> Tensor:
+    """The slots of `count` positions from starts [bs] on, of these requests: [bs * count] int64."""
+    columns = starts.long().unsqueeze(1) + torch.arange(count)
+    return req_to_token[req_rows.long().unsqueeze(1), columns].view(-1).long()
+
+
+def draft_slots(
+    req_pool_indices, req_to_token, seq_lens, out_cache_loc, topk, num_cols, positions=None,
+    mrope=None,
+) -> None:  # fmt: skip
+    """assign_draft_cache_locs_contiguous_func: out_cache_loc = slots_after(seq_lens, num_cols)."""
+    out_cache_loc.copy_(slots_after(req_to_token, req_pool_indices, seq_lens, topk * num_cols))
+    if positions is not None:
+        positions.copy_(seq_lens)
+
+
+def verify_slots(
+    req_pool_indices, req_to_token, start_offset, end_offset, batch_size, draft_token_num, device
+) -> Tensor:
+    """SRTPlatform.get_speculative_cache_locs_fn: the slots of a verify step, [bs * D] int64."""
+    return slots_after(req_to_token, req_pool_indices, start_offset, draft_token_num)
+
+
+def note_slots(
+    req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, batch_size
+) -> None:
+    """assign_req_to_token_pool_func: put new slots into the request table, request by request."""
+    counts = (end_offset - start_offset).long()
+    rows = torch.repeat_interleave(req_pool_indices.long(), counts)
+    firsts = torch.repeat_interleave(start_offset.long() - (counts.cumsum(0) - counts), counts)
+    columns = firsts + torch.arange(len(rows))
+    req_to_token[rows, columns] = out_cache_loc[: len(rows)].to(req_to_token.dtype)
+
+
+def last_slots(*args: Tensor) -> Tensor:
+    """get_last_loc: the slot before each request's new ones, by SGLang's torch form."""
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    return get_last_loc_torch(*args)
+
+
+def nothing_to_wait_for(device: Any = None) -> None:
+    """torch.cuda.synchronize, which would raise."""
+
+
+def use_torch_kernels() -> None:
+    """Put these functions where SGLang's draft workers call kernels. Once a process.
+
+    Raises: Refusal where SGLang is not as the contract has it.
+    """
+    from ess_patches import speculation
+
+    # NGRAM imports this module, and the module a library that does not load without a GPU.
+    name = "sglang.kernels.ops.speculative.reconstruct_tree"
+    module: Any = types.ModuleType(name)
+    module.reconstruct_indices_from_tree_mask_func = chain_of_mask
+    sys.modules[name] = module
+    register_late(speculation.HOOKS + speculation.NGRAM_HOOKS + speculation.TOUCHED, "cpu")
+    from sglang.srt.speculative import eagle_utils
+
+    eagle_utils.tree_speculative_sampling_target_only = sample_chain
+
+
+def draft_pool_class(pool_class: type, configurator: Any, *, kind: str, default: type) -> type:
+    """AFTER KVCacheConfigurator._resolve_kv_pool_class: one tier for a draft model."""
+    from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
+
+    drafts = kind == "dsa" and configurator.is_draft_worker
+    return CpuDsaTokenToKVPool if drafts else pool_class
+
+
+def create_decode_backend(original: Any, factory: Any) -> tuple[str, Any]:
+    """AROUND DraftBackendFactory._create_dsa_decode_backend: a sparse CPU backend for each step."""
+    from sglang_ess.cpu.attention_backend import CpuDraftBackends
+
+    return "dsa", CpuDraftBackends(factory.draft_model_runner, factory.speculative_num_steps)
+
+
+def create_extend_backend(original: Any, factory: Any) -> tuple[str, Any]:
+    """AROUND DraftBackendFactory._create_dsa_prefill_backend."""
+    from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend
+
+    return "dsa", CpuSparseMlaBackend(factory.draft_model_runner)
