@@ -222,6 +222,20 @@ def register(hooks: Iterable[Hook], platform: str) -> list[str]:
     return [hook.target for hook in due]
 
 
+def register_late(hooks: Iterable[Hook], platform: str) -> None:
+    """Check and apply rows that only some servers need, in a scheduler that turns out to be one.
+
+    Raises: Refusal where SGLang is not as the rows have it.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    hooks = tuple(hooks)
+    if mismatches := check(hooks):
+        raise errors.Refusal("; ".join(map(str, mismatches)))
+    register(hooks, platform)
+    HookRegistry.apply_hooks()
+
+
 def main(argv: list[str]) -> int:
     """Print the signature of each dotted name; return 1 if one cannot be resolved, else 0."""
     failed = 0

@@ -115,6 +115,17 @@ HOOKS = (
         when="cpu",
         test=_TEST,
     ),
+    Hook(
+        target="sglang.srt.speculative.eagle_utils.eagle_sample",
+        kind="after",
+        signature="(verify_input, batch, logits_output, grammar_mask=None, "
+        "uno_target_max_top_k=None, *, watermark_state=None, watermark_full_mask=True)",
+        body=f"{_OURS}:drafts_accepted",
+        reason="How many drafts of each request a step has accepted is known here, for EAGLE and "
+        "NGRAM alike. A trace holds it.",
+        when="cpu",
+        test=_TEST,
+    ),
     _kernel(
         "torch.cuda.synchronize",
         "(device=None)",

@@ -11,7 +11,6 @@ import logging
 import os
 import pkgutil
 import sys
-from typing import Any
 
 from sglang_ess import errors
 from sglang_ess.config import ENV_VAR, EssConfig
@@ -111,21 +110,6 @@ def _register_hooks(config: EssConfig) -> list[str]:
         names = ", ".join(mismatch.target for mismatch in mismatches)
         raise SystemExit(f"sglang-ess: the contract with SGLang is broken at {names}. Stopping.")
     return contract.register(hooks, platform)
-
-
-def register_late(hooks: tuple[Any, ...], platform: str) -> None:
-    """Check and apply rows that only some servers need, in a scheduler that turns out to be one.
-
-    Raises: Refusal where SGLang is not as the contract has it.
-    """
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    from ess_patches import contract
-
-    if mismatches := contract.check(hooks):
-        raise errors.Refusal("; ".join(map(str, mismatches)))
-    contract.register(hooks, platform)
-    HookRegistry.apply_hooks()
 
 
 def activate_cpu_platform() -> str | None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.support import parity
-from tests.support.parity import NARROW
 from tests.support.engine import EngineProcess
+from tests.support.parity import NARROW
 
 TOPK, SLOTS = 32, 4096
 EAGLE = dict(speculative_algorithm="EAGLE", speculative_eagle_topk=1)

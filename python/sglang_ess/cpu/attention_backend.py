@@ -189,7 +189,7 @@ def attend_rows(layer, q, q_rope, rows, indices) -> tuple[torch.Tensor, torch.Te
 
 
 class CpuDraftBackends:
-    """The backends of a draft model's decode steps, one for each, as SGLang's draft worker has them.
+    """The backends of a draft model's decode steps, one for each, as SGLang's worker has them.
 
     attn_backends: of the steps 0 to num_steps - 2; the last draft is no step's input
     """

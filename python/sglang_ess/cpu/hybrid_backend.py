@@ -10,8 +10,6 @@ from typing import Any
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool
 
-from sglang_ess.plugin import register_late
-
 
 def over_own_layers(runner: Any, build: Callable[[Any], AttentionBackend]) -> AttentionBackend:
     """build(runner), or, for a model with linear attention layers, one over the pool inside.
@@ -37,9 +35,9 @@ def _use_linear_attention() -> None:
 
     Raises: Refusal where SGLang is not as the contract has it.
     """
-    from ess_patches import linear_attention
+    from ess_patches import contract, linear_attention
 
-    register_late(linear_attention.HOOKS + linear_attention.TOUCHED, "cpu")
+    contract.register_late(linear_attention.HOOKS + linear_attention.TOUCHED, "cpu")
 
 
 class _OwnLayers(AttentionBackend):

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_ess.plugin import register_late
-
 
 def chain_links(bs: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """The links of chains: (index, next node, next sibling), each [bs, width] int64.
@@ -161,6 +159,14 @@ def note_slots(
     req_to_token[rows, columns] = out_cache_loc[: len(rows)].to(req_to_token.dtype)
 
 
+def drafts_accepted(outputs: tuple, verify_input: Any, batch: Any, *args: Any, **kw: Any) -> None:
+    """AFTER eagle_sample: tell the observers of a pool with two tiers."""
+    pool = batch.token_to_kv_pool_allocator.get_kvcache()
+    if not batch.forward_mode.is_idle():
+        for observer in getattr(pool, "topk_observers", ()):
+            observer.accepted(outputs[1].tolist())
+
+
 def last_slots(*args: Tensor) -> Tensor:
     """get_last_loc: the slot before each request's new ones, by SGLang's torch form."""
     from sglang.srt.mem_cache.allocation import get_last_loc_torch
@@ -177,14 +183,14 @@ def use_torch_kernels() -> None:
 
     Raises: Refusal where SGLang is not as the contract has it.
     """
-    from ess_patches import speculation
+    from ess_patches import contract, speculation
 
     # NGRAM imports this module, and the module a library that does not load without a GPU.
     name = "sglang.kernels.ops.speculative.reconstruct_tree"
     module: Any = types.ModuleType(name)
     module.reconstruct_indices_from_tree_mask_func = chain_of_mask
     sys.modules[name] = module
-    register_late(speculation.HOOKS + speculation.NGRAM_HOOKS + speculation.TOUCHED, "cpu")
+    contract.register_late(speculation.HOOKS + speculation.NGRAM_HOOKS + speculation.TOUCHED, "cpu")
     from sglang.srt.speculative import eagle_utils
 
     eagle_utils.tree_speculative_sampling_target_only = sample_chain

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from sglang_ess.plugin import register_late
-
 
 def use_chains() -> None:
     """On a GPU: let NGRAM's drafts be chains, if the server uses it.
@@ -16,10 +14,10 @@ def use_chains() -> None:
     """
     from sglang.srt.runtime_context import get_spec
 
-    from ess_patches import speculation
+    from ess_patches import contract, speculation
 
     if get_spec().speculative_algorithm == "NGRAM":
-        register_late(speculation.NGRAM_HOOKS, "cuda")
+        contract.register_late(speculation.NGRAM_HOOKS, "cuda")
 
 
 def padded_as_chain(

@@ -52,3 +52,9 @@ class TopkObserver:
 
     def prefill_topk(self, group: int, topk: torch.Tensor) -> None:
         """A prefill pass selects topk [T, K] int32 slots, -1 pads, in this group. CPU only."""
+
+    def accepted(self, lengths: Sequence[int]) -> None:
+        """The verify step under way keeps this many tokens of each request, 1 to width. CPU only.
+
+        Called after the step's last decode_topk and before the next begin_pass.
+        """

@@ -74,9 +74,8 @@ class TraceRecorder(TopkObserver):
             self.end_step()
             return
         arrays = queries.req_rows.numpy(), queries.lengths.numpy(), queries.req_to_token.numpy()
-        width = len(queries.req_rows) // max(1, len(request_ids))
-        of_queries = [name for name in request_ids for _ in range(width)]
-        self.begin_step(of_queries, *arrays, max(1, width))
+        of_queries = [name for name in request_ids for _ in range(queries.width)]
+        self.begin_step(of_queries, *arrays, queries.width)
 
     def accepted(self, lengths: Sequence[int]) -> None:
         """Record how many tokens each request kept of the last decode pass.

@@ -146,6 +146,8 @@ def decode(monkeypatch, asked, small):
             queries = len(metadata.get_seqlens_int32())
             return torch.full((queries, TOPK), -7, dtype=torch.int32)
 
+        if backend is not None:
+            backend.indexer_metadata = whole
         monkeypatch.setattr(backend_cuda, "active", backend)
         batch = SimpleNamespace(forward_mode=mode)
         return in_force(get_topk)(None, batch, 1, None, None, whole)
