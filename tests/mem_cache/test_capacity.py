@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ess.config import EssConfig
+from sglang_ess.launch import startup
 from sglang_ess.mem_cache import capacity
 from sglang_ess.mem_cache.capacity import (
     Capacity,
@@ -330,7 +332,10 @@ def expose_sizes() -> None:
 
     def with_sizes(scheduler):
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-        found = {"buffers": buffer_bytes(pool)}
+        found = {"buffers": buffer_bytes(pool), "draft_buffers": {}}
+        if scheduler.spec_algorithm.is_eagle():
+            draft = scheduler.draft_worker.draft_worker.draft_runner.token_to_kv_pool
+            found["draft_buffers"] = buffer_bytes(draft)
         if hasattr(pool, "capacity"):
             found["decided"] = vars(capacity.decided())
             # After this, a buffer that grew would show in device_bytes.
@@ -402,12 +407,17 @@ def test_more_real_pools(model, ess):
     check_two_tier(facts_of(model, ess | {"device_gib": 0.02}), 0.02)
 
 
+def all_bytes(facts):
+    """Of the pool's buffers and those of the draft model's pool."""
+    return sum(facts["buffers"].values()) + sum(facts["draft_buffers"].values())
+
+
 def check_two_tier(facts, device_gib):
     geometry = facts["decided"]["geometry"]
     geometry["groups"] = IndexGroups(tuple(geometry["groups"]["sizes"]))
     geometry = Geometry(**{**geometry, "tier": TierBytes(**geometry["tier"])})
     decided = Capacity(**{**facts["decided"], "geometry": geometry})
-    assert sum(facts["buffers"].values()) == facts["device_bytes"] == decided.device_bytes
+    assert all_bytes(facts) == facts["device_bytes"] == decided.device_bytes
     assert facts["device_bytes"] <= int(device_gib * GIB) == decided.device_limit_bytes
     assert facts["host_bytes"] == decided.geometry.host_bytes(facts["slots"])
     assert (facts["slots"], facts["hot_rows"]) == (decided.slots, decided.hot_rows)
@@ -431,3 +441,61 @@ def test_one_tier_takes_the_same_limit_for_its_device_memory(model):
     assert facts["kv_total_bytes"] == facts["device_bytes"] == sum(facts["buffers"].values())
     assert facts["kv_total_bytes"] <= 0.02 * GIB < facts["kv_total_bytes"] + page
     assert facts["kv_total_bytes"] == (facts["slots"] + PAGE) * facts["kv_bytes_per_token"]
+
+
+# --- and its draft model's --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory):
+    """`model` with an MTP layer. Layers share their top-k; the MTP layer has index keys."""
+    config = TinyModelConfig(arch="glm", index_topk=16, mtp_layers=1)
+    return write_tiny_model(tmp_path_factory.mktemp("drafting") / "glm", config)
+
+
+def block_of(facts):
+    """{name: value} of the ready block."""
+    args = SimpleNamespace(model_path="m", url=lambda: "http://h:1")
+    rows = startup.block(args, facts, 0).splitlines()[1:]
+    return {row[4:19].strip(): row[20:] for row in rows}
+
+
+EAGLE = dict(
+    speculative_algorithm="EAGLE", speculative_eagle_topk=1, speculative_num_steps=3,
+    speculative_num_draft_tokens=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "key_bytes", "dtype"),
+    [({}, 132, "bfloat16"), ({"index_dtype": "float32"}, 512, "fp8_e4m3")],
+)
+def test_two_tiers_and_a_draft_model_take_what_was_decided(drafting, more, key_bytes, dtype):
+    facts = facts_of(drafting, {"device_gib": 0.02} | more, kv_cache_dtype=dtype, **EAGLE)
+    check_two_tier(facts, 0.02)
+    assert facts["device_bytes"] > 0.99 * 0.02 * GIB
+    row = facts["latent_row_bytes"] + key_bytes
+    assert facts["decided"]["geometry"]["draft_bytes"] == row
+    assert sum(facts["draft_buffers"].values()) == facts["draft_bytes"]
+    assert facts["draft_bytes"] == (facts["slots"] + PAGE) * row
+    mib = facts["draft_bytes"] / (1 << 20)
+    assert block_of(facts)["speculation"] == (
+        "a step verifies 4 tokens of a request: up to 64 rows of a layer; 1 draft layer, "
+        f"{mib:.0f} MiB on the device"
+    )
+
+
+def test_one_tier_and_a_draft_model_keep_the_limit(drafting):
+    """The padding page of both is off what SGLang divides."""
+    facts = facts_of(drafting, {"device_gib": 0.02, "enabled": False}, **EAGLE)
+    token = facts["kv_bytes_per_token"] + facts["latent_row_bytes"] + facts["index_key_bytes"]
+    assert facts["device_bytes"] == all_bytes(facts) == (facts["slots"] + PAGE) * token
+    assert facts["device_bytes"] <= 0.02 * GIB < facts["device_bytes"] + PAGE * token
+
+
+def test_drafts_of_n_grams_take_no_memory(drafting):
+    ngram = dict(speculative_algorithm="NGRAM", speculative_ngram_max_bfs_breadth=1)
+    facts = facts_of(drafting, {"device_gib": 0.02}, speculative_num_draft_tokens=4, **ngram)
+    check_two_tier(facts, 0.02)
+    assert facts["draft_bytes"] == facts["decided"]["geometry"]["draft_bytes"] == 0
+    assert block_of(facts)["speculation"].endswith(": up to 64 rows of a layer")
