@@ -80,13 +80,10 @@ def simulate(point: Point, requests: int, seed: int) -> dict[str, float]:
     policy = WorkingSetsAlone if point.rule == SETS else Admission
     results = Simulation(scenario, system, workload_of(scenario, seed), seed, policy).run()
     return {
-        "tokens_per_s": results.tokens_per_second,
-        "batch": results.batch_mean,
-        "misses": results.misses,
-        "itl_p50_ms": 1000 * results.itl.p50,
-        "itl_p99_ms": 1000 * results.itl.p99,
-        "shed": results.preempted,
-    }
+        "tokens_per_s": results.tokens_per_second, "batch": results.batch_mean,
+        "misses": results.misses, "itl_p50_ms": 1000 * results.itl.p50,
+        "itl_p99_ms": 1000 * results.itl.p99, "shed": results.preempted,
+    }  # fmt: skip
 
 
 def measure(report: harness.Report, quick: bool, seed: int) -> dict[Point, dict[str, float]]:

@@ -25,19 +25,14 @@ def scheduler_of(
     """A stand-in for SGLang's colocated scheduler with one rank: what SchedulerGate reads of it."""
     return SimpleNamespace(
         waiting_queue=[SimpleNamespace(seqlen=1000 + i % 7) for i in range(waiting)],
-        max_running_requests=running + places,
-        chunked_req=None,
-        metrics_reporter=None,
-        schedule_policy=schedule_policy,
-        enable_priority_scheduling=False,
-        enable_priority_preemption=False,
-        enable_lora=False,
-        enable_hicache_storage=False,
+        max_running_requests=running + places, chunked_req=None, metrics_reporter=None,
+        schedule_policy=schedule_policy, enable_priority_scheduling=False,
+        enable_priority_preemption=False, enable_lora=False, enable_hicache_storage=False,
         enable_lmcache=False,
         token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 10**9),
         tree_cache=SimpleNamespace(evictable_size=lambda: 0),
         attn_tp_cpu_group=SimpleNamespace(size=lambda: 1),
-    )
+    )  # fmt: skip
 
 
 def gate_of(scheduler: Any, admission: Any = None) -> Any:

@@ -9,6 +9,8 @@
    budgets, which come from the steps before those that count.
 3. LRU, CLOCK, the aged clock (with the rows that it scans) and Belady: four requests share a tier.
 4. LRU curves of sampled ghost caches compared with exact ones.
+5. Which lists of a verify step make rows young (policies/verified_lru.py): misses a kept token. A
+   rejected list is `alike` to the one that its position selects with the right token, or another.
 Belady knows the stream only to its end, so the last steps of every run are not counted.
 """
 
@@ -24,6 +26,8 @@ from benchmarks.sim.published import HISPARSE
 from sglang_ess.sim import policies
 from sglang_ess.sim.model.locality import Locality
 from sglang_ess.sim.planning import lab
+from sglang_ess.sim.planning.verify_lab import Verifying, by_rule
+from sglang_ess.sim.policies.verified_lru import RULES
 
 SIZES = (2048, 3072, 4096, 6144, 8192, 12288)  # 4096 and 6144: SGLang's device_buffer_size
 WINDOWS = 8  # of the counted steps: samples of a policy's row
@@ -32,6 +36,9 @@ RATES = (1.0, 0.1, 0.02)  # of a ghost's sample
 GHOST_RATIOS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)  # hot rows of all slots
 CLOCKS, CLOCK_CONTEXTS = ("lru", "clock", "aged_clock", "belady"), (32, 128)  # in K tokens
 CLOCK_STEPS, CLOCK_RATIOS = (400, 300, 300), (0.1, 0.2)  # before, counted, after
+AGES = (("deepseek-v3.2", 32, 0.2), ("deepseek-v3.2", 64, 0.1), ("deepseek-v3.2", 128, 0.1),
+        ("deepseek-v3.2", 128, 0.2), ("glm-5.1", 64, 0.2))  # context in K; ratio  # fmt: skip
+AGE_STEPS, DRAFTS = (200, 300), ((2, 1.7), (4, 2.8))  # before, counted; ESS: queries, kept tokens
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,20 @@ def measure_clocks(report: harness.Report, name: str, context: int, seed: int) -
         report.add(harness.simulated("clock", config, "misses", "rows/step", misses, **facts))
 
 
+def measure_ages(report: harness.Report, layers: int, seed: int) -> None:
+    """Misses of two requests that share a tier, by the rule for the ages of rejected lists."""
+    for setting in itertools.product(AGES, DRAFTS, (False, True)):
+        (name, k, ratio), (queries, accepted), alike = setting
+        verifying = Verifying(k << 10, queries, lab.Drafts(accepted, alike))
+        costs = by_rule(Locality.load(name), verifying, ratio, AGE_STEPS, layers, seed)
+        config = {"locality": name, "context": k << 10, "ratio": ratio, "queries": queries}
+        for rule, found in costs.items():
+            report.add(harness.simulated(
+                "ages", config | {"alike": alike, "rule": rule}, "misses", "rows/layer/kept token",
+                [one.per_token for one in found], verify=np.mean([one.misses for one in found]),
+            ))  # fmt: skip
+
+
 def measure_organisations(
     report: harness.Report, scenario: Scenario, effort: Effort, progress, seed: int
 ) -> list[lab.Stream]:
@@ -179,6 +200,19 @@ def summarise(report: harness.Report) -> None:
         report.summarise(f"aged_clock_{key}", value)
 
 
+def summarise_ages(report: harness.Report) -> None:
+    """Each rule against the production one; and what MTP 4 misses a verify, against MTP 2."""
+    for kind, rule in itertools.product(("other", "alike"), RULES):
+        of = {"alike": kind == "alike"}
+        rows, served = (report.select("ages", rule=name, **of) for name in (rule, "all"))
+        ratios = [row["mean"] / best["mean"] for row, best in zip(rows, served, strict=True)]
+        for name, value in (("least", min(ratios)), ("most", max(ratios))):
+            report.summarise(f"ages_{rule.replace(', ', '_')}_{kind}_{name}", value)
+        two, four = (report.select("ages", rule="all", queries=q, **of) for q in (2, 4))
+        ratios = [row["verify"] / base["verify"] for base, row in zip(two, four, strict=True)]
+        report.summarise(f"mtp4_over_mtp2_misses_{kind}", np.mean(ratios))
+
+
 def print_tables(report: harness.Report) -> None:
     columns = {"policy": "policy", "rows": "rows", "missed, %": "mean",
                "HiSparse publishes": "published"}  # fmt: skip
@@ -195,6 +229,9 @@ def print_tables(report: harness.Report) -> None:
     columns = {"sampled": "rate", "hot rows of all slots": "ratio", "error, %": "mean",
                "worst layer": "worst"}  # fmt: skip
     harness.print_table(report.select("ghost"), columns, "Ghost caches: error of the misses")
+    columns = {name: name for name in ("locality", "context", "ratio", "queries", "alike", "rule")}
+    columns |= {"a verify": "verify:.1f", "a kept token": "mean:.2f"}
+    harness.print_table(report.select("ages"), columns, "Misses of verify steps, a layer")
 
 
 def panels(report: harness.Report) -> list[harness.Panel]:
@@ -218,12 +255,15 @@ def main(argv: list[str] | None = None) -> None:
     for name, context in itertools.product(("deepseek-v3.2", "glm-5.1"), CLOCK_CONTEXTS):
         progress(f"clocks: {name}, {context}K")
         measure_clocks(report, name, context << 10, args.seed)
+    progress("ages of verify steps")
+    measure_ages(report, effort.layers, args.seed)
     for scenario in effort.scenarios:
         streams = measure_organisations(report, scenario, effort, progress, args.seed)
         if scenario is SCENARIOS[0]:
             progress("ghosts")
             measure_ghosts(report, streams[:: max(1, len(streams) // 4)], effort)
     summarise(report)
+    summarise_ages(report)
     print_tables(report)
     harness.finish(report, args, *panels(report))
 

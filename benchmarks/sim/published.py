@@ -106,13 +106,9 @@ LAYER_17_AT_02 = {64 * K: 555, 96 * K: 630}
 # HiSparse (GLM-5.1, top-k 2048, LongBench-V2): missed lookups in %, by policy and rows. It does not
 # state the context.
 HISPARSE = {
-    ("lru", 2048): 30.0,
-    ("lru", 4096): 13.4,
-    ("lru", 8192): 6.7,
-    ("fifo", 4096): 17.2,
-    ("random", 4096): 16.1,
-    ("belady", 4096): 8.2,
-}
+    ("lru", 2048): 30.0, ("lru", 4096): 13.4, ("lru", 8192): 6.7,
+    ("fifo", 4096): 17.2, ("random", 4096): 16.1, ("belady", 4096): 8.2,
+}  # fmt: skip
 
 # Table 2's memory, derived from its ESS rows: their rows and index keys take at most this much.
 DEVICE_BYTES = 85.7e9

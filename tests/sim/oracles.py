@@ -92,6 +92,45 @@ class Lru(Oracle):
         self.fill(slot)
 
 
+class VerifiedLru(Oracle):
+    """order: hot slots, the next to go first. rule: as verified_lru.RULES, said once more."""
+
+    def __init__(self, rows, queries, rule):
+        super().__init__(rows)
+        self.order, self.queries, self.rule = [], queries, rule
+
+    def step(self, topk):
+        self.topk = topk.tolist()
+        first_query = first_queries(topk)
+        self.hits = [slot for slot in first_query if slot in self.order]
+        self.missed = [slot for slot in first_query if slot not in self.order]
+        for slot in self.missed:
+            if len(self.order) == self.rows:
+                self.order.remove(next(s for s in self.order if s not in first_query))
+            self.order.append(slot)
+        misses = [0] * len(topk)
+        for slot in self.missed:
+            misses[first_query[slot]] += 1
+        return misses
+
+    def accepted(self, kept):
+        """Here every rule may wait until now: no row goes before the next step."""
+        if self.rule in ("all", "first"):
+            kept = [self.queries if self.rule == "all" else 1] * len(kept)
+        right = {
+            slot
+            for request, count in enumerate(kept)
+            for slots in self.topk[request * self.queries :][:count]
+            for slot in slots
+        }
+        young = [slot for slot in self.hits + self.missed if slot in right]
+        old = [slot for slot in self.missed if slot not in right]
+        if self.rule == "kept, misses young":
+            old = []
+        rest = [slot for slot in self.order if slot not in young and slot not in old]
+        self.order = old + rest + young
+
+
 class Clock(Oracle):
     """ring: slots in the order of the rows; hot: whether it was reused."""
 

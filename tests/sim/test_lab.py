@@ -9,6 +9,7 @@ from benchmarks.sim import policy_lab
 from sglang_ess.sim import policies
 from sglang_ess.sim.model.locality import Layers, Locality
 from sglang_ess.sim.planning import lab
+from sglang_ess.sim.policies.verified_lru import RULES
 from sglang_ess.tiers.balance.budgets import BudgetError
 from tests.sim.oracles import stack_stream
 
@@ -235,17 +236,24 @@ def test_benchmark_reports_every_point(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(policy_lab, "RATES", (1.0, 0.1))
     monkeypatch.setattr(policy_lab, "CLOCK_STEPS", (4, 6, 3))
     monkeypatch.setattr(policy_lab, "CLOCK_RATIOS", (0.2,))
+    monkeypatch.setattr(policy_lab, "AGES", policy_lab.AGES[:1])
+    monkeypatch.setattr(policy_lab, "AGE_STEPS", (10, 20))
     policy_lab.main(["--quick", "--json", str(tmp_path / "lab.json")])
     found = json.loads((tmp_path / "lab.json").read_text())
     kinds = {(row["name"], row["kind"]) for row in found["rows"]}
-    names = ("policy", "clock", "organisation", "ghost")
+    names = ("policy", "clock", "organisation", "ghost", "ages")
     assert kinds == {(name, "simulated") for name in names}
     clocks = 2 * len(policy_lab.CLOCKS) * len(policy_lab.CLOCK_CONTEXTS)
-    assert len(found["rows"]) == 3 * len(policies.POLICIES) + clocks + len(policy_lab.RUNS) + 4
+    ages = 4 * len(RULES)
+    others = len(policy_lab.RUNS) + 4
+    assert len(found["rows"]) == 3 * len(policies.POLICIES) + clocks + ages + others
     assert all(row["median"] is not None for row in found["rows"])
     summary = found["summary"]
     assert summary["ghost_error_percent_at_1"] < 0.1
     assert summary["belady_vs_lru_32k"] <= 1 <= summary["clock_vs_lru_128k"]
     assert summary["aged_clock_most_rounds"] >= summary["aged_clock_rounds"] >= 1
+    assert summary["ages_kept_alike_most"] == pytest.approx(1, abs=0.01)
+    assert summary["ages_kept_other_least"] < 1 < summary["mtp4_over_mtp2_misses_alike"]
+    assert summary["mtp4_over_mtp2_misses_alike"] < summary["mtp4_over_mtp2_misses_other"]
     assert summary["lru_2048_missed_percent"] == pytest.approx(30, abs=3)
     assert "shared + budgets" in capsys.readouterr().out

@@ -79,6 +79,15 @@ def acceptance_probability(queries: int, accepted: float) -> float:
     return (low + high) / 2
 
 
+def draw_kept(
+    rng: np.random.Generator, requests: int, queries: int, probability: float
+) -> np.ndarray:
+    """Draw the tokens [requests] int64 that a verify step keeps. A rejected draft ends the row."""
+    drawn = rng.random((requests, queries - 1)) < probability
+    kept: np.ndarray = 1 + np.cumprod(drawn, axis=1).sum(1).astype(np.int64)
+    return kept
+
+
 class DecodeRank:
     """A rank's requests go inbox -> hand-off -> waiting -> running, and back when preempted.
 
@@ -296,7 +305,8 @@ class DecodeRank:
         count = len(batch)
         fetched = self.fetches.step(count)
         time = self.cost.step(count, float(table.context_tokens[batch].mean()), fetched.misses)
-        tokens = np.minimum(self._accepted(count), table.remaining[batch])
+        kept = draw_kept(self._rng, count, self.limits.queries, self._probability)
+        tokens = np.minimum(kept, table.remaining[batch])
         ends = (table.context_tokens[batch] + tokens).tolist()
         for request, end in zip(self.running, ends, strict=True):
             self.slots.take(request, end)
@@ -309,12 +319,6 @@ class DecodeRank:
         misses = float(fetched.misses.mean())
         parts = dict(time.parts)
         return Round(batch, tokens, time.seconds, parts, fetched.rows, misses, time.in_turn)
-
-    def _accepted(self, count: int) -> np.ndarray:
-        """Draw the tokens [count] int64 that a step keeps. A rejected draft ends the row."""
-        drawn = self._rng.random((count, self.limits.queries - 1)) < self._probability
-        kept: np.ndarray = 1 + np.cumprod(drawn, axis=1).sum(1).astype(np.int64)
-        return kept
 
     def finish(self, done: Round) -> list[int]:
         """End the round: deliver its tokens. Returns the requests that now have all of theirs."""

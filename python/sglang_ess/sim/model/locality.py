@@ -152,18 +152,26 @@ class TopkStream:
         return order
 
     def next(
-        self, rows: np.ndarray, lengths: np.ndarray, slots: np.ndarray, queries: int
-    ) -> np.ndarray:
+        self, rows: np.ndarray, lengths: np.ndarray, slots: np.ndarray, queries: int,
+        kept: np.ndarray | None = None, alike: bool = False,
+    ) -> np.ndarray:  # fmt: skip
         """Return the top-k slots [n * queries, K] int32 of the next step of n rows, -1 pads.
 
         rows [n] int64; lengths [n] int64: their tokens by now; slots [requests, tokens] int32:
         slot of each position of each request
+        kept: [n] int64 queries of each request whose tokens a verify step keeps; None: all. The
+            next step goes on from the last of these
+        alike: what the others selected, the queries at their positions select again. Otherwise
+            these differ from them as much as any two successors of one query
         """
+        if kept is None:
+            kept = np.full(len(rows), queries, np.int64)
         topk = np.empty((len(rows) * queries, self.locality.topk), np.int32)
         reaches = self.locality.reach(self.layer_index, lengths)
         kernels.step(
             rows, self._selected, self._where, self._logs, self._tails, self._lengths[rows],
-            lengths, slots, self._parameters, reaches, self._randoms, topk,
+            lengths, slots, self._parameters, reaches, self._randoms, kept, alike,
+            topk,
         )  # fmt: skip
         self._lengths[rows] = lengths
         return topk

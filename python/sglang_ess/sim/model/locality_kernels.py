@@ -240,6 +240,8 @@ def step(
     parameters: tuple[float, float],
     reaches: np.ndarray,
     randoms: np.ndarray,
+    kept: np.ndarray,
+    alike: bool,
     topk_slots: np.ndarray,
 ) -> None:
     """Write the next decode step of n requests into topk_slots [n * queries, K] int32.
@@ -247,15 +249,22 @@ def step(
     rows [n]: their rows in the state arrays; lengths [n] int64: positions now; old_lengths [n]:
     in the step before; slots [requests, positions] int32; parameters: (churn, uniform)
     reaches [n] float64
+    kept [n] int64: after that many queries a request goes back to the state before the next one;
+    alike: so does its random number, so that the next step repeats the others' lists
     """
     churn, uniform = parameters
     queries = topk_slots.shape[0] // rows.shape[0]
+    saved_selected, saved_where, saved_log = selected[0, :0], where[0, :0], logs[0, :0]
+    saved_tail, saved_random = tails[0], randoms[0, 0]
     for i in range(rows.shape[0]):
         row = rows[i]
         tail = tails[row]
         for length in range(old_lengths[i] + 1, lengths[i] + 1):
             tail = _grow(selected[row], where[row], logs[row], tail, length, randoms[row])
         for query in range(queries):
+            if query == kept[i]:
+                saved_selected, saved_where = selected[row].copy(), where[row].copy()
+                saved_log, saved_tail, saved_random = logs[row].copy(), tail, randoms[row, 0]
             tail = advance(
                 selected[row], where[row], logs[row], tail, lengths[i], churn, uniform, reaches[i],
                 randoms[row],
@@ -264,4 +273,9 @@ def step(
             for j in range(out.shape[0]):
                 position = selected[row, j]
                 out[j] = slots[row, position] if position >= 0 else -1
+        if kept[i] < queries:
+            selected[row], where[row], logs[row] = saved_selected, saved_where, saved_log
+            tail = saved_tail
+            if alike:
+                randoms[row, 0] = saved_random
         tails[row] = tail

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 
 from sglang_ess.sim import policies
+from sglang_ess.sim.engine.decode_rank import acceptance_probability, draw_kept
 from sglang_ess.sim.model.locality import Locality, TopkStream
 from sglang_ess.tiers.balance.budgets import Budgets, allot
 from sglang_ess.tiers.balance.ghost_cache import GhostCache, MissCurve
@@ -30,12 +31,14 @@ class Stream:
     steps      [steps, requests * queries, K] int32: slots, -1 pads; a request's queries adjoin
     contexts   [requests] int64: tokens. Requests may name the same slots: a shared prefix.
     num_slots  slots of the host tier
+    kept       [steps, requests] int64: queries of a verify step whose tokens were kept; None: all
     Raises: ValueError for another shape of steps, or a slot that is not below num_slots.
     """
 
     steps: np.ndarray
     contexts: np.ndarray
     num_slots: int
+    kept: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.steps.ndim != 3 or self.steps.shape[1] % len(self.contexts):
@@ -223,6 +226,18 @@ def exact_curve(stream: Stream, sizes: Sequence[int], warmup: int = 0) -> np.nda
     return np.array([found.counted.sum(axis=2).mean() for found in runs])
 
 
+class Drafts(NamedTuple):
+    """Which lists of a verify step are right.
+
+    accepted  mean tokens that a request keeps of a step
+    alike     a position that was selected with a wrong token selects the same in the next step,
+              with the right one. Otherwise another list (TopkStream.next): the two extremes
+    """
+
+    accepted: float
+    alike: bool = False
+
+
 # --- streams ----------------------------------------------------------------------------
 
 
@@ -233,6 +248,7 @@ def generate(
     steps: int,
     *,
     queries: int = 1,
+    drafts: Drafts | None = None,
     prefix: int = 0,
     seed: int = 0,
 ) -> tuple[Stream, int]:
@@ -240,6 +256,8 @@ def generate(
 
     The warm-up looks up every position once, least recently selected first. After it a tier is
     as if the requests had been decoding for long. `steps` steps follow. Contexts do not grow.
+    drafts: the queries of a step are one token and drafts, some of which are rejected; None: all
+        are kept
     prefix: tokens at the start of all requests, on the same slots; each request selects among
     them independently
     Raises: ValueError for a prefix longer than the shortest context.
@@ -259,7 +277,12 @@ def generate(
         order = np.full(warmup * topk, -1, np.int32)
         order[-tokens:] = slots[request, source.by_recency(request)]  # all end together
         found[:warmup, request * queries] = order.reshape(warmup, topk)
-    rows = np.arange(len(contexts))
+    rows, rng = np.arange(len(contexts)), np.random.default_rng(seed)
+    kept = np.ones((len(found), len(rows)), np.int64)  # a warm-up step has one list a request
+    accepted, alike = drafts or Drafts(queries)
+    probability = acceptance_probability(queries, accepted)
     for step in range(warmup, warmup + steps):
-        found[step] = source.next(rows, tokens_of, slots, queries)
-    return Stream(found, tokens_of, int(own.sum()) + prefix), warmup
+        kept[step] = draw_kept(rng, len(rows), queries, probability)
+        found[step] = source.next(rows, tokens_of, slots, queries, kept[step], alike)
+    num_slots = int(own.sum()) + prefix
+    return Stream(found, tokens_of, num_slots, None if drafts is None else kept), warmup
