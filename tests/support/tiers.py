@@ -15,7 +15,7 @@ def expose() -> None:
         answer = original(scheduler, request)
         pool = sparse_pool(scheduler.token_to_kv_pool_allocator)
         answer.internal_state["hot_counters"] = [
-            cache.counters | {"occupied": cache.occupied}
+            cache.counters | {"occupied": cache.occupied, "steps": cache.steps}
             for cache in getattr(pool, "hot_caches", [])  # one tier has none
         ]
         answer.internal_state["index_key_bytes"] = [

@@ -48,3 +48,39 @@ def no_fetch() -> None:
     from sglang_ess.tiers import HotCache
 
     HotCache.fetch = lambda *_: None
+
+
+def rejected_row_stays_hot() -> None:
+    """A decode step's row is refreshed only where its slot is not hot: a rejected draft's is."""
+    from sglang_ess.tiers import HotCache
+
+    install = HotCache.install
+
+    def without_refresh(cache, slots, rows, *args):
+        cold = cache.slot_row[slots.numpy()] < 0
+        values = [rows] if not isinstance(rows, list) else rows
+        return install(cache, slots[cold], [value[cold] for value in values], *args)
+
+    HotCache.install = without_refresh
+
+
+def drafts_write_the_targets_rows() -> None:
+    """The draft layer writes its rows where the target's first layer has its own."""
+    from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
+    from sglang_ess.mem_cache.pool_cpu import CpuEssTokenToKVPool
+
+    targets, make, write = [], CpuEssTokenToKVPool._create_tiers, CpuDsaTokenToKVPool
+
+    def remember(pool):
+        targets.append(pool)
+        make(pool)
+
+    original = write._write_mla_kv_buffer
+
+    def doubled(pool, dst_buffer, loc, *rows):
+        original(pool, dst_buffer, loc, *rows)
+        if not isinstance(pool, CpuEssTokenToKVPool):
+            original(pool, targets[0].kv_buffer[0], loc, *rows)
+
+    CpuEssTokenToKVPool._create_tiers = remember
+    write._write_mla_kv_buffer = doubled
