@@ -36,12 +36,15 @@ SLOW_LINK = {"link_gib": 0.0125}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Two layers, top-k 128."""
-    shape = dict(arch="v32", layers=2, context=4096, index_topk=128)
+    shape = dict(arch="v32", layers=2, context=4096, index_topk=128, mtp_layers=1)
     return parity.write_model(tmp_path_factory.mktemp("models") / "v32", **shape)
 
 
-def serve(model, *patches, **ess):
-    """(token ids of each prompt, the decode steps) of one engine that gets all prompts at once."""
+def serve(model, *patches, options=None, **ess):
+    """(token ids of each prompt, the decode steps) of one engine that gets all prompts at once.
+
+    options: SGLang's
+    """
     ess = {"hot_ratio": HOT_ROWS / SLOTS} | ess
     with parity.EngineProcess(
         model,
@@ -49,6 +52,7 @@ def serve(model, *patches, **ess):
         patches=[PATCH + name for name in ("record", *patches)],
         dtype="float32",
         max_total_tokens=SLOTS,
+        **(options or {}),
     ) as engine:
         outputs = engine.generate(parity.prompts_of([600] * REQUESTS), NEW_TOKENS, start=-1)
         return [output.token_ids for output in outputs], retraction.events(engine, Decode)
@@ -85,6 +89,41 @@ def test_a_thrashing_hot_tier_sheds_requests_and_they_resume(model, ungated):
     assert steps[-1].preempted > 0
     running = [step.running for step in steps]
     assert min(running[running.index(max(running)) :]) < max(running)
+
+
+DRAFTS = {"speculative_num_draft_tokens": 3}
+EAGLE = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "speculative_num_steps": 2}
+NGRAM = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}
+
+
+WITH_DRAFTS = pytest.mark.parametrize(
+    "options",
+    [pytest.param(EAGLE | DRAFTS, marks=pytest.mark.slow, id="eagle"),
+     pytest.param(NGRAM | DRAFTS, id="ngram")],
+)  # fmt: skip
+
+
+@WITH_DRAFTS
+def test_requests_with_drafts_wait_for_the_hot_tier(model, ungated, options):
+    """A working set has the lists of all queries: two fit into the hot tier, and two run."""
+    hot_rows = 1100
+    tokens, steps = serve(
+        model, "cautious", options=options, hot_ratio=hot_rows / SLOTS, **SLOW_LINK
+    )
+    assert tokens == ungated
+    most = max(step.running for step in steps)
+    assert most == 2 and steps[-1].deferred[HOT_TIER] > 0 and steps[-1].preempted == 0
+    assert 2 * steps[-1].working_set_rows <= hot_rows < 3 * steps[-1].working_set_rows
+    assert (steps[-1].accept_length > 1.1) == (options["speculative_algorithm"] == "NGRAM")
+    assert steps[-1].accept_length <= 3
+
+
+@pytest.mark.slow
+@WITH_DRAFTS
+def test_requests_with_drafts_are_shed_and_resume(model, ungated, options):
+    tokens, steps = serve(model, "blind", options=options, **SLOW_LINK)
+    assert tokens == ungated
+    assert steps[-1].preempted > 0
 
 
 @pytest.mark.slow

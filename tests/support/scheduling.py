@@ -13,6 +13,7 @@ class Decode:
     preempted: int
     deferred: dict[str, int]
     working_set_rows: float
+    accept_length: float = 1.0
 
 
 def record() -> None:
@@ -28,9 +29,11 @@ def record() -> None:
         if policy is None:
             write(Decode(running, 0, {}, 0.0))
         else:
-            write(
-                Decode(running, policy.retractions, dict(policy.deferred), policy.working_set_rows)
+            deferred, figures = (
+                dict(policy.deferred),
+                (policy.working_set_rows, policy.accept_length),
             )
+            write(Decode(running, policy.retractions, deferred, *figures))
         return batch
 
     Scheduler.update_running_batch = recording
