@@ -23,7 +23,16 @@ SHAPES = {
     "v32": dict(arch="v32", index_topk=16),
     "glm": dict(arch="glm", index_topk=16, layers=4, sharing="FFSS"),  # groups of 1 and 3 layers
     "wide": dict(arch="v32", index_topk=96),  # wider than the smallest hot tier
-}
+    "mtp": dict(arch="v32", index_topk=16, mtp_layers=1),
+    "glm mtp": dict(
+        arch="glm", index_topk=16, layers=4, sharing="FFSS", mtp_layers=1,
+        index_share_for_mtp_iteration=1,
+    ),
+}  # fmt: skip
+DRAFTS = dict(
+    speculative_algorithm="EAGLE", speculative_eagle_topk=1, speculative_num_steps=2,
+    speculative_num_draft_tokens=3,
+)  # fmt: skip
 TOLERANCE = 1e-5  # float32; parts merged by log-sum-exp are summed in another order
 
 
@@ -140,6 +149,27 @@ def test_same_output(models, mode, ratio, schedule):
 def test_same_output_everywhere(models, mode, ratio, schedule):
     outputs, counters = run(models["v32"], mode, ratio, [schedule])
     check(outputs, baseline(models["v32"]), counters, mode, ratio)
+    assert (counters[0]["in_passes"] > 0) == (ratio == MINIMUM)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode", "ratio"),
+    [
+        ("mtp", "dba", 0.2),
+        pytest.param("mtp", "off", 0.2, marks=pytest.mark.slow),
+        pytest.param("mtp", "da", 0.2, marks=pytest.mark.slow),
+        pytest.param("mtp", "off", MINIMUM, marks=pytest.mark.slow),
+        pytest.param("glm mtp", "off", 0.2, marks=pytest.mark.slow),
+        pytest.param("glm mtp", "dba", 0.2, marks=pytest.mark.slow),
+    ],
+)
+def test_drafts_are_verified_as_by_one_tier(models, shape, mode, ratio):
+    """In the smallest tier a request's three lists of 16 are a pass, and two requests' are not."""
+    expected = baseline(models[shape], short_script, **DRAFTS)
+    outputs, counters = run(
+        models[shape], mode, ratio, ["install_late"], script=short_script, **DRAFTS
+    )
+    check(outputs, expected, counters, mode, ratio)
     assert (counters[0]["in_passes"] > 0) == (ratio == MINIMUM)
 
 

@@ -2,9 +2,10 @@
 
 Proved: the path starts (options, memory, pools, Triton kernels compiled for sm_90 with their real
 specialisations, others by nvcc); every launch has a legal configuration; decode graphs of off,
-DA and DBA and breakable prefill graphs (SGLang's default) are captured without a call that a
-capture forbids, end in one stream, and are replayed; no stream's work runs beside a graph that it
-must not; requests, prefix hits and an abort take their way to the end.
+DA and DBA, those of verifications of drafts too, and breakable prefill graphs (SGLang's default)
+are captured without a call that a capture forbids, end in one stream, and are replayed; no stream's
+work runs beside a graph that it must not; requests, prefix hits and an abort take their way to the
+end.
 
 Not proved: any value or time. Memory keeps what was in it, tokens are zeros, no kernel runs. The
 rules of capture are those of CUDA's documentation as csrc/ has them, not a driver's.
@@ -44,29 +45,47 @@ SHAPE = {
     "heads": 16, "hidden": 1024, "index_heads": 32, "index_topk": 2048, "q_lora_rank": 256,
     "nope_dim": 128, "v_dim": 128,
 }  # fmt: skip
-# (model, layers, index groups, sizes of these)
+# (model, layers, index groups, sizes of these, queries of a request in a decode step)
 MODELS = {
-    "v32": (TinyModelConfig(layers=2, **SHAPE), 2, 2, 1),
-    "sharing": (TinyModelConfig(arch="glm", layers=4, sharing="FFSS", **SHAPE), 4, 2, 2),
-}
+    "v32": (TinyModelConfig(layers=2, **SHAPE), 2, 2, 1, 1),
+    "sharing": (TinyModelConfig(arch="glm", layers=4, sharing="FFSS", **SHAPE), 4, 2, 2, 1),
+    "mtp": (TinyModelConfig(layers=2, mtp_layers=1, **SHAPE), 2, 2, 1, 3),
+    "shared mtp": (
+        TinyModelConfig(
+            arch="glm", layers=4, sharing="FFSS", mtp_layers=1, index_share_for_mtp_iteration=1,
+            **SHAPE,
+        ), 4, 2, 2, 3,
+    ),
+}  # fmt: skip
+DRAFT_FLAGS = (
+    "--speculative-algorithm", "EAGLE", "--speculative-eagle-topk", "1",
+    "--speculative-num-steps", "2", "--speculative-num-draft-tokens", "3",
+    "--ess-hot-ratio", "0.7",  # 12 queries of top-k 2048: one pass
+)  # fmt: skip
 FLAGS = (
     "--kv-cache-dtype", "bfloat16", "--cuda-graph-backend-prefill", "breakable",
     "--cuda-graph-bs-prefill", *map(str, PREFILL_TOKENS), "--cuda-graph-bs-decode",
     *map(str, BATCHES), "--max-running-requests", str(BATCHES[-1]),
     "--max-total-tokens", str(SLOTS), "--ess-hot-ratio", "0.3", "--enable-cache-report",
 )  # fmt: skip
-# Made up, so that each batch takes another mode: the first off, the second DA, the third DBA.
-COSTS = {
-    "batches": BATCHES,
-    "misses": [0, 2048],
-    "us": {
-        mode.value: [[10 if place == chosen else 90] * 2 for place in range(len(BATCHES))]
-        for chosen, mode in enumerate(Mode)
-    },
-    "empty_us": 500,
-    "halving_us": 0,
-    "source": "made up",
-}
+
+
+def costs(lists: int) -> dict:
+    """Made up, so that each batch takes another mode: the first off, the second DA, the third DBA.
+
+    lists: queries of a request
+    """
+    return {
+        "batches": [lists * batch for batch in BATCHES],
+        "misses": [0, 2048],
+        "us": {
+            mode.value: [[10 if place == chosen else 90] * 2 for place in range(len(BATCHES))]
+            for chosen, mode in enumerate(Mode)
+        },
+        "empty_us": 500,
+        "halving_us": 0,
+        "source": "made up",
+    }
 
 
 @dataclass(frozen=True)
@@ -74,11 +93,13 @@ class Run:
     """One server's life. lines: (kind, text) that the fake runtime logged; answers: by name.
 
     layers, groups, tiers: layers, index groups and their sizes, each size a tier, of its model
+    lists: queries of a request in a decode step: above 1, drafts are verified
     """
 
     layers: int
     groups: int
     tiers: int
+    lists: int
     lines: list[tuple[str, str]]
     answers: dict[str, list[dict]]
     status: int
@@ -129,7 +150,8 @@ def requests(server) -> dict[str, list[dict]]:
         "crowd": together(server, 8, 300, 20, 90),
         "aborted": [aborted(server, 10_000)],
     }
-    assert server.post("/flush_cache", b"")[0] == 200
+    # The scheduler may still have the aborted request's last step under way.
+    server.wait_for(lambda: server.post("/flush_cache", b"")[0] == 200, 60, "an idle scheduler")
     return found | {"flushed": [generate(server, 3000, 5, 5)]}
 
 
@@ -138,9 +160,10 @@ def run(request, tmp_path_factory):
     config, *shape = MODELS[request.param]
     folder, kept = tmp_path_factory.mktemp("fake_cuda"), request.config.cache.mkdir("fake_cuda")
     model = write_tiny_model(folder / "model", config)
-    (folder / "costs.json").write_text(json.dumps({"overlap_costs": COSTS}))
+    (folder / "costs.json").write_text(json.dumps({"overlap_costs": costs(shape[-1])}))
     log = folder / "cuda.log"
     flags = (*FLAGS, "--ess-overlap-costs", str(folder / "costs.json"))
+    flags += DRAFT_FLAGS if shape[-1] > 1 else ()
     env = build.environment(kept, log)
     with Server(model, *flags, log=folder / "server.log", env=env) as server:
         server.wait_ready(START_SECONDS)
@@ -169,7 +192,13 @@ def decode_graphs(run) -> list[SimpleNamespace]:
 
 
 def prefill_graphs(run) -> list[SimpleNamespace]:
-    return [graph for graph in graphs(run) if not times(graph.kernels, PLAN)]
+    first = decode_graphs(run)[0].id  # they are captured before
+    return [graph for graph in graphs(run) if graph.id < first]
+
+
+def draft_graphs(run) -> list[SimpleNamespace]:
+    last = decode_graphs(run)[-1].id
+    return [graph for graph in graphs(run) if graph.id > last]
 
 
 def launches(run) -> Counter:
@@ -217,12 +246,31 @@ def test_prefill_is_captured_in_parts_between_which_the_tiers_are_used(run):
     parts = run.layers + run.groups + 1
     assert len(prefill_graphs(run)) == parts * len(PREFILL_TOKENS)
     for graph in prefill_graphs(run):
-        assert not kernel_names() & set(graph.kernels)
-        assert not any("3ess" in name for name in graph.kernels)
+        assert not has_ours(graph)
     replayed = Counter(bool(launches(run)[graph.id]) for graph in prefill_graphs(run))
     assert replayed == {True: parts * len(PREFILL_TOKENS)}
     assert re.search(r"Prefill batch, #new-seq: 1, .*cuda graph: True", run.log)
     assert re.search(r"Prefill batch, #new-seq: \d+, .*cuda graph: False", run.log)
+
+
+def test_the_draft_models_graphs_do_not_touch_the_tiers(run):
+    """A graph of its decode steps and one of its extend, for each batch, and no other variant."""
+    drafts = draft_graphs(run)
+    assert len(drafts) == (2 * len(BATCHES) if run.lists > 1 else 0)
+    for graph in drafts:
+        assert not has_ours(graph) and launches(run)[graph.id]
+
+
+def test_verifications_accept_drafts(run):
+    for answer in (*run.answers["two"], *run.answers["four"]):
+        assert ("spec_verify_ct" in answer) == (run.lists > 1)
+        if run.lists > 1:
+            assert answer["spec_verify_ct"] < answer["completion_tokens"]
+
+
+def has_ours(graph) -> bool:
+    """Whether one of our kernels is in the graph."""
+    return bool(kernel_names() & set(graph.kernels)) or any("3ess" in n for n in graph.kernels)
 
 
 def kernel_names() -> set[str]:
