@@ -9,7 +9,7 @@ from sglang.srt.layers.attention.dsa.dsa_topk_backend import DSATopKBackend, Top
 from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from ess_patches import all_hooks, contract
+from ess_patches import all_hooks, contract, speculation
 from sglang_ess.attention import backend_cuda
 from sglang_ess.attention.backend_checks import check_mode, check_server
 from sglang_ess.attention.backend_cuda import EssDsaBackend
@@ -55,11 +55,15 @@ def registry(monkeypatch):
 
 @pytest.fixture
 def role(monkeypatch):
-    """role(mode, enabled) sets this process's disaggregation mode and whether ESS is on."""
+    """role(mode, enabled, algorithm) sets this process's disaggregation mode, whether ESS is on,
+    and the algorithm of speculative decoding.
+    """
 
-    def put(mode, enabled=True):
+    def put(mode, enabled=True, algorithm=None):
         disagg = SimpleNamespace(disaggregation_mode=mode)
         monkeypatch.setattr("sglang.srt.runtime_context.get_disagg", lambda: disagg)
+        drafts = SimpleNamespace(speculative_algorithm=algorithm)
+        monkeypatch.setattr("sglang.srt.runtime_context.get_spec", lambda: drafts)
         for name, value in EssConfig(enabled=enabled).to_env().items():
             monkeypatch.setenv(name, value)
 
@@ -91,6 +95,16 @@ def test_a_sparse_models_main_pool_and_its_backend_are_ours(
     changed = {name for name in registry if registry[name] is not before.get(name)}
     assert changed == ({"dsa", "nsa"} if ours else set())
     assert all(registry[name] is cuda_hooks.sparse_backend for name in changed)
+
+
+@pytest.mark.parametrize(("algorithm", "hooked"), [("NGRAM", True), ("EAGLE", False)])
+def test_drafts_of_ngram_are_made_chains(registry, role, monkeypatch, algorithm, hooked):
+    role("null", algorithm=algorithm)
+    registered = []
+    monkeypatch.setattr(contract, "register_late", lambda *given: registered.append(given))
+    configurator = SimpleNamespace(is_draft_worker=False, device="cuda")
+    cuda_hooks.kv_pool_class(DSATokenToKVPool, configurator, kind="dsa", default=None)
+    assert registered == ([(speculation.NGRAM_HOOKS, "cuda")] if hooked else [])
 
 
 @pytest.mark.parametrize(("draft", "name"), [(False, "ours"), (True, "upstream's")])
