@@ -82,6 +82,11 @@ class LayerStep:
         """The hot rows of the layer whose turn it is."""
         return self.cache.hot_layers[self.position]
 
+    def passes_of(self, topk: torch.Tensor) -> list[Pass]:
+        """The passes that topk [T, K] takes."""
+        queries, width = topk.shape
+        return self.cache.passes(queries, width, self.lists)
+
     @property
     def is_last(self) -> bool:
         """Whether the group ends with this layer."""
@@ -181,7 +186,7 @@ class TwoTierDecode:
         Returns False, having done nothing, where the batch takes several passes: use in_passes.
         """
         cache = step.cache
-        if len(cache.passes(*topk.shape, step.lists)) > 1:
+        if len(step.passes_of(topk)) > 1:
             return False
         step.topk, halved = topk, step.planned == len(topk)
         with self.transfer.on_transfer_stream():
@@ -237,7 +242,7 @@ class TwoTierDecode:
         """
         outs: list[torch.Tensor] = []
         parts: tuple[torch.Tensor, torch.Tensor] | None = None
-        passes = step.cache.passes(*topk.shape, step.lists)
+        passes = step.passes_of(topk)
         for index, part in enumerate(passes):
             out, lse = self._one_pass(step, q[part.queries], topk, (index, len(passes)), part)
             if part.columns != slice(0, topk.shape[1]):

@@ -49,6 +49,7 @@ def speculation_reasons(
             f"--speculative-algorithm must be unset or {' or '.join(ALGORITHMS)} {where}: got "
             f"{given}. {remedy}."
         ]
+    branches: tuple[str, str, tuple[Any, ...]]
     branches = ("speculative_eagle_topk", "--speculative-eagle-topk", (None, 1))
     if algorithm == "NGRAM":
         branches = (
