@@ -191,8 +191,23 @@ def test_alone_a_request_needs_no_reserve(allocator):
 )
 def test_a_prompt_that_leaves_no_token_is_refused(allocator, prompt, asked, given):
     """1,024 slots: the prompt's pages, a page and a token are kept. None is a 400."""
+    assert max_new_tokens(allocator, prompt, asked) == given
+
+
+@pytest.mark.parametrize(("drafts", "given"), [(4, 127), (32, 127), (33, 126), (40, 112)])
+def test_a_step_that_drafts_has_slots_beyond_the_end(allocator, drafts, given):
+    """SGLang gives each step twice its drafts; 65 slots are kept in any case."""
+    options = dict(speculative_algorithm="NGRAM", speculative_num_draft_tokens=drafts)
+    assert max_new_tokens(allocator, 800, 500, **options) == given
+
+
+def max_new_tokens(allocator, prompt, asked, **options):
+    """With 1,024 slots and SGLang's options."""
+    from sglang.srt.runtime_context import get_context
+
     limits = {"token_capacity": 1024, "sliding_window_size": None, "chunk_size": None}
-    assert allocator.max_new_tokens_for_memory(prompt, asked, **limits) == given
+    with get_context().override_server_args(page_size=64, **options):
+        return allocator.max_new_tokens_for_memory(prompt, asked, **limits)
 
 
 # --- parking --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
 from sglang_ess.mem_cache.pool import EssTokenToKVPool
@@ -17,13 +18,21 @@ from sglang_ess.mem_cache.pool import EssTokenToKVPool
 class RefusingPagedAllocator(PagedTokenToKVPoolAllocator):
     """PagedTokenToKVPoolAllocator that refuses a prompt which leaves no slot for its output."""
 
-    def max_new_tokens_for_memory(self, input_tokens, max_new_tokens, **limits) -> int | None:
+    def max_new_tokens_for_memory(
+        self, input_tokens, max_new_tokens, *, token_capacity, **limits
+    ) -> int | None:
         """Limit the output to the slots that the prompt leaves.
 
         Returns upstream's number, or None for a prompt that leaves no slot; SGLang refuses such a
         request with status 400. Upstream returns an empty output for it, or lets it wait for ever.
+        Where drafts are verified, each step has slots beyond the request's end, and upstream leaves
+        a page and a token for them. Where that is too little, the output is shorter here, and
+        upstream would abort the request near its end.
         """
-        fits = super().max_new_tokens_for_memory(input_tokens, max_new_tokens, **limits)
+        beyond = max(0, get_alloc_reserve_per_decode() - self.page_size - 1)
+        fits = super().max_new_tokens_for_memory(
+            input_tokens, max_new_tokens, token_capacity=token_capacity - beyond, **limits
+        )
         return fits or (0 if max_new_tokens == 0 else None)
 
 
