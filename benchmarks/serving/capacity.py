@@ -231,7 +231,7 @@ def compare(report: harness.Report, point: Point) -> None:
 
 def summarise(report: harness.Report, point: Point, found: dict) -> None:
     one, theirs, ours = (found[SAME][name] for name in ("one tier", "HiSparse", "ESS"))
-    defaults, mtp = found[DEFAULTS], point._replace(mtp_layers=1)
+    defaults, mtp = found[DEFAULTS], Point(*point[:3], mtp_layers=1)
     drafting = {"one tier": one_tier(mtp), "ESS": ess(mtp, RATIO)}
     best = max(hisparse(point, n, default_limit=True)["requests"] for n in HISPARSE_RATIOS)
     for key, above, below in (

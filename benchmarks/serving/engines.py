@@ -111,7 +111,9 @@ def _install_record(path: str, spent: dict[str, float]) -> None:
             line = {"start": start, "end": time.perf_counter(), "mode": batch.forward_mode.name}
             line |= {"batch": batch.batch_size(), "tokens": batch.extend_num_tokens or 0}
             line |= {"context_tokens": int(batch.seq_lens.sum()), "retracted": retracted}
-            line |= {"threads": torch.get_num_threads()}
+            line |= {"threads": torch.get_num_threads(), "kept": line["batch"]}
+            if (accepted := getattr(result, "accept_lens", None)) is not None:
+                line["kept"] = int(accepted.sum())  # the target's own tokens are among them
             pool = self.token_to_kv_pool_allocator.get_kvcache()
             file.write(json.dumps(line | _hot_tier(pool) | spent) + "\n")
             return result
@@ -119,7 +121,11 @@ def _install_record(path: str, spent: dict[str, float]) -> None:
         return call
 
     def facts(scheduler, pool):
-        return {"slots": scheduler.max_total_num_tokens} | pool_bytes(pool)
+        sizes = {"slots": scheduler.max_total_num_tokens} | pool_bytes(pool)
+        if scheduler.draft_worker is not None:
+            drafts = scheduler.draft_worker.draft_worker.draft_runner.token_to_kv_pool
+            sizes["device_bytes"] += pool_bytes(drafts)["device_bytes"]
+        return sizes
 
     wrap(ScheduleBatch, "retract_decode", counted)
     wrap(Scheduler, "run_batch", recorded)
@@ -245,7 +251,8 @@ class HeldEngine(RecordedEngine):
 
     fill() submits requests and holds the engine once it runs as many as it can; window() lets it
     make some more decode steps; drain() ends the requests.
-    sizes(): device_bytes, host_bytes, slots, hot_rows, row_bytes of its pool
+    sizes(): device_bytes, host_bytes, slots, hot_rows, row_bytes of its pool; the draft model's
+        bytes are among the first
     """
 
     def __init__(self, record: str, server_args: dict[str, Any]):

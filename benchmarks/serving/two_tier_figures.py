@@ -47,7 +47,12 @@ class Window:
 
     @property
     def tokens_per_s(self) -> float:
-        return self.batch * len(self.steps) / sum(self.steps)
+        return self.kept / sum(self.steps)
+
+    @property
+    def kept(self) -> int:
+        """New tokens of all its steps: one a request and step, or the drafts accepted and one."""
+        return sum(one["kept"] for one in self.passes[:-1])
 
     def counted(self, key: str) -> np.ndarray:
         """lookups or misses in the window, by layer; empty one-tier."""

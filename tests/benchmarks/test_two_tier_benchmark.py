@@ -47,7 +47,7 @@ def decode_passes(batch, steps, step=0.1, misses=0, layers=2, **more):
     """steps + 1 decode passes; each layer looks up 10 rows a pass and misses `misses`."""
     counted = layers if misses is not None else 0
     return [
-        {"mode": "DECODE", "batch": batch, "start": 5 + i * step, "retracted": 0}
+        {"mode": "DECODE", "batch": batch, "start": 5 + i * step, "retracted": 0, "kept": batch}
         | {"lookups": [10 * i] * counted, "misses": [(misses or 0) * i] * counted}
         | more
         for i in range(steps + 1)
