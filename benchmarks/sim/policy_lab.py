@@ -9,8 +9,8 @@
    budgets, which come from the steps before those that count.
 3. LRU, CLOCK, the aged clock (with the rows that it scans) and Belady: four requests share a tier.
 4. LRU curves of sampled ghost caches compared with exact ones.
-5. Which lists of a verify step make rows young (policies/verified_lru.py): misses a kept token. A
-   rejected list is `alike` to the one that its position selects with the right token, or another.
+5. Which lists of a verify step make rows young (policies/verified_lru.py): misses a kept token, by
+   the share of rejected lists that their positions select again with the right token (`alike`).
 Belady knows the stream only to its end, so the last steps of every run are not counted.
 """
 
@@ -39,6 +39,7 @@ CLOCK_STEPS, CLOCK_RATIOS = (400, 300, 300), (0.1, 0.2)  # before, counted, afte
 AGES = (("deepseek-v3.2", 32, 0.2), ("deepseek-v3.2", 64, 0.1), ("deepseek-v3.2", 128, 0.1),
         ("deepseek-v3.2", 128, 0.2), ("glm-5.1", 64, 0.2))  # context in K; ratio  # fmt: skip
 AGE_STEPS, DRAFTS = (200, 300), ((2, 1.7), (4, 2.8))  # before, counted; ESS: queries, kept tokens
+ALIKE = {"other": 0.0, "near": 0.5, "alike": 1.0}  # near: as alike as two successive lists
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def measure_clocks(report: harness.Report, name: str, context: int, seed: int) -
 
 def measure_ages(report: harness.Report, layers: int, seed: int) -> None:
     """Misses of two requests that share a tier, by the rule for the ages of rejected lists."""
-    for setting in itertools.product(AGES, DRAFTS, (False, True)):
+    for setting in itertools.product(AGES, DRAFTS, ALIKE.values()):
         (name, k, ratio), (queries, accepted), alike = setting
         verifying = Verifying(k << 10, queries, lab.Drafts(accepted, alike))
         costs = by_rule(Locality.load(name), verifying, ratio, AGE_STEPS, layers, seed)
@@ -202,12 +203,12 @@ def summarise(report: harness.Report) -> None:
 
 def summarise_ages(report: harness.Report) -> None:
     """Each rule against the production one; and what MTP 4 misses a verify, against MTP 2."""
-    for kind, rule in itertools.product(("other", "alike"), RULES):
-        of = {"alike": kind == "alike"}
+    for (kind, alike), rule in itertools.product(ALIKE.items(), list(RULES)[1:]):
+        of, name_of = {"alike": alike}, f"ages_{rule.replace(', ', '_').replace(' ', '_')}_{kind}"
         rows, served = (report.select("ages", rule=name, **of) for name in (rule, "all"))
         ratios = [row["mean"] / best["mean"] for row, best in zip(rows, served, strict=True)]
         for name, value in (("least", min(ratios)), ("most", max(ratios))):
-            report.summarise(f"ages_{rule.replace(', ', '_')}_{kind}_{name}", value)
+            report.summarise(f"{name_of}_{name}", value)
         two, four = (report.select("ages", rule="all", queries=q, **of) for q in (2, 4))
         ratios = [row["verify"] / base["verify"] for base, row in zip(two, four, strict=True)]
         report.summarise(f"mtp4_over_mtp2_misses_{kind}", np.mean(ratios))

@@ -244,7 +244,7 @@ def test_benchmark_reports_every_point(capsys, monkeypatch, tmp_path):
     names = ("policy", "clock", "organisation", "ghost", "ages")
     assert kinds == {(name, "simulated") for name in names}
     clocks = 2 * len(policy_lab.CLOCKS) * len(policy_lab.CLOCK_CONTEXTS)
-    ages = 4 * len(RULES)
+    ages = len(policy_lab.DRAFTS) * len(policy_lab.ALIKE) * len(RULES)
     others = len(policy_lab.RUNS) + 4
     assert len(found["rows"]) == 3 * len(policies.POLICIES) + clocks + ages + others
     assert all(row["median"] is not None for row in found["rows"])

@@ -38,7 +38,7 @@ def kept_lists(made, warmup, request):
 @pytest.mark.parametrize("request_", [0, 1])
 def test_alike_lists_are_windows_of_one_stream(request_):
     """What a request keeps is what it selects without drafts; the rest is what comes next."""
-    made, warmup = stream(alike=True)
+    made, warmup = stream(alike=1.0)
     plain, _ = lab.generate(LOCALITY, 0, CONTEXTS, STEPS * QUERIES)
     right, place = plain.of(request_)[warmup:, 0], 0
     for lists, count in zip(made.of(request_)[warmup:], made.kept[warmup:, request_], strict=True):
@@ -49,7 +49,7 @@ def test_alike_lists_are_windows_of_one_stream(request_):
 
 def test_other_lists_leave_no_mark():
     """Kept lists follow one another as without drafts, and a rejected one is another list."""
-    made, warmup = stream(alike=False)
+    made, warmup = stream(alike=0.0)
     for request in (0, 1):
         lists = kept_lists(made, warmup, request)
         assert 0.65 < similarity(lists) < 0.85
@@ -74,7 +74,7 @@ def test_kept_lengths_have_the_mean_that_was_asked_for():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_plain_list_misses_the_same(rule):
-    made, warmup = stream(alike=False)
+    made, warmup = stream(alike=0.0)
     oracle, misses = oracles.VerifiedLru(150, QUERIES, rule), []
     for topk, kept in zip(made.steps, made.kept, strict=True):
         misses.append(sum(oracle.step(topk)))

@@ -153,7 +153,7 @@ class TopkStream:
 
     def next(
         self, rows: np.ndarray, lengths: np.ndarray, slots: np.ndarray, queries: int,
-        kept: np.ndarray | None = None, alike: bool = False,
+        kept: np.ndarray | None = None, alike: np.ndarray | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Return the top-k slots [n * queries, K] int32 of the next step of n rows, -1 pads.
 
@@ -161,11 +161,13 @@ class TopkStream:
         slot of each position of each request
         kept: [n] int64 queries of each request whose tokens a verify step keeps; None: all. The
             next step goes on from the last of these
-        alike: what the others selected, the queries at their positions select again. Otherwise
-            these differ from them as much as any two successors of one query
+        alike: [n] bool: what the others selected, the queries at their positions select again.
+            Otherwise these differ from them as much as any two successors of one query; None: so
         """
         if kept is None:
             kept = np.full(len(rows), queries, np.int64)
+        if alike is None:
+            alike = np.zeros(len(rows), np.bool_)
         topk = np.empty((len(rows) * queries, self.locality.topk), np.int32)
         reaches = self.locality.reach(self.layer_index, lengths)
         kernels.step(

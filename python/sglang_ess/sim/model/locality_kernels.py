@@ -241,7 +241,7 @@ def step(
     reaches: np.ndarray,
     randoms: np.ndarray,
     kept: np.ndarray,
-    alike: bool,
+    alike: np.ndarray,
     topk_slots: np.ndarray,
 ) -> None:
     """Write the next decode step of n requests into topk_slots [n * queries, K] int32.
@@ -250,7 +250,7 @@ def step(
     in the step before; slots [requests, positions] int32; parameters: (churn, uniform)
     reaches [n] float64
     kept [n] int64: after that many queries a request goes back to the state before the next one;
-    alike: so does its random number, so that the next step repeats the others' lists
+    alike [n] bool: so does its random number, so that the next step repeats the others' lists
     """
     churn, uniform = parameters
     queries = topk_slots.shape[0] // rows.shape[0]
@@ -276,6 +276,6 @@ def step(
         if kept[i] < queries:
             selected[row], where[row], logs[row] = saved_selected, saved_where, saved_log
             tail = saved_tail
-            if alike:
+            if alike[i]:
                 randoms[row, 0] = saved_random
         tails[row] = tail

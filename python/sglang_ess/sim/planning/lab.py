@@ -230,12 +230,13 @@ class Drafts(NamedTuple):
     """Which lists of a verify step are right.
 
     accepted  mean tokens that a request keeps of a step
-    alike     a position that was selected with a wrong token selects the same in the next step,
-              with the right one. Otherwise another list (TopkStream.next): the two extremes
+    alike     share of the steps after which the positions of the rejected lists select the same
+              again, with the right tokens. After the others they select other lists, which are as
+              far from the rejected ones as two successors of one query (TopkStream.next)
     """
 
     accepted: float
-    alike: bool = False
+    alike: float = 0.0
 
 
 # --- streams ----------------------------------------------------------------------------
@@ -283,6 +284,7 @@ def generate(
     probability = acceptance_probability(queries, accepted)
     for step in range(warmup, warmup + steps):
         kept[step] = draw_kept(rng, len(rows), queries, probability)
-        found[step] = source.next(rows, tokens_of, slots, queries, kept[step], alike)
+        same = rng.random(len(rows)) < alike
+        found[step] = source.next(rows, tokens_of, slots, queries, kept[step], same)
     num_slots = int(own.sum()) + prefix
     return Stream(found, tokens_of, num_slots, None if drafts is None else kept), warmup
