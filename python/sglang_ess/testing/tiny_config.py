@@ -140,6 +140,8 @@ class TinyModelConfig:
     rope: SGLang's own CPU backend serves only "yarn"; this project's CPU platform serves both.
     mtp_layers: 1: a layer of multi-token prediction, SGLang's draft for EAGLE, with an indexer of
         its own. The target's weights are those without it.
+    drafts: "right": most of the MTP layer's drafts are accepted. Other weights differ too; see
+        tiny_drafts.py.
     index_share_for_mtp_iteration: SGLang's: 1: all draft steps read the top-k of the first
     dtype: a float32 checkpoint is served as float16 unless SGLang is told --dtype float32.
     Raises: ValueError, one line, naming every field that is out of range.
@@ -173,6 +175,7 @@ class TinyModelConfig:
     # DeepSeek-V3.2 has 40; 4 keeps the unscaled part of a 16k context at 4k
     yarn_factor: int = count(4, low=2, help="context / its unscaled part")
     mtp_layers: int = flag("draft layers for speculative decoding")
+    drafts: str = choice("random", ("random", "right"), "right: most of them are accepted")
     index_share_for_mtp_iteration: int = flag("1: one top-k for all draft steps")
     dtype: str = choice("bfloat16", ("bfloat16", "float32"), "bfloat16 or float32")
     seed: int = count(0, low=0)
@@ -213,6 +216,10 @@ class TinyModelConfig:
         elif self.mtp_layers and self.layers == 1:
             # SGLang reads the draft of a one-layer model from layer 0.
             yield "layers must be >= 2 with an MTP layer: got 1"
+        if self.drafts == "right" and not self.mtp_layers:
+            yield "drafts must be random without an MTP layer: got 'right'"
+        elif self.drafts == "right" and "streams" in ARCHS[self.arch].parts:
+            yield f"drafts must be random for arch {self.arch}: got 'right'"
         if self.index_share_for_mtp_iteration > self.mtp_layers:
             yield "index_share_for_mtp_iteration must be 0 without an MTP layer: got 1"
         if self.sharing and len(self.sharing) != self.layers:

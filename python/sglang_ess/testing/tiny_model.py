@@ -146,15 +146,17 @@ def write_tiny_model(out_dir: str | os.PathLike, config: TinyModelConfig) -> Pat
     """
     out = prepare_directory(out_dir, MARKER, config)
     # Imported here: a refused command line should not wait for torch.
-    from sglang_ess.testing import tiny_glm5_next, tiny_mtp, tiny_weights
+    from sglang_ess.testing import tiny_drafts, tiny_glm5_next, tiny_mtp, tiny_weights
     from sglang_ess.testing.tiny_tokenizer import TOKEN_IDS, VOCAB_SIZE
 
     special = config.arch == "glm5_next"
     of_arch = tiny_glm5_next if special else tiny_weights
-    tensors = [*of_arch.checkpoint_tensors(config, VOCAB_SIZE)]
+    tensors = dict(of_arch.checkpoint_tensors(config, VOCAB_SIZE))
     if config.mtp_layers:
-        tensors += tiny_mtp.mtp_tensors(config, VOCAB_SIZE)
-    tiny_weights.write_weights(out / "model.safetensors", tensors, config.dtype)
+        tensors |= tiny_mtp.mtp_tensors(config, VOCAB_SIZE)
+    if config.drafts == "right":
+        tensors |= tiny_drafts.changed_tensors(config, tensors)
+    tiny_weights.write_weights(out / "model.safetensors", tensors.items(), config.dtype)
     write_small_files(out, model_config(config, VOCAB_SIZE, TOKEN_IDS))
     for name, content in tiny_glm5_next.PROCESSORS.items() if special else ():
         write_json(out / name, content)
