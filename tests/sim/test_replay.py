@@ -341,3 +341,36 @@ def test_a_servers_counts_exactly(model, tmp_path, monkeypatch, ratio):
     # One decode write less, and it would be noticed.
     monkeypatch.setattr(Trace, "events", without(Kind.INSTALL, 20, argument=0))
     assert len(replay(opened).differences) == 1
+
+
+def told(path):
+    """What each verify step kept."""
+    return [event for event in read_trace(path).events() if event.kind == Kind.ACCEPTED]
+
+
+def test_a_servers_verify_steps_exactly(tmp_path):
+    """Each position is kept once, in order, whatever was drafted for it; counts are the same."""
+    shape = dict(arch="v32", index_topk=128, layers=2, mtp_layers=1, **parity.NARROW)
+    model = parity.write_model(tmp_path / "model", **shape)
+    ess = {"hot_ratio": 0.15, "trace": str(tmp_path / "t"), "index_dtype": "float32"}
+    args = dict(dtype="float32", max_total_tokens=8192, chunked_prefill_size=512)
+    args |= dict(speculative_algorithm="EAGLE", speculative_eagle_topk=1)
+    args |= dict(speculative_num_steps=3, speculative_num_draft_tokens=4)
+    with EngineProcess(model, ess=ess | {"admission": "off"}, **args) as served:
+        served.generate(parity.prompts_of([300, 150]), 12)
+        deadline = time.monotonic() + 20  # within FLUSH_SECONDS it is in the file
+        while sum(e.slots.sum() for e in told(tmp_path / "t")) < 2 * 11:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    opened = read_trace(tmp_path / "t")
+    found = replay(opened)
+    assert found.differences == [] and found.missing == 0 and found.queries == 4
+    # The prompt gives the first token; the last step may keep more than are asked for.
+    assert 2 * 11 <= found.tokens <= 2 * (11 + 3)
+    places = {}
+    for record in opened.kept():
+        places.setdefault((record.request_id, record.layer), []).append(record.length)
+    assert len(places) == 4
+    for lengths in places.values():
+        assert lengths == list(range(lengths[0], lengths[0] + len(lengths)))
+        assert lengths[0] in (301, 151) and len(lengths) >= 11
