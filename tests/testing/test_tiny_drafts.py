@@ -10,6 +10,7 @@ from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from sglang_ess.testing.tiny_tokenizer import NUM_BYTES
 from tests.support.draft_chain import DraftChain
 from tests.support.oracle import reference_model, summed_otherwise
+from tests.support.tier_scripts import engine
 
 PROMPT, NEW = 400, 150
 MODELS = {
@@ -71,6 +72,28 @@ def test_a_draft_needs_its_rows_and_the_target_s_state(chains, name):
     print(f"{name}: {right:.2f}; no state {without_state:.2f}; other rows {other_rows:.2f}")
     assert without_state < right - 0.3
     assert other_rows < right - 0.5
+
+
+@pytest.mark.parametrize("name", ["v32", "glm, one top-k"])
+def test_sglang_accepts_what_transformers_does(tmp_path, name):
+    """Over one tier and two. The engine's last step may end early, which no list here does."""
+    path = write_tiny_model(tmp_path / "m", config(**MODELS[name]))
+    prompt = random_bytes(PROMPT).tolist()
+    speculation = dict(
+        speculative_algorithm="EAGLE", speculative_eagle_topk=1, speculative_num_steps=3,
+        speculative_num_draft_tokens=4,
+    )  # fmt: skip
+    found = []
+    for hot_ratio in (None, 0.3):
+        with engine(path, hot_ratio, **speculation) as served:
+            (output,) = served.generate([prompt], NEW)
+        found.append((output.token_ids, output.meta["spec_verify_ct"]))
+    assert found[0] == found[1]
+    tokens, steps = found[0]
+    ids = torch.tensor([*prompt, *tokens])
+    expected = mean(DraftChain(path).accept_lengths(ids, PROMPT, 4))
+    print(f"{name}: {(NEW - 1) / steps:.2f}, in transformers {expected:.2f}")
+    assert (NEW - 1) / steps == pytest.approx(expected, abs=0.15)
 
 
 def test_random_drafts_are_not_accepted(tmp_path):
