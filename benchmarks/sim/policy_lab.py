@@ -9,8 +9,7 @@
    budgets, which come from the steps before those that count.
 3. LRU, CLOCK, the aged clock (with the rows that it scans) and Belady: four requests share a tier.
 4. LRU curves of sampled ghost caches compared with exact ones.
-5. Which lists of a verify step make rows young (policies/verified_lru.py): misses a kept token, by
-   the share of rejected lists that their positions select again with the right token (`alike`).
+5. Misses of verify steps a kept token, by which lists make rows young and how alike they are.
 Belady knows the stream only to its end, so the last steps of every run are not counted.
 """
 
@@ -118,15 +117,14 @@ def measure_clocks(report: harness.Report, name: str, context: int, seed: int) -
 
 def measure_ages(report: harness.Report, layers: int, seed: int) -> None:
     """Misses of two requests that share a tier, by the rule for the ages of rejected lists."""
-    for setting in itertools.product(AGES, DRAFTS, ALIKE.values()):
-        (name, k, ratio), (queries, accepted), alike = setting
-        verifying = Verifying(k << 10, queries, lab.Drafts(accepted, alike))
+    for (name, k, ratio), (queries, accepted), like in itertools.product(AGES, DRAFTS, ALIKE):
+        verifying = Verifying(k << 10, queries, lab.Drafts(accepted, ALIKE[like]))
         costs = by_rule(Locality.load(name), verifying, ratio, AGE_STEPS, layers, seed)
         config = {"locality": name, "context": k << 10, "ratio": ratio, "queries": queries}
         for rule, found in costs.items():
-            report.add(harness.simulated(
-                "ages", config | {"alike": alike, "rule": rule}, "misses", "rows/layer/kept token",
-                [one.per_token for one in found], verify=np.mean([one.misses for one in found]),
+            report.add(harness.simulated("ages", config | {"alike": ALIKE[like], "rule": rule},
+                "misses", "rows/layer/kept token", [one.per_token for one in found],
+                verify=np.mean([one.misses for one in found]),
             ))  # fmt: skip
 
 
