@@ -5,15 +5,16 @@
 SGLang's EAGLE with chains of drafts: a verify step has `queries` of a request, its drafts and one.
 One run, one number of threads, fp8 rows, one checkpoint a part.
  (a) speed: equal batch, slots for all, the same prompts (prefix hits). The systems take turns of
-     one answer each. Only passes of the whole batch count. Weights make drafts right or wrong:
+     one answer each. Only passes of the whole batch count. The weights make most drafts right:
      rows have the accept length.
  (b) batch: the same device bytes, the draft layer's included, for one tier and ESS, read back from
      the running pools, and more requests than either can run. The model has DeepSeek-V3.2's number
-     of layers, rows and index keys, and is otherwise narrow. With it, computed: the largest batches
-     of real models, by benchmarks.serving.capacity.
+     of layers, rows and index keys, and is otherwise narrow. requests_ratio is rounded to whole
+     requests, and SGLang admits by an estimate: slots_ratio is not. With it, computed: the largest
+     batches of real models, by benchmarks.serving.capacity.
 
-SPEED_MODEL is bound by its weights as a real one at a small batch is: 4 x 4 queries take about as
-long as 4. An MTP layer is one layer in 9, in DeepSeek-V3.2 one in 62, so drafts cost more here.
+Most of SPEED_MODEL's step is its linear layers, as of a real one at a small batch. Its MTP layer is
+one layer in 9, in DeepSeek-V3.2 one in 62: drafts cost more here.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from tools.worker import Worker
 
 # Top-k is 1/16 of the context, as V3.2's of 32K.
 SPEED_MODEL = dict(layers=8, dense_layers=8, hidden=1024, intermediate=4096, experts=4,
-                   moe_intermediate=1024, index_heads=4, index_topk=48, mtp_layers=1)  # fmt: skip
+                   moe_intermediate=1024, index_heads=4, index_topk=48, mtp_layers=1,
+                   drafts="right")  # fmt: skip
 BATCH, CONTEXT = 4, 768
 FITS, PLAIN = "ess 1", 1  # all rows stay hot, so nothing misses; queries of a step without drafts
 SYSTEMS = {ONE_TIER: {"enabled": False}, FITS: {"hot_ratio": 1.0}, HEADLINE: {"hot_ratio": 0.1}}
