@@ -84,7 +84,7 @@ class Grid:
 
 
 QUICK = Grid(FOUR, rounds=3, new_tokens=24)
-FULL = Grid((*FOUR, (HEADLINE, 4), (ONE_TIER, 2), (FITS, 2)), rounds=6, new_tokens=32)
+FULL = Grid((*FOUR, (HEADLINE, 4), (ONE_TIER, 2), (FITS, 2)), rounds=10, new_tokens=32)
 
 
 def drafting(queries: int) -> dict[str, Any]:
