@@ -1,0 +1,44 @@
+"""Drafts through prefill and decode servers: the tokens and drafts accepted of one server."""
+
+import pytest
+
+from tests.disagg.cluster import DECODE_FLAGS, SERVER_FLAGS, SLOTS
+from tests.support import parity
+from tests.support.engine import EngineProcess
+from tests.support.forked import ForkedNode
+from tests.support.pd import PdCluster
+
+TOKENS = 48
+EAGLE = dict(
+    speculative_algorithm="EAGLE", speculative_num_steps=3, speculative_eagle_topk=1,
+    speculative_num_draft_tokens=4,
+)  # fmt: skip
+FLAGS = [
+    word for key, value in EAGLE.items() for word in (f"--{key.replace('_', '-')}", str(value))
+]
+
+
+def colocated(model, prompts, **options):
+    """What one one-tier server answers, one request after the other."""
+    args = dict(dtype="float32", chunked_prefill_size=512, context_length=8192, **options)
+    ess = {"index_dtype": "float32", "enabled": False}
+    with EngineProcess(model, ess=ess, **args) as engine:
+        return [engine.generate([prompt], TOKENS, start=-1)[0] for prompt in prompts]
+
+
+@pytest.mark.slow
+def test_acceptance_is_that_of_one_server(tmp_path):
+    shape = dict(arch="v32", layers=3, index_topk=128, mtp_layers=1, drafts="right")
+    model = parity.write_model(tmp_path / "v32", **shape, **parity.NARROW)
+    prompts = parity.prompts_of([20, 100, 700, 1500], seed=11)
+    flags = (*SERVER_FLAGS, "--max-total-tokens", str(SLOTS), *FLAGS)
+    with PdCluster(model, tmp_path, flags, decode_flags=DECODE_FLAGS, node=ForkedNode) as cluster:
+        plain, drafted = (colocated(model, prompts, **options) for options in ({}, EAGLE))
+        cluster.wait_ready()
+        answers = [cluster.generate(prompt, TOKENS)[1] for prompt in prompts]
+        cluster.settle()
+    steps = [answer["meta_info"]["spec_verify_ct"] for answer in answers]
+    alone = [one.meta["spec_verify_ct"] for one in drafted]
+    assert [answer["output_ids"] for answer in answers] == [one.token_ids for one in plain]
+    assert steps == alone
+    assert sum(steps) < TOKENS * len(prompts) / 1.5  # drafts are accepted at all
