@@ -248,6 +248,7 @@ def test_flashinfer_attention(launch):
         assert launch(*flags, *more, **gpu)[1] == []
     for mode in ("da", "dba"):
         refused(launch(*flags, "--ess-overlap", mode, **gpu), "--ess-overlap must be off", mode)
+    refused(launch(*flags, *CHAIN, **gpu), "--speculative-algorithm must be unset with", "NGRAM")
     fp8 = ("--kv-cache-dtype", "fp8_e4m3")
     refused(launch(*flags, *fp8, **gpu), "must be bfloat16 with --ess-attention", "got fp8_e4m3")
     assert launch("--ess-attention", "sglang", *fp8, "--ess-overlap", "da", **gpu)[1] == []

@@ -14,15 +14,13 @@ SHAPES = {
     "v32": dict(arch="v32", layers=3),
     "v3": dict(arch="v3", layers=3),
     "glm": dict(arch="glm", layers=5, sharing="FFSSS"),
-    "glm, shared drafts": dict(
-        arch="glm", layers=5, sharing="FSFSS", index_share_for_mtp_iteration=1
-    ),
+    "glm-one-list": dict(arch="glm", layers=5, sharing="FSFSS", index_share_for_mtp_iteration=1),
     "hy4": dict(arch="hy4", layers=4),
 }
 FORMATS = {
     "float32": {},
-    "bf16 rows": dict(kv_cache_dtype="bfloat16"),
-    "fp8 rows": dict(kv_cache_dtype="fp8_e4m3"),
+    "bf16": dict(kv_cache_dtype="bfloat16"),
+    "fp8": dict(kv_cache_dtype="fp8_e4m3"),
 }
 TIE = 1e-3  # nats: closer than this, rounding may choose either token
 
@@ -42,7 +40,7 @@ def ngram(width):
     )  # fmt: skip
 
 
-DRAFTS = {f"{kind.__name__} {n}": kind(n) for kind in (eagle, ngram) for n in (2, 3, 4, 6)}
+DRAFTS = {f"{kind.__name__}{n}": kind(n) for kind in (eagle, ngram) for n in (2, 3, 4, 6)}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def models(tmp_path_factory):
     def model(name):
         if name not in made:
             shape = SHAPES[name] | dict(index_topk=32, mtp_layers=1) | parity.NARROW
-            made[name] = parity.write_model(root / name.replace(", ", "-"), **shape)
+            made[name] = parity.write_model(root / name, **shape)
         return made[name]
 
     return model
@@ -72,11 +70,11 @@ def unequal(outputs, expected) -> list[tuple]:
 
 
 FAST = {
-    ("v32", "float32", "eagle 4"): "quarter",
-    ("v32", "float32", "ngram 4"): "minimum",
-    ("glm, shared drafts", "fp8 rows", "eagle 3"): "tenth",
+    ("v32", "float32", "eagle4"): "quarter",
+    ("v32", "float32", "ngram4"): "minimum",
+    ("glm-one-list", "fp8", "eagle3"): "tenth",
 }
-REFUSED = {("hy4", "fp8 rows")}  # by SGLang, beside attention sinks
+REFUSED = {("hy4", "fp8")}  # by SGLang, beside attention sinks
 
 
 def grid():
@@ -95,7 +93,8 @@ def test_same_tokens_as_without_drafts_and_same_bits_in_two_tiers(models, arch, 
     plain = baseline(model, script, **args)
     one_tier = baseline(model, script, **args, **DRAFTS[drafts])
     assert unequal(one_tier, plain) == []
-    ratio = RATIOS[FAST.get((arch, rows, drafts), "minimum")]
+    # Hy4 in one pass: what its sinks leave of a head is rounded by vectors of as many queries.
+    ratio = RATIOS[FAST.get((arch, rows, drafts), "quarter" if arch == "hy4" else "minimum")]
     with engine(model, ratio, **args, **DRAFTS[drafts]) as served:
         outputs = script(served)
         counters = served.call("_hot_counters")
@@ -117,7 +116,7 @@ def test_same_tokens_as_without_drafts_and_same_bits_in_two_tiers(models, arch, 
 )
 def test_a_wrong_row_is_noticed(models, fault, ratio):
     """A rejected draft's row read as its successor's, and a draft layer's as the target's."""
-    model, drafts = models("v32"), DRAFTS["eagle 4"]
+    model, drafts = models("v32"), DRAFTS["eagle4"]
     expected = baseline(model, script, **drafts)
     with engine(model, RATIOS[ratio], [fault], {"canary_rate": 0.0}, **drafts) as served:
         assert max(differences(script(served), expected)) > 1e-2
@@ -129,7 +128,7 @@ def test_a_wrong_row_is_noticed(models, fault, ratio):
 def test_a_verify_step_is_one_step_of_the_hot_tier(models):
     """However many queries it has: ages, and the figures that divide by steps, count it once."""
     prompt = parity.prompts_of([300])
-    with engine(models("v32"), RATIOS["minimum"], **DRAFTS["eagle 4"]) as served:
+    with engine(models("v32"), RATIOS["minimum"], **DRAFTS["eagle4"]) as served:
         (output,) = served.generate(prompt, 40)
         counters = served.call("_hot_counters")
     assert {group["steps"] for group in counters} == {output.meta["spec_verify_ct"]}
@@ -139,7 +138,7 @@ def test_a_verify_step_is_one_step_of_the_hot_tier(models):
 
 def test_logprobs_do_not_change(models):
     prompts = parity.prompts_of([200, 77], seed=3)
-    with engine(models("v32")) as plain, engine(models("v32"), 0.05, **DRAFTS["eagle 4"]) as found:
+    with engine(models("v32")) as plain, engine(models("v32"), 0.05, **DRAFTS["eagle4"]) as found:
         for one, other in zip(
             plain.generate(prompts, 20), found.generate(prompts, 20), strict=True
         ):

@@ -209,6 +209,11 @@ def attention_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list
             f"--ess-overlap must be off with --ess-attention flashinfer: got {config.overlap} and "
             f"costs {config.overlap_costs!r}. Drop both, or --ess-attention."
         )
+    if server_args.speculative_algorithm is not None:
+        reasons.append(
+            "--speculative-algorithm must be unset with --ess-attention flashinfer: got "
+            f"{server_args.speculative_algorithm}. Drop one of the two."
+        )
     if server_args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
         reasons.append(
             "--kv-cache-dtype must be bfloat16 with --ess-attention flashinfer: got "
