@@ -2,7 +2,7 @@
 
 The list is that of SGLang's is_deepseek_dsa (sglang/srt/configs/model_config.py), which also wants
 index_topk in config.json. docs/compatibility.md shows this table. Draft models (NextN) have no
-row: speculation is refused.
+row: each goes with its target's.
 """
 
 from __future__ import annotations
