@@ -145,14 +145,21 @@ TOUCHED = (
         when="cpu",
         test=_TEST,
     ),
-    Hook(
-        target="sglang.srt.speculative.eagle_utils.tree_speculative_sampling_target_only",
-        kind="registry",
-        signature="<NoneType>",
-        body=_OURS,
-        reason="SGLang's name for the sampler of a verify step, None where a platform has no "
-        "kernel. Ours goes there.",
-        when="cpu",
-        test=_TEST,
+    *(
+        Hook(
+            target=f"sglang.srt.speculative.eagle_utils.{name}",
+            kind="registry",
+            signature="<NoneType>",
+            body=_OURS,
+            reason=f"SGLang's name for {what}, None where a platform has no kernel. Ours goes "
+            "there.",
+            when="cpu",
+            test=_TEST,
+        )
+        for name, what in (
+            ("tree_speculative_sampling_target_only", "the sampler of a verify step"),
+            ("top_k_renorm_prob", "the top-k of its probabilities"),
+            ("top_p_renorm_prob", "the top-p of its probabilities"),
+        )
     ),
 )

@@ -59,61 +59,104 @@ def verify_chain(
     """verify_tree_greedy_func for chains: accepts drafts up to the first that is not the argmax.
 
     predicts [bs * D] int32: at each accepted node the token that follows it; others stay
-    accept_index [bs, D] int32: the accepted nodes, node 0 first, -1 after them
+    accept_index [bs, at most D] int32: the accepted nodes, node 0 first; others stay
     accept_token_num [bs] int32: accepted drafts, node 0 not counted
     candidates [bs, D]: token of each node; target_predict [bs, D]: the argmax after each node
     Source: sglang/kernels/ops/speculative/spec_tree.py.
     """
-    matches = candidates[:, 1:] == target_predict[:, :-1]
-    accepted = matches.int().cumprod(1).sum(1)
+    accepted = _before_first_miss(candidates[:, 1:] == target_predict[:, :-1], accept_index)
     _accept(predicts, accept_index, accept_token_num, accepted, target_predict)
     return predicts, accept_index, accept_token_num
 
 
+def _before_first_miss(matches: Tensor, accept_index: Tensor) -> Tensor:
+    """Drafts that a verification accepts, [bs]: no more than accept_index has room for.
+
+    matches [bs, D - 1]: whether each draft would be accepted by itself
+    """
+    return matches.int().cumprod(1).sum(1).clamp(max=accept_index.shape[1] - 1)
+
+
 def _accept(predicts, accept_index, accept_token_num, accepted, tokens) -> None:
-    """Write the outputs of a verification: accepted [bs] drafts, tokens [bs, D] after each node."""
+    """Write the outputs of a verification: accepted [bs] drafts, tokens [bs, D] after each node.
+
+    As a kernel does, it leaves what belongs to no accepted node as it is.
+    """
     bs, width = tokens.shape
-    nodes = torch.arange(width)
-    taken = nodes <= accepted.unsqueeze(1)
-    index = torch.arange(bs * width).view(bs, width)
-    accept_token_num.copy_(accepted)
-    accept_index.copy_(torch.where(taken, index, -1)[:, : accept_index.shape[1]])
+    taken = torch.arange(width) <= accepted.unsqueeze(1)
     predicts.view(bs, width)[taken] = tokens[taken].to(predicts.dtype)
+    accept_token_num.copy_(accepted)
+    width = min(width, accept_index.shape[1])
+    index = torch.arange(taken.numel(), dtype=accept_index.dtype).view(taken.shape)
+    taken = taken[:, :width]
+    accept_index[:, :width][taken] = index[:, :width][taken]
 
 
 def sample_chain(
     *, predicts, accept_index, accept_token_num, candidates, target_probs, uniform_samples,
-    uniform_samples_for_final_sampling, **others,
+    uniform_samples_for_final_sampling, threshold_single, threshold_acc, **tree,
 ) -> None:  # fmt: skip
     """tree_speculative_sampling_target_only for chains: each token has the target's distribution.
 
-    A draft is accepted with its own target probability p: where uniform_samples [bs, D] of the
-    node before it is at most p / threshold_acc, or p is at least threshold_single. At the first
-    that is not, a token is drawn from the target without that draft; after the last node, from
-    the whole. target_probs [bs, D, vocab]; others: the two thresholds, and what chains do not need
-    Source: sglang/kernels/ops/speculative/sampling.py.
+    A draft of target probability p > 0 is accepted where the coin of the node before it, in
+    uniform_samples [bs, D], is below p / threshold_acc, or where p is at least threshold_single.
+    At the first that is not, a token is drawn from the target without that draft; after the last
+    node, from the whole.
+    target_probs [bs, D, vocab]; tree: what chains do not need
+    Source: sglang/kernels/jit/include/sgl_kernel/speculative/sampling.cuh.
     """
     bs, width, _ = target_probs.shape
-    drafts = candidates[:, 1:].long()
-    p = target_probs[:, :-1].gather(2, drafts.unsqueeze(2)).squeeze(2)
-    taken = uniform_samples[:, : width - 1] <= p / others["threshold_acc"]
-    taken |= p >= others["threshold_single"]
-    accepted = taken.int().cumprod(1).sum(1)
+    next_tokens = candidates.long().roll(-1, 1)  # the last node has no draft after it
+    p = target_probs.gather(2, next_tokens.unsqueeze(2)).squeeze(2)[:, :-1]
+    matches = (uniform_samples[:, : width - 1] < p / threshold_acc) | (p >= threshold_single)
+    accepted = _before_first_miss(matches & (p > 0), accept_index)
     rows = torch.arange(bs)
     last = target_probs[rows, accepted].clone()
-    rejected = accepted < width - 1
-    last[rows[rejected], drafts[rejected, accepted[rejected]]] = 0
-    tokens = torch.cat([drafts, drafts[:, -1:]], 1)
-    tokens[rows, accepted] = _draw(last, uniform_samples_for_final_sampling)
-    _accept(predicts, accept_index, accept_token_num, accepted, tokens)
+    rejected = rows[accepted < min(width, accept_index.shape[1]) - 1]
+    last[rejected, next_tokens[rejected, accepted[rejected]]] = 0
+    next_tokens[rows, accepted] = _draw(last, uniform_samples_for_final_sampling)
+    _accept(predicts, accept_index, accept_token_num, accepted, next_tokens)
 
 
 def _draw(weights: Tensor, coins: Tensor) -> Tensor:
-    """The first token at which the sum of weights [n, vocab] exceeds coin [n] times the whole."""
+    """The first token at which the sum of weights [n, vocab] exceeds coin [n] times the whole.
+
+    Where rounding lets none exceed it, the last of weight above 0; without such a token, the last.
+    """
     sums = weights.double().cumsum(1)
     found = torch.searchsorted(sums, (coins.double() * sums[:, -1]).unsqueeze(1), right=True)
-    last = (weights > 0).long().cumsum(1).argmax(1)  # of those that may be drawn at all
+    tokens = torch.arange(weights.shape[1])
+    last = torch.where((weights > 0) | (sums[:, -1:] == 0), tokens, -1).amax(1)
     return torch.minimum(found.squeeze(1), last)
+
+
+def top_k_renorm(probs: Tensor, top_ks: Tensor) -> Tensor:
+    """probs [n, vocab] of the top_ks [n] likeliest tokens and of those as likely as the last.
+
+    Each row sums to 1 again.
+    Source: flashinfer.sampling.top_k_renorm_probs, as in
+    sglang/kernels/ops/sampling/renorm_triton.py.
+    """
+    ranks = (top_ks.long() - 1).clamp(0, probs.shape[1] - 1).unsqueeze(1)
+    return _keep_from(probs, probs.sort(1, descending=True).values.gather(1, ranks))
+
+
+def top_p_renorm(probs: Tensor, top_ps: Tensor) -> Tensor:
+    """probs [n, vocab] of the likeliest tokens whose sum is at least top_ps [n], and equals.
+
+    Each row sums to 1 again.
+    Source: flashinfer.sampling.top_p_renorm_probs, as in
+    sglang/kernels/ops/sampling/renorm_triton.py.
+    """
+    ascending = probs.sort(1).values
+    ranks = torch.searchsorted(ascending.cumsum(1), (1 - top_ps.to(probs.dtype)).unsqueeze(1))
+    return _keep_from(probs, ascending.gather(1, ranks.clamp(max=probs.shape[1] - 1)))
+
+
+def _keep_from(probs: Tensor, least: Tensor) -> Tensor:
+    """probs [n, vocab] from least [n, 1] on, as shares of their sum."""
+    kept = torch.where(probs >= least, probs, 0)
+    return kept / kept.sum(1, keepdim=True)
 
 
 def fill_bonus_tokens(accept_tokens, accept_lens, bonus_tokens, accept_stride, batch_size) -> None:
@@ -194,6 +237,8 @@ def use_torch_kernels() -> None:
     from sglang.srt.speculative import eagle_utils
 
     eagle_utils.tree_speculative_sampling_target_only = sample_chain
+    eagle_utils.top_k_renorm_prob = top_k_renorm
+    eagle_utils.top_p_renorm_prob = top_p_renorm
 
 
 def draft_pool_class(pool_class: type, configurator: Any, *, kind: str, default: type) -> type:
