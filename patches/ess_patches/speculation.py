@@ -83,6 +83,17 @@ HOOKS = (
         when="cpu",
         test=_TEST,
     ),
+    Hook(
+        target="sglang.srt.layers.attention.dsa.utils.should_remap_pd_dsa_seed_to_local_slots",
+        kind="after",
+        signature="()",
+        body=f"{_OURS}:seeds_are_positions",
+        reason="A prefill server sends the top-k of a request's first drafts as positions. SGLang "
+        "makes slots of them where it has kernels that read slots, on CUDA and HIP; our indexer "
+        "gives slots, too.",
+        when="cpu",
+        test="tests/disagg/test_pd_speculation.py",
+    ),
     _kernel(
         "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func",
         "(req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, batch_size)",

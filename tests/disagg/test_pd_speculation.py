@@ -27,9 +27,15 @@ def colocated(model, prompts, **options):
 
 
 @pytest.mark.slow
-def test_acceptance_is_that_of_one_server(tmp_path):
-    shape = dict(arch="v32", layers=3, index_topk=128, mtp_layers=1, drafts="right")
-    model = parity.write_model(tmp_path / "v32", **shape, **parity.NARROW)
+@pytest.mark.parametrize(
+    "family",
+    [{"arch": "v32"}, {"arch": "glm", "index_share_for_mtp_iteration": 1}],
+    ids=["v32", "glm"],
+)
+def test_acceptance_is_that_of_one_server(family, tmp_path):
+    """With glm, all draft steps read one top-k, and the first one's comes with the request."""
+    shape = dict(layers=3, index_topk=128, mtp_layers=1, drafts="right", **family)
+    model = parity.write_model(tmp_path / "tiny", **shape, **parity.NARROW)
     prompts = parity.prompts_of([20, 100, 700, 1500], seed=11)
     flags = (*SERVER_FLAGS, "--max-total-tokens", str(SLOTS), *FLAGS)
     with PdCluster(model, tmp_path, flags, decode_flags=DECODE_FLAGS, node=ForkedNode) as cluster:
@@ -41,4 +47,4 @@ def test_acceptance_is_that_of_one_server(tmp_path):
     alone = [one.meta["spec_verify_ct"] for one in drafted]
     assert [answer["output_ids"] for answer in answers] == [one.token_ids for one in plain]
     assert steps == alone
-    assert sum(steps) < TOKENS * len(prompts) / 1.5  # drafts are accepted at all
+    assert sum(steps) < TOKENS * len(prompts) / 1.3  # drafts are accepted at all

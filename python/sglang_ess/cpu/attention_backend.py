@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.runtime_context import get_disagg
 
 from sglang_ess.cpu.ops.sparse_mla import apply_sink, sparse_mla
 from sglang_ess.layout import LATENT_DIM, PAGE_SLOTS
@@ -110,6 +111,25 @@ class CpuSparseMlaBackend(AttentionBackend):
         )
         for observer in self._observers:
             observer.begin_pass(forward_batch.rids, self.forward_metadata)
+
+    def prepare_mtp_seed_indices(self, topk_indices, forward_mode) -> torch.Tensor:
+        """The top-k [requests, K] from which a request's first drafts start, as SGLang wants it.
+
+        That is the slots as they are, but on a prefill server the positions that they hold: the
+        decode server has the request in other slots.
+        Source: DeepseekSparseAttnBackend.prepare_mtp_seed_indices.
+        """
+        if get_disagg().disaggregation_mode != "prefill":
+            return topk_indices
+        positions = torch.full_like(topk_indices, -1)
+        for (row, prefix, tokens), slots, found in zip(
+            self.forward_metadata.spans, topk_indices, positions, strict=True
+        ):
+            context = self.req_to_token[row, : prefix + tokens]
+            by_slot, order = context.sort()
+            chosen = slots >= 0
+            found[chosen] = order[torch.searchsorted(by_slot, slots[chosen])].to(found.dtype)
+        return positions
 
     def get_indexer_metadata(self, layer_id, forward_batch) -> SparseMetadata:
         return self.forward_metadata

@@ -210,6 +210,13 @@ def drafts_accepted(outputs: tuple, verify_input: Any, batch: Any, *args: Any, *
             observer.accepted(outputs[1].tolist())
 
 
+def seeds_are_positions(on_a_gpu: bool) -> bool:
+    """AFTER should_remap_pd_dsa_seed_to_local_slots: a decode server of this platform maps, too."""
+    from sglang.srt.runtime_context import get_disagg
+
+    return on_a_gpu or get_disagg().disaggregation_mode == "decode"
+
+
 def last_slots(*args: Tensor) -> Tensor:
     """get_last_loc: the slot before each request's new ones, by SGLang's torch form."""
     from sglang.srt.mem_cache.allocation import get_last_loc_torch
