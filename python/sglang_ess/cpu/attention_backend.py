@@ -123,7 +123,7 @@ class CpuSparseMlaBackend(AttentionBackend):
             return topk_indices
         positions = torch.full_like(topk_indices, -1)
         for (row, prefix, tokens), slots, found in zip(
-            self.forward_metadata.spans, topk_indices, positions, strict=True
+            self.forward_metadata.spans or (), topk_indices, positions, strict=True
         ):
             context = self.req_to_token[row, : prefix + tokens]
             by_slot, order = context.sort()

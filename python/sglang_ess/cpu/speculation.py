@@ -94,7 +94,7 @@ def _accept(predicts, accept_index, accept_token_num, accepted, tokens) -> None:
 
 def sample_chain(
     *, predicts, accept_index, accept_token_num, candidates, target_probs, uniform_samples,
-    uniform_samples_for_final_sampling, threshold_single, threshold_acc, **tree,
+    uniform_samples_for_final_sampling, **others,
 ) -> None:  # fmt: skip
     """tree_speculative_sampling_target_only for chains: each token has the target's distribution.
 
@@ -102,13 +102,14 @@ def sample_chain(
     uniform_samples [bs, D], is below p / threshold_acc, or where p is at least threshold_single.
     At the first that is not, a token is drawn from the target without that draft; after the last
     node, from the whole.
-    target_probs [bs, D, vocab]; tree: what chains do not need
+    target_probs [bs, D, vocab]; others: the two thresholds, and what chains do not need
     Source: sglang/kernels/jit/include/sgl_kernel/speculative/sampling.cuh.
     """
     bs, width, _ = target_probs.shape
     next_tokens = candidates.long().roll(-1, 1)  # the last node has no draft after it
     p = target_probs.gather(2, next_tokens.unsqueeze(2)).squeeze(2)[:, :-1]
-    matches = (uniform_samples[:, : width - 1] < p / threshold_acc) | (p >= threshold_single)
+    matches = uniform_samples[:, : width - 1] < p / others["threshold_acc"]
+    matches |= p >= others["threshold_single"]
     accepted = _before_first_miss(matches & (p > 0), accept_index)
     rows = torch.arange(bs)
     last = target_probs[rows, accepted].clone()
