@@ -13,13 +13,26 @@ PATCHES = [
 ]
 
 
+EAGLE = dict(
+    speculative_algorithm="EAGLE", speculative_eagle_topk=1, speculative_num_steps=3,
+    speculative_num_draft_tokens=4,
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [150, 2000])
-def test_soak(tmp_path, count):
+@pytest.mark.parametrize(
+    ("count", "drafts"), [(150, {}), (2000, {}), (150, EAGLE), (1000, EAGLE)],
+    ids=["150", "2000", "150 drafting", "1000 drafting"],
+)  # fmt: skip
+def test_soak(tmp_path, count, drafts):
     """SGLang's own leak check is on, at every step (tests/support/retraction.py)."""
-    model = parity.write_model(tmp_path / "m", arch="v32", index_topk=32, heads=4, layers=2)
+    shape = dict(arch="v32", index_topk=32, heads=4, layers=2)
+    if drafts:
+        shape |= dict(mtp_layers=1, drafts="right")
+    model = parity.write_model(tmp_path / "m", **shape)
     args = dict(max_total_tokens=3840, schedule_conservativeness=0.0, chunked_prefill_size=512)
-    ess = {"hot_ratio": 0.1, "canary_rate": 0.1}
+    args |= drafts
+    ess = {"hot_ratio": 0.1, "canary_rate": 1.0 if drafts else 0.1}
     with EngineProcess(model, ess=ess, patches=PATCHES, **args) as engine:
         result = engine.call("_soak", count, 1, seconds=100 + count)
         assert result.finished + result.aborted == count

@@ -66,6 +66,31 @@ def record() -> None:
     Scheduler.flush_cache = recording_flush
 
 
+def lose_draft_rows() -> None:
+    """Whenever a request resumes, the pool of the draft model is emptied."""
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+
+    from sglang_ess.mem_cache.pool import EssTokenToKVPool
+
+    pools, make, extend = [], DSATokenToKVPool.__init__, ScheduleBatch.prepare_for_extend
+
+    def remember(pool, *args, **kwargs):
+        make(pool, *args, **kwargs)
+        if not isinstance(pool, EssTokenToKVPool):
+            pools.append(pool)
+
+    def losing(batch):
+        if any(req.is_retracted for req in batch.reqs):
+            (drafts,) = pools
+            for rows in drafts.kv_buffer:
+                rows.zero_()
+        return extend(batch)
+
+    DSATokenToKVPool.__init__ = remember
+    ScheduleBatch.prepare_for_extend = losing
+
+
 def _generate_without_logprobs(engine, prompts, params) -> list[Output]:
     """SGLang resumes a request that wants logprobs from its logprob_start_len at most."""
     answers = engine.generate(input_ids=prompts, sampling_params=params)

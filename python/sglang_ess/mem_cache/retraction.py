@@ -83,12 +83,17 @@ def split_tail_first(req, tree_cache) -> None:
     """
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
+    # With a draft model, each key of the tree is of two tokens.
+    more = int(tree_cache.tree_core.is_eagle)
     for end in cut_points(req.kv.cache_protected_len, tree_cache.page_size):
         # A walk that ends inside a node splits the node. The longest prefix comes first, so that
         # the head is touched last and is never older than the tail.
         tree_cache.touch_prefix(
             RadixKey(
-                req.full_untruncated_fill_ids, req.extra_key, limit=end, cache_salt=req.cache_salt
+                req.full_untruncated_fill_ids,
+                req.extra_key,
+                limit=end + more,
+                cache_salt=req.cache_salt,
             )
         )
 
