@@ -216,6 +216,8 @@ def test_other_speculation_is_refused(launch, gpu):
         refused(launch("--speculative-algorithm", algorithm, model=MTP, **gpu), *words)
     assert launch(*CHAIN, **gpu)[1] == []
     refused(launch(*NGRAM, **gpu), "--speculative-ngram-max-bfs-breadth must be 1", "got 10")
+    apart = launch(*CHAIN, "--disaggregation-mode", "decode", **gpu)
+    refused(apart, "--disaggregation-mode must be null with speculative decoding", "got decode")
     without = launch("--speculative-algorithm", "EAGLE", **gpu)
     refused(without, "must have a model with a draft layer", "num_nextn_predict_layers None")
     named = ["--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", "org/draft"]

@@ -16,6 +16,12 @@ CHAIN_RULES: Rules = (
     ("speculative_adaptive", "--speculative-adaptive", (False,)),
     ("enable_multi_layer_eagle", "--enable-multi-layer-eagle", (False,)),
 )
+EAGLE_RULES: Rules = (("speculative_eagle_topk", "--speculative-eagle-topk", (None, 1)),)
+NGRAM_RULES: Rules = (
+    ("speculative_ngram_max_bfs_breadth", "--speculative-ngram-max-bfs-breadth", (1,)),
+    # SGLang hands a decode server nothing to draft from: its scheduler ends at the first request.
+    ("disaggregation_mode", "--disaggregation-mode", ("null",)),
+)
 CPU_RULES: Rules = (
     # SGLang has a Triton kernel alone for these two.
     ("speculative_use_rejection_sampling", "--speculative-use-rejection-sampling", (False,)),
@@ -49,13 +55,8 @@ def speculation_reasons(
             f"--speculative-algorithm must be unset or {' or '.join(ALGORITHMS)} {where}: got "
             f"{given}. {remedy}."
         ]
-    branches: tuple[str, str, tuple[Any, ...]]
-    branches = ("speculative_eagle_topk", "--speculative-eagle-topk", (None, 1))
-    if algorithm == "NGRAM":
-        branches = (
-            "speculative_ngram_max_bfs_breadth", "--speculative-ngram-max-bfs-breadth", (1,)
-        )  # fmt: skip
-    rules = (branches, *CHAIN_RULES, *(CPU_RULES if on_cpu else ()))
+    rules = CHAIN_RULES + (NGRAM_RULES if algorithm == "NGRAM" else EAGLE_RULES)
+    rules += CPU_RULES if on_cpu else ()
     reasons = rule_reasons(server_args, rules, f"with speculative decoding {where}", remedy)
     path = server_args.speculative_draft_model_path
     own = path is None or path == server_args.model_path
