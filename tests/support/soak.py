@@ -12,13 +12,25 @@ from tests.support import engine as engines
 
 @dataclass
 class Soaked:
-    """What came of it. rss_mib: of the scheduler's process, at every tenth of the requests."""
+    """What came of it.
+
+    rss_mib: of the scheduler's process, at every tenth of the requests
+    answers: (prompt, tokens given) of every 20th request, if it finished
+    accepted: mean tokens that a verify step gave; None without speculation
+    """
 
     finished: int = 0
     aborted: int = 0
     incomplete: int = 0
     reasons: Counter = field(default_factory=Counter)  # of the aborts
     rss_mib: list[float] = field(default_factory=list)
+    answers: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    tokens: int = 0  # of the requests that finished
+    steps: int = 0  # of a request, that verified drafts
+
+    @property
+    def accepted(self) -> float | None:
+        return self.tokens / self.steps if self.steps else None
 
 
 def install() -> None:
@@ -56,12 +68,18 @@ async def _run(engine, count, seed, at_once, abort_share) -> Soaked:
             if chance.random() < abort_share:
                 await asyncio.sleep(chance.random())
                 engine.tokenizer_manager.abort_request(rid=name)
-            answer = (await request)["meta_info"]
+            output = await request
+            answer = output["meta_info"]
             aborted = answer["finish_reason"]["type"] == "abort"
             result.aborted += aborted
             if aborted:
                 result.reasons[answer["finish_reason"]["message"]] += 1
             result.finished += not aborted
+            if not aborted:
+                result.tokens += answer["completion_tokens"]
+                result.steps += answer.get("spec_verify_ct", 0)
+                if number % 20 == 0:
+                    result.answers.append((prompt, list(output["output_ids"])))
             ended = answer["finish_reason"]["type"] == "stop"
             result.incomplete += not (aborted or ended or answer["completion_tokens"] == tokens)
             if (result.finished + result.aborted) % (count // 10) == 0:
