@@ -54,7 +54,7 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         return EssPagedAllocator if serves_two_tiers(_config()) else RefusingPagedAllocator
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        """The launcher refuses trees of drafts: launch/option_rules.py."""
+        """The launcher refuses trees of drafts: launch/speculation_rules.py."""
         return algorithm in ("EAGLE", "NGRAM")
 
     def get_speculative_worker_cls(self, algorithm: str) -> None:
