@@ -108,7 +108,10 @@ def test_same_tokens_as_without_drafts_and_same_bits_in_two_tiers(models, arch, 
 
 @pytest.mark.parametrize(
     ("fault", "ratio"),
-    [("rejected_row_stays_hot", "tenth"), ("drafts_write_the_targets_rows", "minimum")],
+    [
+        ("rejected_row_stays_hot", "tenth"),
+        pytest.param("drafts_write_the_targets_rows", "minimum", marks=pytest.mark.slow),
+    ],
 )
 def test_a_wrong_row_is_noticed(models, fault, ratio):
     """A rejected draft's row read as its successor's, and a draft layer's as the target's."""

@@ -19,14 +19,15 @@ def value(name):
 
 
 def chunk() -> None:
-    """switched(chunk=...) stands for --chunked-prefill-size."""
+    """Meanwhile, switched(chunk=...) stands for --chunked-prefill-size."""
     from sglang.srt.managers.scheduler import Scheduler
 
-    original = Scheduler.get_next_batch_to_run
+    original, own = Scheduler.get_next_batch_to_run, []
 
     def with_chunk(scheduler, *args, **kwargs):
-        if (size := value("chunk")) and scheduler.chunked_prefill_size != size:
-            scheduler.chunked_prefill_size = size
+        if not own:
+            own.append(scheduler.chunked_prefill_size)
+        scheduler.chunked_prefill_size = value("chunk") or own[0]
         return original(scheduler, *args, **kwargs)
 
     Scheduler.get_next_batch_to_run = with_chunk
