@@ -4,15 +4,13 @@ import pytest
 
 from tests.disagg.cluster import DECODE_FLAGS, SERVER_FLAGS, SLOTS
 from tests.support import parity
+from tests.support.drafts import eagle
 from tests.support.engine import EngineProcess
 from tests.support.forked import ForkedNode
 from tests.support.pd import PdCluster
 
 TOKENS = 48
-EAGLE = dict(
-    speculative_algorithm="EAGLE", speculative_num_steps=3, speculative_eagle_topk=1,
-    speculative_num_draft_tokens=4,
-)  # fmt: skip
+EAGLE = eagle(4)
 FLAGS = [
     word for key, value in EAGLE.items() for word in (f"--{key.replace('_', '-')}", str(value))
 ]

@@ -25,6 +25,7 @@ from sglang_ess.mem_cache.capacity import (
 from sglang_ess.mem_cache.host_share import NodeRanks, host_limit_bytes
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from sglang_ess.tiers.index_groups import IndexGroups
+from tests.support.drafts import eagle
 from tests.support.engine import EngineProcess, in_fork
 
 PAGE, GIB = 64, 1 << 30
@@ -460,10 +461,7 @@ def block_of(facts):
     return {row[4:19].strip(): row[20:] for row in rows}
 
 
-EAGLE = dict(
-    speculative_algorithm="EAGLE", speculative_eagle_topk=1, speculative_num_steps=3,
-    speculative_num_draft_tokens=4,
-)  # fmt: skip
+EAGLE = eagle(4)
 
 
 @pytest.mark.parametrize(

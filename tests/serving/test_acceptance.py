@@ -7,12 +7,10 @@ import pytest
 
 from tests.mem_cache.test_retraction import FORCED, ROOMY, start
 from tests.support import parity
+from tests.support.drafts import eagle
 from tests.support.retraction import Resume, Slots, events
 
-EAGLE = dict(
-    speculative_algorithm="EAGLE", speculative_eagle_topk=1, speculative_num_steps=3,
-    speculative_num_draft_tokens=4,
-)  # fmt: skip
+EAGLE = eagle(4)
 OPTIONS = EAGLE | dict(max_total_tokens=ROOMY)
 PARAMS = [{"temperature": 0.0, "max_new_tokens": count} for count in FORCED[1]]
 

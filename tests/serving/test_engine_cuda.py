@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support import parity
+from tests.support.drafts import eagle
 from tests.support.engine import EngineProcess
 
 pytestmark = pytest.mark.skipif(
@@ -29,10 +30,7 @@ SHAPES = {
         index_share_for_mtp_iteration=1,
     ),
 }  # fmt: skip
-DRAFTS = dict(
-    speculative_algorithm="EAGLE", speculative_eagle_topk=1, speculative_num_steps=2,
-    speculative_num_draft_tokens=3,
-)  # fmt: skip
+DRAFTS = eagle(3)
 TOLERANCE = 1e-5  # float32; parts merged by log-sum-exp are summed in another order
 
 

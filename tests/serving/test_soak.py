@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support import parity
+from tests.support.drafts import eagle, ngram
 from tests.support.engine import EngineProcess
 from tests.support.retraction import Resume, Slots, events
 
@@ -14,15 +15,9 @@ PATCHES = [
 SHAPE = dict(arch="v32", index_topk=32, layers=2)
 ARGS = dict(max_total_tokens=3840, schedule_conservativeness=0.0, chunked_prefill_size=512)
 WIDTH = 4
-EAGLE = dict(
-    speculative_algorithm="EAGLE", speculative_eagle_topk=1, speculative_num_steps=WIDTH - 1,
-    speculative_num_draft_tokens=WIDTH,
-)  # fmt: skip
+EAGLE = eagle(WIDTH)
 # A small corpus: SGLang's default takes 2 GiB, and grows by some 29 MiB in 100 of these requests.
-NGRAM = dict(
-    speculative_algorithm="NGRAM", speculative_ngram_max_bfs_breadth=1,
-    speculative_num_draft_tokens=WIDTH, speculative_ngram_capacity=20_000,
-)  # fmt: skip
+NGRAM = ngram(WIDTH) | dict(speculative_ngram_capacity=20_000)
 TIE = 1e-3  # nats: closer than this, rounding may choose either token
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support import parity
+from tests.support.drafts import eagle, ngram
 from tests.support.tier_scripts import RATIOS, all_same, baseline, differences, engine, script
 
 SHAPES = {
@@ -23,22 +24,6 @@ FORMATS = {
     "fp8": dict(kv_cache_dtype="fp8_e4m3"),
 }
 TIE = 1e-3  # nats: closer than this, rounding may choose either token
-
-
-def eagle(width):
-    """SGLang's options for `width` queries a request and step."""
-    return dict(
-        speculative_algorithm="EAGLE", speculative_eagle_topk=1, speculative_num_steps=width - 1,
-        speculative_num_draft_tokens=width,
-    )  # fmt: skip
-
-
-def ngram(width):
-    return dict(
-        speculative_algorithm="NGRAM", speculative_ngram_max_bfs_breadth=1,
-        speculative_num_draft_tokens=width,
-    )  # fmt: skip
-
 
 DRAFTS = {f"{kind.__name__}{n}": kind(n) for kind in (eagle, ngram) for n in (2, 3, 4, 6)}
 

@@ -6,13 +6,11 @@ Drafts are right more often than not, so that what ends a request falls into the
 import pytest
 
 from tests.support import parity
+from tests.support.drafts import eagle
 from tests.support.tier_scripts import engine
 
 CONTEXT, WIDTH = 512, 4
-SPEC = dict(
-    speculative_algorithm="EAGLE", speculative_eagle_topk=1, speculative_num_steps=WIDTH - 1,
-    speculative_num_draft_tokens=WIDTH,
-)  # fmt: skip
+SPEC = eagle(WIDTH)
 PROMPTS = parity.prompts_of([200, 77, 130], seed=3)
 
 

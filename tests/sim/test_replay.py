@@ -25,6 +25,7 @@ from sglang_ess.trace.format import PREFIX
 from sglang_ess.trace.trace import Kind, Trace, read_trace
 from sglang_ess.trace.trace_recorder import TraceRecorder
 from tests.support import parity
+from tests.support.drafts import eagle
 from tests.support.engine import EngineProcess
 from tests.support.recorded import Life
 
@@ -354,8 +355,7 @@ def test_a_servers_verify_steps_exactly(tmp_path):
     model = parity.write_model(tmp_path / "model", **shape)
     ess = {"hot_ratio": 0.15, "trace": str(tmp_path / "t"), "index_dtype": "float32"}
     args = dict(dtype="float32", max_total_tokens=8192, chunked_prefill_size=512)
-    args |= dict(speculative_algorithm="EAGLE", speculative_eagle_topk=1)
-    args |= dict(speculative_num_steps=3, speculative_num_draft_tokens=4)
+    args |= eagle(4)
     with EngineProcess(model, ess=ess | {"admission": "off"}, **args) as served:
         served.generate(parity.prompts_of([300, 150]), 12)
         deadline = time.monotonic() + 20  # within FLUSH_SECONDS it is in the file

@@ -9,6 +9,7 @@ import torch
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from sglang_ess.testing.tiny_tokenizer import NUM_BYTES
 from tests.support.draft_chain import DraftChain
+from tests.support.drafts import eagle
 from tests.support.oracle import reference_model, summed_otherwise
 from tests.support.tier_scripts import engine
 
@@ -79,13 +80,9 @@ def test_sglang_accepts_what_transformers_does(tmp_path, name):
     """Over one tier and two. The engine's last step may end early, which no list here does."""
     path = write_tiny_model(tmp_path / "m", config(**MODELS[name]))
     prompt = random_bytes(PROMPT).tolist()
-    speculation = dict(
-        speculative_algorithm="EAGLE", speculative_eagle_topk=1, speculative_num_steps=3,
-        speculative_num_draft_tokens=4,
-    )  # fmt: skip
     found = []
     for hot_ratio in (None, 0.3):
-        with engine(path, hot_ratio, **speculation) as served:
+        with engine(path, hot_ratio, **eagle(4)) as served:
             (output,) = served.generate([prompt], NEW)
         found.append((output.token_ids, output.meta["spec_verify_ct"]))
     assert found[0] == found[1]
