@@ -103,6 +103,22 @@ def test_the_mtp_layer_is_paid_for_where_it_drafts():
         assert Memory.of(model, gpu, four).charges == drafts.charges
 
 
+@pytest.mark.parametrize(
+    ("size", "per_node", "gpus", "tiers"),
+    [(1, 8, 1, 8), (2, 8, 2, 4), (8, 8, 8, 1), (16, 8, 8, 1)],
+)
+def test_the_ranks_of_a_tensor_parallel_group_share_one_host_tier_a_node(
+    size, per_node, gpus, tiers
+):
+    """200 GiB a GPU: TP8 has 1600 GiB in one tier, and a request's rows are there once."""
+    node = changed(load("deployment", "node-8"), gpus_per_node=per_node, tensor_parallel=size)
+    rank = Memory.of(MODEL, load("gpu", "h200"), node)
+    assert (node.rank_gpus, node.host_tiers) == (gpus, tiers)
+    assert rank.host_bytes == gpus * 200 * GIB
+    assert rank.host_used(10, 32768) == 10 * 32768 * 61 * 656
+    assert node.host_tiers * rank.host_bytes == 1600 * GIB
+
+
 def test_weights_of_the_mtp_layer():
     """DeepSeek-V3's README_WEIGHTS: 11.5B, without the embedding and head that it shares. V3.2's
     has an indexer besides.

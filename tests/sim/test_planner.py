@@ -165,7 +165,9 @@ def test_all_requests_fit_on_the_device():
 def test_host_memory_is_too_small():
     answer = advise(host_gib=20)  # 4.9 GiB a request
     assert (answer.helps, answer.limit) == (False, planner.HOST)
-    assert "got 20 GiB a GPU" in answer.reason
+    assert "got 20 GiB, " in answer.reason
+    rank = advise(host_gib=20, tensor_parallel=8)  # the eight GPUs of a node share one tier
+    assert rank.helps and 20 < rank.ess.host_gib <= 160
 
 
 def test_the_link_is_too_slow(tmp_path):
@@ -390,6 +392,20 @@ def test_json_and_plot(quick, tmp_path, capsys):
     assert "ESS helps: +" in shown and " ".join(found["flags"]) in shown
 
 
+@pytest.mark.parametrize(("size", "tiers"), [(1, 8), (2, 4), (8, 1)])
+def test_host_memory_of_a_node_is_a_tier_for_each_rank(quick, size, tiers, tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    assert command.main([*COMMAND, "--tp", str(size), "--json", str(path)]) == 0
+    shown, found = capsys.readouterr().out, json.loads(path.read_text())
+    best, asked = found["best"], found["flags"]
+    rows = best["batch"] * CONTEXT * 61 * 656  # once, however many GPUs read them
+    assert best["host_gib"] == pytest.approx(rows / GIB)
+    host_gib = float(asked[asked.index("--ess-host-gib") + 1])
+    assert tiers * best["host_gib"] < host_gib <= tiers * (best["host_gib"] + 2)
+    assert ("a rank of 8 GPUs" in shown) == (size == 8)
+    assert ("host GiB a node" in shown) == (size < 8)
+
+
 def test_the_reason_is_printed(quick, capsys):
     assert command.main([*COMMAND[:-1], "24"]) == 0
     shown = capsys.readouterr().out
@@ -410,6 +426,8 @@ def test_the_reason_is_printed(quick, capsys):
         (["--requests", "0"], "requests must be 1 to 1e+06 a GPU: got 0"),
         (["--gpus", "0"], "--gpus must be 1 to 4096: got 0"),
         (["--host-gib", "-1"], "--host-gib must be more than 0: got -1"),
+        (["--tp", "3"], "--tp must divide --gpus, 8: got 3"),
+        (["--tp", "16"], "--tp must divide --gpus, 8: got 16"),
         (["--mtp", "3"], "--accept must be given for --mtp 3: known for 1, 2, 4"),
         (["--mtp", "0", "--accept", "1"], "queries must be 1 or more: got 0"),
         (["--accept", "3"], "accepted_tokens must be at most queries: got 3, limit 2"),

@@ -69,11 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         ("input", int, "N", "prompt tokens of a request"),
         ("output", int, "N", "tokens that a request generates"),
         ("gpus", int, "N", "decode GPUs, which share the experts [8]"),
+        ("tp", int, "N", "GPUs that share a request's heads and one host tier [1: DP attention]"),
         ("mtp", int, "Q", "queries of a request in a step: 1 + draft tokens [2]"),
         ("accept", float, "T", "tokens a request gains in a step [1, 1.7, 2.8 for --mtp 1, 2, 4]"),
-        ("host-gib", float, "G", "host memory of one GPU for latent rows [200]"),
+        ("host-gib", float, "G", "host memory for latent rows, of a node / its GPUs [200]"),
         ("kv-gib", float, "G", "device memory of one GPU for KV [what the weights leave]"),
-        ("requests", int, "N", "most requests that one GPU will serve at once"),
+        ("requests", int, "N", "most requests that one GPU, or the N of --tp, will serve at once"),
     )
     for flag, kind, value, text in numbers:
         add(f"--{flag}", type=kind, metavar=value, help=text)
@@ -148,6 +149,9 @@ def _deployment(options: argparse.Namespace) -> Deployment:
         local = found.gpus_per_node if gpus > found.gpus_per_node else 1
         values |= {"remote_share": 1 - local / gpus}
         values |= {"gpus_per_node": min(gpus, found.gpus_per_node)}
+    if options.tp is not None:
+        gpus = gpus or found.decode_ranks * found.tensor_parallel
+        values |= {"tensor_parallel": options.tp, "decode_ranks": _ranks(gpus, options.tp)}
     if options.mtp is not None:
         values |= {"queries": options.mtp, "accepted_tokens": _accepted(options)}
     elif options.accept is not None:
@@ -158,6 +162,13 @@ def _deployment(options: argparse.Namespace) -> Deployment:
     if options.no_early_fetch:
         values["early_fetch"] = False
     return changed(found, **values)
+
+
+def _ranks(gpus: int, tensor_parallel: int) -> int:
+    """Decode ranks of as many GPUs. Raises: QuestionError if the GPUs make no whole ranks."""
+    if not 1 <= tensor_parallel <= gpus or gpus % tensor_parallel:
+        raise QuestionError(f"--tp must divide --gpus, {gpus}: got {tensor_parallel}.")
+    return gpus // tensor_parallel
 
 
 def _accepted(options: argparse.Namespace) -> float:
@@ -236,7 +247,8 @@ def flags(question: Question, answer: Answer) -> list[str]:
     advice, deployment = answer.best, question.deployment
     overlap = deployment.overlap if deployment.overlap in ("da", "dba", "off") else "auto"
     # One GiB more, because the pool also counts a page of padding. The flag is for a whole node.
-    host_gib = min(math.ceil(advice.host_gib) + 1, deployment.host_gib) * deployment.gpus_per_node
+    limit = deployment.host_gib * deployment.rank_gpus
+    host_gib = min(math.ceil(advice.host_gib) + 1, limit) * deployment.host_tiers
     return [
         "--ess-hot-gib", f"{advice.hot_gib:.2f}",
         "--ess-host-gib", f"{host_gib:g}",
@@ -271,14 +283,16 @@ def as_dict(question: Question, options: argparse.Namespace, answer: Answer) -> 
     }
 
 
-def lines(answer: Answer) -> Iterator[tuple[str, ...]]:
+def lines(answer: Answer, deployment: Deployment) -> Iterator[tuple[str, ...]]:
     """Yield the rows of the table: a name, and a cell for ESS and for one tier."""
+    gpus, host_tiers = deployment.tensor_parallel, deployment.host_tiers
     found = [advice for advice in (answer.ess, answer.one_tier) if advice]
 
     def row(name: str, cell: Callable[[Advice], str]) -> tuple[str, ...]:
         return (name, *map(cell, found))
 
-    yield row("requests a GPU", lambda p: str(p.batch))
+    rank = "a GPU" if gpus == 1 else f"a rank of {gpus} GPUs"
+    yield row(f"requests {rank}", lambda p: str(p.batch))
     yield row("tokens/s a GPU", lambda p: f"{p.tokens_per_second:,.0f}")
     yield row("tokens/s a node", lambda p: f"{p.tokens_per_second_per_node:,.0f}")
     yield row("ITL, ms", lambda p: f"{p.itl_ms:.1f}")
@@ -294,7 +308,11 @@ def lines(answer: Answer) -> Iterator[tuple[str, ...]]:
     if any(p.draft_gib for p in found):
         yield row("device GiB of the draft's KV", lambda p: f"{p.draft_gib:.1f}")
     yield row("device GiB of KV in all", lambda p: f"{p.device_gib:.1f}")
-    yield row("host GiB a GPU", lambda p: f"{p.host_gib:.0f}" if p.host_gib else "-")
+    yield row(f"host GiB {rank}", lambda p: f"{p.host_gib:.0f}" if p.host_gib else "-")
+    if host_tiers > 1:
+        yield row(
+            "host GiB a node", lambda p: f"{p.host_gib * host_tiers:,.0f}" if p.host_gib else "-"
+        )
 
 
 def _print(question: Question, options: argparse.Namespace, answer: Answer) -> None:
@@ -308,7 +326,7 @@ def _print(question: Question, options: argparse.Namespace, answer: Answer) -> N
         table = Table("", title=title, caption="simulated", box=box.SIMPLE)
         for advice in found:
             table.add_column(TITLES[advice.tier], justify="right")
-        for name, *cells in lines(answer):
+        for name, *cells in lines(answer, question.deployment):
             table.add_row(name, *cells)
         Console().print(table)
     print("\n".join(verdict(question, answer)))
@@ -349,7 +367,7 @@ def plot(path: Path, planner: Planner, question: Question) -> None:
     panels[1].set_ylabel("ms between tokens")
     panels[1].axhline(question.itl_seconds * 1000, color="gray", linestyle=":", label="target")
     for axes in panels:
-        axes.set_xlabel("requests a GPU")
+        axes.set_xlabel("requests a rank")
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()

@@ -232,7 +232,7 @@ class Deployment(Checked):
     network_us       one dispatch and one combine without their bytes
     kv_gib           device memory of one GPU for latent rows and index keys; left out:
                      memory_fraction of the GPU's memory less weights and workspace_gib
-    host_gib         host memory of one GPU for latent rows; 0: no offloading
+    host_gib         host memory for latent rows, of a node / its GPUs; 0: no offloading
     prefill_gpus     GPUs that share one prompt; prefill_ranks: prompts at once
     hand_off_gb_s, hand_off_us  rate and latency of one request's way from prefill to decode
     """
@@ -266,6 +266,16 @@ class Deployment(Checked):
                 f"accepted_tokens must be at most queries: got {self.accepted_tokens:g}, "
                 f"limit {self.queries}."
             )
+
+    @property
+    def rank_gpus(self) -> int:
+        """GPUs of one node that a decode rank has. They share one host tier."""
+        return min(self.tensor_parallel, self.gpus_per_node)
+
+    @property
+    def host_tiers(self) -> int:
+        """Host tiers of a node: one for each decode rank that has GPUs of it."""
+        return self.gpus_per_node // self.rank_gpus
 
 
 KINDS: dict[str, tuple[str, type]] = {

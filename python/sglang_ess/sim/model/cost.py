@@ -47,6 +47,9 @@ HEAD_WEIGHT_BYTES = BF16_BYTES  # the output layer is not quantised
 # DeepGEMM's get_best_configs: block_m is 64 up to 64 tokens and 128 beyond. The padding of routed
 # experts is about the same at any batch, so it is part of layer_us.
 SMALL_TILE, TILE = 64, 128
+# FlashMLA's sparse kernels take whole tiles of 64 heads: SGLang pads a rank's heads with zeros
+# (layers/attention/dsa_backend.py), which take as long as others.
+HEAD_TILE = 64
 MERGE_PASSES = 3  # read two partial outputs, write one
 Misses = float | np.ndarray  # rows per request, layer and step: one figure or [layers]
 
@@ -163,7 +166,8 @@ class CostModel:
     def attention(self, tokens: float, context_tokens: float) -> float:
         """Seconds of one layer's attention core over the selected rows."""
         rows = min(self.model.topk, context_tokens)
-        flops = tokens * rows * self.model.attention_flops / self.deployment.tensor_parallel
+        heads = _whole(self.model.heads / self.deployment.tensor_parallel, HEAD_TILE)
+        flops = tokens * rows * self.model.attention_flops * heads / self.model.heads
         return flops / (self.gpu.attention_tflops * TERA)
 
     def transfer(
@@ -337,8 +341,11 @@ class CostModel:
 
 def _tiled(tokens: float) -> float:
     """Tokens that a dense matrix kernel computes: `tokens` rounded up to whole tiles."""
-    tile = SMALL_TILE if tokens <= SMALL_TILE else TILE
-    return math.ceil(tokens / tile) * tile
+    return _whole(tokens, SMALL_TILE if tokens <= SMALL_TILE else TILE)
+
+
+def _whole(count: float, tile: int) -> int:
+    return math.ceil(count / tile) * tile
 
 
 def _selected_before(position: float, topk: int) -> float:

@@ -1,7 +1,7 @@
 """How many requests and hot rows fit into memory, as ESS counts and as our pool allocates.
 
     device bytes = slots x slot_bytes + hot rows x hot_row_bytes + staging and fixed buffers
-    host bytes   = slots x layers x row_bytes
+    host bytes   = slots x layers x row_bytes, once for the GPUs of a rank on one node
 
 ESS counts only `batch x context x layers x (ratio x row + index key)`, which gives the batch and
 the ratio of each row in its tables. Our pool adds maps, row state and staging, as
@@ -81,12 +81,14 @@ class Memory:
     def of(
         cls, model: Model, gpu: Gpu, deployment: Deployment, charges: Charges | None = None
     ) -> Memory:
-        """Memory of a decode rank. With tensor parallelism each of its GPUs holds every row.
+        """Memory of a decode rank. With tensor parallelism each of its GPUs has the device bytes
+        of every slot and hot row, and those of one node share one host tier.
 
         charges: None: ours
         """
         charges = charges or Charges.ours(model, deployment.queries > 1)
-        return cls(model, kv_bytes(model, gpu, deployment), deployment.host_gib * GIB, charges)
+        host_bytes = deployment.host_gib * deployment.rank_gpus * GIB
+        return cls(model, kv_bytes(model, gpu, deployment), host_bytes, charges)
 
     @property
     def resident_bytes(self) -> float:

@@ -39,7 +39,7 @@ class Question:
     longest      its tokens at the end, for which its slots are counted; None: as context
     itl_seconds  target for the mean time between two tokens of a request, which is a step's
                  time / accepted_tokens
-    max_requests  that one GPU will ever serve at once; None: as many as fit
+    max_requests  that one decode rank will ever serve at once; None: as many as fit
     Raises: QuestionError for a value outside its limits.
     """
 
@@ -72,13 +72,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Advice:
-    """One way to serve on one GPU (decode rank). All figures are simulated.
+    """One way to serve on one decode rank. All figures are simulated.
 
     tier         "ess" or "one-tier"
     hot_rows     of a layer, all requests together; ratio: hot_rows / slots
+    batch        requests of the rank, which has tensor_parallel GPUs
     hot_gib      device memory of the hot rows; draft_gib: of the MTP layers' rows and keys;
-                 device_gib: of the whole KV pool, with both
-    host_gib     host memory of the latent rows
+                 device_gib: of the whole KV pool, with both. Each GPU of the rank has as much
+    host_gib     host memory of the latent rows: one host tier, which the GPUs of a node share
+    tokens_per_second  of one GPU
     step_ms      one decode step; itl_ms: step_ms / accepted tokens; parts: of the step, in ms
     in_turn_ms   the part "transfer", if no fetch were issued before its layer's turn
     misses       mean of rows fetched per request, layer and step
@@ -311,7 +313,7 @@ class Planner:
         wide = Planner(more_host, self._misses).ess()
         if wide and (one_tier is None or self._gains(wide, one_tier)):
             return HOST, (
-                f"host memory is too small: got {question.deployment.host_gib:g} GiB a GPU, "
+                f"host memory is too small: got {self._memory.host_bytes / GIB:g} GiB, "
                 f"{wide.batch} requests of {question.slots_tokens} tokens take "
                 f"{wide.host_gib:.0f} GiB (--ess-host-gib is for all GPUs of a node) and gain "
                 f"{self._percent(wide, one_tier)} tokens/s."
