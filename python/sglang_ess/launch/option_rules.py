@@ -13,16 +13,10 @@ Rules = tuple[tuple[str, str, tuple[Any, ...]], ...]
 # What the CPU platform serves with any model.
 CPU_RULES: Rules = (
     ("device", "--device", (None, "cpu")),
-    ("tp_size", "--tp-size", (1,)),
     ("pp_size", "--pp-size", (1,)),
-    ("dp_size", "--dp-size", (1,)),
-    ("ep_size", "--ep-size", (1,)),
-    ("attn_dp_size", "--attn-dp-size", (1,)),
     ("attn_cp_size", "--attn-cp-size", (1,)),
     ("dcp_size", "--dcp-size", (1,)),
     ("moe_dp_size", "--moe-dp-size", (1,)),
-    ("nnodes", "--nnodes", (1,)),
-    ("enable_dp_attention", "--enable-dp-attention", (False,)),
     ("quantization", "--quantization", (None, "unquant")),
     ("enable_hierarchical_cache", "--enable-hierarchical-cache", (False,)),
     ("enable_lmcache", "--enable-lmcache", (False,)),

@@ -17,6 +17,7 @@ DISPATCH_KEY = "ess_cpu"
 DEFAULT_CONTEXTS = 8  # the default number of slots holds this many requests of full length
 # States of linear attention layers. A running request has about five, the radix cache the others.
 DEFAULT_STATES = 256
+BIND_VAR = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
 class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
@@ -90,6 +91,7 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
                 os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
         # An idle scheduler polls at full speed and would keep a core from the computation.
         server_args.sleep_on_idle = True
+        _share_cores(server_args)
 
     def init_backend(self) -> None:
         """Register the sparse path. Runs once in each worker, before the model is built."""
@@ -110,6 +112,8 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         # SGLang compiles small functions (MoE top-k, samplers) by inductor, which needs a C++
         # compiler on the host and 10 s at the first request. Eager mode costs microseconds.
         torch._dynamo.config.disable = True
+        if bound := os.environ.get(BIND_VAR):
+            torch.set_num_threads(len(bound.split("|")[0].split(",")))
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         # Hyper-connections (GLM-5.3-Flash): SGLang has them in torch, too.
         envs.SGLANG_OPT_USE_TILELANG_MHC_PRE.set(False)
@@ -158,6 +162,23 @@ def _one_tier_observers(runner) -> tuple:
     recorder = prefill_side.PromptEndRecorder(len(groups), pool.size + pool.page_size)
     prefill_side.active = recorder
     return [recorder], groups
+
+
+def _share_cores(options) -> None:
+    """Give each rank of this node its cores, where there are several and the user gave none.
+
+    options: SGLang's ServerArgs. SGLang gives a rank the cores of one NUMA node, and refuses more
+    ranks than nodes (init_threads_binding in sglang/srt/utils/numa_utils.py).
+    """
+    from sglang_ess.mem_cache.host_share import NodeRanks
+
+    ranks = NodeRanks.of(options).total
+    if ranks == 1 or BIND_VAR in os.environ:
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // ranks)
+    parts = [[cores[(i * share + j) % len(cores)] for j in range(share)] for i in range(ranks)]
+    os.environ[BIND_VAR] = "|".join(",".join(map(str, part)) for part in parts)
 
 
 def _config() -> EssConfig:
