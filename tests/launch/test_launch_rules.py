@@ -38,13 +38,7 @@ def test_hisparse(launch):
     ("flag", "value", "limit"),
     [
         ("--device", "cuda", "unset or cpu"),
-        ("--tp-size", "2", "1"),
         ("--pp-size", "2", "1"),
-        ("--dp-size", "2", "1"),
-        ("--ep-size", "2", "1"),
-        ("--attn-dp-size", "2", "1"),
-        ("--nnodes", "2", "1"),
-        ("--enable-dp-attention", None, "off"),
         ("--quantization", "fp8", "unset or unquant"),
         ("--enable-hierarchical-cache", None, "off"),
         ("--enable-lora", None, "unset or off"),
@@ -323,11 +317,11 @@ def test_a_trace_that_could_not_be_written(launch, tmp_path):
 
 def test_all_reasons_are_collected(launch):
     status, lines = launch(
-        "--tp-size", "2", "--enable-lora", "--enable-hisparse", "--page-size", "1",
+        "--dcp-size", "2", "--enable-lora", "--enable-hisparse", "--page-size", "1",
         "--kv-cache-dtype", "fp8_e4m3", model={**DSA, "kv_lora_rank": 128},
     )  # fmt: skip
     assert status == 2
     named = [line.split()[1] for line in lines]
     assert named == [
-        "--model-path", "--page-size", "--enable-hisparse", "--tp-size", "--enable-lora",
+        "--model-path", "--page-size", "--enable-hisparse", "--dcp-size", "--enable-lora",
     ]  # fmt: skip

@@ -18,7 +18,7 @@ SAMPLING = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 SIZES = {"max_total_tokens": 4096, "random_seed": 1, "enable_deterministic_inference": False}
 REFUSED = {
     "page_size": ({"page_size": 1}, ["--page-size must be unset or 64", "got 1."]),
-    "two": ({"page_size": 1, "tp_size": 2}, ["--page-size must", "\n--tp-size must"]),
+    "two": ({"page_size": 1, "dcp_size": 2}, ["--page-size must", "\n--dcp-size must"]),
     "field": ({"no_such_field": 1}, ["no_such_field"]),
     "model": ({"model_path": "/nowhere"}, ["--model-path must", "'/nowhere'"]),
     "sglang": ({"chunked_prefill_size": 100}, ["chunked_prefill_size", "page_size"]),
