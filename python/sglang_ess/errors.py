@@ -25,6 +25,10 @@ class Refusal(ValueError):
     """One line for the operator: the rule, the value, the remedy."""
 
 
+class PeerRefusal(Refusal):
+    """Another rank of this node cannot start, and says so itself."""
+
+
 def program_name(module: str) -> str:
     """What the usage text calls a command: "sglang-ess plan" or "python -m sglang_ess.plan".
 

@@ -177,19 +177,23 @@ def test_what_a_verify_step_needs(facts, text):
 
 GIB_FACTS = {"host_bytes": 3 << 30}
 PINNED = GIB_FACTS | {"host_huge_bytes": 3 << 29, "host_numa_bytes": {"1": 3 << 30}}
-NODE = ", 24576 MiB on this node (8 ranks)"
+NODE = "; 24576 MiB on this node (8 host tiers)"
 
 
 @pytest.mark.parametrize(
     ("facts", "text"),
     [
         (GIB_FACTS, "3072 MiB"),
-        (GIB_FACTS | {"node_ranks": 1}, "3072 MiB"),
-        (GIB_FACTS | {"node_ranks": 8}, f"3072 MiB a rank{NODE}"),
+        (GIB_FACTS | {"node_host_tiers": 1, "host_tier_ranks": 1}, "3072 MiB"),
+        (GIB_FACTS | {"host_tier_ranks": 8}, "3072 MiB, shared by 8 ranks"),
+        (
+            GIB_FACTS | {"node_host_tiers": 8, "host_tier_ranks": 2},
+            f"3072 MiB, shared by 2 ranks{NODE}",
+        ),
         (PINNED, "3072 MiB; 50% in huge pages, all on NUMA node 1"),
         (
-            PINNED | {"node_ranks": 8},
-            f"3072 MiB a rank{NODE}; 50% in huge pages, all on NUMA node 1",
+            PINNED | {"node_host_tiers": 8},
+            f"3072 MiB{NODE}; 50% in huge pages, all on NUMA node 1",
         ),
     ],
 )

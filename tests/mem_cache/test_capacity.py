@@ -22,7 +22,7 @@ from sglang_ess.mem_cache.capacity import (
     choose_capacity,
     max_slots,
 )
-from sglang_ess.mem_cache.host_share import NodeRanks, host_limit_bytes
+from sglang_ess.mem_cache.host_share import NodeTiers, host_limit_bytes
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from sglang_ess.tiers.index_groups import IndexGroups
 from tests.support.drafts import eagle
@@ -256,7 +256,7 @@ def test_slots_that_the_host_cannot_hold():
 
 
 def test_the_host_limit():
-    one = NodeRanks()
+    one = NodeTiers()
     assert host_limit_bytes(AUTO, 10 * GIB, one) == 6 * GIB
     assert host_limit_bytes(EssConfig(host_gib=9.5), 10 * GIB, one) == 9.5 * GIB
     line = refusal(host_limit_bytes, EssConfig(host_gib=10.5), 10 * GIB, one)

@@ -1,4 +1,4 @@
-"""Ranks of a node share its host memory, and ranks of a TP group choose the same sizes.
+"""Host tiers of a node share its memory, and ranks of a TP group choose the same sizes.
 
 The ranks are real processes with a real gloo group. Each has its own free memory, reads SGLang's
 own configurator, and runs the hook on it.
@@ -16,7 +16,7 @@ import torch
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import GIB
 from sglang_ess.mem_cache import capacity, host_share
-from sglang_ess.mem_cache.host_share import CapacityError, NodeRanks, host_limit_bytes
+from sglang_ess.mem_cache.host_share import CapacityError, NodeTiers, host_limit_bytes
 from tests.support.engine import in_fork
 
 CONTEXT, DEFAULT = 32 << 10, EssConfig()
@@ -24,7 +24,7 @@ CONTEXT, DEFAULT = 32 << 10, EssConfig()
 
 def alone(config, free):
     """host_limit_bytes of the only rank."""
-    return host_limit_bytes(config, free, NodeRanks())
+    return host_limit_bytes(config, free, NodeTiers())
 
 
 def a_rank(rank, store, free, budget, config, fault):
@@ -94,19 +94,16 @@ def one_rank(free, budget, config=DEFAULT):
     [((100, 60), (40, 40)), ((60, 100), (40, 40)), ((900, 900), (30, 40)), ((60, 100), (9, 40))],
 )
 def test_ranks_that_read_different_memory_choose_alike(tmp_path, free, budget):
-    """Both choose what one rank would with the lesser device memory and half the lesser free."""
+    """Both choose what one rank would with the lesser device memory and the lesser free."""
     free, budget = ([n * GIB for n in numbers] for numbers in (free, budget))
     first, second = two_ranks(tmp_path, free, budget)
     assert first == second
-    share = host_share.AUTO_HOST_SHARE * min(free) / 2 / GIB
+    share = host_share.AUTO_HOST_SHARE * min(free) / GIB
     alone = one_rank(1 << 60, min(budget), EssConfig(host_gib=share))
     assert first[:3] == alone[:3]
     (line,) = first[3]
-    found = re.fullmatch(
-        r"ESS: host tier: (\S+) GiB a rank, (\S+) GiB on this node \(2 ranks\)", line
-    )
-    assert float(found[2]) == pytest.approx(2 * float(found[1]), abs=0.02)
-    assert float(found[2]) <= host_share.AUTO_HOST_SHARE * min(free) / GIB
+    found = re.fullmatch(r"ESS: host tier: (\d+) MiB, shared by 2 ranks", line)
+    assert int(found[1]) <= share * 1024
     assert alone[3] == []
 
 
@@ -122,7 +119,7 @@ def test_a_refusal_is_on_every_rank(tmp_path):
         tmp_path, (63 * GIB, 100 * GIB), (40 * GIB, 40 * GIB), (config, config)
     )
     assert first == second
-    assert "got 64 GiB, 32.00 GiB for each of 2 ranks, limit 63.00 GiB" in first
+    assert "got 64 GiB, limit 63.00 GiB" in first
 
 
 def test_a_refusal_by_device_memory_is_on_every_rank(tmp_path):
@@ -141,26 +138,33 @@ def test_the_options_that_count_are_options():
     assert set(host_share.SIZE_FLAGS) <= set(EssConfig.flags())
 
 
-ARGS = dict(tp_size=1, pp_size=1, dp_size=1, attn_dp_size=1, nnodes=1, enable_dp_attention=False)
+ARGS = dict(
+    tp_size=1, pp_size=1, dp_size=1, attn_dp_size=1, attn_cp_size=1, nnodes=1,
+    enable_dp_attention=False,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("given", "ranks"),
+    ("given", "tiers"),
     [
-        ({}, (1, 1)),
-        ({"tp_size": 8}, (8, 8)),
-        ({"tp_size": 16, "nnodes": 2}, (8, 8)),
-        ({"tp_size": 4, "pp_size": 4, "nnodes": 2}, (8, 8)),
-        ({"tp_size": 2, "dp_size": 4}, (2, 8)),
-        ({"tp_size": 8, "dp_size": 8, "enable_dp_attention": True}, (8, 8)),
-        ({"tp_size": 8, "attn_dp_size": 8}, (8, 8)),
-        ({"tp_size": 32, "attn_dp_size": 32, "nnodes": 4}, (8, 8)),
+        ({}, (1, 1, 1)),
+        ({"tp_size": 8}, (1, 1, 8)),
+        ({"tp_size": 16, "nnodes": 2}, (1, 1, 8)),
+        ({"tp_size": 4, "pp_size": 4, "nnodes": 2}, (2, 2, 4)),
+        ({"tp_size": 2, "dp_size": 4}, (1, 4, 2)),
+        ({"tp_size": 8, "dp_size": 8, "enable_dp_attention": True}, (8, 8, 1)),
+        ({"tp_size": 8, "dp_size": 4, "enable_dp_attention": True}, (4, 4, 2)),
+        ({"tp_size": 8, "attn_dp_size": 8}, (8, 8, 1)),
+        ({"tp_size": 8, "attn_cp_size": 2, "attn_dp_size": 2}, (4, 4, 2)),
+        ({"tp_size": 32, "attn_dp_size": 32, "nnodes": 4}, (8, 8, 1)),
+        ({"tp_size": 32, "attn_dp_size": 2, "nnodes": 4}, (1, 1, 8)),
+        ({"tp_size": 12, "attn_dp_size": 3, "nnodes": 2}, (2, 2, 4)),
     ],
 )
-def test_the_ranks_of_a_node(given, ranks):
-    assert NodeRanks.of(SimpleNamespace(**ARGS | given)) == ranks
+def test_the_host_tiers_of_a_node(given, tiers):
+    assert NodeTiers.of(SimpleNamespace(**ARGS | given)) == tiers
     if "dp_size" not in given:
-        assert in_fork(_sglangs_ranks, given) == ranks[0]
+        in_fork(_sglangs_ranks, given)
 
 
 def _sglangs_ranks(given):
@@ -169,24 +173,27 @@ def _sglangs_ranks(given):
 
     with get_context().override_server_args(**given):
         pipeline, tensor, _, _ = _calculate_rank_ranges(0)
-        assert NodeRanks.of(get_parallel()).replica == len(pipeline) * len(tensor)
-    return len(pipeline) * len(tensor)
+        tp_size, width = get_parallel().tp_size, get_parallel().attn_tp_size
+        ranks = [pp * tp_size + tp for pp in pipeline for tp in tensor]
+        assert NodeTiers.of(get_parallel()).replica == len({rank // width for rank in ranks})
 
 
-@pytest.mark.parametrize(("ranks", "share"), [((1, 1), 1), ((8, 8), 8), ((2, 8), 8)])
-def test_ranks_divide_the_host_share(ranks, share):
-    ranks, free = NodeRanks(*ranks), 1000 * GIB
-    assert host_limit_bytes(EssConfig(), free, ranks) == alone(EssConfig(), free) // share
+@pytest.mark.parametrize(
+    ("tiers", "share"), [((1, 1, 1), 1), ((1, 1, 8), 1), ((8, 8, 1), 8), ((2, 8, 4), 8)]
+)
+def test_host_tiers_divide_the_host_share(tiers, share):
+    tiers, free = NodeTiers(*tiers), 1000 * GIB
+    assert host_limit_bytes(EssConfig(), free, tiers) == alone(EssConfig(), free) // share
     config = EssConfig(host_gib=1000)
-    assert host_limit_bytes(config, free, ranks) == 1000 * GIB // share
+    assert host_limit_bytes(config, free, tiers) == 1000 * GIB // share
 
 
 def test_a_replica_asks_only_for_its_own_part():
     """The replicas that started before it have taken theirs."""
-    config, ranks = EssConfig(host_gib=800), NodeRanks(2, 8)
-    assert host_limit_bytes(config, 200 * GIB, ranks) == 100 * GIB
-    with pytest.raises(CapacityError, match="got 800 GiB, 100.00 GiB for each of 8 ranks"):
-        host_limit_bytes(config, 200 * GIB - 1, ranks)
+    config, tiers = EssConfig(host_gib=800), NodeTiers(2, 8)
+    assert host_limit_bytes(config, 200 * GIB, tiers) == 100 * GIB
+    with pytest.raises(CapacityError, match="got 800 GiB, 100.00 GiB for each of 8 host tiers"):
+        host_limit_bytes(config, 200 * GIB - 1, tiers)
 
 
 def test_a_single_rank_asks_nobody():

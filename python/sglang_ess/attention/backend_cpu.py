@@ -29,8 +29,10 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         spans = self.forward_metadata.spans
         if spans is None:
             self.token_to_kv_pool.before_decode_step()
+            self.token_to_kv_pool.host_tier.order.begin()
             return
         self.token_to_kv_pool.staging.begin(spans, self.req_to_token)
+        self.token_to_kv_pool.host_tier.order.begin()
         # Decode does not want the rows that a chunk in the middle of a prompt selects.
         if self._warms and forward_batch.contains_last_prefill_chunk:
             self._warm_spans = warm_spans([tokens for _, _, tokens in spans])

@@ -59,8 +59,11 @@ class CpuDsaTokenToKVPool(DSATokenToKVPool):
         return {"kv": rows, "index_k": self.index_key_cache.cpu_copy(indices)}
 
     def load_cpu_copy(self, kv_cache_cpu, indices, mamba_indices=None, req_pool_index=None) -> None:
-        MLATokenToKVPool.load_cpu_copy(self, kv_cache_cpu["kv"], indices)
+        self._load_rows(kv_cache_cpu["kv"], indices)
         self.index_key_cache.load_cpu_copy(kv_cache_cpu["index_k"], indices)
+
+    def _load_rows(self, copies, indices: torch.Tensor) -> None:
+        MLATokenToKVPool.load_cpu_copy(self, copies, indices)
 
     def latent_rows(self, layer_id: int) -> torch.Tensor:
         """Latent rows of one layer, [slots, row width], as the kernels take them."""
@@ -71,15 +74,18 @@ class CpuDsaTokenToKVPool(DSATokenToKVPool):
 
         Row 0 stays as it is: SGLang's kernels reserve it for padding and never write it.
         """
-        latent, rope = cache_k_nope.flatten(1), cache_k_rope.flatten(1)
-        if self.dsa_kv_cache_store_fp8:
-            rows = pack_fp8_rows(latent, rope)
-        else:
-            rows = torch.cat([latent, rope], dim=-1).to(self.dtype)
         target = dst_buffer.squeeze(1)
         reserved = target[0].clone()
-        target.index_copy_(0, loc, rows)  # indexing wakes threads for a few rows
+        # Indexing would wake threads for a few rows.
+        target.index_copy_(0, loc, self._packed(cache_k_nope, cache_k_rope))
         target[0].copy_(reserved)
+
+    def _packed(self, cache_k_nope: torch.Tensor, cache_k_rope: torch.Tensor) -> torch.Tensor:
+        """Latent rows [T, row width] of latents [T, 1, 512] and rope keys [T, 1, 64]."""
+        latent, rope = cache_k_nope.flatten(1), cache_k_rope.flatten(1)
+        if self.dsa_kv_cache_store_fp8:
+            return pack_fp8_rows(latent, rope)
+        return torch.cat([latent, rope], dim=-1).to(self.dtype)
 
     def store_index_k(self, layer_id: int, loc: torch.Tensor, keys: torch.Tensor) -> None:
         """Write the index keys [T, 128] of the slots loc [T]; fp8 pages quantise them.

@@ -11,7 +11,7 @@ from sglang_ess.layout import (
     ROPE_DIM,
     index_page_bytes,
 )
-from sglang_ess.tiers import HotCache, lru, staging
+from sglang_ess.tiers import HotCache, lru, rank_order, staging
 from sglang_ess.tiers import row_words as rows
 
 KERNELS = (
@@ -20,6 +20,8 @@ KERNELS = (
     topk_select._topk_select_kernel,
     staging._translate,
     rows._gather_words,
+    rank_order.publish,
+    rank_order.reached,
     *(getattr(lru, name) for name in lru.ENTRY_POINTS),
 )
 
@@ -43,6 +45,7 @@ def warm_up() -> bool:
     table = torch.zeros(1, PAGE_SLOTS, dtype=torch.int32)
     topk_select.topk_select(scores, one, requests, table, 1)
     _warm_up_tiers(host_rows, slots)
+    rank_order.warm_up()
     return any(kernel.stats.cache_misses for kernel in KERNELS)
 
 

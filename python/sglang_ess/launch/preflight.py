@@ -237,12 +237,12 @@ def padding_reasons() -> list[str]:
 
 def host_reasons(server_args: Any, config: EssConfig) -> list[str]:
     """Why this node does not have the memory that --ess-host-gib asks for."""
-    from sglang_ess.mem_cache.host_share import CapacityError, NodeRanks, host_limit_bytes
+    from sglang_ess.mem_cache.host_share import CapacityError, NodeTiers, host_limit_bytes
     from sglang_ess.tiers import free_host_bytes
 
-    ranks = NodeRanks.of(server_args).total
+    tiers = NodeTiers.of(server_args).total
     try:
-        host_limit_bytes(config, free_host_bytes(), NodeRanks(ranks, ranks))
+        host_limit_bytes(config, free_host_bytes(), NodeTiers(tiers, tiers))
     except CapacityError as error:
         return [str(error)]
     return []

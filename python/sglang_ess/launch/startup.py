@@ -98,7 +98,7 @@ def serving_facts(scheduler: Any) -> dict[str, Any]:
     from sglang.srt.runtime_context import get_parallel
 
     from sglang_ess.mem_cache.allocator import sparse_pool
-    from sglang_ess.mem_cache.host_share import NodeRanks
+    from sglang_ess.mem_cache.host_share import NodeTiers
 
     model, pool = scheduler.model_config, sparse_pool(scheduler.token_to_kv_pool_allocator)
     facts = {
@@ -115,7 +115,8 @@ def serving_facts(scheduler: Any) -> dict[str, Any]:
     }
     if hasattr(pool, "index_k_with_scale_buffer"):
         facts |= {"index_topk": model.hf_config.index_topk} | _row_facts(pool)
-        facts["node_ranks"] = NodeRanks.of(get_parallel()).total
+        tiers = NodeTiers.of(get_parallel())
+        facts |= {"node_host_tiers": tiers.total, "host_tier_ranks": tiers.ranks}
         if not scheduler.spec_algorithm.is_none():
             facts |= _speculation_facts(scheduler)
             facts["device_bytes"] += facts["draft_bytes"]
@@ -266,14 +267,15 @@ def block(server_args: Any, facts: dict[str, Any], seconds: float) -> str:
 
 
 def _host_text(facts: dict[str, Any]) -> str:
-    """The host tier of a rank and of the node's ranks, and where its pages lie if they are taken.
+    """The host tiers of the node, who shares them, and where the pages lie if they are taken.
 
     The scheduler that sent the facts knows the pages of its own tier.
     """
-    num_bytes, ranks = facts.get("host_bytes", 0), facts.get("node_ranks", 1)
-    text = f"{num_bytes / MIB:.0f} MiB"
-    if ranks > 1:
-        text += f" a rank, {num_bytes * ranks / MIB:.0f} MiB on this node ({ranks} ranks)"
+    from sglang_ess.mem_cache.host_share import node_text
+
+    num_bytes = facts.get("host_bytes", 0)
+    tiers, ranks = facts.get("node_host_tiers", 1), facts.get("host_tier_ranks", 1)
+    text = node_text(num_bytes, tiers, ranks)
     if "host_huge_bytes" not in facts:
         return text
     from sglang_ess.tiers.host_memory import Residence

@@ -2,14 +2,14 @@
 
     device bytes = slots x (index keys + maps + draft) + hot rows x (layers x row)
                    + staging + plan + ghosts
-    host bytes   = slots x layers x row
+    host bytes   = slots x layers x row, once for all ranks of a node that have the same rows
 
 Maps, row states and ghosts exist once for each index group, rows for each layer. A draft model's
 layers (MTP) have one tier: the device holds their latent rows and index keys of every slot.
 
 SGLang sizes its pool once, with the device bytes that it has left for KV. The numbers are chosen
-then, and the pool is built by them. All ranks of a TP group choose the same ones, and the ranks of
-a node share its host memory.
+then, and the pool is built by them. All ranks of a TP group choose the same ones, and the host
+tiers of a node share its memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sglang_ess.layout import (
 )
 from sglang_ess.mem_cache.host_share import (
     CapacityError,
-    NodeRanks,
+    NodeTiers,
     agreed,
     host_limit_bytes,
     node_text,
@@ -339,15 +339,16 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
         return original(configurator, budget_bytes, **kwargs)
     cell_bytes, geometry = _geometry(configurator, config)
     budget_bytes, free = agreed(config, budget_bytes, free_host_bytes())
-    ranks = NodeRanks.of(get_parallel())
-    host_bytes = host_limit_bytes(config, free, ranks)
+    tiers = NodeTiers.of(get_parallel())
+    host_bytes = host_limit_bytes(config, free, tiers)
     slots = max_slots(config, geometry, budget_bytes, host_bytes)
     # SGLang divides by the bytes of a token in one tier, then applies its own constraints.
     result = original(configurator, slots * cell_bytes, **kwargs)
     slots = result.max_total_num_tokens
     _decided = choose_capacity(config, geometry, slots, budget_bytes, host_bytes)
-    if ranks.total > 1:
-        logger.info("ESS: host tier: %s", node_text(geometry.host_bytes(slots), ranks.total))
+    if max(tiers.total, tiers.ranks) > 1:
+        text = node_text(geometry.host_bytes(slots), tiers.total, tiers.ranks)
+        logger.info("ESS: host tier: %s", text)
     if configurator.device != "cpu" and (advice := graph_advice(_decided, _largest_graph())):
         logger.warning("ESS: %s", advice)
     return result

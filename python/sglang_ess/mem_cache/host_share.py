@@ -9,7 +9,8 @@ import torch
 
 from sglang_ess.config import EssConfig
 from sglang_ess.errors import Refusal
-from sglang_ess.layout import GIB
+from sglang_ess.layout import GIB, MIB
+from sglang_ess.tiers.tier_group import TierGroup
 
 # The host tier's share of free host memory. The rest is for the process and the page cache.
 AUTO_HOST_SHARE = 0.6
@@ -22,38 +23,73 @@ class CapacityError(Refusal):
     """One line for the operator: sizes that cannot be served."""
 
 
-class NodeRanks(NamedTuple):
-    """Ranks that SGLang places on one node. Each has a host tier of its own.
+class NodeTiers(NamedTuple):
+    """Host tiers on one node. The ranks of an attention-TP group have the same rows: one tier.
 
-    replica: of one replica, which size their tiers together; total: of all replicas
+    replica: of one replica, which size theirs together; total: of all replicas
+    ranks: that share one
     Source: _calculate_rank_ranges in sglang/srt/entrypoints/engine.py, launch_dp_schedulers in
-    sglang/srt/managers/data_parallel_controller.py (replicas never span nodes).
+    sglang/srt/managers/data_parallel_controller.py (replicas never span nodes), and
+    derive_spawn_ranks in sglang/srt/runtime_context.py: a group has consecutive ranks, and so has
+    a node.
     """
 
     replica: int = 1
     total: int = 1
+    ranks: int = 1
 
     @classmethod
-    def of(cls, options: Any) -> NodeRanks:
+    def of(cls, options: Any) -> NodeTiers:
         """options: SGLang's ServerArgs before they are resolved, or its get_parallel() after"""
         # With DP attention, the data-parallel groups are part of the TP group.
-        is_within = options.enable_dp_attention or options.attn_dp_size > 1
-        replica = max(1, options.tp_size * options.pp_size // options.nnodes)
-        return cls(replica, replica if is_within else replica * options.dp_size)
+        within = options.attn_dp_size
+        if options.enable_dp_attention and within == 1:
+            within = options.dp_size
+        on_node = max(1, options.tp_size * options.pp_size // options.nnodes)
+        group = max(1, options.tp_size // within // options.attn_cp_size)
+        # A group may begin on one node and end on the next.
+        replica = max(
+            (first + on_node - 1) // group - first // group + 1
+            for first in range(0, options.nnodes * on_node, on_node)
+        )
+        total = replica if within > 1 else replica * options.dp_size
+        return cls(replica, total, min(group, on_node))
 
 
-def host_limit_bytes(config: EssConfig, free: int, ranks: NodeRanks) -> int:
-    """Bytes that the host tier of one rank may take.
+def tier_group() -> TierGroup:
+    """The ranks that share this rank's host tier: those of its attention-TP group on its node.
+
+    A node is what SGLang's --node-rank says. Two of them may run on one host.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    if parallel.attn_tp_size == 1:
+        return TierGroup()
+    group = parallel.attn_tp_group
+    nodes = group.all_gather_object(parallel.node_rank)
+    members = [i for i, node in enumerate(nodes) if node == parallel.node_rank]
+
+    def exchange(value: Any) -> list[Any]:
+        values = group.all_gather_object(value)
+        return [values[i] for i in members]
+
+    return TierGroup(members.index(group.rank_in_group), len(members), exchange)
+
+
+def host_limit_bytes(config: EssConfig, free: int, tiers: NodeTiers) -> int:
+    """Bytes that one host tier may take.
 
     free: host bytes of the node that are free; another replica may have taken its share already
     Raises: CapacityError if fewer are free than --ess-host-gib says.
     """
     if config.host_gib is None:
-        return int(free * AUTO_HOST_SHARE) // ranks.total
+        return int(free * AUTO_HOST_SHARE) // tiers.total
     wanted = int(config.host_gib * GIB)
-    share = wanted // ranks.total
-    if wanted * ranks.replica > free * ranks.total:
-        of = f", {share / GIB:.2f} GiB for each of {ranks.total} ranks" if ranks.total > 1 else ""
+    share = wanted // tiers.total
+    if wanted * tiers.replica > free * tiers.total:
+        several = tiers.total > 1
+        of = f", {share / GIB:.2f} GiB for each of {tiers.total} host tiers" if several else ""
         raise CapacityError(
             f"--ess-host-gib must fit into free host memory: got {config.host_gib:g} GiB{of}, "
             f"limit {free / GIB:.2f} GiB (MemAvailable and the cgroup's). Lower it or leave it out "
@@ -62,10 +98,18 @@ def host_limit_bytes(config: EssConfig, free: int, ranks: NodeRanks) -> int:
     return share
 
 
-def node_text(rank_bytes: int, ranks: int) -> str:
-    """What the host tiers of a node's ranks take, for a rank and together."""
-    gib = rank_bytes / GIB
-    return f"{gib:.2f} GiB a rank, {gib * ranks:.2f} GiB on this node ({ranks} ranks)"
+def node_text(tier_bytes: int, tiers: int, ranks: int) -> str:
+    """What the host tiers of a node take, and who shares them.
+
+    tiers: on the node; ranks: that share one. For example "12 MiB, shared by 2 ranks; 24 MiB on
+    this node (2 host tiers)"
+    """
+    text = f"{tier_bytes / MIB:.0f} MiB"
+    if ranks > 1:
+        text += f", shared by {ranks} ranks"
+    if tiers > 1:
+        text += f"; {tier_bytes * tiers / MIB:.0f} MiB on this node ({tiers} host tiers)"
+    return text
 
 
 def agreed(config: EssConfig, *values: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
 
 from sglang_ess.mem_cache import capacity
+from sglang_ess.mem_cache.host_share import tier_group
 from sglang_ess.tiers import HostTier
 from sglang_ess.tiers.balance.rebalance import Rebalancer
 from sglang_ess.tiers.contract import HotTiers
@@ -81,9 +82,12 @@ class EssTokenToKVPool(DSATokenToKVPool):
         self.capacity = capacity.decided()
         self.groups = self.capacity.geometry.index_groups
         slots = self.size + self.page_size
-        self.host_tier = HostTier(self.layer_num, slots, (1, self.kv_cache_dim), self.store_dtype)
+        row_shape = 1, self.kv_cache_dim
+        group = tier_group()
+        self.host_tier = HostTier(self.layer_num, slots, row_shape, self.store_dtype, group)
         self.kv_buffer = self.host_tier.rows
-        self._create_tiers()
+        with group.together():
+            self._create_tiers()
 
     @abstractmethod
     def _create_tiers(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
+from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool, unwrap_write_loc
 
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
@@ -137,7 +137,8 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
         self.tier.invalidate(loc.view(-1).long())
 
     def set_kv_buffer(self, layer, loc_info, cache_k, cache_v, layer_id_override=None) -> None:
-        super().set_kv_buffer(layer, loc_info, cache_k, cache_v, layer_id_override)
+        write = super().set_kv_buffer
+        self.host_tier.order.write(write, layer, loc_info, cache_k, cache_v, layer_id_override)
         self._written(layer, loc_info, layer_id_override)
 
     def set_mla_kv_buffer(
@@ -146,6 +147,11 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
         super().set_mla_kv_buffer(layer, loc_info, cache_k_nope, cache_k_rope, layer_id_override)
         self._written(layer, loc_info, layer_id_override)
 
+    def _write_mla_kv_buffer(self, dst_buffer, loc, cache_k_nope, cache_k_rope) -> None:
+        """Every rank goes on with the host rows, which the writer has computed and written."""
+        write = super()._write_mla_kv_buffer
+        self.host_tier.order.write(write, dst_buffer, loc, cache_k_nope, cache_k_rope)
+
     def _written(self, layer, loc_info, layer_id_override) -> None:
         loc, _, _ = unwrap_write_loc(loc_info)
         layer_id = layer.layer_id if layer_id_override is None else layer_id_override
@@ -153,8 +159,17 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
         self.hot_caches[group].invalidate(loc)
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
-        super().move_kv_cache(tgt_loc, src_loc)
+        """Rows are moved once for all ranks, index keys by each rank."""
+        order = self.host_tier.order
+        order.begin()
+        order.write(MLATokenToKVPool.move_kv_cache, self, tgt_loc, src_loc)
+        self.index_key_cache.move(tgt_loc, src_loc)
         self.invalidate_slots(tgt_loc)
+
+    def _load_rows(self, copies, indices: torch.Tensor) -> None:
+        order = self.host_tier.order
+        order.begin()
+        order.write(super()._load_rows, copies, indices)
 
     # --- figures ------------------------------------------------------------------------
 

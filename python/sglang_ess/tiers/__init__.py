@@ -8,7 +8,9 @@ from sglang_ess.tiers.host_memory import free_host_bytes
 from sglang_ess.tiers.host_tier import HostTier
 from sglang_ess.tiers.hot_cache import HotCache, Plan, PlanBuffers
 from sglang_ess.tiers.hot_groups import HotGroups
+from sglang_ess.tiers.tier_group import TierGroup
 
 __all__ = [
-    "HostTier", "HotCache", "HotGroups", "Plan", "PlanBuffers", "RowCorruption", "free_host_bytes",
+    "HostTier", "HotCache", "HotGroups", "Plan", "PlanBuffers", "RowCorruption", "TierGroup",
+    "free_host_bytes",
 ]  # fmt: skip

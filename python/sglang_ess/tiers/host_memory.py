@@ -67,26 +67,35 @@ class Residence:
 
 
 class HostMemory:
-    """Zeroed memory of this process alone, not touched yet.
+    """Zeroed memory of this process alone or of several, not touched yet.
 
     num_bytes: whole pages of 4 KiB (mmap.PAGESIZE)
     node: NUMA node to bind it to; None: the kernel's choice
     threads: that populate it; None: one for each usable core, at most MAX_THREADS
+    shared: descriptor of the memory that several processes map (shared_memory.py); the caller may
+        close it. None: memory of this process alone
     unbound: why it is not bound to the node; empty if it is, or if none was named
     Raises: HostMemoryError if the kernel gives no addresses.
     """
 
-    def __init__(self, num_bytes: int, node: int | None = None, threads: int | None = None):
+    def __init__(
+        self,
+        num_bytes: int,
+        node: int | None = None,
+        threads: int | None = None,
+        shared: int | None = None,
+    ):
         self.num_bytes, self.node, self.unbound = num_bytes, node, ""
         self.threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
-        huge = huge_page_bytes()
+        huge = huge_page_bytes() if shared is None else 0
         # A mapping smaller than a huge page would grow to one.
         self._is_huge = 0 < huge <= num_bytes
         align = huge if self._is_huge else mmap.PAGESIZE
+        # Byte 0 of shared memory is byte 0 on every rank: the kernel aligns it.
+        length = num_bytes + align if shared is None else num_bytes
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if shared is None else mmap.MAP_SHARED
         try:
-            self._map = mmap.mmap(
-                -1, num_bytes + align, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            )
+            self._map = mmap.mmap(-1 if shared is None else shared, length, flags=flags)
         except OSError as error:
             raise HostMemoryError(
                 f"host memory must have addresses: got {os.strerror(error.errno or 0)} for "
@@ -96,7 +105,8 @@ class HostMemory:
         self.address = -(-start // align) * align  # only whole huge pages are huge
         self._offset = self.address - start
         # Without it, fork() copies all locked pages for the child (from Linux 5.12 on).
-        _madvise(start, num_bytes + align, mmap.MADV_DONTFORK)
+        # A child that outlives this process would keep shared memory, too.
+        _madvise(start, length, mmap.MADV_DONTFORK)
         if self._is_huge and (code := _madvise(self.address, num_bytes, mmap.MADV_HUGEPAGE)):
             logger.info("ESS: no huge pages for host memory: madvise: %s", os.strerror(code))
         self._can_populate = True

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import resource
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from sglang_ess.layout import GIB
-from sglang_ess.tiers import numa
+from sglang_ess.tiers import numa, rank_order
 from sglang_ess.tiers.host_memory import HostMemory, HostMemoryError, Residence, free_host_bytes
+from sglang_ess.tiers.rank_order import RankOrder
+from sglang_ess.tiers.shared_memory import shared_descriptor
+from sglang_ess.tiers.tier_group import TierGroup
 
 logger = logging.getLogger(__name__)
 
@@ -25,34 +30,64 @@ class HostTier:
     """Rows [layers][slots][row_bytes], one tensor a layer, addressed by SGLang's slot.
 
     row_shape, dtype: of one row, e.g. (1, 656) uint8
+    group: ranks of this node that have the same rows. With several, all construct the tier
+        together and get the same memory; rank 0 writes it (`order` says when)
     With a CUDA device the rows are page-locked, so that the device reads them by address; all
-    their memory is taken and zeroed at the start. Without one, a page is taken at its first write.
+    their memory is taken and zeroed at the start. Without one, a page is taken at its first write
+    (or, of shared memory, its first read).
     residence: where the pages lie; None without a CUDA device
     Raises: HostMemoryError if the rows do not fit into the free host memory, or if CUDA cannot
-    lock them.
+    lock them; PeerRefusal if another rank of the group raises.
     """
 
     def __init__(
-        self, num_layers: int, num_slots: int, row_shape: tuple[int, ...], dtype: torch.dtype
+        self,
+        num_layers: int,
+        num_slots: int,
+        row_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        group: TierGroup | None = None,
     ):
-        width = torch.Size(row_shape).numel() * dtype.itemsize
-        need, free = num_layers * num_slots * width, free_host_bytes()
-        if need > free:
-            raise HostMemoryError(
-                f"host tier must fit into free host memory: got {need / GIB:.2f} GiB "
-                f"({num_slots} slots x {num_layers} layers x {width} B), limit {free / GIB:.2f} "
-                "GiB (MemAvailable and the cgroup's). Lower --ess-host-gib or "
-                "--max-total-tokens."
-            )
+        self.group = group = group or TierGroup()
         shape = (num_slots, *row_shape)
-        self.row_bytes = width
+        self.row_bytes = torch.Size(row_shape).numel() * dtype.itemsize
         self.residence: Residence | None = None
         self._unlock: Callable[[], object] | None = None
-        if torch.cuda.is_available():
-            self._take_locked(num_layers, shape, dtype)
+        with group.together():
+            if group.is_writer:  # before any of the ranks takes a page
+                _check_room(num_layers, num_slots, self.row_bytes)
+        # A layer starts at a page, because CUDA would have to lock a shared page twice.
+        stride = _whole_pages(num_slots * self.row_bytes)
+        memory: HostMemory | None = None
+        if torch.cuda.is_available() or group.size > 1:
+            memory = self._map(num_layers * stride)
+            self.rows = [memory.view(i * stride, shape, dtype) for i in range(num_layers)]
         else:
             # zeros, not empty: the kernel provides zeroed pages at their first write.
             self.rows = [torch.zeros(shape, dtype=dtype) for _ in range(num_layers)]
+        self.order = RankOrder(group, self._counters(memory, num_layers * stride))
+        if torch.cuda.is_available() and memory is not None:
+            with group.together():
+                self._lock(memory, stride)
+
+    def _map(self, num_bytes: int) -> HostMemory:
+        """Memory for the rows, and behind them for the counters of several ranks."""
+        node = numa.node_of_gpu() if torch.cuda.is_available() else None
+        if self.group.size == 1:
+            return HostMemory(num_bytes, node)
+        num_bytes += _whole_pages(RankOrder.num_bytes(self.group.size))
+        descriptor = shared_descriptor(self.group, num_bytes)
+        try:
+            with self.group.together():
+                return HostMemory(num_bytes, node, shared=descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _counters(self, memory: HostMemory | None, offset: int) -> np.ndarray | None:
+        if memory is None or self.group.size == 1:
+            return None
+        lines = 1 + self.group.size
+        return memory.view(offset, (lines, rank_order.LINE), torch.int64).numpy()
 
     @property
     def num_slots(self) -> int:
@@ -69,15 +104,8 @@ class HostTier:
         if self._unlock is not None:
             self._unlock()
 
-    def _take_locked(self, num_layers: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Map, populate and lock all layers, one after another in one mapping.
-
-        A layer starts at a page, because CUDA would have to lock a shared page twice.
-        """
-        layer_bytes = torch.Size(shape).numel() * dtype.itemsize
-        stride = -(-layer_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = HostMemory(num_layers * stride, numa.node_of_gpu())
-        self.rows = [memory.view(i * stride, shape, dtype) for i in range(num_layers)]
+    def _lock(self, memory: HostMemory, stride: int) -> None:
+        """Populate and lock all layers, one after another. stride: bytes from one to the next"""
         cudart: Any = torch.cuda.cudart()
         locked: list[torch.Tensor] = []
         # Runs at exit too. It keeps the rows alive: locked memory must not be given back.
@@ -87,6 +115,21 @@ class HostTier:
         except HostMemoryError:
             self.close()
             raise
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _check_room(num_layers: int, num_slots: int, row_bytes: int) -> None:
+    need, free = num_layers * num_slots * row_bytes, free_host_bytes()
+    if need > free:
+        raise HostMemoryError(
+            f"host tier must fit into free host memory: got {need / GIB:.2f} GiB "
+            f"({num_slots} slots x {num_layers} layers x {row_bytes} B), limit {free / GIB:.2f} "
+            "GiB (MemAvailable and the cgroup's). Lower --ess-host-gib or "
+            "--max-total-tokens."
+        )
 
 
 def _populate_and_lock(
