@@ -16,7 +16,7 @@ import torch
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import GIB
 from sglang_ess.mem_cache import capacity, host_share
-from sglang_ess.mem_cache.host_share import CapacityError, NodeTiers, host_limit_bytes
+from sglang_ess.mem_cache.host_share import CapacityError, NodeRanks, NodeTiers, host_limit_bytes
 from tests.support.engine import in_fork
 
 CONTEXT, DEFAULT = 32 << 10, EssConfig()
@@ -176,6 +176,7 @@ def _sglangs_ranks(given):
         tp_size, width = get_parallel().tp_size, get_parallel().attn_tp_size
         ranks = [pp * tp_size + tp for pp in pipeline for tp in tensor]
         assert NodeTiers.of(get_parallel()).replica == len({rank // width for rank in ranks})
+        assert NodeRanks.of(get_parallel()).replica == len(ranks)
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,33 @@ class CapacityError(Refusal):
     """One line for the operator: sizes that cannot be served."""
 
 
+class NodeRanks(NamedTuple):
+    """Ranks that SGLang places on one node.
+
+    replica: of one replica, which size their tiers together; total: of all replicas
+    Source: _calculate_rank_ranges in sglang/srt/entrypoints/engine.py, launch_dp_schedulers in
+    sglang/srt/managers/data_parallel_controller.py (replicas never span nodes).
+    """
+
+    replica: int = 1
+    total: int = 1
+
+    @classmethod
+    def of(cls, options: Any) -> NodeRanks:
+        """options: SGLang's ServerArgs before they are resolved, or its get_parallel() after"""
+        # With DP attention, the data-parallel groups are part of the TP group.
+        is_within = options.enable_dp_attention or options.attn_dp_size > 1
+        replica = max(1, options.tp_size * options.pp_size // options.nnodes)
+        return cls(replica, replica if is_within else replica * options.dp_size)
+
+
 class NodeTiers(NamedTuple):
     """Host tiers on one node. The ranks of an attention-TP group have the same rows: one tier.
 
     replica: of one replica, which size theirs together; total: of all replicas
     ranks: that share one
-    Source: _calculate_rank_ranges in sglang/srt/entrypoints/engine.py, launch_dp_schedulers in
-    sglang/srt/managers/data_parallel_controller.py (replicas never span nodes), and
-    derive_spawn_ranks in sglang/srt/runtime_context.py: a group has consecutive ranks, and so has
-    a node.
+    Source: derive_spawn_ranks in sglang/srt/runtime_context.py: a group has consecutive ranks, and
+    so has a node.
     """
 
     replica: int = 1
@@ -40,20 +58,18 @@ class NodeTiers(NamedTuple):
 
     @classmethod
     def of(cls, options: Any) -> NodeTiers:
-        """options: SGLang's ServerArgs before they are resolved, or its get_parallel() after"""
-        # With DP attention, the data-parallel groups are part of the TP group.
-        within = options.attn_dp_size
-        if options.enable_dp_attention and within == 1:
-            within = options.dp_size
-        on_node = max(1, options.tp_size * options.pp_size // options.nnodes)
-        group = max(1, options.tp_size // within // options.attn_cp_size)
+        """options: as NodeRanks.of takes them"""
+        node = NodeRanks.of(options)
+        groups = options.attn_dp_size
+        if options.enable_dp_attention and groups == 1:
+            groups = options.dp_size
+        width = max(1, options.tp_size // groups // options.attn_cp_size)
         # A group may begin on one node and end on the next.
         replica = max(
-            (first + on_node - 1) // group - first // group + 1
-            for first in range(0, options.nnodes * on_node, on_node)
+            (first + node.replica - 1) // width - first // width + 1
+            for first in range(0, options.nnodes * node.replica, node.replica)
         )
-        total = replica if within > 1 else replica * options.dp_size
-        return cls(replica, total, min(group, on_node))
+        return cls(replica, replica * node.total // node.replica, min(width, node.replica))
 
 
 def tier_group() -> TierGroup:
