@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import ParamSpec
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -51,7 +50,7 @@ def _load_acquire(_typing, counters, index):  # type: ignore[no-untyped-def]
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         array = context.make_array(signature.args[0])(context, builder, args[0])
         pointer = builder.gep(array.data, [args[1]])
-        return builder.load_atomic(pointer, "acquire", 8, typ=ir.IntType(64))
+        return builder.load_atomic(pointer, "acquire", 8, typ=context.get_value_type(types.int64))
 
     return types.int64(counters, types.int64), generate
 
