@@ -2,8 +2,8 @@
 
 A page keeps a table between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. The
 flags come from EssConfig, the architectures from the launcher's table, the series from the
-Prometheus exporter, the hooks from ess_patches, the figures from results/*.json. --check writes
-nothing and exits with status 1 for a stale page.
+Prometheus exporter, the hooks from ess_patches, the figures from results/*.json, the sizes of a
+deployment from deploy/sizes.py. --check writes nothing and exits with status 1 for a stale page.
 """
 
 from __future__ import annotations
@@ -186,6 +186,13 @@ def _number(value: Any) -> str:
     return f"{value:,.0f}" if value.is_integer() else f"{value:,.4g}"
 
 
+def deployment() -> str:
+    """A row for each way to serve a model on one node, by formula."""
+    from deploy import sizes
+
+    return table(sizes.HEADER, sizes.lines())
+
+
 def all_results() -> str:
     """A section for each file of results/."""
     files = sorted((REPO / "results").glob("*.json"))
@@ -194,6 +201,7 @@ def all_results() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "results": all_results,
+    "deployment": deployment,
     "architectures": architectures,
     "flags": flags,
     "metrics": metrics,

@@ -13,7 +13,7 @@ from tools import generate_docs
 
 ROOTS = ("python/sglang_ess", "kernels", "patches", "")
 # Names in backticks that look like paths and are none of the repository's.
-FOLDERS = "python|kernels|patches|tests|benchmarks|tools|docs|results|examples|scripts"
+FOLDERS = "python|kernels|patches|tests|benchmarks|tools|docs|results|examples|scripts|deploy"
 ROOMS = "tiers|mem_cache|attention|admission|disagg|cpu|platforms|launch|intake|trace|sim|testing"
 every_page = pytest.mark.parametrize("page", PAGES, ids=pages.name)
 
@@ -58,9 +58,11 @@ def test_paths_exist(page):
 def test_modules_and_scripts_exist(page):
     text = page.read_text()
     modules = set(
-        re.findall(r"\bpython -m ((?:sglang_ess|ess_\w+|benchmarks|tools|tests)[\w.]*)", text)
+        re.findall(
+            r"\bpython -m ((?:sglang_ess|ess_\w+|benchmarks|tools|tests|deploy)[\w.]*)", text
+        )
     )
-    scripts = set(re.findall(r"\b(?:scripts|tools)/\w+\.(?:sh|py)", text))
+    scripts = set(re.findall(r"\b(?:scripts|tools|deploy)/\w+\.(?:sh|py)", text))
     missing = [name for name in modules if not is_module(name.rstrip("."))]
     missing += [name for name in scripts if not (REPO / name).is_file()]
     assert missing == []
