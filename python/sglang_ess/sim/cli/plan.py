@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
         "--no-early-fetch", action="store_true",
         help="fetch each layer's rows in its turn, also in models whose layers share a top-k",
     )  # fmt: skip
+    add(
+        "--share-fetch", action="store_true",
+        help="each GPU of --tp fetches its share of the missed rows and pushes it to the others",
+    )  # fmt: skip
     profiles = f"{', '.join(names('localities'))}, a .toml file, or what --ess-trace wrote"
     add("--locality", metavar="PROFILE|TRACE", help=profiles)
     add(
@@ -161,6 +165,8 @@ def _deployment(options: argparse.Namespace) -> Deployment:
             values[name] = getattr(options, name)
     if options.no_early_fetch:
         values["early_fetch"] = False
+    if options.share_fetch:
+        values["share_fetch"] = True
     return changed(found, **values)
 
 
@@ -343,6 +349,8 @@ def verdict(question: Question, answer: Answer) -> Iterator[str]:
     if arguments := flags(question, answer):
         yield ""
         yield f"python -m sglang_ess.launch_server ... {' '.join(arguments)}"
+    if question.deployment.share_fetch:
+        yield "--share-fetch is not written for a GPU yet: these are the figures that it would have."
     if answer.helps and question.deployment.overlap not in ("da", "dba", "off"):
         yield "--ess-overlap auto needs --ess-overlap-costs: without that file nothing overlaps."
 

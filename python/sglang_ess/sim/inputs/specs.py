@@ -29,8 +29,8 @@ from sglang_ess.sim.inputs.files import (
 from sglang_ess.tiers.index_groups import IndexGroups
 
 __all__ = [
-    "Calibration", "Deployment", "Gpu", "Link", "Model", "SpecError", "from_kernels", "load",
-    "names", "read",
+    "Calibration", "Deployment", "Gpu", "Link", "Model", "Node", "SpecError", "from_kernels",
+    "load", "names", "read",
 ]  # fmt: skip
 
 R = TypeVar("R", bound=Checked)
@@ -171,17 +171,39 @@ class Link(Checked):
     nominal_gb_s  rate of the bus in one direction
     gather_gb_s   rate of scattered latent rows, host to device
     scatter_gb_s  rate of scattered latent rows, device to host
+    own_memory    each GPU's host memory is its own, so that links do not slow each other
     """
 
     nominal_gb_s: float = spec(POSITIVE)
     gather_gb_s: float = spec(POSITIVE)
     scatter_gb_s: float = spec(POSITIVE)
+    own_memory: bool = spec(default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         fastest = max(self.gather_gb_s, self.scatter_gb_s)
         if fastest > self.nominal_gb_s:
             raise ValueError(f"nominal_gb_s must be the largest of the three: got {fastest:g}.")
+
+
+@dataclass(frozen=True)
+class Node(Checked):
+    """What the GPUs of one node share. shared_fetch.py has the formulas.
+
+    sockets      of CPUs, each with as many GPUs
+    dram_gb_s    rate of scattered latent rows from one socket's memory
+    socket_gb_s  rate between the sockets, in one direction
+    gather_us, gather_gb_s  an all-gather over NVLink: without its bytes, and what a GPU receives
+    push_us, push_gb_s  stores to all peers over NVLink, with a signal before and after: the same
+    """
+
+    sockets: int = spec(AT_LEAST_ONE)
+    dram_gb_s: float = spec(POSITIVE)
+    socket_gb_s: float = spec(POSITIVE)
+    gather_us: float = spec(NOT_NEGATIVE)
+    gather_gb_s: float = spec(POSITIVE)
+    push_us: float = spec(NOT_NEGATIVE)
+    push_gb_s: float = spec(POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -225,6 +247,9 @@ class Deployment(Checked):
                      auto: also off; halves: also behind the other half of two-batch overlap
     early_fetch      the rows of an index group's later layers are fetched behind the layers
                      before them, as soon as the group is planned; false: each layer's in its turn
+    share_fetch      each GPU of a rank fetches its share of the missed rows and pushes it to the
+                     others of its node; false: each fetches all
+    node             what the GPUs of a node share
     decode_ranks     of the whole deployment, each with tensor_parallel GPUs
     expert_gpus      GPUs over which the experts are spread
     network_gb_s     rate of dispatch and combine, of one GPU
@@ -258,6 +283,8 @@ class Deployment(Checked):
     calibration: str = spec()
     kv_gib: float | None = spec(POSITIVE, default=None)
     early_fetch: bool = spec(default=True)
+    share_fetch: bool = spec(default=False)
+    node: str = spec(default="hgx")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -282,13 +309,14 @@ KINDS: dict[str, tuple[str, type]] = {
     "model": ("models", Model),
     "gpu": ("gpus", Gpu),
     "link": ("links", Link),
+    "node": ("nodes", Node),
     "deployment": ("deployments", Deployment),
     "calibration": ("calibrations", Calibration),
 }
 
 
 def load(kind: str, name_or_path: str | Path) -> Any:
-    """Load a Model, Gpu, Link, Deployment or Calibration by its name, or from a .toml file.
+    """Load a Model, Gpu, Link, Node, Deployment or Calibration by its name, or from a .toml file.
 
     kind: a key of KINDS. Raises: SpecError as files.read; KeyError for an unknown kind.
     """

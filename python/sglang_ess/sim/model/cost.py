@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from sglang_ess.sim.inputs.specs import Calibration, Deployment, Gpu, Link, Model, load
+from sglang_ess.sim.inputs.specs import Calibration, Deployment, Gpu, Link, Model, Node, load
+from sglang_ess.sim.model import shared_fetch
 from sglang_ess.sim.model.overlap_time import (
     HALVES,
     Window,
@@ -69,6 +70,8 @@ class StepTime:
 class CostModel:
     """Times of one decode rank.
 
+    fetch: how long the GPUs that share a host tier take to get missed rows, in each way
+
     calibration: replaces the one that the deployment names
     Raises: ValueError if tensor_parallel does not divide the heads.
     """
@@ -89,6 +92,10 @@ class CostModel:
                 f"tensor_parallel must divide heads: got {deployment.tensor_parallel}, heads "
                 f"{model.heads}."
             )
+        node: Node = load("node", deployment.node)
+        gpus, rank_gpus = deployment.gpus_per_node, deployment.rank_gpus
+        rate = shared_fetch.link_gb_s(node, link, gpus, gpus, self.calibration.transfer_ratio)
+        self.fetch = shared_fetch.SharedFetch(node, rate, rank_gpus, model.row_bytes)
         self._selects = np.zeros(model.layers, bool)
         self._selects[list(model.groups.firsts)] = True
         is_dense = np.arange(model.layers) < model.dense_layers
@@ -240,9 +247,9 @@ class CostModel:
         return plans + self.fetch_seconds(requests * each), share, window
 
     def fetch_seconds(self, rows: Any) -> Any:
-        """Seconds that the link takes for scattered rows (number or array)."""
-        rate = self.link.gather_gb_s * GB / self.calibration.transfer_ratio
-        return rows * self.model.row_bytes / rate
+        """Seconds until each GPU of the rank has scattered rows (number or array)."""
+        shares = self.deployment.share_fetch and self.fetch.gpus > 1
+        return self.fetch.push(rows) if shares else self.fetch.each(rows)
 
     def communication(self, tokens: float, dense: bool = False) -> float:
         """Seconds of one layer's dispatch and combine, and of attention's all-reduce."""

@@ -318,8 +318,9 @@ class Planner:
                 f"{wide.host_gib:.0f} GiB (--ess-host-gib is for all GPUs of a node) and gain "
                 f"{self._percent(wide, one_tier)} tokens/s."
             )
-        fast = {name: getattr(question.link, name) * FAST_LINK for name in vars(question.link)}
-        quick = Planner(replace(more_host, link=Link(**fast)), self._misses).ess()
+        rates = ("nominal_gb_s", "gather_gb_s", "scatter_gb_s")
+        fast = {name: getattr(question.link, name) * FAST_LINK for name in rates}
+        quick = Planner(replace(more_host, link=Link(**fast, own_memory=True)), self._misses).ess()
         if quick and (one_tier is None or self._gains(quick, one_tier)):
             worst = self._worst_transfer(quick)
             return LINK, (
