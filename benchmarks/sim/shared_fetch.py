@@ -6,8 +6,8 @@ First, the number of misses a layer from which a share and its exchange are fast
 every row on every GPU, for ranks of 2, 4 and 8 GPUs on three links, all 8 GPUs of the node busy.
 `gather` is NCCL's all-gather of as many rows as missed; `padded` moves as many as TP8's best batch
 of DeepSeek-V3.2 looks up, which is what a CUDA graph's fixed shapes allow. Then the planner's
-answer for TP8 on H200 with and without it. sim/model/shared_fetch.py has the formulas, sim/data/nodes
-the figures and their sources. --quick leaves the planner out.
+answer for TP8 on H200 with and without it. sim.model.fetch_ways.py has the formulas, and
+sim/data/nodes the figures and their sources. --quick leaves the planner out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from argparse import Namespace
 from benchmarks.harness import Report, argument_parser, finish, pivot, print_table, simulated
 from sglang_ess.sim.cli import plan
 from sglang_ess.sim.inputs.specs import load
-from sglang_ess.sim.model.shared_fetch import GATHER, PUSH, SharedFetch, link_gb_s
+from sglang_ess.sim.model.fetch_ways import GATHER, PUSH, FetchWays, link_gb_s
 from sglang_ess.sim.planning.planner import Planner
 
 LINKS, RANKS, NODE_GPUS, ROW_BYTES = ("pcie4", "pcie5", "pcie6"), (2, 4, 8), 8, 656
@@ -38,7 +38,7 @@ def add_thresholds(report: Report) -> None:
     for name in LINKS:
         rate = link_gb_s(node, load("link", name), NODE_GPUS, NODE_GPUS)
         for ranks in RANKS:
-            fetch = SharedFetch(node, rate, ranks, ROW_BYTES)
+            fetch = FetchWays(node, rate, ranks, ROW_BYTES)
             at = {"link": name, "gpus": ranks}
             figures = {
                 ("link_rate", "GB/s"): rate,

@@ -350,7 +350,7 @@ def verdict(question: Question, answer: Answer) -> Iterator[str]:
         yield ""
         yield f"python -m sglang_ess.launch_server ... {' '.join(arguments)}"
     if question.deployment.share_fetch:
-        yield "--share-fetch is not written for a GPU yet: these are the figures that it would have."
+        yield "--share-fetch is not written for GPUs yet: these are the figures it would have."
     if answer.helps and question.deployment.overlap not in ("da", "dba", "off"):
         yield "--ess-overlap auto needs --ess-overlap-costs: without that file nothing overlaps."
 

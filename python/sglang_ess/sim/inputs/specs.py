@@ -188,7 +188,7 @@ class Link(Checked):
 
 @dataclass(frozen=True)
 class Node(Checked):
-    """What the GPUs of one node share. shared_fetch.py has the formulas.
+    """What the GPUs of one node share. fetch_ways.py has the formulas.
 
     sockets      of CPUs, each with as many GPUs
     dram_gb_s    rate of scattered latent rows from one socket's memory

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from sglang_ess.sim.inputs.specs import Calibration, Deployment, Gpu, Link, Model, Node, load
-from sglang_ess.sim.model import shared_fetch
+from sglang_ess.sim.model import fetch_ways
 from sglang_ess.sim.model.overlap_time import (
     HALVES,
     Window,
@@ -94,8 +94,8 @@ class CostModel:
             )
         node: Node = load("node", deployment.node)
         gpus, rank_gpus = deployment.gpus_per_node, deployment.rank_gpus
-        rate = shared_fetch.link_gb_s(node, link, gpus, gpus, self.calibration.transfer_ratio)
-        self.fetch = shared_fetch.SharedFetch(node, rate, rank_gpus, model.row_bytes)
+        rate = fetch_ways.link_gb_s(node, link, gpus, gpus, self.calibration.transfer_ratio)
+        self.fetch = fetch_ways.FetchWays(node, rate, rank_gpus, model.row_bytes)
         self._selects = np.zeros(model.layers, bool)
         self._selects[list(model.groups.firsts)] = True
         is_dense = np.arange(model.layers) < model.dense_layers

@@ -11,7 +11,7 @@ from benchmarks.harness import Report
 from benchmarks.sim import shared_fetch as benchmark
 from sglang_ess.sim.inputs.specs import Link, Node, changed, load
 from sglang_ess.sim.model.cost import CostModel
-from sglang_ess.sim.model.shared_fetch import EACH, GATHER, PUSH, SharedFetch, link_gb_s
+from sglang_ess.sim.model.fetch_ways import EACH, GATHER, PUSH, FetchWays, link_gb_s
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "shared_fetch.json"
 # Round numbers: a row of 1000 bytes takes 20 ns on the link and 5 or 10 ns over NVLink.
@@ -20,7 +20,7 @@ NODE = Node(
     push_gb_s=100,
 )  # fmt: skip
 LINK = Link(nominal_gb_s=64, gather_gb_s=50, scatter_gb_s=50)
-FETCH = SharedFetch(NODE, 50.0, 4, 1000)
+FETCH = FetchWays(NODE, 50.0, 4, 1000)
 US = 1e-6
 
 
@@ -30,7 +30,7 @@ def test_seconds_of_each_way_by_hand():
     assert FETCH.gather(4000) == pytest.approx((20 + 30 + 15) * US)
     assert FETCH.gather(4000, capacity=40_000) == pytest.approx((20 + 30 + 150) * US)
     assert FETCH.push(4000) == pytest.approx((9 + 30) * US)  # NVLink takes longer than the link
-    quick = SharedFetch(replace(NODE, push_gb_s=300), 50.0, 4, 1000)
+    quick = FetchWays(replace(NODE, push_gb_s=300), 50.0, 4, 1000)
     assert quick.push(4000) == pytest.approx((9 + 20) * US)  # the pushes hide behind the fetch
     many = np.array([0.0, 4000.0])
     for way in (EACH, GATHER, PUSH):
@@ -41,7 +41,7 @@ def test_seconds_of_each_way_by_hand():
 @pytest.mark.parametrize("way", [GATHER, PUSH])
 @pytest.mark.parametrize("gpus", [2, 4, 8])
 def test_a_way_pays_from_where_it_is_as_fast_as_each(way, gpus):
-    fetch = SharedFetch(NODE, 50.0, gpus, 1000)
+    fetch = FetchWays(NODE, 50.0, gpus, 1000)
     rows = fetch.pays_from(way)
     seconds = getattr(fetch, way)
     assert seconds(rows) == pytest.approx(fetch.each(rows))
@@ -53,7 +53,7 @@ def test_thresholds_by_hand():
     """4 GPUs: a row costs 20 ns alone; 5 + 3.75 gathered; 7.5 pushed."""
     assert FETCH.pays_from(GATHER) == pytest.approx(30_000 / (20 - 8.75))
     assert FETCH.pays_from(PUSH) == pytest.approx(9_000 / (20 - 7.5))
-    slow = SharedFetch(replace(NODE, push_gb_s=30), 50.0, 4, 1000)
+    slow = FetchWays(replace(NODE, push_gb_s=30), 50.0, 4, 1000)
     assert slow.pays_from(PUSH) == float("inf")  # 25 ns a row
     with pytest.raises(ValueError, match="way must be gather or push: got 'each'"):
         FETCH.pays_from(EACH)

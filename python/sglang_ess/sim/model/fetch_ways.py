@@ -42,7 +42,7 @@ def link_gb_s(node: Node, link: Link, gpus: int, gpus_per_node: int, ratio: floa
     return min(alone, memory / gpus)
 
 
-class SharedFetch:
+class FetchWays:
     """Seconds of each way, for `gpus` GPUs of one node that have the same misses.
 
     rate  GB/s of each link, as link_gb_s gives it
