@@ -30,7 +30,7 @@ def answers(model: str, gpus: int, context: int, args: Namespace) -> Iterator[tu
     """(how rows are fetched, the planner's answer) for both ways, on the same misses."""
     words = ["--model", model, "--gpu", args.gpu, "--gpus", str(gpus), "--context", str(context)]
     words += ["--itl-ms", str(args.itl_ms), "--seed", str(args.seed)]
-    options = plan._parser().parse_args(words)
+    options = plan.argument_parser().parse_args(words)
     question = plan.ask(options)
     misses: MissTable = plan.misses_of(question, options, lambda what, total: lambda done: None)
     shares = question.model.index_groups is not None

@@ -60,7 +60,7 @@ def add_plans(report: Report, args: Namespace) -> None:
     for model, context in POINTS:
         words = ["--model", model, "--gpu", "h200", "--context", str(context), "--itl-ms", "60"]
         words += ["--tp", "8", "--seed", str(args.seed)]
-        parser = plan._parser()
+        parser = plan.argument_parser()
         question = plan.ask(parser.parse_args(words))
         misses = plan.misses_of(question, parser.parse_args(words), lambda *_: lambda done: None)
         for overlap in OVERLAPS:

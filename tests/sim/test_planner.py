@@ -354,7 +354,7 @@ def test_the_advice_drafts_as_many_tokens_as_were_asked_for(mtp, steps):
 @pytest.mark.parametrize("more", [[], ["--overlap", "da"], ["--host-gib", "72.5"],
                                   ["--requests", "2"]])  # fmt: skip
 def test_the_flags_are_the_servers(quick, more):
-    parsed = command._parser().parse_args([*COMMAND, *more])
+    parsed = command.argument_parser().parse_args([*COMMAND, *more])
     asked = command.ask(parsed)
     answer = Planner(asked, TABLE).advise()
     arguments = command.flags(asked, answer)
@@ -452,13 +452,13 @@ def test_an_unknown_locality_is_one_line(capsys):
 
 def test_input_and_output_are_lengths():
     options = [*COMMAND[:4], *COMMAND[6:], "--input", "8000", "--output", "1000"]
-    asked = command.ask(command._parser().parse_args(options))
+    asked = command.ask(command.argument_parser().parse_args(options))
     assert (asked.context, asked.slots_tokens) == (8500, 9000)
 
 
 @pytest.mark.parametrize(("gpus", "remote", "ranks"), [(4, 0.75, 4), (8, 0.875, 8), (16, 0.5, 8)])
 def test_gpus_are_those_the_experts_are_spread_over(gpus, remote, ranks):
-    options = command._parser().parse_args([*COMMAND, "--gpus", str(gpus)])
+    options = command.argument_parser().parse_args([*COMMAND, "--gpus", str(gpus)])
     deployment = command.ask(options).deployment
     assert (deployment.expert_gpus, deployment.gpus_per_node) == (gpus, ranks)
     assert deployment.remote_share == pytest.approx(remote)

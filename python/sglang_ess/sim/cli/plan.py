@@ -34,7 +34,7 @@ TITLES = {"ess": "ESS", "one-tier": "one tier"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = argument_parser().parse_args(argv)
     try:
         question = ask(options)
         with _bar() as bar:
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     parser = argparse.ArgumentParser(
         prog=program_name("plan"), description=__doc__.partition("\n\n")[0]
     )
