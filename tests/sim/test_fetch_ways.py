@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import Report
-from benchmarks.sim import shared_fetch as benchmark
 from sglang_ess.sim.inputs.specs import Link, Node, changed, load
 from sglang_ess.sim.model.cost import CostModel
 from sglang_ess.sim.model.fetch_ways import EACH, GATHER, PUSH, FetchWays, link_gb_s
+from tools import shared_fetch as benchmark
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "shared_fetch.json"
 # Round numbers: a row of 1000 bytes takes 20 ns on the link and 5 or 10 ns over NVLink.

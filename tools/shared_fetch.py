@@ -1,6 +1,6 @@
 """What it saves if the GPUs of a tensor-parallel rank each fetch a share of the missed rows.
 
-    python -m benchmarks.sim.shared_fetch [--quick] [--json PATH]
+    python -m tools.shared_fetch [--quick] [--json PATH]
 
 First, the number of misses a layer from which a share and its exchange are faster than fetching
 every row on every GPU, for ranks of 2, 4 and 8 GPUs on three links, all 8 GPUs of the node busy.
