@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
-from tests.support.pd import Node, PdCluster
+from tests.support.pd import PdCluster
 
 # float32 in the model, the rows and the index keys, so that a wrong row cannot hide in rounding.
 SERVER_FLAGS = (
@@ -27,15 +27,14 @@ def write_model(directory: Path) -> Path:
     return write_tiny_model(directory / "glm", shape)
 
 
-def start(model: Path, directory: Path, prefill_flags=(), env=None, node=Node) -> PdCluster:
-    """A cluster that is starting. node: class of prefill and decode"""
+def start(model: Path, directory: Path, prefill_flags=(), decode_flags=(), **more) -> PdCluster:
+    """A cluster that is starting. more: further arguments of PdCluster"""
     flags = (*SERVER_FLAGS, "--max-total-tokens", str(SLOTS), "--enable-metrics")
     return PdCluster(
         model,
         directory,
         flags,
         prefill_flags=prefill_flags,
-        decode_flags=DECODE_FLAGS,
-        env=env,
-        node=node,
+        decode_flags=(*DECODE_FLAGS, *decode_flags),
+        **more,
     )
