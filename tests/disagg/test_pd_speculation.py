@@ -1,5 +1,7 @@
 """Drafts through prefill and decode servers: the tokens and drafts accepted of one server."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.disagg.cluster import DECODE_FLAGS, SERVER_FLAGS, SLOTS
@@ -25,24 +27,37 @@ def colocated(model, prompts, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(), ("--tp-size", "2")], ids=["tp1", "tp2"])
 @pytest.mark.parametrize(
     "family",
     [{"arch": "v32"}, {"arch": "glm", "index_share_for_mtp_iteration": 1}],
     ids=["v32", "glm"],
 )
-def test_acceptance_is_that_of_one_server(family, tmp_path):
-    """With glm, all draft steps read one top-k, and the first one's comes with the request."""
+def test_acceptance_is_that_of_one_server(family, ranks, tmp_path):
+    """One request after the other, and all at once.
+
+    With glm, all draft steps read one top-k, and the first one's comes with the request.
+    """
     shape = dict(layers=3, index_topk=128, mtp_layers=1, drafts="right", **family)
     model = parity.write_model(tmp_path / "tiny", **shape, **parity.NARROW)
     prompts = parity.prompts_of([20, 100, 700, 1500], seed=11)
-    flags = (*SERVER_FLAGS, "--max-total-tokens", str(SLOTS), *FLAGS)
+    flags = (*SERVER_FLAGS, "--max-total-tokens", str(SLOTS), *FLAGS, *ranks)
     with PdCluster(model, tmp_path, flags, decode_flags=DECODE_FLAGS, node=ForkedNode) as cluster:
         plain, drafted = (colocated(model, prompts, **options) for options in ({}, EAGLE))
-        cluster.wait_ready()
-        answers = [cluster.generate(prompt, TOKENS)[1] for prompt in prompts]
+        cluster.wait_ready(600)
+
+        def ask(prompt):
+            """(tokens, steps that verified drafts)."""
+            status, answer = cluster.generate(prompt, TOKENS)
+            assert status == 200, answer
+            return answer["output_ids"], answer["meta_info"]["spec_verify_ct"]
+
+        answers = [ask(prompt) for prompt in prompts]
         cluster.settle()
-    steps = [answer["meta_info"]["spec_verify_ct"] for answer in answers]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            together = list(pool.map(ask, prompts))
+        cluster.settle()
     alone = [one.meta["spec_verify_ct"] for one in drafted]
-    assert [answer["output_ids"] for answer in answers] == [one.token_ids for one in plain]
-    assert steps == alone
-    assert sum(steps) < TOKENS * len(prompts) / 1.3  # drafts are accepted at all
+    assert answers == [(one.token_ids, steps) for one, steps in zip(plain, alone, strict=True)]
+    assert together == answers
+    assert sum(alone) < TOKENS * len(prompts) / 1.3  # drafts are accepted at all
