@@ -5,6 +5,7 @@ answered, and the server that is started again serves.
 """
 
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -53,14 +54,15 @@ def expected(colocated, prompt, tokens=OUTPUT):
 
 
 def end_of(node, rank: int) -> float:
-    """SIGKILL to one scheduler of a server, known by the name that SGLang gives the process.
+    """SIGKILL to one scheduler of a server: SGLang starts them first, in the order of their ranks.
 
     Returns when, by time.monotonic(), after the end of all the server's processes.
     """
     family = psutil.Process(node.process.pid).children(recursive=True)
-    (one,) = [p for p in family if f"scheduler_TP{rank}" in " ".join(p.cmdline())]
+    ((server, _),) = Counter(process.ppid() for process in family).most_common(1)
+    children = [process for process in family if process.ppid() == server]
     killed = time.monotonic()
-    one.kill()
+    sorted(children, key=psutil.Process.create_time)[rank].kill()
     node.process.wait(END_SECONDS)
     assert not psutil.wait_procs(family, END_SECONDS)[1]
     print(f"{node.log.stem}: ended {time.monotonic() - killed:.1f} s after rank {rank}")
