@@ -2,7 +2,7 @@
 
 hooks              upstream functions that ESS changes
 touch_points       upstream names that ESS uses unchanged, on any platform or on the CPU
-touch_points_cuda  the same on a GPU
+touch_points_cuda  the same on a GPU, touch_points_pd: where prefill and decode are apart
 linear_attention   hooks for models with linear attention layers, speculation: for drafts
 topk_stream        hooks of the test-only switch --ess-topk-stream
 """
@@ -17,6 +17,6 @@ if TYPE_CHECKING:  # `python -m ess_patches.contract` must not find it imported 
 
 def all_hooks() -> tuple[Hook, ...]:
     """The rows that every server needs: hooks first, then touch points."""
-    from ess_patches import hooks, touch_points, touch_points_cuda
+    from ess_patches import hooks, touch_points, touch_points_cuda, touch_points_pd
 
-    return hooks.HOOKS + touch_points.HOOKS + touch_points_cuda.HOOKS
+    return hooks.HOOKS + touch_points.HOOKS + touch_points_cuda.HOOKS + touch_points_pd.HOOKS

@@ -30,14 +30,25 @@ HOOKS = (
         test="tests/disagg/test_pd_serving.py",
     ),
     Hook(
+        target="sglang.srt.disaggregation.utils.get_kv_class",
+        kind="after",
+        signature="(transfer_backend, class_type)",
+        body="sglang_ess.disagg.transfer:manager_class",
+        reason="SGLang chooses the class that sends and receives rows here. Its own would send all "
+        "latent rows to each of the ranks that share one host tier.",
+        when="both",
+        test="tests/disagg/test_transfer.py",
+    ),
+    Hook(
         target="sglang.srt.disaggregation.utils.setup_state_kv_args",
         kind="after",
         signature="(kv_args, token_to_kv_pool, draft_token_to_kv_pool=None, total_kv_layers=None, "
         "req_to_token_pool=None)",
-        body="sglang_ess.disagg.transfer:name_memory",
-        reason="NIXL registers memory by its kind, and SGLang calls every pool's rows VRAM. This "
-        "function sets those kinds just before the transfer manager reads them.",
-        when="cuda",
+        body="sglang_ess.disagg.transfer:describe_pool",
+        reason="NIXL registers memory by its kind, and SGLang calls every pool's rows VRAM. The "
+        "ranks of a shared host tier are known to the pool alone. This function fills the "
+        "arguments that a transfer manager reads next.",
+        when="both",
         test="tests/disagg/test_transfer.py",
     ),
     Hook(
