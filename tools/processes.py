@@ -19,6 +19,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from tools.hosts import LOOPBACK, Host
+
 POLL_SECONDS = 0.1
 
 
@@ -52,10 +54,11 @@ _own_guard: subprocess.Popen | None = None  # kept: an unreferenced Popen warns
 
 
 class HttpProcess:
-    """`python -m MODULE --host 127.0.0.1 --port PORT FLAGS`; as a context manager, exit stops it.
+    """`python -m MODULE --host ADDRESS --port PORT FLAGS`; as a context manager, exit stops it.
 
     log: file for stdout and stderr, emptied here; port: one of free_port()'s if None
     env: variables on top of this process's; settle: called in the child before exec
+    host: where it runs, of tools/hosts.py; this machine's loopback by default
     After kill() or stop(), start() begins again on the same port.
     """
 
@@ -69,10 +72,11 @@ class HttpProcess:
         port: int | None = None,
         env: dict[str, str] | None = None,
         settle: Callable[[], None] | None = None,
+        host: Host = LOOPBACK,
     ):
         self.port, self.log = port or free_port(), Path(log)
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.command = [sys.executable, "-m", module, "--host", "127.0.0.1"]
+        self.url = f"http://{host.address}:{self.port}"
+        self.command = [*host.command, sys.executable, "-m", module, "--host", host.address]
         self.command += ["--port", str(self.port), *flags]
         self.env, self._settle = {**os.environ, **(env or {})}, settle
         self.log.write_bytes(b"")

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from sglang_ess import errors
 from sglang_ess.config import REFUSED, EssConfig
 from sglang_ess.cpu import set_thread_defaults
-from sglang_ess.launch import shutdown, startup
+from sglang_ess.launch import peers, shutdown, startup
 
 logger = logging.getLogger(__name__)
 
@@ -53,19 +53,24 @@ def main(argv: list[str] | None = None) -> int:
     reasons = preflight.environment_reasons(config, os.environ) + preflight.early_reasons(rest)
     if reasons:
         return _refuse(reasons)
-    return shutdown.supervised(lambda: _start(config, rest), config.grace_seconds)
-
-
-def _start(config: EssConfig, rest: list[str]) -> int:
     try:
-        return _serve(config, rest)
+        place = peers.Place.of(rest, _config_options(rest))
+        launchers = None if place is None else peers.Peers(place)
+    except errors.Refusal as refusal:
+        return _refuse([str(refusal)])
+    return shutdown.supervised(lambda: _start(config, rest, place), config.grace_seconds, launchers)
+
+
+def _start(config: EssConfig, rest: list[str], place: peers.Place | None) -> int:
+    try:
+        return _serve(config, rest, place)
     except Exception as error:  # from an import or from one of SGLang's checks
         if startup.answers():
             raise
         return _explain(error)
 
 
-def _serve(config: EssConfig, rest: list[str]) -> int:
+def _serve(config: EssConfig, rest: list[str], place: peers.Place | None) -> int:
     since = time.monotonic()
     startup.progress("importing SGLang (10 to 20 s)")
     from sglang.launch_server import run_server
@@ -84,6 +89,8 @@ def _serve(config: EssConfig, rest: list[str]) -> int:
     if reasons := preflight.server_reasons(server_args, config, on_cpu):
         return _refuse(reasons)
     preflight.resolve(server_args)
+    if place is not None:
+        peers.use_interface(place)
     startup.before_processes(config.enabled, on_cpu, _may_be_sparse(server_args))
     http_end.bound(config.grace_seconds)
     try:
@@ -199,18 +206,23 @@ def _config_parts(arg: str) -> list[str]:
 
 def _file_flags(argv: list[str]) -> list[str]:
     """ESS's flags in the file that --config names, as command-line arguments."""
-    if "--config" not in argv:
-        return []
-    if argv.count("--config") > 1 or argv[-1] == "--config":
-        raise ValueError(f"--config must be given once, with a file: got {' '.join(argv)}.")
     flags: list[str] = []
-    for key, value in _yaml_mapping(Path(argv[argv.index("--config") + 1])).items():
+    for key, value in _config_options(argv).items():
         flag = _flag(key)
         if flag in EssConfig.flags():
             flags += [flag] * value if isinstance(value, bool) else [flag, str(value)]
         else:
             _refuse_misspelt(flag)
     return flags
+
+
+def _config_options(argv: list[str]) -> dict[Any, Any]:
+    """The mapping in the file of --config; empty without one. Raises: ValueError (one line)"""
+    if "--config" not in argv:
+        return {}
+    if argv.count("--config") > 1 or argv[-1] == "--config":
+        raise ValueError(f"--config must be given once, with a file: got {' '.join(argv)}.")
+    return _yaml_mapping(Path(argv[argv.index("--config") + 1]))
 
 
 def _flag(key: Any) -> str:

@@ -19,6 +19,7 @@ from sglang_ess.launch import shutdown
 from tests.support import leftovers
 from tests.support.stand_in import BOUND, SCHEDULER
 from tests.tools.test_processes import poll
+from tools.hosts import LOOPBACK, Host
 
 REPO = Path(__file__).resolve().parents[2]
 TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
@@ -32,12 +33,22 @@ def hang_up_ends() -> None:
 
 
 class StandIn(leftovers.Marked):
-    """Start tests.support.stand_in with this behaviour."""
+    """Start tests.support.stand_in with this behaviour on a host. flags: its, that place a node"""
 
-    def __init__(self, log: Path, behaviour: str, grace: float = GRACE):
+    def __init__(
+        self, log: Path, behaviour: str, *flags: str, grace: float = GRACE, host: Host = LOOPBACK
+    ):
         super().__init__()
         self.log = log
-        command = [sys.executable, "-m", "tests.support.stand_in", str(grace), behaviour]
+        command = [
+            *host.command,
+            sys.executable,
+            "-m",
+            "tests.support.stand_in",
+            str(grace),
+            behaviour,
+        ]
+        command += flags
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
@@ -71,7 +82,7 @@ def stand_in(tmp_path):
     started = []
 
     def start(behaviour, grace=GRACE, ready=True):
-        started.append(StandIn(tmp_path / "log", behaviour, grace))
+        started.append(StandIn(tmp_path / "log", behaviour, grace=grace))
         if ready:
             started[-1].wait_serving()
         return started[-1]

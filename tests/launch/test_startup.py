@@ -29,7 +29,7 @@ from tests.support.server import free_port
 
 PAGE, MIB = 64, 1 << 20
 ARGS = SimpleNamespace(
-    model_path="m", url=lambda: "http://h:1", api_key=None, tokenizer_worker_num=1
+    model_path="m", url=lambda: "http://h:1", api_key=None, tokenizer_worker_num=1, node_rank=0
 )
 PROGRESS = (
     "importing SGLang",
@@ -294,8 +294,10 @@ def web():
         thread.join()
 
 
-def args(url, workers=1, api_key=None):
-    return SimpleNamespace(model_path="m", url=url, tokenizer_worker_num=workers, api_key=api_key)
+def args(url, workers=1, api_key=None, node=0):
+    return SimpleNamespace(
+        model_path="m", url=url, tokenizer_worker_num=workers, api_key=api_key, node_rank=node
+    )
 
 
 READY = SimpleNamespace(is_ready=lambda: True)
@@ -323,6 +325,17 @@ def test_it_is_ready_only_once_the_url_answers(monkeypatch, capsys, web):
         assert "ready after" in wait_for_url(capsys)
     assert web.asked == [("/ready", "Bearer secret")] * 3
     assert not startup._answers(args(lambda: f"http://127.0.0.1:{free_port()}"), 1)
+
+
+def test_a_node_without_requests_is_ready_once_it_answers(capsys, web):
+    """SGLang gives a node but the first an HTTP server that knows /health alone."""
+    serving, err, until = threading.Event(), "", time.monotonic() + 10
+    with startup.announced(args(web.url, node=1), time.monotonic(), serving.set):
+        while "ready" not in err and time.monotonic() < until:
+            err += capsys.readouterr().err
+            time.sleep(0.01)
+    assert err == "[sglang-ess] node 1 is ready; node 0 takes the requests\n"
+    assert serving.is_set() and web.asked == [("/health", None)]
 
 
 def test_every_tokenizer_worker_must_answer(monkeypatch, web):

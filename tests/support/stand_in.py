@@ -1,4 +1,7 @@
-"""Stands in for SGLang under the launcher's outer process: `... stand_in GRACE BEHAVIOUR`."""
+"""Stands in for SGLang under the launcher's outer process: `... stand_in GRACE BEHAVIOUR [FLAGS]`.
+
+FLAGS: SGLang's, that place the launcher among its server's nodes
+"""
 
 import os
 import signal
@@ -9,7 +12,7 @@ import time
 from pathlib import Path
 
 from sglang_ess.config import REFUSED
-from sglang_ess.launch import shutdown
+from sglang_ess.launch import peers, shutdown
 
 SLEEP = "import time; time.sleep(600)"
 SCHEDULER = "sglang::scheduler"
@@ -72,6 +75,8 @@ def serve(behaviour: str) -> int:
 
 
 if __name__ == "__main__":
-    grace, behaviour = sys.argv[1:]
+    grace, behaviour, *flags = sys.argv[1:]
     shutdown.FAULT_SECONDS = shutdown.END_SECONDS = BOUND
-    sys.exit(shutdown.supervised(lambda: serve(behaviour), float(grace)))
+    place = peers.Place.of(flags, {})
+    launchers = peers.Peers(place) if place else None
+    sys.exit(shutdown.supervised(lambda: serve(behaviour), float(grace), launchers))

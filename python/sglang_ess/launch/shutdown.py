@@ -9,6 +9,7 @@ whose own parent has ended, so that it finds all of them.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import select
 import shutil
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_ess.config import REFUSED
+from sglang_ess.launch.peers import ASKED, FAILED, GONE, News, Peers
 from sglang_ess.launch.startup import progress
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -44,8 +46,10 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 _pipe: int | None = None  # in SGLang's process: the write end of the pipe to the launcher
 
 
-def supervised(serve: Callable[[], int], grace_seconds: float) -> int:
+def supervised(serve: Callable[[], int], grace_seconds: float, peers: Peers | None = None) -> int:
     """Run serve() in a child of this process. Returns once every process has ended.
+
+    peers: the launchers of the server's other nodes; all nodes end together
 
     At the first SIGTERM, SIGINT or SIGHUP the server stops taking requests; running requests have
     grace_seconds to finish and then get an error. A second signal, or a first one before
@@ -63,10 +67,12 @@ def supervised(serve: Callable[[], int], grace_seconds: float) -> int:
     main = os.fork()
     if main == 0:
         _become_server(launcher, pipe_of_child, template)
+        if peers is not None:
+            peers.close()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         _leave(serve)
     os.close(pipe_of_child)
-    return _Supervisor(main, pipe, template, grace_seconds).run(signals)
+    return _Supervisor(main, pipe, template, grace_seconds, peers).run(signals)
 
 
 def serving() -> None:
@@ -93,8 +99,11 @@ def follow_parent() -> None:
 class _Supervisor:
     """The launcher after the fork. main: pid of SGLang's process; pipe: read end of its pipe."""
 
-    def __init__(self, main: int, pipe: int, template: str, grace_seconds: float):
+    def __init__(
+        self, main: int, pipe: int, template: str, grace_seconds: float, peers: Peers | None
+    ):
         self.main, self.template, self.grace_seconds = main, template, grace_seconds
+        self.peers, self.news = peers, list[News]()
         self.main_status: int | None = None
         self.stage = 0  # 1 after serving(), 2 after served()
         self.repeats_until = 0.0  # until then a signal may be the first one again
@@ -103,7 +112,7 @@ class _Supervisor:
         self.signals, self.signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.poll = select.poll()
         self.pipe = pipe
-        for descriptor in (self.pipe, self.signals):
+        for descriptor in (self.pipe, self.signals, *([] if peers is None else [peers.fileno()])):
             self.poll.register(descriptor, select.POLLIN)
 
     def run(self, signals: set[signal.Signals]) -> int:
@@ -111,6 +120,8 @@ class _Supervisor:
             signal.signal(one, lambda *_: None)
         signal.set_wakeup_fd(self.signalled)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        if self.peers is not None:
+            self.peers.start()
         try:
             return self._serve_until_asked()
         finally:
@@ -121,7 +132,10 @@ class _Supervisor:
             self._scan()
             numbers, lost = self._wait(TICK_SECONDS)
             if numbers:
+                self.repeats_until = time.monotonic() + SAME_SECONDS
                 return self._asked(signal.Signals(numbers[0]).name)
+            if self.news:
+                return self._told(self.news.pop(0))
             if lost:
                 return self._lost(*lost[0])
             if self.main_status is not None:
@@ -129,6 +143,9 @@ class _Supervisor:
                 return self.main_status if known else self._failed("the main one")
 
     def _asked(self, name: str) -> int:
+        self._tell(ASKED)
+        if self.peers is not None and self.peers.place.node and self.peers.links:
+            return self._ends_with_node_0(name)
         if self.stage == 0:
             progress(f"{name} before the server was ready: ended")
             return 0
@@ -137,7 +154,6 @@ class _Supervisor:
             "finish (--ess-grace-seconds), then they get an error; a second signal ends at once"
         )
         _signal(self.main, signal.SIGINT)  # at SIGTERM SGLang would wait without a limit
-        self.repeats_until = time.monotonic() + SAME_SECONDS
         status = self._main_ends_within(self.grace_seconds + END_SECONDS)
         if status is None and self.stage < 2:
             progress(f"warning: a process hung: all are killed, {END_SECONDS:g} s after the grace")
@@ -146,6 +162,7 @@ class _Supervisor:
 
     def _lost(self, pid: int, name: str) -> int:
         """A vital process has ended. SGLang may end by itself and say why, or not notice."""
+        self._tell(FAILED)
         status = self._main_ends_within(FAULT_SECONDS)
         if status is not None and (
             status == REFUSED or status > 128
@@ -169,9 +186,44 @@ class _Supervisor:
             if (left := until - time.monotonic()) <= 0:
                 return None
             numbers, _ = self._wait(left)
-            if numbers and time.monotonic() > self.repeats_until:
+            if self._insists(numbers):
                 return 128 + numbers[0]
         return max(0, self.main_status)
+
+    def _insists(self, numbers: list[int]) -> bool:
+        """Whether one of these signals is a second one."""
+        if numbers and self.repeats_until == math.inf:  # another node had the first one
+            self.repeats_until = time.monotonic() + SAME_SECONDS
+        return bool(numbers) and time.monotonic() > self.repeats_until
+
+    def _tell(self, word: bytes) -> None:
+        if self.peers is not None:
+            self.peers.tell(word)
+
+    def _told(self, news: News) -> int:
+        """Another node ends, so this one does."""
+        if news.word == ASKED:
+            self.repeats_until = math.inf
+            return self._asked(news.got)
+        print(
+            "sglang-ess: all nodes of a server must live and reach each other: got "
+            f"{news.got}. All processes of this node are ended. {news.advice}.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
+
+    def _ends_with_node_0(self, name: str) -> int:
+        """Node 0 answers the requests that run, and then ends the schedulers of all nodes."""
+        progress(f"{name}: this node ends when node 0 has answered the requests that run")
+        while True:
+            numbers, _ = self._wait(TICK_SECONDS)
+            if self._insists(numbers):
+                return 128 + numbers[0]
+            for news in self.news:
+                if news.word != ASKED:
+                    return 0 if news.word == GONE else self._told(news)
+            self.news.clear()
 
     def _wait(self, seconds: float) -> tuple[list[int], list[tuple[int, str]]]:
         """(signals that came, vital processes that ended), after `seconds` at the latest."""
@@ -179,6 +231,9 @@ class _Supervisor:
         for descriptor, _ in self.poll.poll(seconds * 1000):
             if descriptor == self.signals:
                 numbers = [one for one in os.read(self.signals, 64) if one != signal.SIGCHLD]
+                continue
+            if self.peers is not None and descriptor == self.peers.fileno():
+                self.news.append(self.peers.read())
                 continue
             if descriptor == self.pipe and (messages := os.read(self.pipe, 8)):
                 self.stage += len(messages)

@@ -334,6 +334,13 @@ def answers() -> bool:
 def _announce(
     server_args: Any, since: float, serving: Callable[[], None], ended: threading.Event
 ) -> None:
+    if server_args.node_rank > 0:  # its HTTP server answers nothing but whether it lives
+        while not _answers(server_args, 1, "/health"):
+            if ended.wait(POLL_SECONDS):
+                return
+        serving()
+        progress(f"node {server_args.node_rank} is ready; node 0 takes the requests")
+        return
     while (state := _http_state()) is None:
         if ended.wait(POLL_SECONDS):
             return
@@ -362,8 +369,8 @@ def _is_ready(server_args: Any, manager: Any) -> bool:
     return _answers(server_args, 4 * workers)
 
 
-def _answers(server_args: Any, connections: int) -> bool:
-    """Whether /ready answers 200 on this many new connections, all open at the same time."""
+def _answers(server_args: Any, connections: int, path: str = "/ready") -> bool:
+    """Whether a path answers 200 on this many new connections, all open at the same time."""
     url = urlsplit(server_args.url())
     kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
     if url.scheme == "https":  # the server's certificate need not be valid for this host name
@@ -376,7 +383,7 @@ def _answers(server_args: Any, connections: int) -> bool:
         for connection in opened:
             connection.connect()
         for connection in opened:
-            connection.request("GET", "/ready", headers=headers)
+            connection.request("GET", path, headers=headers)
         return all(connection.getresponse().status == 200 for connection in opened)
     except (OSError, http.client.HTTPException):
         return False

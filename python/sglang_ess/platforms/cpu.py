@@ -168,12 +168,13 @@ def _share_cores(options) -> None:
     """Give each rank of this node its cores, where there are several and the user gave none.
 
     options: SGLang's ServerArgs. SGLang gives a rank the cores of one NUMA node, and refuses more
-    ranks than nodes (init_threads_binding in sglang/srt/utils/numa_utils.py).
+    ranks than nodes (init_threads_binding in sglang/srt/utils/numa_utils.py); it counts the ranks
+    of all hosts there.
     """
     from sglang_ess.mem_cache.host_share import NodeRanks
 
     ranks = NodeRanks.of(options).total
-    if ranks == 1 or BIND_VAR in os.environ:
+    if (ranks == 1 and options.nnodes == 1) or BIND_VAR in os.environ:
         return
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // ranks)
