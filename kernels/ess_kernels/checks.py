@@ -125,6 +125,28 @@ def line_lead(rows: torch.Tensor) -> int:
 
 
 @triton.jit
+def publish():
+    """Wait until other devices see the host rows that were stored so far.
+
+    fence.acq_rel.sys in each thread, behind its stores. It also covers the stores of earlier launches
+    of the stream (PTX ISA, memory consistency model: causality order is transitive). Without it the
+    end of a kernel orders its stores for this device alone. The collective that other ranks wait for
+    adds nothing: NCCL's LL protocols and SGLang's one-shot all-reduce send data and flag in one
+    relaxed store, with no fence, over NVLink. That may overtake posted writes on PCIe.
+    Costs the round trip of a posted write, some 1 to 2 us; an estimate, not measured.
+    """
+    # Its result is not used: Triton's inline assembly must have one, and an argument.
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.sys; mov.b32 $0, $1;",
+        "=r,r,~{memory}",
+        [tl.program_id(0)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def copy_step(
     source_ptr,  # [*, SOURCE_STRIDE] int64
     source_rows,  # [r] int64

@@ -12,7 +12,8 @@ what its latents become is multiplied by that.
 A row starts anywhere in a 128-byte line of the host tier, and every line that a warp touches is a
 PCIe write of its own. So lanes begin at the start of a line, as in checks.copy_step, and a lane
 makes the 16 bytes of the row that are there: a row is packed where it is stored, without a copy of
-it in memory. Host stores are posted: no program waits for them.
+it in memory. Host stores are posted: no program waits for them, unless the rows are published to
+other devices: checks.publish says why and what it costs.
 
 Bytes moved a row: 1152 read (bf16); 656 (fp8) or 1152 (bf16) over PCIe, and as many into device
 memory for a hot row and for `packed` each; 8 or 12 for its slot and its hot row.
@@ -42,6 +43,7 @@ from ess_kernels.checks import (
     check_same_format,
     check_tensor,
     interpreted,
+    publish,
     words,
 )
 from sglang_ess.layout import LATENT_DIM, SCALE_GROUP, fp8_row_bytes
@@ -62,6 +64,8 @@ class PackOptions(TypedDict, total=False):
 
     first_slot: int
     keeps_cold: bool
+    hot_only: bool
+    publishes: bool
     packed: torch.Tensor | None
     main_ready: torch.Tensor | None
 
@@ -169,6 +173,8 @@ def _pack_write_kernel(
     ROWS_PER_STEP: tl.constexpr,
     FP8: tl.constexpr,
     STORES_HOT: tl.constexpr,
+    STORES_HOST: tl.constexpr,
+    PUBLISHES: tl.constexpr,
 ):
     UNITS: tl.constexpr = 16 if FP8 else 2  # of a piece
     share = tl.cdiv(num_rows, tl.num_programs(0))
@@ -191,11 +197,14 @@ def _pack_write_kernel(
             values = _plain_pieces(
                 nope_ptr, rope_ptr, row, piece, inside, NOPE_STRIDE, ROPE_STRIDE, NOPE_PIECES
             )
-        _store(host_ptr, slot, piece, inside & saved[:, None], values, HOST_STRIDE, UNITS)
+        if STORES_HOST:
+            _store(host_ptr, slot, piece, inside & saved[:, None], values, HOST_STRIDE, UNITS)
         if STORES_HOT:
             _store(hot_ptr, hot, piece, inside & (hot >= 0)[:, None], values, HOT_STRIDE, UNITS)
         if packed_ptr is not None:
             _store(packed_ptr, row, piece, inside, values, PACKED_STRIDE, UNITS)
+    if PUBLISHES:
+        publish()
     if ready_ptr is not None:
         tl.debug_barrier()  # every warp has issued its stores
         tl.atomic_max(ready_ptr, tl.extra.cuda.globaltimer(), sem="relaxed")
@@ -258,6 +267,9 @@ def pack_write(
     first_slot  lower slots go to `packed` alone: SGLang points the padding of a batch at its first
                page, which nobody reads. Default 0
     keeps_cold  store no hot rows: a plan fetches them later. Default False
+    hot_only   store no host rows: another rank of the node stores the same ones. Default False
+    publishes  end when other devices, too, see these host rows and those of earlier launches of the
+               stream. Default False; without effect under the interpreter
     packed     [n, ..., width] like hot_rows: gets all rows, in order. Default: None
     main_ready  [1] int64 on the device: becomes the larger of its value and the GPU's clock
                (%globaltimer, ns) when the last program ends; under the interpreter
@@ -309,6 +321,8 @@ def pack_write(
             ROWS_PER_STEP=ROWS_PER_STEP,
             FP8=fp8,
             STORES_HOT=not options.get("keeps_cold", False),
+            STORES_HOST=not options.get("hot_only", False),
+            PUBLISHES=options.get("publishes", False) and not interpreted(),
             num_warps=WARPS,
         )
     if ready is not None and interpreted():

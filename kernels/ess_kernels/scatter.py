@@ -3,7 +3,7 @@
 It writes new rows to either tier. With `out` in device memory it fills hot rows. With `out` in
 pinned host memory, GPU threads store over PCIe; neither a copy engine nor a CPU thread takes part.
 Such stores are posted: programs do not wait for them. A later fetch by the same device, in stream
-order, sees them. A reader on the CPU must wait for an event first.
+order, sees them. A reader on the CPU must wait for an event first, and another device for publish().
 
 Bytes moved: n x row bytes read and as many written; 4 or 8 bytes of targets per row.
 """
@@ -22,7 +22,9 @@ from ess_kernels.checks import (
     check_tensor,
     copy_step,
     copy_tile,
+    interpreted,
     line_lead,
+    publish,
     words,
 )
 
@@ -41,6 +43,7 @@ def _scatter_kernel(
     ROW_WORDS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     ROWS_PER_STEP: tl.constexpr,
+    PUBLISHES: tl.constexpr,
 ):
     share = tl.cdiv(num_rows, tl.num_programs(0))
     first = tl.program_id(0) * share
@@ -54,6 +57,8 @@ def _scatter_kernel(
             rows_ptr, source.to(tl.int64), out_ptr, target, target >= 0, shift,
             ROWS_STRIDE, OUT_STRIDE, ROW_WORDS, BLOCK_WORDS,
         )  # fmt: skip
+    if PUBLISHES:
+        publish()
 
 
 def scatter_rows_reference(rows: torch.Tensor, targets: torch.Tensor, out: torch.Tensor) -> None:
@@ -76,6 +81,7 @@ def scatter_rows(
     targets: torch.Tensor,
     out: torch.Tensor,
     max_programs: int = MAX_PROGRAMS,
+    publishes: bool = False,
 ) -> None:
     """out[targets[i]] = rows[i] for every i with targets[i] >= 0.
 
@@ -83,6 +89,7 @@ def scatter_rows(
     targets  [n] int32 or int64, on the device; distinct and inside out, negative: skipped
     out      [m, ...] same row format, on the device or in pinned host memory; written
     max_programs  programs of the grid: the most SMs that it takes from other kernels
+    publishes  end when other devices, too, see the rows; without effect under the interpreter
 
     The size and the address of a row must be multiples of 16 bytes. Rows may lie apart in either
     tensor.
@@ -104,5 +111,6 @@ def scatter_rows(
             ROWS_STRIDE=row_words.stride(0),
             OUT_STRIDE=out_words.stride(0),
             **copy_tile(row_words.shape[1]),
+            PUBLISHES=publishes and not interpreted(),
             num_warps=COPY_WARPS,
         )

@@ -53,3 +53,14 @@ def test_kernels_do_not_spill(tmp_path, arch):
         registers, shared, _ = found[kernel]
         assert registers * THREADS * blocks <= SM_REGISTERS
         assert (shared + SYSTEM_SHARED_BYTES) * blocks <= SM_SHARED_BYTES
+
+
+@needs_nvcc
+def test_host_rows_are_read_by_loads_of_the_memory_model(tmp_path):
+    """Other devices write them: the model leaves ld.global.nc out."""
+    code, source = tmp_path / "plan_fetch.ptx", cuda_build.SOURCE_DIR / "plan_fetch.cu"
+    flags = " ".join(cuda_build.NVCC_FLAGS).split()
+    command = [cuda_build.nvcc(), *flags, "-arch=sm_90a", "-ptx", source, "-o", code]
+    subprocess.run(command, check=True, capture_output=True)
+    ptx = code.read_text()
+    assert "ld.global.L1::no_allocate.v4" in ptx and "ld.global.nc" not in ptx

@@ -68,7 +68,7 @@ class Tiers:
         self.slot_row = self.slot_row.to(self.device)
         self.expected = self.host.clone(), self.hot.clone()
 
-    def expect(self, slots, rows, first_slot=0):
+    def expect(self, slots, rows, first_slot=0, hot_only=False):
         """What rows [n, width] written at slots leave in the tiers."""
         host, hot = self.expected
         saved = slots.cpu() >= first_slot
@@ -76,7 +76,8 @@ class Tiers:
             slots.cpu()[saved].long(),
             rows[saved.to(rows.device)].view(-1, *host.shape[1:]),
         )
-        host[slots] = rows.to(host.device)
+        if not hot_only:
+            host[slots] = rows.to(host.device)
         found = self.slot_row[slots.to(self.device)]
         hot[found[found >= 0].long()] = rows.to(self.device)[found >= 0]
 
@@ -103,6 +104,7 @@ class Case:
     padding: int = 0
     index: torch.dtype = torch.int64
     packed: bool = True
+    hot_only: bool = False
 
 
 CASES = [
@@ -118,6 +120,8 @@ CASES = [
     Case("padding", padding=11),
     Case("padding, bf16", padding=11, row=BF16),
     Case("nothing but padding", n=5, padding=5),
+    Case("a rank that reads", hot_only=True, padding=11, packed=False),
+    Case("a rank that reads, bf16", hot_only=True, row=BF16),
 ]
 
 
@@ -134,13 +138,14 @@ def test_both_tiers_and_the_packed_rows(case, seed, device):
         packed = torch.empty(case.n, 1, *case.row[0], dtype=case.row[1], device=device)
 
     pack_write(
-        nope, rope, slots, tiers.slot_row, tiers.hot, tiers.host, first_slot=PAGE, packed=packed
-    )
+        nope, rope, slots, tiers.slot_row, tiers.hot, tiers.host, first_slot=PAGE, packed=packed,
+        hot_only=case.hot_only, publishes=True,
+    )  # fmt: skip
 
     fp8 = case.row is FP8 and case.n
     rows = (upstream_rows if fp8 else plain_rows)(nope, rope)
     if case.n:
-        tiers.expect(slots, rows, PAGE)
+        tiers.expect(slots, rows, PAGE, case.hot_only)
     tiers.check()
     if case.packed and case.n:
         assert torch.equal(as_bytes(packed), as_bytes(rows))
@@ -358,7 +363,7 @@ def test_what_does_not_fit_is_refused(changed, told, device):
         pack_write(**on_device)
 
 
-def compiled(fp8: bool, **pointers):
+def compiled(fp8: bool, publishes=False, hot_only=False, **pointers):
     """The kernel for strides of V3.2's fused projection, with packed and main_ready or without."""
     rows, wide = ("*u8", 4224) if fp8 else ("*i64", 528)
     width = FP8_ROW_BYTES if fp8 else 2 * ROW_DIM // 8
@@ -388,6 +393,8 @@ def compiled(fp8: bool, **pointers):
             "ROWS_PER_STEP": module.ROWS_PER_STEP,
             "FP8": fp8,
             "STORES_HOT": True,
+            "STORES_HOST": not hot_only,
+            "PUBLISHES": publishes,
             **{name: None for name, kind in pointers.items() if not kind},
         },
         num_warps=module.WARPS,
@@ -413,6 +420,23 @@ def test_hopper_code_moves_16_bytes_at_a_time(fp8, served):
         *["atom.global.gpu.relaxed.max.s64"] * served,
     ]
     assert len(re.findall(r"%globaltimer\b", asm["ptx"])) == served
+
+
+@pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
+def test_every_thread_fences_its_stores_before_the_clock(fp8):
+    asm = compiled(fp8, publishes=True, packed_ptr=None, ready_ptr="*i64")
+    order = r"\b(st\.global|fence\.\S+|atom\.global\.gpu\.relaxed\.max)"
+    *stores, fence, clock = re.findall(order, asm["ptx"])
+    assert len(stores) == (2 if fp8 else 4) and set(stores) == {"st.global"}
+    assert (fence, clock) == ("fence.acq_rel.sys;", "atom.global.gpu.relaxed.max")
+    line = next(line for line in asm["ptx"].splitlines() if "fence.acq_rel.sys" in line)
+    assert line.strip().startswith("fence"), "no thread is predicated off"
+    assert "fence" not in compiled(fp8, packed_ptr=None, ready_ptr="*i64")["ptx"]
+
+
+def test_a_rank_that_reads_stores_no_host_rows():
+    asm = compiled(True, hot_only=True, packed_ptr=None, ready_ptr="*i64")
+    assert len(re.findall(r"\bst\.global", asm["ptx"])) == 1
 
 
 def test_hopper_code_has_upstreams_arithmetic():

@@ -118,9 +118,8 @@ def test_what_does_not_fit_is_refused(changed, told, device):
         scatter_rows(**on_device)
 
 
-@pytest.mark.parametrize("targets", ["*i32", "*i64"])
-def test_hopper_code_keeps_four_16_byte_loads_in_flight(targets):
-    asm = compile_for_hopper(
+def compiled(targets: str, publishes: bool = False):
+    return compile_for_hopper(
         _scatter_kernel,
         signature={
             "rows_ptr": "*i64",
@@ -129,9 +128,20 @@ def test_hopper_code_keeps_four_16_byte_loads_in_flight(targets):
             "num_rows": "i32",
             "lead": "i32",
         },
-        constexprs={"ROWS_STRIDE": 82, "OUT_STRIDE": 82, **copy_tile(82)},
+        constexprs={"ROWS_STRIDE": 82, "OUT_STRIDE": 82, **copy_tile(82), "PUBLISHES": publishes},
         num_warps=8,
     )
+
+
+def test_every_thread_fences_its_stores():
+    ptx = compiled("*i64", publishes=True)["ptx"]
+    assert re.findall(r"\b(?:st\.global|fence\.\S+)", ptx)[-1] == "fence.acq_rel.sys;"
+    assert "fence" not in compiled("*i64")["ptx"]
+
+
+@pytest.mark.parametrize("targets", ["*i32", "*i64"])
+def test_hopper_code_keeps_four_16_byte_loads_in_flight(targets):
+    asm = compiled(targets)
     accesses = re.findall(r"\b(?:ld|st)\.global\S*v2\.b64(?=\s)", asm["ptx"])
     assert accesses == ["ld.global.cg.v2.b64"] * 4 + ["st.global.v2.b64"] * 4
     assert asm["spill_bytes"] == 0 and asm["stack_bytes"] == 0 and asm["shared_bytes"] == 0

@@ -6,10 +6,11 @@
 #ifndef ESS_HOST_SHIM
 namespace ess {
 
-// 16 bytes of host memory, which no kernel in flight writes: read once, so kept out of L1.
+// 16 bytes of host memory, read once, so kept out of L1. No kernel in flight writes these, but other
+// devices wrote them before: not ld.global.nc, to which the memory model does not apply.
 __device__ __forceinline__ uint4 load_host(const uint4* address) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(address));
   return v;
