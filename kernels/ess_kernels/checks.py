@@ -128,11 +128,13 @@ def line_lead(rows: torch.Tensor) -> int:
 def publish():
     """Wait until other devices see the host rows that were stored so far.
 
-    fence.acq_rel.sys in each thread, behind its stores. It also covers the stores of earlier launches
-    of the stream (PTX ISA, memory consistency model: causality order is transitive). Without it the
-    end of a kernel orders its stores for this device alone. The collective that other ranks wait for
-    adds nothing: NCCL's LL protocols and SGLang's one-shot all-reduce send data and flag in one
-    relaxed store, with no fence, over NVLink. That may overtake posted writes on PCIe.
+    fence.acq_rel.sys in each thread, behind its stores. It also covers the stores of earlier
+    launches of the stream (PTX ISA, memory consistency model: causality order is transitive).
+    Without it the end of a kernel orders its stores for this device alone. The collective that
+    other ranks wait for adds nothing: NCCL's LL protocols (src/device/prims_ll.h) and SGLang's
+    one-shot all-reduce (sglang 0.5.23, kernels/jit/csrc/distributed/custom_all_reduce.cuh) send
+    data that is its own flag by relaxed stores, with no fence, over NVLink. They may overtake
+    posted writes on PCIe.
     Costs the round trip of a posted write, some 1 to 2 us; an estimate, not measured.
     """
     # Its result is not used: Triton's inline assembly must have one, and an argument.

@@ -3,7 +3,7 @@
 It writes new rows to either tier. With `out` in device memory it fills hot rows. With `out` in
 pinned host memory, GPU threads store over PCIe; neither a copy engine nor a CPU thread takes part.
 Such stores are posted: programs do not wait for them. A later fetch by the same device, in stream
-order, sees them. A reader on the CPU must wait for an event first, and another device for publish().
+order, sees them. A reader on the CPU must wait for an event first, another device for publish().
 
 Bytes moved: n x row bytes read and as many written; 4 or 8 bytes of targets per row.
 """

@@ -1,9 +1,9 @@
-"""Two ranks with the same top-k do not have the same hot rows: what they may agree on, and what not.
+"""Two ranks with the same top-k do not have the same hot rows: nothing may depend on that.
 
 Blocks of a launch race for rows (SCANNED, the stamps' compare-and-swap) and warps of a block for
-tickets, so that another schedule evicts other slots, and later steps miss others. Nothing that ranks
-do together may depend on it: not who writes the host tier, not whether a step meets
-(DeviceTier.has_room goes by shapes), and a fetch that ranks share has to go by slots.
+tickets. So another schedule evicts other slots, and later steps miss others. What ranks do together
+goes by other things: who writes the host tier by the rank, whether they meet in a step by shapes
+(DeviceTier.has_room). A fetch that ranks share would have to go by slots that all of them miss.
 """
 
 import pytest

@@ -52,7 +52,7 @@ def build(monkeypatch):
             skip_topk_layers=[position > 0 for _, position in groups.places],
         )  # fmt: skip
 
-    with get_parallel().override(attn_dcp_size=1, attn_dcp_rank=0):
+    with get_parallel().override(attn_tp_size=1, attn_dcp_size=1, attn_dcp_rank=0):
         yield make
 
 

@@ -19,6 +19,7 @@ from sglang_ess.attention.backend_cuda import EssDsaBackend
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache import pool_cuda
 from sglang_ess.platforms import cuda as cuda_hooks
+from sglang_ess.tiers import HostTier
 from sglang_ess.tiers.index_groups import IndexGroups
 
 HEADS, SCALE, SLOTS, PAGE, TOPK = 4, 0.07, 120, 4, 8
@@ -28,16 +29,22 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # float32 sums in another order
 
 
 class Pool(pool_cuda.CudaEssTokenToKVPool):
-    """The pool's tiers over float32 rows, without SGLang's allocation."""
+    """The pool's tiers over float32 rows, without SGLang's allocation.
 
-    def __init__(self, sizes, hot_rows, staging_rows, queries=1):
+    host_tier: HostTier with these layers' rows; default: this process's own
+    """
+
+    def __init__(self, sizes, hot_rows, staging_rows, queries=1, host_tier=None):
         self.groups = IndexGroups(sizes)
         layers = self.groups.layers
         self.device, self.start_layer, self.layer_num, self.page_size = "cpu", 0, layers, PAGE
         self.dtype = self.store_dtype = torch.float32
         self.kv_cache_dim, self.dsa_kv_cache_store_fp8 = NOPE + ROPE, False
         nan = float("nan")  # reading a row that nobody filled must show
-        self.kv_buffer = [torch.full((SLOTS, 1, NOPE + ROPE), nan) for _ in range(layers)]
+        self.host_tier = host_tier or HostTier(layers, SLOTS, (1, NOPE + ROPE), torch.float32)
+        self.kv_buffer = self.host_tier.rows
+        for rows in self.kv_buffer if self.host_tier.group.is_writer else []:
+            rows.fill_(nan)
         shape = SimpleNamespace(topk=TOPK, queries=queries)
         rows = {"hot_rows": hot_rows, "staging_rows": staging_rows}
         self.capacity = SimpleNamespace(geometry=shape, **rows)
@@ -143,11 +150,12 @@ def builder(monkeypatch):
 
     drafts: --speculative-num-draft-tokens; 0 without speculation
     parallel: SGLang's ParallelContext, or what stands for it; options: of EssConfig
+    host_tier: as Pool
     """
     alone = SimpleNamespace(tp_size=1, attn_dp_enabled=False)
 
     def build(overlap="da", hot_rows=HOT_ROWS, staging_rows=SLOTS, max_queries=6, sizes=(1, 1),
-              parallel=alone, drafts=0, **options):  # fmt: skip
+              parallel=alone, drafts=0, host_tier=None, **options):  # fmt: skip
         monkeypatch.setattr(pool_cuda, "PLAN_QUERIES_CUDA", max_queries)
         for name, value in EssConfig(enabled=True, overlap=overlap, **options).to_env().items():
             monkeypatch.setenv(name, value)
@@ -157,7 +165,7 @@ def builder(monkeypatch):
         torch.manual_seed(hot_rows)
         return Backend(
             SimpleNamespace(
-                token_to_kv_pool=Pool(sizes, hot_rows, staging_rows, drafts or 1),
+                token_to_kv_pool=Pool(sizes, hot_rows, staging_rows, drafts or 1, host_tier),
                 req_to_token=torch.zeros(12, SLOTS, dtype=torch.int32),
                 model_config=SimpleNamespace(hf_config=SimpleNamespace(), scaling=SCALE),
                 drafts=drafts,

@@ -4,6 +4,7 @@ import errno
 import gc
 import logging
 import mmap
+import os
 import time
 
 import pytest
@@ -97,7 +98,7 @@ def test_huge_pages():
 def test_it_begins_at_a_huge_page(monkeypatch):
     """Whatever its size: newer kernels align a mapping to pages of 2 MiB, and to no larger ones."""
     huge = 64 * MIB
-    monkeypatch.setattr(host_memory, "huge_page_bytes", lambda: huge)
+    monkeypatch.setattr(host_memory, "huge_page_bytes", lambda is_shared=False: huge)
     for memory in [HostMemory(huge + PAGE) for _ in range(3)]:
         assert memory.address % huge == 0
         assert memory.view(PAGE, (huge,), torch.uint8).data_ptr() == memory.address + PAGE
@@ -121,6 +122,28 @@ def test_a_refusal_of_huge_pages_is_told_and_no_more(advice, caplog):
         memory = HostMemory(SIZE)
     assert "no huge pages for host memory: madvise: Invalid argument" in caplog.text
     assert not filled(memory).any()
+
+
+@pytest.mark.parametrize("word", ["always", "within_size", "advise", "never", "deny", "force"])
+def test_memory_that_ranks_share_has_a_switch_of_its_own(monkeypatch, tmp_path, caplog, word):
+    words = "always within_size advise never deny force".replace(word, f"[{word}]")
+    (tmp_path / "enabled").write_text("always madvise [never]")
+    (tmp_path / "shmem_enabled").write_text(words)
+    (tmp_path / "hpage_pmd_size").write_text("2097152")
+    monkeypatch.setattr(host_memory, "THP", tmp_path)
+    gives = word not in ("never", "deny")
+    assert host_memory.shared_huge_pages() == word
+    assert host_memory.huge_page_bytes(is_shared=True) == (2 * MIB if gives else 0)
+    assert host_memory.huge_page_bytes() == 0
+    descriptor = os.memfd_create("test")
+    os.ftruncate(descriptor, SIZE)
+    memory, again = (HostMemory(SIZE, shared=descriptor) for _ in range(2))
+    os.close(descriptor)
+    assert ("hg" in flags_of(memory)) == gives
+    told = f"got {word} in {tmp_path / 'shmem_enabled'}. Set it to advise."
+    assert (told in caplog.text) == (not gives)
+    filled(memory).fill_(3)
+    assert again.view(0, (SIZE,), torch.uint8).eq(3).all()
 
 
 def test_less_than_a_huge_page_does_not_grow_to_one():
@@ -201,10 +224,10 @@ def test_a_node_is_the_only_source_while_it_has_room(monkeypatch, spare, strict)
     free = host_memory.NODE_SPARE_BYTES + spare
     monkeypatch.setattr(numa, "free_bytes", lambda node: free if node == 5 else 0)
     monkeypatch.setattr(numa, "bind", lambda *call, strict: bound.append((*call, strict)))
-    memory = HostMemory(SIZE, node=5)
+    memory = HostMemory(SIZE, nodes=[5])
     filled(memory)
     starts = range(memory.address, memory.address + SIZE, 2 * MIB)
-    assert sorted(bound) == [(start, 2 * MIB, 5, strict) for start in starts]
+    assert sorted(bound) == [(start, 2 * MIB, (5,), strict) for start in starts]
     assert memory.unbound == ""
 
 
@@ -216,7 +239,7 @@ def test_a_refused_binding_is_asked_for_once(monkeypatch):
         return "mbind: EPERM (Operation not permitted)"
 
     monkeypatch.setattr(numa, "bind", bind)
-    memory = HostMemory(SIZE, node=0, threads=1)
+    memory = HostMemory(SIZE, nodes=[0], threads=1)
     assert not filled(memory).any()
     assert len(asked) == 1 and "EPERM" in memory.unbound
 
@@ -226,7 +249,7 @@ def test_a_refused_binding_is_asked_for_once(monkeypatch):
 @pytest.mark.parametrize(("free", "policy"), [(1 << 60, "bind"), (0, "prefer")])
 def test_the_kernel_has_the_policy(monkeypatch, free, policy):
     monkeypatch.setattr(numa, "free_bytes", lambda node: free)
-    memory = HostMemory(SIZE, node=0)
+    memory = HostMemory(SIZE, nodes=[0])
     filled(memory)
     if memory.unbound:
         pytest.skip(memory.unbound)
@@ -256,7 +279,8 @@ def test_residence_of_one_mapping_among_others(monkeypatch, tmp_path):
     )
     (tmp_path / "smaps").write_text(
         "".join(
-            f"{a:x}-{b:x} rw-p 00000000 00:00 0\nRss: 7 kB\nAnonHugePages: {kb} kB\n"
+            f"{a:x}-{b:x} rw-p 00000000 00:00 0\nRss: 7 kB\nAnonHugePages: {kb - 1} kB\n"
+            "ShmemPmdMapped: 1 kB\n"
             for a, b, kb in blocks
         )
     )

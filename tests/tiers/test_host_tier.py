@@ -205,7 +205,7 @@ def test_the_rows_are_bound_to_the_gpus_node(cuda_host, monkeypatch, caplog):
     monkeypatch.setattr(numa, "bind", lambda *call, strict: bound.append(call))
     tier = HostTier(3, 50, (656,), torch.uint8)
     assert [call[0] for call in sorted(bound)] == [rows.data_ptr() for rows in tier.rows]
-    assert {call[1:] for call in bound} == {(9 * mmap.PAGESIZE, 3)}
+    assert {call[1:] for call in bound} == {(9 * mmap.PAGESIZE, (3,))}
     monkeypatch.setattr(numa, "bind", lambda *_, strict: "mbind: EPERM")
     with caplog.at_level(logging.INFO, host_tier.__name__):
         assert HostTier(3, 50, (656,), torch.uint8).residence.num_bytes == 27 * mmap.PAGESIZE

@@ -45,12 +45,34 @@ def test_this_machine():
 
 def test_without_libnuma(monkeypatch):
     monkeypatch.setattr(numa, "_libnuma", lambda: None)
-    assert numa.bind(0, mmap.PAGESIZE, 0, strict=True) == "libnuma is not installed"
+    assert numa.bind(0, mmap.PAGESIZE, [0], strict=True) == "libnuma is not installed"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "strict", "mode", "words"),
+    [
+        ([1], True, numa.MPOL_BIND, [2]),
+        ([1], False, numa.MPOL_PREFERRED, [2]),
+        ([0, 65], False, numa.MPOL_INTERLEAVE, [1, 2]),
+    ],
+)
+def test_what_the_kernel_is_asked(monkeypatch, nodes, strict, mode, words):
+    asked = []
+
+    class Library:
+        @staticmethod
+        def mbind(address, num_bytes, mode, words, maxnode, flags):
+            asked.append((address, num_bytes, mode, list(words), maxnode, flags))
+            return 0
+
+    monkeypatch.setattr(numa, "_libnuma", lambda: Library)
+    assert numa.bind(4096, 8192, nodes, strict) is None
+    assert asked == [(4096, 8192, mode, words, 64 * len(words) + 1, 0)]
 
 
 @pytest.mark.skipif(numa._libnuma() is None, reason="no libnuma")
 def test_a_node_that_is_not_there():
     pages = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-    reason = numa.bind(address, mmap.PAGESIZE, 900, strict=True)
+    reason = numa.bind(address, mmap.PAGESIZE, [900], strict=True)
     assert reason and reason.startswith("mbind: E")

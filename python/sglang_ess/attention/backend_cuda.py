@@ -117,7 +117,10 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         self._kernels: dict[bool, Any] = {}
         self._scale = 0.0
         attend, attend_short = (partial(self._attend_rows, short) for short in (False, True))
-        self.decode = TwoTierDecode(pool.tier, pool.transfer, attend, merge_state, attend_short)
+        self.decode = TwoTierDecode(
+            pool.tier, pool.transfer, attend, merge_state, attend_short, pool.is_writer,
+            pool.meet if pool.is_shared else None,
+        )  # fmt: skip
         self.policy = policy_for(config, len(pool.groups), get_parallel())
         self.chosen = self.policy.choose(1).mode  # for the steps to come
         self.step = StepState(self.chosen)
@@ -301,14 +304,10 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         """
         pool, spans = self.token_to_kv_pool, self.step.warm_spans
         group, position = pool.place(layer_id)
-        cache = pool.hot_caches[group]
-        if not spans or position < cache.num_layers - 1:
+        if not spans or position < pool.hot_caches[group].num_layers - 1:
             return
         # A copy: a prefill graph has one top-k buffer for all layers, and nobody waits for this.
-        last = torch.cat([topk[first:end] for first, end in spans])
-        with pool.transfer.on_transfer_stream():
-            cache.warm(last)
-            pool.transfer.record_stream(last)
+        pool.warm_prompt(layer_id, torch.cat([topk[first:end] for first, end in spans]))
 
     # --- decode ---------------------------------------------------------------------------
 
@@ -465,7 +464,10 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         return self._kernels[short_lists].attend(q_all, rows, indices, lengths)
 
     def _canary(self) -> None:
-        """Now and then compare hot rows with their host rows. Waits for the device."""
+        """Now and then compare hot rows with their host rows. Waits for the device.
+
+        Ranks draw the same steps and rows, each from its own hot tier. The writer waits for all.
+        """
         if not self._canary_rate or self._random.random() >= self._canary_rate:
             return
         pool = self.token_to_kv_pool
@@ -474,6 +476,7 @@ class EssDsaBackend(DeepseekSparseAttnBackend):
         picks = self._random.integers(0, 2**31, CANARY_ROWS)
         group, position = pool.place(layer_id)
         pool.hot_caches[group].check_rows(picks, f"layer {layer_id}", pool.page_size, position)
+        pool.change_rows(lambda: None)
 
 
 def is_decode_step(mode: Any) -> bool:

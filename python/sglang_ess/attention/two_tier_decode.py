@@ -17,6 +17,8 @@ Layers that read one top-k, an index group, share a plan. Its first layer makes 
 of the modes above. The rows of the others are known then: the transfer stream fetches them in the
 layers' order, behind the layers before. A layer waits for its own rows and for none that come
 later.
+
+Where ranks share a host tier, one of them writes it: mem_cache/pool_cuda.py says in which order.
 """
 
 from __future__ import annotations
@@ -103,6 +105,7 @@ class TwoTierDecode:
     tier, transfer: the pool's; merge_state: SGLang's
     attend, attend_late: the attention kernel, and the one for rows that come late. Those are few
     of many columns, so it should stop at a list's length (mla_kernels' stops_early)
+    is_writer, meet: the pool's where ranks share its host tier; meet is None where they do not
     """
 
     tier: DeviceTier | DeviceTiers
@@ -110,6 +113,8 @@ class TwoTierDecode:
     attend: Attend
     merge_state: Merge
     attend_late: Attend | None = None
+    is_writer: bool = True
+    meet: Callable[[], None] | None = None
 
     def reserve(self, slots: torch.Tensor, width: int, first_slot: int = 0) -> bool:
         """Make the slots [T] that a step writes hot in every layer, before their rows are there.
@@ -149,15 +154,25 @@ class TwoTierDecode:
         Without a reservation the map is that of the group's last pass, not of the one to come.
 
         latents [T, 1, 512], rope_keys [T, 1, r], slots [T]; first_slot: lower slots are padding
-        Nobody waits for the host tier: who fetches these rows does so in a later launch.
+        Nobody waits for the host tier: who fetches these rows does so in a later launch. Ranks that
+        share it meet here, if the step's own plans may fetch them. Otherwise they do in the layer's
+        reduction, and one fence covers all layers of a step.
         """
         cache, position = step.cache, step.position
         ready = cache.state.times[position, hot_state.MAIN_READY :][:1]
         pack_write(
             *packable(latents, rope_keys, step.rows), slots, cache.state.slot_row, step.rows,
             cache.host_layers[position], first_slot=first_slot, keeps_cold=not step.reserved,
-            main_ready=ready,
+            hot_only=not self.is_writer, publishes=self._publishes(step), main_ready=ready,
         )  # fmt: skip
+        if self.meet is not None and not step.reserved:
+            self.meet()
+
+    def _publishes(self, step: LayerStep) -> bool:
+        """Whether other ranks may fetch the rows of the layer, or of the step, after this write."""
+        if self.meet is None or not self.is_writer:
+            return False
+        return not step.reserved or (step.cache is self.tier.caches[-1] and step.is_last)
 
     def plan_half(self, step: LayerStep, topk: torch.Tensor, first: int, batch: int) -> None:
         """DBA: plan and fetch topk [n, K], the queries from `first` on of a batch of `batch`.

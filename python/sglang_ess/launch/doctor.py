@@ -72,7 +72,7 @@ def device() -> dict[str, Any]:
         "gpu_numa_nodes": [numa.node_of_gpu(i) for i in range(torch.cuda.device_count())],
         "nvcc": str(cuda_build.nvcc() or "none"),
         "pinned_memory": pinned,
-        "memlock_limit_bytes": _memlock_limit_bytes(),
+        "memlock_limit_bytes": _limit_bytes(resource.RLIMIT_MEMLOCK),
     }
 
 
@@ -81,7 +81,11 @@ def host() -> dict[str, Any]:
 
     huge_page_bytes: of the pages that a GPU's host tier asks for; 0 if the kernel gives none
     huge_pages_used_bytes: AnonHugePages, of all processes: while a server with ESS runs on a GPU,
-        most of its host tier should be there
+        most of its host tier should be there, or in shared_huge_used_bytes (ShmemHugePages) if
+        ranks share it
+    shared_memory: whether ranks can share a host tier; shared_memory_limit_bytes: RLIMIT_FSIZE,
+        which it must not exceed
+    shared_huge_pages: when shared memory gets huge pages: it must be advise, always or within_size
     """
     import llvmlite.binding as llvm
     import psutil
@@ -98,6 +102,10 @@ def host() -> dict[str, Any]:
         "numa_nodes": numa.num_nodes(),
         "huge_page_bytes": host_memory.huge_page_bytes(),
         "huge_pages_used_bytes": host_memory.meminfo_bytes("AnonHugePages"),
+        "shared_memory": _shared_memory(),
+        "shared_memory_limit_bytes": _limit_bytes(resource.RLIMIT_FSIZE),
+        "shared_huge_pages": host_memory.shared_huge_pages() or None,
+        "shared_huge_used_bytes": host_memory.meminfo_bytes("ShmemHugePages"),
         "cpu_features": [name for name in CPU_FEATURES if features.get(name)],
     }
 
@@ -189,9 +197,17 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _memlock_limit_bytes() -> int | None:
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
+def _shared_memory() -> str:
+    try:
+        os.close(os.memfd_create("ess-doctor"))
+    except OSError as error:  # a container's seccomp profile may forbid it
+        return f"no (memfd_create: {error.strerror})"
+    return "yes"
+
+
+def _limit_bytes(limit: int) -> int | None:
+    soft = resource.getrlimit(limit)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def _shown(name: str, value: Any) -> str:

@@ -1,12 +1,41 @@
-"""The KV pool of a CUDA device in two tiers: pinned host rows, DeviceTiers in front of them."""
+"""The KV pool of a CUDA device in two tiers: pinned host rows, DeviceTiers in front of them.
+
+Ranks of a node share one host tier (HostTier.group). Its writer stores host rows; a reader packs
+the same rows for its own hot tier alone. Hot tiers differ from rank to rank, even after equal
+steps.
+
+What keeps a reader from a row that is not there yet, or is another request's already, are the
+reductions of the model itself. Attention TP splits the heads, so every layer ends in one, and no
+rank's main stream passes it before all have come to it.
+
+a. Written, then read. A decode step stores its rows on the main stream, before the layer's
+   reduction, and no plan of this step fetches a reserved row. The transfer stream saves a prompt's
+   rows; the main stream waits for a layer's save two layers later (pack_staged) and for the last
+   ones before it leaves the last layer (write_prompt). Prefill attends to its own new rows as each
+   rank has packed them. So when a reader begins a pass, all rows of the passes before are there.
+   Its warm-up alone reads rows of the same pass: SAVE_LAYERS layers later, or after a meeting of
+   the ranks at the last layer (warm_prompt).
+b. Where a step's new rows have no hot rows, its plans fetch them in the layer that writes them.
+   The ranks meet between (TwoTierDecode.write). DeviceTier.has_room goes by shapes alone, so all
+   ranks meet or none does.
+c. Read, then overwritten. A main stream waits for every fetch before it attends to its rows. When
+   the writer's passes the last reduction of a pass, no rank fetches for that pass any more. What
+   is fetched for later (a warm-up, the link's probe) may see a row that is half overwritten. The
+   rank itself then writes that slot too, and refreshes its hot row behind that fetch.
+
+Stores to host memory end with a fence for other devices (ess_kernels.checks.publish). Changes by
+the CPU (move_kv_cache, load_cpu_copy) go by HostTier.order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
+from sglang.srt.runtime_context import get_parallel
 
 from ess_kernels.gather_rows import gather_rows
 from ess_kernels.pack_write import pack_write, packable
@@ -21,6 +50,9 @@ from sglang_ess.tiers.topk_sample import TopkSample
 from sglang_ess.tiers.transfer_stream import TransferStream, wait
 
 ABOVE_ALL_SLOTS = 2**31 - 1
+# So many layers after a prompt's layer every rank's main stream is behind the writer's save of it:
+# pack_staged waits for the save two layers later, and that layer's reduction follows.
+SAVE_LAYERS = 3
 
 
 class CudaEssTokenToKVPool(EssTokenToKVPool):
@@ -29,6 +61,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
     tier      hot rows, state and scratch of all index groups
     transfer  the stream of plans, fetches and a prompt's saves, in order
     prompt_slots [n] int64: a copy of the slots that the prefill pass under way writes
+    is_shared    other ranks have the same host tier; is_writer: this one stores its rows
 
     get_key_buffer gives SGLang's kernels what reading() was given: hot rows or staged ones.
     """
@@ -36,6 +69,10 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
     tier: DeviceTiers
 
     def _create_tiers(self) -> None:
+        group = self.host_tier.group
+        self.is_shared, self.is_writer = group.size > 1, group.is_writer
+        self._met = torch.zeros(4, device=self.device) if self.is_shared else None  # 16 bytes
+        self._to_warm: list[tuple[int, torch.Tensor]] = []  # layers and top-k, in order
         self.transfer = TransferStream(self.device)
         self.prompt_slots = torch.empty(0, dtype=torch.int64, device=self.device)
         topk, hot_rows = self.capacity.geometry.topk, self.capacity.hot_rows
@@ -86,6 +123,26 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
                 if len(part):
                     cache.warm(part)
 
+    def meet(self) -> None:
+        """Have the main stream wait until those of all ranks of the attention-TP group are here."""
+        get_parallel().attn_tp_group.all_reduce(self._met)
+
+    def warm_prompt(self, layer_id: int, topk: torch.Tensor) -> None:
+        """Warm an index group by a prompt's last queries, when their rows are in the host tier.
+
+        layer_id: the group's last one; topk [queries, K] int32, which nobody writes any more
+        """
+        self._to_warm.append((layer_id, topk))
+        ends = layer_id - self.start_layer == self.layer_num - 1
+        if self.is_shared and ends:
+            self.meet()
+        behind = SAVE_LAYERS if self.is_shared and not ends else 0
+        while self._to_warm and self._to_warm[0][0] + behind <= layer_id:
+            layer, queries = self._to_warm.pop(0)
+            with self.transfer.on_transfer_stream():
+                self.hot_caches[self.place(layer)[0]].warm(queries)
+                self.transfer.record_stream(queries)
+
     @contextmanager
     def reading(self, rows: torch.Tensor) -> Iterator[None]:
         """Have get_key_buffer give these rows [n, 1, width] meanwhile."""
@@ -135,6 +192,7 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         slots [sum(new_tokens)] int64, in query order; the others: DeviceStaging.begin
         Every layer of the pass must be written: write_prompt fills the hot rows.
         """
+        self._to_warm.clear()  # of a pass that was given up
         for saved in self._saved:  # of the pass before, from the buffers that this one fills
             wait(saved)
         self.staging.begin(prefix_tokens, new_tokens, tables, slots)
@@ -184,11 +242,15 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         group, position = self.place(layer_id)
         cache = self.hot_caches[group]
         with self.transfer.on_transfer_stream():
-            scatter_rows(rows, slots, cache.host_layers[position])
+            if self.is_writer:
+                host_rows = cache.host_layers[position]
+                scatter_rows(rows, slots, host_rows, publishes=self.is_shared)
             targets = gather_rows(slots.int(), cache.state.slot_row)
             scatter_rows(rows, targets, cache.hot_layers[position])
             self.transfer.record_stream(slots, rows)
             self._saved[(layer_id - self.start_layer) % 2] = self.transfer.event()
+        if self.is_shared and layer_id - self.start_layer == self.layer_num - 1:
+            self.transfer.join()
 
     # --- SGLang's write paths -----------------------------------------------------------
 
@@ -216,9 +278,12 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
         """Wait for the device, then copy on the host. SGLang calls it between steps."""
-        self.synchronize()
-        for rows in self.kv_buffer:
-            rows[tgt_loc.view(-1).cpu()] = rows[src_loc.view(-1).cpu()]
+
+        def move() -> None:
+            for rows in self.kv_buffer:
+                rows[tgt_loc.view(-1).cpu()] = rows[src_loc.view(-1).cpu()]
+
+        self.change_rows(move)
         self.index_key_cache.move(tgt_loc, src_loc)
         self.invalidate_slots(tgt_loc)
 
@@ -227,8 +292,22 @@ class CudaEssTokenToKVPool(EssTokenToKVPool):
         return super().get_cpu_copy(indices.cpu(), *args, **kwargs)
 
     def load_cpu_copy(self, kv_cache_cpu, indices, *args, **kwargs) -> None:
+        load = partial(super().load_cpu_copy, kv_cache_cpu, indices.cpu(), *args, **kwargs)
+        self.change_rows(load)
+        if self.is_writer:
+            return
+        # Index keys are each rank's own. SGLang passes over layers without rows.
+        host_rows, self.kv_buffer = self.kv_buffer, [rows[:0] for rows in self.kv_buffer]
+        try:
+            load()
+        finally:
+            self.kv_buffer = host_rows
+
+    def change_rows(self, change: Callable[[], None]) -> None:
+        """Have the writer change host rows by the CPU, while no rank's device or CPU reads any."""
         self.synchronize()
-        super().load_cpu_copy(kv_cache_cpu, indices.cpu(), *args, **kwargs)
+        self.host_tier.order.begin()
+        self.host_tier.order.write(change)
 
     def invalidate_slots(self, loc: torch.Tensor) -> None:
         with self.transfer.on_transfer_stream():

@@ -70,28 +70,29 @@ class HostMemory:
     """Zeroed memory of this process alone or of several, not touched yet.
 
     num_bytes: whole pages of 4 KiB (mmap.PAGESIZE)
-    node: NUMA node to bind it to; None: the kernel's choice
+    nodes: NUMA nodes to take it from, in turns if there are several; none: the kernel's choice
     threads: that populate it; None: one for each usable core, at most MAX_THREADS
     shared: descriptor of the memory that several processes map (shared_memory.py); the caller may
         close it. None: memory of this process alone
-    unbound: why it is not bound to the node; empty if it is, or if none was named
+    unbound: why it is not bound to the nodes; empty if it is, or if none were named
     Raises: HostMemoryError if the kernel gives no addresses.
     """
 
     def __init__(
         self,
         num_bytes: int,
-        node: int | None = None,
+        nodes: Sequence[int] = (),
         threads: int | None = None,
         shared: int | None = None,
     ):
-        self.num_bytes, self.node, self.unbound = num_bytes, node, ""
+        self.num_bytes, self.nodes, self.unbound = num_bytes, tuple(nodes), ""
         self.threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
-        huge = huge_page_bytes() if shared is None else 0
+        huge = huge_page_bytes(is_shared=shared is not None)
         # A mapping smaller than a huge page would grow to one.
         self._is_huge = 0 < huge <= num_bytes
-        align = huge if self._is_huge else mmap.PAGESIZE
-        # Byte 0 of shared memory is byte 0 on every rank: the kernel aligns it.
+        align = huge if self._is_huge and shared is None else mmap.PAGESIZE
+        # Byte 0 of shared memory is byte 0 on every rank. Where it may have huge pages the kernel
+        # itself begins it at one (shmem_get_unmapped_area in mm/shmem.c).
         length = num_bytes + align if shared is None else num_bytes
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if shared is None else mmap.MAP_SHARED
         try:
@@ -107,6 +108,12 @@ class HostMemory:
         # Without it, fork() copies all locked pages for the child (from Linux 5.12 on).
         # A child that outlives this process would keep shared memory, too.
         _madvise(start, length, mmap.MADV_DONTFORK)
+        if shared is not None and huge == 0:
+            logger.warning(
+                "ESS: host memory that ranks share must have huge pages to be fast on a GPU: got "
+                "%s in %s. Set it to advise.",
+                shared_huge_pages() or "nothing", THP / "shmem_enabled",
+            )  # fmt: skip
         if self._is_huge and (code := _madvise(self.address, num_bytes, mmap.MADV_HUGEPAGE)):
             logger.info("ESS: no huge pages for host memory: madvise: %s", os.strerror(code))
         self._can_populate = True
@@ -171,15 +178,15 @@ class HostMemory:
             raise self._error(f"{free / GIB:.2f} GiB left (MemAvailable and the cgroup's)")
 
     def _bind(self, address: int, num_bytes: int) -> None:
-        """Bind a chunk to the node, strictly while the node has room.
+        """Bind a chunk to the nodes; if there is one, strictly while it has room.
 
         A strict policy makes the kernel drop the node's file pages, of which there are many once
         the weights are read. On a node that is full it would kill a process instead.
         """
-        if self.node is None or self.unbound:
+        if not self.nodes or self.unbound:
             return
-        has_room = numa.free_bytes(self.node) > NODE_SPARE_BYTES
-        if reason := numa.bind(address, num_bytes, self.node, strict=has_room):
+        has_room = len(self.nodes) == 1 and numa.free_bytes(self.nodes[0]) > NODE_SPARE_BYTES
+        if reason := numa.bind(address, num_bytes, self.nodes, strict=has_room):
             self.unbound = reason
 
     def _error(self, found: str, chunk: range | None = None) -> HostMemoryError:
@@ -191,14 +198,34 @@ class HostMemory:
         )
 
 
-def huge_page_bytes() -> int:
-    """Bytes of a transparent huge page; 0 if the kernel has none or never uses them."""
+def huge_page_bytes(is_shared: bool = False) -> int:
+    """Bytes of a transparent huge page; 0 if the kernel has none or never uses them.
+
+    is_shared: of memory that several processes map (memfd, shmem), which has a switch of its own
+    """
     try:
-        if "[never]" in (THP / "enabled").read_text():
+        chosen = shared_huge_pages() if is_shared else _chosen(THP / "enabled")
+        if chosen in ("never", "deny", ""):
             return 0
         return int((THP / "hpage_pmd_size").read_text())
     except (OSError, ValueError):
         return 0
+
+
+def shared_huge_pages() -> str:
+    """When the kernel gives huge pages to memory that processes share; "" if it knows none.
+
+    One of always, within_size, advise, never, deny, force. Source: admin-guide/mm/transhuge.
+    """
+    try:
+        return _chosen(THP / "shmem_enabled")
+    except OSError:
+        return ""
+
+
+def _chosen(file: Path) -> str:
+    """The word in brackets, as in "always [madvise] never"."""
+    return file.read_text().partition("[")[2].partition("]")[0]
 
 
 def free_host_bytes() -> int:
@@ -237,14 +264,14 @@ def _madvise(address: int, num_bytes: int, advice: int) -> int:
 
 
 def _huge_bytes(span: range) -> int:
-    """AnonHugePages of the mappings in a span of addresses, from smaps."""
+    """Bytes in huge pages of the mappings in a span of addresses, from smaps."""
     total, inside = 0, False
     for line in _lines("smaps"):
         name, _, rest = line.partition(" ")
         if not name.endswith(":"):  # "7f0000000000-7f0000200000 rw-p ..."
             start, _, stop = name.partition("-")
             inside = int(start, 16) < span.stop and span.start < int(stop, 16)
-        elif inside and name == "AnonHugePages:":
+        elif inside and name in ("AnonHugePages:", "ShmemPmdMapped:"):
             total += int(rest.split()[0]) * 1024
     return total
 

@@ -16,7 +16,13 @@ import torch
 
 from sglang_ess.layout import GIB
 from sglang_ess.tiers import numa, rank_order
-from sglang_ess.tiers.host_memory import HostMemory, HostMemoryError, Residence, free_host_bytes
+from sglang_ess.tiers.host_memory import (
+    HostMemory,
+    HostMemoryError,
+    Residence,
+    free_host_bytes,
+    huge_page_bytes,
+)
 from sglang_ess.tiers.rank_order import RankOrder
 from sglang_ess.tiers.shared_memory import shared_descriptor
 from sglang_ess.tiers.tier_group import TierGroup
@@ -72,14 +78,15 @@ class HostTier:
 
     def _map(self, num_bytes: int) -> HostMemory:
         """Memory for the rows, and behind them for the counters of several ranks."""
-        node = numa.node_of_gpu() if torch.cuda.is_available() else None
+        own = numa.node_of_gpu() if torch.cuda.is_available() else None
+        nodes = sorted({node for node in self.group.exchange(own) if node is not None})
         if self.group.size == 1:
-            return HostMemory(num_bytes, node)
+            return HostMemory(num_bytes, nodes)
         num_bytes += _whole_pages(RankOrder.num_bytes(self.group.size))
         descriptor = shared_descriptor(self.group, num_bytes)
         try:
             with self.group.together():
-                return HostMemory(num_bytes, node, shared=descriptor)
+                return HostMemory(num_bytes, nodes, shared=descriptor)
         finally:
             os.close(descriptor)
 
@@ -111,10 +118,19 @@ class HostTier:
         # Runs at exit too. It keeps the rows alive: locked memory must not be given back.
         self._unlock = weakref.finalize(self, _unlock, cudart, locked)
         try:
-            self.residence = _populate_and_lock(memory, stride, cudart, self.rows, locked)
+            self.residence = _populate_and_lock(
+                self.group, memory, stride, cudart, self.rows, locked
+            )
         except HostMemoryError:
             self.close()
             raise
+
+
+def _share(group: TierGroup, num_bytes: int) -> range:
+    """The bytes that this rank populates: whole pages, and huge ones if there are any."""
+    page = huge_page_bytes(is_shared=True) or mmap.PAGESIZE
+    edges = [num_bytes * i // group.size // page * page for i in range(group.size)] + [num_bytes]
+    return range(edges[group.rank], edges[group.rank + 1])
 
 
 def _whole_pages(num_bytes: int) -> int:
@@ -133,6 +149,7 @@ def _check_room(num_layers: int, num_slots: int, row_bytes: int) -> None:
 
 
 def _populate_and_lock(
+    group: TierGroup,
     memory: HostMemory,
     stride: int,
     cudart: Any,
@@ -141,6 +158,7 @@ def _populate_and_lock(
 ) -> Residence:
     """Page-lock the layers in order while threads populate the next; append each to `locked`.
 
+    Of several ranks each populates its share, and then each locks all layers for its own device.
     stride: bytes from a layer to the next
     This cannot run beside the loading of the weights: SGLang builds its pools after them
     (Scheduler.init_model_worker), by the device memory that they leave
@@ -149,7 +167,12 @@ def _populate_and_lock(
     """
     parts = [range(i * stride, (i + 1) * stride) for i in range(len(layers))]
     since = logged = time.monotonic()
-    for rows, part in zip(layers, memory.populate(parts), strict=True):
+    populated = memory.populate(parts)
+    if group.size > 1:
+        with group.together():  # CUDA would touch one page after the other that is not there
+            list(memory.populate([_share(group, len(layers) * stride)]))
+        populated = iter(parts)
+    for rows, part in zip(layers, populated, strict=True):
         # Flags 0: with unified addressing (any 64-bit host) the rows are mapped for all devices.
         error = int(cudart.cudaHostRegister(rows.data_ptr(), rows.nbytes, 0))
         if error != 0:
@@ -160,7 +183,8 @@ def _populate_and_lock(
             logger.info("ESS: host tier: %s", _progress(part.stop, memory, logged - since))
     progress = _progress(memory.num_bytes, memory, time.monotonic() - since)
     residence = memory.residence()
-    unbound = f", not bound to NUMA node {memory.node}: {memory.unbound}" if memory.unbound else ""
+    nodes = ", ".join(map(str, memory.nodes))
+    unbound = f", not bound to NUMA node {nodes}: {memory.unbound}" if memory.unbound else ""
     logger.info("ESS: host tier ready: %s; %s%s", progress, residence.text, unbound)
     return residence
 

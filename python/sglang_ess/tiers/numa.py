@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 NODES = Path("/sys/devices/system/node")
-MPOL_PREFERRED, MPOL_BIND = 1, 2  # linux/mempolicy.h
+MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE = 1, 2, 3  # linux/mempolicy.h
 
 
 def node_of_gpu(device: int | None = None) -> int | None:
@@ -51,19 +52,24 @@ def free_bytes(node: int) -> int:
     return sum(values.get(key, 0) for key in ("MemFree", "Active(file)", "Inactive(file)"))
 
 
-def bind(address: int, num_bytes: int, node: int, strict: bool) -> str | None:
+def bind(address: int, num_bytes: int, nodes: Sequence[int], strict: bool) -> str | None:
     """Have the kernel take these pages from a node when they are touched first.
 
-    address: of the start of a page; strict: from no other node, else from it while it has any
+    address: of the start of a page
+    nodes: one, or several that take turns, a (huge) page each; then others help where one is full
+    strict: from no other node, if there is one; else from it while it has any
     Returns why it cannot be done; None if it is.
     """
     library = _libnuma()
     if library is None:
         return "libnuma is not installed"
-    words = (ctypes.c_ulong * (node // 64 + 1))()
-    words[node // 64] = 1 << node % 64
-    # mbind reads one bit less than maxnode says.
-    maxnode, mode = len(words) * 64 + 1, MPOL_BIND if strict else MPOL_PREFERRED
+    words = (ctypes.c_ulong * (max(nodes) // 64 + 1))()
+    for node in nodes:
+        words[node // 64] |= 1 << node % 64
+    mode = MPOL_BIND if strict else MPOL_PREFERRED
+    if len(nodes) > 1:
+        mode = MPOL_INTERLEAVE
+    maxnode = len(words) * 64 + 1  # mbind reads one bit less than maxnode says
     if library.mbind(address, num_bytes, mode, words, maxnode, 0):
         error = ctypes.get_errno()
         return f"mbind: {errno.errorcode.get(error, error)} ({os.strerror(error)})"
