@@ -30,14 +30,15 @@ EARLY, LATE = "early", "late"
 WRITER, READER = 0, 1
 FULL = 2 * (TOPK + 1) + 2  # hot rows: two requests' new rows are reserved, a prompt's are not hot
 FEW = TOPK  # a step's new rows are not reserved
-TURN_SECONDS = 0.4  # for which a rank lets the other one go first
+TURN_SECONDS = 0.25  # for which a rank lets the other one go first
 PROT_READ = 1
 
 
 class Turns:
     """The layers that each rank has done. The ranks meet at the end of each.
 
-    folder: of the file with them; first: the rank that does each layer first, as far as it can; None: no one
+    folder: of the file with them
+    first: the rank that does each layer first, as far as it can; None: no one
     """
 
     def __init__(self, rank, folder, first):
@@ -60,14 +61,15 @@ class Turns:
 
 
 def passes(run):
-    run.prefill({1: 9, 2: 5})
+    """Prompts of more tokens than there are hot rows: warm-ups fetch rows of the same pass."""
+    run.prefill({1: 30, 2: 20})
     run.decode([1, 2])
     run.decode([1, 2])
     run.finish(1)
-    run.prefill({3: 6, 2: 2})
+    run.prefill({3: 25, 2: 3})
     run.decode([2, 3])
     run.finish(3)
-    run.prefill({4: 7})
+    run.prefill({4: 28})
     run.decode([2, 4], padding=1)
 
 
@@ -201,7 +203,7 @@ class Case(NamedTuple):
     """streams: of both ranks; sizes: layers of each index group; first: as Turns; fault: on both"""
 
     streams: tuple[str, str] = (LATE, EARLY)
-    sizes: tuple[int, ...] = (1,) * 5
+    sizes: tuple[int, ...] = (1,) * 4
     hot_rows: int = FULL
     first: int | None = None
     fault: Callable[[pytest.MonkeyPatch], None] | None = None
