@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 
 import torch
 
@@ -82,10 +81,7 @@ def measure_fetch(run: Run) -> None:
 
 
 def measure_pack(run: Run) -> None:
-    """pack_write of a row a request and of a prompt, all hot, compared with SGLang's packing.
-
-    Each also with the fence for other devices, as the rank has it that writes a shared host tier.
-    """
+    """pack_write of a row a request and of a prompt, all hot, by SGLang's packing; also fenced."""
     from sglang.kernels.ops.quantization.dsa_quant_k_cache import quantize_k_cache_separate as pack
 
     slots, device = torch.randperm(len(run.host))[:8192], run.bench.device
@@ -93,7 +89,7 @@ def measure_pack(run: Run) -> None:
     nope, rope, at = new[:, :LATENT_DIM], new[:, LATENT_DIM:], slots.to(device)
     rows = torch.full((len(run.host),), -1, dtype=torch.int32, device=device)
     rows[at], want = torch.arange(len(at)).int().to(device), torch.cat(pack(nope, rope), -1)[:, 0]
-    for n, publishes in itertools.product((*run.sizes.batches, len(slots)), (False, True)):
+    for n, publishes in [(n, f) for n in (*run.sizes.batches, len(slots)) for f in (False, True)]:
         hot = torch.empty_like(want[:n])
         call = functools.partial(pack_write, nope[:n], rope[:n], at[:n], rows, hot, run.host,
                                  publishes=publishes)  # fmt: skip

@@ -1,12 +1,18 @@
 """The doctor: what it reports, and when it says that something is wrong."""
 
+import errno
 import json
+import os
+import re
+import resource
+from pathlib import Path
 
 import pytest
 
 from ess_patches.contract import Hook, signature_text
 from sglang_ess.config import ENV_VAR, EssConfig
 from sglang_ess.launch import doctor
+from sglang_ess.tiers import host_memory
 
 GOOD = Hook("os.path.join", "call", signature_text("os.path.join"), "us", "It is there.")
 
@@ -40,6 +46,9 @@ def test_json_report(capsys):
     host = report["host"]
     assert host["cores"] >= 1
     assert 0 < host["memory_available_bytes"] < host["memory_total_bytes"]
+    assert host["shared_memory"] == "yes"
+    words = (None, "always", "within_size", "advise", "never", "deny", "force")
+    assert host["shared_huge_pages"] in words
     assert report["contract"] == [
         {
             "state": "ok",
@@ -49,6 +58,22 @@ def test_json_report(capsys):
             "detail": "It is there.",
         }
     ]
+
+
+def test_a_host_on_which_ranks_cannot_share_memory(capsys, monkeypatch):
+    def refused(name):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", refused)
+    monkeypatch.setattr(host_memory, "THP", Path("/nowhere"))
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (3 << 20, 3 << 20))
+    out = run(capsys)[1]
+    for line in (
+        r"shared_memory +no \(memfd_create: Operation not permitted\)",
+        r"shared_memory_limit_bytes +3 MiB",
+        r"shared_huge_pages +none",
+    ):
+        assert re.search(line, out)
 
 
 def test_text_report(capsys):
