@@ -90,9 +90,8 @@ def measure_pack(run: Run) -> None:
     rows = torch.full((len(run.host),), -1, dtype=torch.int32, device=device)
     rows[at], want = torch.arange(len(at)).int().to(device), torch.cat(pack(nope, rope), -1)[:, 0]
     for n, publishes in [(n, f) for n in (*run.sizes.batches, len(slots)) for f in (False, True)]:
-        hot = torch.empty_like(want[:n])
-        call = functools.partial(pack_write, nope[:n], rope[:n], at[:n], rows, hot, run.host,
-                                 publishes=publishes)  # fmt: skip
+        args = nope[:n], rope[:n], at[:n], rows, (hot := torch.empty_like(want[:n])), run.host
+        call = functools.partial(pack_write, *args, publishes=publishes)
 
         def check(_last, n=n, hot=hot):
             require(hot.equal(want[:n]), "a packed row differs")
