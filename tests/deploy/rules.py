@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from sglang_ess.config import EssConfig
 from sglang_ess.launch import preflight, shutdown
 from sglang_ess.launch.option_ranges import range_reasons
 from sglang_ess.layout import GIB
+from sglang_ess.mem_cache.host_share import NodeTiers, host_limit_bytes
 from tests.deploy.manifests import LWS, ROUTER, SERVER, Pod, quantity
 
 # What the launcher reads of config.json.
@@ -57,11 +59,8 @@ class Server:
 
     @property
     def tiers(self) -> int:
-        """Host tiers of a node: one for the ranks there that divide an attention between them."""
-        if not self.has_two_tiers:
-            return 0
-        attention = self.args.tp_size // max(1, self.args.attn_dp_size)
-        return max(1, self.args.tp_size // self.args.nnodes // attention)
+        """Host tiers of a node."""
+        return NodeTiers.of(self.args).total if self.has_two_tiers else 0
 
     @cached_property
     def sizes(self) -> sizes.Sizes:
@@ -101,9 +100,10 @@ def memory_problems(server: Server) -> list[str]:
         if tokens > found.one_tier:
             lines.append(f"device must hold {tokens} slots in one tier: got {found.one_tier}")
         return lines
-    need = server.tiers * geometry.host_bytes(tokens)
-    if config.host_gib * GIB < need:
-        lines.append(f"--ess-host-gib must hold {need / GIB:.1f} GiB: got {config.host_gib:g}")
+    need = geometry.host_bytes(tokens)
+    if host_limit_bytes(config, sys.maxsize, NodeTiers.of(args)) < need:
+        need = server.tiers * need / GIB
+        lines.append(f"--ess-host-gib must hold {need:.1f} GiB: got {config.host_gib:g}")
     if server.free_bytes < config.host_gib * GIB:
         free = server.free_bytes / GIB
         lines.append(f"memory limit must leave {config.host_gib:g} GiB to host tiers: {free:.1f}")
