@@ -10,8 +10,9 @@ import pytest
 from deploy import sizes
 from sglang_ess.layout import GIB
 from tests.deploy import rules
-from tests.deploy.manifests import DEPLOY
+from tests.deploy.manifests import DEPLOY, REPO
 from tests.deploy.rules import Server
+from tests.docs import pages
 
 FLAGS = [
     "--model-path=/models/DeepSeek-V3.2", "--tp-size=16", "--kv-cache-dtype=fp8_e4m3",
@@ -58,6 +59,19 @@ def test_options_and_resources(program):
     assert (options.nodes, options.gpus, options.flags) == (2, sizes.GPUS, FLAGS)
     assert program.bundles(2, 8, 32) == [{"GPU": 8.0, "CPU": 32.0}] * 2
     assert program.grace_seconds(FLAGS) == 60
+
+
+def test_the_command_in_the_documentation(program):
+    (words,) = [
+        words
+        for block in pages.blocks(REPO / "docs" / "deployment.md", "sh")
+        for words in block.commands
+        if words[:2] == ["python", "deploy/ray/serve_nodes.py"]
+    ]
+    options = program._parser().parse_args(words[2:])
+    argv = program.command(options.flags, 1, options.nodes, "10.0.0.7")
+    server = Server.of(tuple(argv[3:]), 1024 * GIB)
+    assert server.args.tp_size == options.nodes * options.gpus and server.tiers == 1
 
 
 def started(program, tmp_path, code):
