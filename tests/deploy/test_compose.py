@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import re
+import shlex
 import subprocess
 import tomllib
 
@@ -144,6 +145,9 @@ def test_versions_agree():
     assert f'v("sglang") == "{SGLANG}"' in DOCKERFILE
     (router,) = re.findall(r"^sglang-router==.*", (REPO / "constraints.txt").read_text(), re.M)
     assert router in DOCKERFILE
+    (install,) = [line for line in instructions("RUN") if "/wheels/*.whl" in line]
+    named = set(shlex.split(install.split("&&")[1])) & {*PROJECT["dependencies"], router}
+    assert named == {*PROJECT["dependencies"], router} - {f"sglang=={SGLANG}"}
     tags = set(re.findall(r"image: sglang-ess:(\S+)", COMPOSE))
     for file in DEPLOY.rglob("kustomization.yaml"):
         images = yaml.safe_load(file.read_text()).get("images", ())
