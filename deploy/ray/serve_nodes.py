@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-DIST_PORT = 20000  # of the first node, where the ranks meet
+DIST_PORT = 20000  # of the first node, where the ranks meet; the launchers use the one below
 POLL_SECONDS = 1.0
 END_SECONDS = 15.0  # a launcher's own end, after its grace period
 PR_SET_PDEATHSIG = 1  # prctl(2)

@@ -105,6 +105,7 @@ CORRUPTIONS = [
     # Ports.
     ("--port=30000", "--port=30001", "must ask port 30001"),
     ("containerPort: 20000", "containerPort: 20001", "'dist-init': 20000"),
+    ("):20000", "):20001", "'launchers': 20000"),
     ("--disaggregation-bootstrap-port=8998", "--disaggregation-bootstrap-port=8999", "annotated"),
     ("--service-discovery-port=30000", "--service-discovery-port=80", "discovery must ask"),
     ("path: /health\n", "path: /ready\n", "must ask /health"),
@@ -129,7 +130,7 @@ CORRUPTIONS = [
     # Ends and starts.
     ("--ess-grace-seconds=120", "--ess-grace-seconds=170", "grace must end before the kill"),
     ("terminationGracePeriodSeconds: 180", "terminationGracePeriodSeconds: 140", "grace must"),
-    ("sleep 145", "sleep 20", "a worker must wait"),
+    ('[sleep, "10"]', "[sh, -c, 'sleep $((10 - 9 * LWS_WORKER_INDEX))']", "a worker must wait"),
     ("--shutdown-grace-period-secs=120", "--shutdown-grace-period-secs=150", "router's grace"),
     ("timeoutSeconds: 30", "timeoutSeconds: 5", "must wait over 20 s"),
     ("failureThreshold: 360", "failureThreshold: 30", "start must have"),

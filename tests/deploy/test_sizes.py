@@ -58,9 +58,8 @@ def test_the_pages_figures():
         if pod.owner in ("glm", "glm-decode"):
             memory = manifests.quantity(pod.container["resources"]["limits"]["memory"])
             limit = pod.spec["terminationGracePeriodSeconds"]
+            named.append(f"`preStop` waits {rules.delay_of(pod):g} s")
             named += [f"{memory // GIB:,} GiB", f"`terminationGracePeriodSeconds` ({limit})"]
-        if pod.index:
-            named.append(f"wait {rules.delay_of(pod):g} s before")
     assert [one for one in named if one not in text] == []
     assert len(PAGE.read_text().splitlines()) <= 120
     assert "validated offline and never run" in text
