@@ -102,6 +102,14 @@ class EssConfig:
         kind=float,
         limit=_POSITIVE,
     )
+    fetch_share: str = _option(
+        "off",
+        "--ess-fetch-share",
+        "on: each rank of a TP group fetches its share of the missed rows, and the ranks give them "
+        "to one another; off: each fetches all. Only on the CPU platform, where it is a proof and "
+        "no gain.",
+        choices=("on", "off"),
+    )
     admission: str = _option(
         "on",
         "--ess-admission",

@@ -325,3 +325,23 @@ def test_all_reasons_are_collected(launch):
     assert named == [
         "--model-path", "--page-size", "--enable-hisparse", "--dcp-size", "--enable-lora",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "accelerator", "rule"),
+    [
+        ([], None, "unless several ranks of a node share a host tier: got on with --tp-size 1"),
+        (
+            ["--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"],
+            None,
+            "unless several ranks of a node share a host tier: got on with --tp-size 2",
+        ),
+        (["--tp-size", "2"], "cuda", "on a GPU: got on."),
+        (["--tp-size", "2"], None, None),
+    ],
+)
+def test_shares_of_fetches(launch, flags, accelerator, rule):
+    more = {} if accelerator is None else {"accelerator": accelerator}
+    _, lines, *_ = launch(*flags, "--ess-fetch-share", "on", **more)
+    assert lines == [] if rule is None else f"--ess-fetch-share must be off {rule}" in lines[0]
+    assert launch(*flags, "--ess-fetch-share", "off", **more)[1] == []

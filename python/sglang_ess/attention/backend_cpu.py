@@ -1,5 +1,7 @@
 """The CPU platform's attention backend over two tiers of latent rows."""
 
+import logging
+
 import numpy as np
 import torch
 
@@ -7,7 +9,10 @@ from sglang_ess.attention.passes import Canary, EarlyFetch, GroupStep, attend_pa
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend, attend_all
 from sglang_ess.layout import PLAN_QUERIES_CPU
+from sglang_ess.tiers.shared_fetch import SharedFetch
 from sglang_ess.tiers.warmup_window import warm_spans
+
+logger = logging.getLogger(__name__)
 
 
 class CpuTwoTierBackend(CpuSparseMlaBackend):
@@ -20,6 +25,14 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         self._warms, self._canary = config.warmup == "on", Canary(config.canary_rate)
         self._warm_spans: list[tuple[int, int]] = []
         self._fetches = EarlyFetch()
+        if config.fetch_share == "on":
+            sharing = SharedFetch.over_gloo(pool.host_tier.group)
+            logger.info(
+                "ESS: %d ranks fetch a share of the missed rows each (--ess-fetch-share).",
+                sharing.size,
+            )
+            for cache in pool.hot_caches:
+                cache.sharing = sharing
         self._step: GroupStep | None = None  # of the index group under way
         pool.request_misses = np.zeros(len(self.req_to_token), np.int64)
 

@@ -172,8 +172,28 @@ def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
         reasons += rule_reasons(server_args, rules, "with ESS", "Drop it or add --disable-ess")
         reasons += host_reasons(server_args, config) + trace_reasons(config, on_cpu)
         reasons += overlap_reasons(config, on_cpu) + padding_reasons()
+        reasons += share_reasons(server_args, config, on_cpu)
         reasons += attention_reasons(server_args, config, on_cpu)
     return reasons
+
+
+def share_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[str]:
+    """Why --ess-fetch-share cannot be on."""
+    if config.fetch_share == "off":
+        return []
+    if not on_cpu:
+        return [
+            "--ess-fetch-share must be off on a GPU: got on. Drop it: it is not written there yet "
+            "(docs/simulator.md has the design)."
+        ]
+    from sglang_ess.mem_cache.host_share import NodeTiers
+
+    if NodeTiers.of(server_args).ranks == 1:
+        return [
+            "--ess-fetch-share must be off unless several ranks of a node share a host tier: got "
+            f"on with --tp-size {server_args.tp_size}. Drop it."
+        ]
+    return []
 
 
 def overlap_reasons(config: EssConfig, on_cpu: bool) -> list[str]:

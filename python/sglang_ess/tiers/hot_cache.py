@@ -14,6 +14,7 @@ from sglang_ess.tiers import lru
 from sglang_ess.tiers.contract import COUNTERS, HotTier, LookupObserver, RowCorruption
 from sglang_ess.tiers.hot_arena import ARENA_ROW_BYTES, HotArena
 from sglang_ess.tiers.row_words import as_words
+from sglang_ess.tiers.shared_fetch import SharedFetch
 from sglang_ess.tiers.throttled_link import ThrottledLink
 
 NOTHING = np.empty(0, np.int32)
@@ -110,6 +111,7 @@ class HotCache:
     arena      has the hot rows, shared with other groups of as many layers; None: its own
     ghost      optional observer of the same lookups; set it and reset it at any time
     installed  the last install of the first layer alone, until the group's last layer has refilled
+    sharing    None, or the ranks that fetch a share of a plan's misses each; warm copies all
     query_misses [queries] int64: misses of the last step, by query
     With as many rows as slots nothing is evicted, and no order of use is kept.
     Raises: ValueError for a num_rows outside its limits, rows not of 8-byte words or an arena for
@@ -144,6 +146,7 @@ class HotCache:
         self.query_misses = np.zeros(0, np.int64)
         self.installed = NONE_INSTALLED
         self.ghost: LookupObserver | None = None
+        self.sharing: SharedFetch | None = None
         self.number = self.arena.next_number()
         self._use_arrays(lru.new_state(self.num_slots, self.arena.take(self.number, num_rows)))
 
@@ -224,7 +227,13 @@ class HotCache:
 
     def fetch(self, plan: Plan, layer: int = 0) -> None:
         """Copy the plan's missed rows of one layer of the group from the host tier."""
-        self._load(layer, plan.miss_slots, plan.miss_rows)
+        slots, rows = plan.miss_slots, plan.miss_rows
+        if self.sharing is None:
+            self._load(layer, slots, rows)
+            return
+        own = self.sharing.share(len(slots))
+        self._load(layer, slots[own], rows[own])
+        self.sharing.exchange(self._hot_words[layer], slots, rows)
 
     # --- writes -------------------------------------------------------------------------
 
