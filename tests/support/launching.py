@@ -21,7 +21,7 @@ class Started(BaseException):
 
 def in_this_process(monkeypatch):
     """The launcher neither forks nor changes uvicorn."""
-    monkeypatch.setattr(shutdown, "supervised", lambda serve, grace_seconds: serve())
+    monkeypatch.setattr(shutdown, "supervised", lambda serve, *_: serve())
     monkeypatch.setattr(http_end, "bound", lambda grace_seconds: None)
 
 
