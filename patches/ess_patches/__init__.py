@@ -2,8 +2,9 @@
 
 hooks              upstream functions that ESS changes
 touch_points       upstream names that ESS uses unchanged, on any platform or on the CPU
-touch_points_cuda  the same on a GPU, touch_points_pd: where prefill and decode are apart
+touch_points_cuda  the same on a GPU
 linear_attention   hooks for models with linear attention layers, speculation: for drafts
+transfers          touch points of transfers between prefill and decode
 topk_stream        hooks of the test-only switch --ess-topk-stream
 """
 
@@ -17,6 +18,6 @@ if TYPE_CHECKING:  # `python -m ess_patches.contract` must not find it imported 
 
 def all_hooks() -> tuple[Hook, ...]:
     """The rows that every server needs: hooks first, then touch points."""
-    from ess_patches import hooks, touch_points, touch_points_cuda, touch_points_pd
+    from ess_patches import hooks, touch_points, touch_points_cuda
 
-    return hooks.HOOKS + touch_points.HOOKS + touch_points_cuda.HOOKS + touch_points_pd.HOOKS
+    return hooks.HOOKS + touch_points.HOOKS + touch_points_cuda.HOOKS

@@ -15,6 +15,8 @@ from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv
 
 from sglang_ess.disagg import transfer
 from sglang_ess.disagg.mooncake import EssMooncakeKVManager, Share, share_of
+from tests.support.forked import context
+from tests.support.pd import end_if_imported
 
 LAYERS, DRAFTS, PAGES, ITEM = 3, 1, 6, 32
 
@@ -62,6 +64,15 @@ def test_every_layer_is_in_one_share(layers, count):
     assert [i for share in shares for i in share[:-2]] == list(range(layers))
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("module, imported", [("prometheus_client", False), ("sglang", True)])
+def test_plugins_import_no_metrics(module, imported):
+    """After them SGLang names the directory of all processes' metrics, which that module reads."""
+    process = context.Process(target=end_if_imported, args=(module,))
+    process.start()
+    process.join(300)
+    assert process.exitcode == imported
 
 
 class Buffers:

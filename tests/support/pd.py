@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,6 +64,11 @@ def faulty(directory: Path, fault: str) -> dict[str, str]:
     (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\ness_test_fault = {fault}\n")
     paths = [str(directory), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def end_if_imported(module: str) -> None:
+    """End this process with status 1 if it has imported the module."""
+    sys.exit(module in sys.modules)
 
 
 def freed_slots_stay_hot() -> None:

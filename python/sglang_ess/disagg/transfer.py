@@ -29,9 +29,14 @@ def describe_pool(
 
 
 def manager_class(found: type | None, *args: Any) -> type | None:
-    """Body of the AFTER hook on get_kv_class: our manager in the place of Mooncake's."""
+    """Body of the AFTER hook on get_kv_class: our manager in the place of Mooncake's.
+
+    Raises: Refusal where SGLang's is not as ess_patches.transfers has it.
+    """
     if found is None or found.__name__ != "MooncakeKVManager":
         return found
+    from ess_patches import contract, transfers
     from sglang_ess.disagg.mooncake import EssMooncakeKVManager
 
+    contract.register_late(transfers.TOUCHED, "cpu")  # only checks them
     return EssMooncakeKVManager

@@ -1,4 +1,9 @@
-"""What ESS uses of SGLang's transfers between prefill and decode without changing it."""
+"""What ESS uses of SGLang's transfers between prefill and decode without changing it.
+
+`all_hooks` leaves these rows out: their module imports prometheus_client, which nobody may import
+before SGLang has named a directory for the metrics of all processes. A scheduler checks them when
+it builds its transfer manager (sglang_ess.disagg.transfer).
+"""
 
 from ess_patches.contract import Hook
 
@@ -10,7 +15,7 @@ def _touch(target: str, kind: str, signature: str, reason: str) -> Hook:
     return Hook(target, kind, signature, body, reason, when="both", test=test)
 
 
-HOOKS = (
+TOUCHED = (
     _touch(
         f"{_CONN}.MooncakeKVManager._send_kvcache_generic",
         "subclass",
