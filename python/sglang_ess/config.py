@@ -186,8 +186,9 @@ class EssConfig:
     canary_rate: float = _option(
         0.0,
         "--ess-canary-rate",
-        "Share of plans after which a few hot rows are compared with their host rows; a "
-        "difference stops the server.",
+        "Share of plans after which a few hot rows are compared with their host rows, and share of "
+        "writes after which a rank compares a shared host tier's rows with its own; a difference "
+        "stops the server.",
         limit=("0 to 1", lambda value: 0 <= value <= 1),
     )
     topk_stream: str = _option(

@@ -86,6 +86,7 @@ def is_check(error: BaseException) -> bool:
 def make_scheduler(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Body of the AROUND hook on Scheduler.__init__: a failed check ends the process in one line.
 
+    Of several ranks that end because of one, that one prints the line.
     Raises: SystemExit(REFUSED), which the launcher recognises, for a failed check. As an
     Exception it would reach the operator as a scheduler's traceback. Other exceptions pass.
     """
@@ -94,6 +95,8 @@ def make_scheduler(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> 
     except Exception as error:
         if not is_check(error):
             raise
+        if isinstance(error, PeerRefusal):
+            raise SystemExit(REFUSED) from None
         print(f"sglang-ess: {refusal(error)}", file=sys.stderr, flush=True)
         raise SystemExit(REFUSED) from None
 

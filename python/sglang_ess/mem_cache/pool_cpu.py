@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 
@@ -13,7 +14,14 @@ from sglang_ess.config import EssConfig
 from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
 from sglang_ess.layout import GIB, PLAN_QUERIES_CPU
 from sglang_ess.mem_cache.pool import IDLE_STEPS, EssTokenToKVPool, slots_at
-from sglang_ess.tiers import HotCache, HotGroups, PlanBuffers, lru, throttled_link
+from sglang_ess.tiers import (
+    HotCache,
+    HotGroups,
+    PlanBuffers,
+    RowCorruption,
+    lru,
+    throttled_link,
+)
 from sglang_ess.tiers.balance.rebalance import Rebalancer
 from sglang_ess.tiers.hot_arena import HotArena
 from sglang_ess.tiers.row_words import as_words
@@ -33,6 +41,12 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
 
     SGLang's setters drop the hot rows of the slots they write. Attention writes by write_step and
     write_prompt, which refresh them instead.
+
+    Ranks that share the host tier go through RankOrder at every write. The transfer engine of a
+    decode server needs no such order. It puts a prompt's rows into the tier through the mapping of
+    each rank, with the same bytes. A request joins when every rank has polled that its own
+    transfer is done (SGLang takes the minimum over the group), so no rank reads a row that is
+    still arriving.
     """
 
     trace: TraceRecorder | None = None
@@ -57,6 +71,7 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
         self.sample = TopkSample(len(self.groups), topk, width=self.capacity.geometry.queries)
         self.staging = Staging(host_rows, self.capacity.staging_rows)
         self.request_misses = np.zeros(1, np.int64)
+        self._canary, self._canary_rate = random.Random(0), config.canary_rate
 
     def _new_caches(self, host_rows: list[torch.Tensor]) -> list[HotCache]:
         hot_rows, by_size = self.capacity.hot_rows, self.groups.by_size()
@@ -148,9 +163,30 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
         self._written(layer, loc_info, layer_id_override)
 
     def _write_mla_kv_buffer(self, dst_buffer, loc, cache_k_nope, cache_k_rope) -> None:
-        """Every rank goes on with the host rows, which the writer has computed and written."""
+        """Every rank goes on with the host rows, which the writer has computed and written.
+
+        Raises: RowCorruption at --ess-canary-rate, if this rank would have written other rows.
+        """
         write = super()._write_mla_kv_buffer
-        self.host_tier.order.write(write, dst_buffer, loc, cache_k_nope, cache_k_rope)
+        order = self.host_tier.order
+        order.write(write, dst_buffer, loc, cache_k_nope, cache_k_rope)
+        if not order.is_writer and self._canary.random() < self._canary_rate:
+            self._compare(dst_buffer, loc, self._packed(cache_k_nope, cache_k_rope))
+
+    def _compare(self, host_rows: torch.Tensor, loc: torch.Tensor, own: torch.Tensor) -> None:
+        """Sharing is right because all ranks of the group compute the same rows, bit for bit: the
+        projection that makes them is not split, and an all-reduce gives every rank the same sums.
+        """
+        written = torch.index_select(host_rows.squeeze(1), 0, loc)
+        differ = (written.view(torch.uint8) != own.view(torch.uint8)).any(1)
+        slots = loc[differ & (loc > 0)]  # slot 0 is padding's
+        if len(slots):
+            raise RowCorruption(
+                f"ranks that share a host tier must compute the same rows: got another one of slot "
+                f"{int(slots[0])} on rank {self.host_tier.group.rank} than on rank 0, which writes "
+                f"({len(slots)} of {len(loc)} rows). Stop this server, keep its log and report it; "
+                "--disable-ess serves without a shared tier."
+            )
 
     def _written(self, layer, loc_info, layer_id_override) -> None:
         loc, _, _ = unwrap_write_loc(loc_info)
