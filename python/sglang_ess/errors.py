@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ PACKAGE = "/sglang/"
 # Exceptions that a check may catch before it raises its own.
 CAUGHT = (ImportError, OSError, LookupError, ValueError)
 STATEMENT_LINES = 20
+PEER_SECONDS = 1.0
 
 # "sglang-ess COMMAND" in a process of the console script (launch/commands.py), else None.
 console_command: str | None = None
@@ -96,6 +98,8 @@ def make_scheduler(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> 
         if not is_check(error):
             raise
         if isinstance(error, PeerRefusal):
+            # The first scheduler that ends makes SGLang end the others: let that rank speak.
+            time.sleep(PEER_SECONDS)
             raise SystemExit(REFUSED) from None
         print(f"sglang-ess: {refusal(error)}", file=sys.stderr, flush=True)
         raise SystemExit(REFUSED) from None

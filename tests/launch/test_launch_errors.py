@@ -288,6 +288,19 @@ def test_a_check_in_the_scheduler_is_a_line_and_a_bug_a_traceback(tmp_path, caps
         assert printed[0].startswith("sglang-ess: ") and SCHEDULERS[body] in printed[0]
 
 
+def test_a_rank_that_ends_because_of_another_says_nothing(capsys, monkeypatch):
+    """The other one prints its line, and has a moment to do so."""
+    waited = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+
+    def init(*args):
+        raise errors.PeerRefusal("rank 1 has failed")
+
+    with pytest.raises(SystemExit) as caught:
+        errors.make_scheduler(init, None)
+    assert caught.value.code == 2 and capsys.readouterr().err == "" and waited == [1.0]
+
+
 @pytest.mark.slow
 def test_no_value_of_any_flag_ends_in_a_traceback(tiny_v32, port):
     cases = in_fork(dry.generated_cases)
