@@ -1,18 +1,22 @@
 """Processes that share one host tier, as the ranks of a node do; the test gives them commands."""
 
+import mmap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
+import torch
+
 from sglang_ess.tiers import TierGroup
 from tests.support import forked
 from tools.processes import end_with_parent
 
-SECONDS = 60
+SECONDS, PAGE, NAME = 60, mmap.PAGESIZE, "memfd:ess-host-tier"
 
 
 class TierRanks:
@@ -92,27 +96,46 @@ def _run(body, rank: int, size: int, commands: Connection, pipe: Connection) -> 
 
 
 def mapped(inode: int) -> list[int]:
-    """Processes that map a file, or hold a descriptor of it."""
+    """Processes that map a host tier's memory, or hold a descriptor of it."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             maps = (process / "maps").read_text().splitlines()
-            held = [entry.stat().st_ino for entry in (process / "fd").iterdir()]
+            held = [
+                fd.stat().st_ino for fd in (process / "fd").iterdir() if NAME in str(fd.readlink())
+            ]
         except OSError:
             continue
-        if inode in held or any(line.split()[4] == str(inode) for line in maps):
+        tiers = [int(line.split()[4]) for line in maps if NAME in line]
+        if inode in held + tiers:
             found.append(int(process.name))
     return found
 
 
-def bytes_of(inode: int) -> dict[str, int]:
-    """{"Size": ..., "Rss": ..., "Pss": ...} of the file's mappings in this process."""
+def bytes_of(inode: int, pid: int | str = "self") -> dict[str, int]:
+    """{"Size": ..., "Rss": ..., "Pss": ...} of the file's mappings in a process."""
     found: dict[str, int] = {}
     inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         key, *rest = line.split()
         if not key.endswith(":"):
-            inside = rest[3] == str(inode)
+            inside = rest[3] == str(inode) and NAME in line
         elif inside and key[:-1] in ("Size", "Rss", "Pss"):
             found[key[:-1]] = found.get(key[:-1], 0) + 1024 * int(rest[0])
     return found
+
+
+def resident_bytes(rows: Iterable[torch.Tensor]) -> int:
+    """Bytes of the pages of these rows that are there in this process.
+
+    Source: admin-guide/mm/pagemap of the kernel's documentation: bit 63 is "present".
+    """
+    pages: set[int] = set()
+    with Path("/proc/self/pagemap").open("rb") as file:
+        for one in rows:
+            first = one.data_ptr() // PAGE
+            count = -(-(one.data_ptr() + one.nbytes) // PAGE) - first
+            file.seek(first * 8)
+            entries = np.frombuffer(file.read(count * 8), np.uint64)
+            pages |= set((first + (entries >> np.uint64(63)).nonzero()[0]).tolist())
+    return len(pages) * PAGE

@@ -18,7 +18,7 @@ from sglang_ess.tiers import (
     rank_order,
     shared_memory,
 )
-from tests.support.tier_ranks import bytes_of, mapped, tier_ranks
+from tests.support.tier_ranks import bytes_of, mapped, resident_bytes, tier_ranks
 
 LAYERS, SLOTS, ROW = 3, 5000, 656
 PAGES = 4096
@@ -120,6 +120,10 @@ def test_the_memory_of_all_is_that_of_one(many):
     assert all(one["Rss"] >= LAYERS * SLOTS * ROW for one in found)
     total = sum(one["Pss"] for one in found)
     assert LAYERS * SLOTS * ROW <= total <= LAYERS * (SLOTS * ROW + 2 * PAGES) + 2 * PAGES
+    alone = HostTier(LAYERS, SLOTS, (ROW,), torch.uint8)
+    for rows in alone.rows:
+        rows.fill_(1)
+    assert total <= 1.01 * resident_bytes(alone.rows)
 
 
 @pytest.mark.parametrize("killed", [[0], [1], [0, 1, 2]])
