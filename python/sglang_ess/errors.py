@@ -28,7 +28,7 @@ class Refusal(ValueError):
 
 
 class PeerRefusal(Refusal):
-    """Another rank of this node cannot start, and says so itself."""
+    """Another rank of this node cannot start, for the same reason or alone, and says so itself."""
 
 
 def program_name(module: str) -> str:

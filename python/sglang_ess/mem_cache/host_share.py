@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from sglang_ess.config import EssConfig
-from sglang_ess.errors import Refusal
+from sglang_ess.errors import PeerRefusal, Refusal
 from sglang_ess.layout import GIB, MIB
 from sglang_ess.tiers.tier_group import TierGroup
 
@@ -126,6 +128,24 @@ def node_text(tier_bytes: int, tiers: int, ranks: int) -> str:
     if tiers > 1:
         text += f"; {tier_bytes * tiers / MIB:.0f} MiB on this node ({tiers} host tiers)"
     return text
+
+
+@contextmanager
+def refused_alike() -> Iterator[None]:
+    """Where all ranks refuse alike, let the first rank of the node print the line.
+
+    Raises: PeerRefusal on the others in place of a CapacityError.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    try:
+        yield
+    except CapacityError as error:
+        parallel = get_parallel()
+        if parallel.launch_world_size > 1:
+            if torch.distributed.get_rank() % NodeRanks.of(parallel).replica:
+                raise PeerRefusal(str(error)) from None
+        raise
 
 
 def agreed(config: EssConfig, *values: int) -> tuple[int, ...]:
