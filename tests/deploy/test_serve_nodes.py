@@ -1,7 +1,9 @@
 """deploy/ray/serve_nodes.py without Ray: its commands, and how a launcher starts and ends."""
 
 import importlib.util
+import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -95,6 +97,28 @@ def test_a_launcher_gets_its_grace(program, tmp_path):
 def test_a_launcher_that_does_not_end_is_killed(program, tmp_path):
     launcher = started(program, tmp_path, STUBBORN)
     assert launcher.stop(0.2) == -signal.SIGKILL
+
+
+def test_a_launcher_ends_with_its_worker(program, tmp_path):
+    """Ray kills the worker of a program that is gone."""
+    log = tmp_path / "status"
+    child = f"import os, signal, time; signal.signal(15, lambda *_: open({str(log)!r}, 'w'))\n"
+    child += "print(os.getpid(), flush=True); time.sleep(20)"
+    code = f"import sys; sys.path.insert(0, {str(DEPLOY / 'ray')!r}); import serve_nodes, time\n"
+    code += f"serve_nodes.Launcher().start([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    launcher = int(worker.stdout.readline())
+    try:
+        assert not log.exists()
+        worker.kill()
+        until = time.monotonic() + 10
+        while not log.exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        worker.kill()
+        worker.wait()
+        os.kill(launcher, signal.SIGKILL)
 
 
 def test_the_wait_ends_with_the_first_launcher_or_when_asked(program):
