@@ -6,10 +6,12 @@ import random
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tools import pd_cluster
+from tools.hosts import LOOPBACK, Host
 from tools.processes import HttpProcess
 
 # A log line of a check of SGLang's own that failed, or of a scheduler that died.
@@ -95,38 +97,6 @@ def a_page_is_lost() -> None:
     EssPagedAllocator._release_page_ids = leaky
 
 
-SHARES = "ESS_TEST_SHARES"  # a variable: the file that shares_as_told reads
-
-
-def shares_as_told() -> None:
-    """Fault: ranks that share a host tier are sent what the file says; and what is sent is logged.
-
-    The file: "shares" (no fault), "all" (every rank is sent all rows), or "lost" (the last rank is
-    sent the first one's share in the place of its own).
-    """
-    from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import (
-        MooncakeTransferEngine,
-    )
-
-    from sglang_ess.disagg import mooncake
-
-    share_of, transfer = mooncake.share_of, MooncakeTransferEngine.batch_transfer_sync
-
-    def told(registration):
-        fault, share = Path(os.environ[SHARES]).read_text(), share_of(registration)
-        if fault == "all":
-            return mooncake.Share()
-        if fault == "lost" and share.part == share.parts - 1:
-            return mooncake.Share(0, share.parts)
-        return share
-
-    def logged(engine, session, sources, targets, lengths):
-        print(f"test: sent {sum(lengths)} bytes", flush=True)
-        return transfer(engine, session, sources, targets, lengths)
-
-    mooncake.share_of, MooncakeTransferEngine.batch_transfer_sync = told, logged
-
-
 class Node(HttpProcess):
     """A process of a cluster: a module that serves HTTP, on a port that it finds free again.
 
@@ -135,8 +105,15 @@ class Node(HttpProcess):
 
     last_loads: dict[str, int] | None = None  # at the last is_idle()
 
-    def __init__(self, module: str, *flags: str, log: Path, env: dict[str, str] | None = None):
-        super().__init__(module, *flags, log=log, port=fixed_port(), env=env)
+    def __init__(
+        self,
+        module: str,
+        *flags: str,
+        log: Path,
+        env: dict[str, str] | None = None,
+        host: Host = LOOPBACK,
+    ):
+        super().__init__(module, *flags, log=log, port=fixed_port(), env=env, host=host)
 
     def kill(self) -> None:
         """SIGKILL to the process and its children at once, as when a host is lost."""
@@ -192,7 +169,7 @@ class PdCluster:
     flags: of both nodes; "--disable-ess" among prefill_flags makes a plain node, that sends none
     router_flags: of sglang-router, the Rust gateway; its "--mini-lb" never tries again
     env: variables on top of this process's, for both nodes
-    node: class of both nodes
+    node: what starts both nodes: a class, or a function with the class's arguments
     """
 
     def __init__(
@@ -204,7 +181,7 @@ class PdCluster:
         decode_flags: tuple[str, ...] = ("--ess-hot-ratio", "0.2"),
         router_flags: tuple[str, ...] = GATEWAY_FLAGS,
         env: dict[str, str] | None = None,
-        node: type[Node] = Node,
+        node: Callable[..., Node] = Node,
     ):
         launcher, bootstrap = "sglang_ess.launch_server", fixed_port()
         # The nodes import SGLang and load the model at the same time.
