@@ -97,6 +97,38 @@ def a_page_is_lost() -> None:
     EssPagedAllocator._release_page_ids = leaky
 
 
+SHARES = "ESS_TEST_SHARES"  # a variable: the file that shares_as_told reads
+
+
+def shares_as_told() -> None:
+    """Fault: ranks that share a host tier are sent what the file says; and what is sent is logged.
+
+    The file: "shares" (no fault), "all" (every rank is sent all rows), or "lost" (the last rank is
+    sent the first one's share in the place of its own).
+    """
+    from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import (
+        MooncakeTransferEngine,
+    )
+
+    from sglang_ess.disagg import mooncake
+
+    share_of, transfer = mooncake.share_of, MooncakeTransferEngine.batch_transfer_sync
+
+    def told(registration):
+        fault, share = Path(os.environ[SHARES]).read_text(), share_of(registration)
+        if fault == "all":
+            return mooncake.Share()
+        if fault == "lost" and share.part == share.parts - 1:
+            return mooncake.Share(0, share.parts)
+        return share
+
+    def logged(engine, session, sources, targets, lengths):
+        print(f"test: sent {sum(lengths)} bytes", flush=True)
+        return transfer(engine, session, sources, targets, lengths)
+
+    mooncake.share_of, MooncakeTransferEngine.batch_transfer_sync = told, logged
+
+
 class Node(HttpProcess):
     """A process of a cluster: a module that serves HTTP, on a port that it finds free again.
 
