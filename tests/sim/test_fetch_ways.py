@@ -72,7 +72,7 @@ def test_thresholds_by_hand():
 def test_memory_and_the_link_between_sockets_bound_the_links(gpus, dram, socket, rate):
     node = replace(NODE, dram_gb_s=dram, socket_gb_s=socket)
     assert link_gb_s(node, LINK, gpus, 8) == rate
-    assert link_gb_s(node, LINK, gpus, 8, ratio=2.0) == 25
+    assert link_gb_s(node, LINK, gpus, 8, ratio=2.0) == rate / 2
     assert link_gb_s(node, replace(LINK, own_memory=True), gpus, 8) == 50
 
 

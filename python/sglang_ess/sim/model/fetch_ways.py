@@ -32,14 +32,13 @@ def link_gb_s(node: Node, link: Link, gpus: int, gpus_per_node: int, ratio: floa
 
     ratio: Calibration.transfer_ratio
     """
-    alone = link.gather_gb_s / ratio
     if link.own_memory:
-        return alone
+        return link.gather_gb_s / ratio
     sockets = min(node.sockets, -(-gpus * node.sockets // gpus_per_node))
     memory = sockets * node.dram_gb_s
     if sockets > 1:  # of all that is read, 1 - 1 / sockets crosses, in both directions
         memory = min(memory, 2 * node.socket_gb_s / (1 - 1 / sockets))
-    return min(alone, memory / gpus)
+    return min(link.gather_gb_s, memory / gpus) / ratio
 
 
 class FetchWays:
