@@ -16,7 +16,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_ess import scheduler_gate
 from sglang_ess.admission.feed import OBSERVED_STEPS
-from sglang_ess.admission.policy import HOT_TIER, LINK, Decision
+from sglang_ess.admission.policy import HOT_TIER, LINK
 from sglang_ess.admission.working_set import WINDOW
 from sglang_ess.config import EssConfig
 from sglang_ess.mem_cache.allocator import EssPagedAllocator
@@ -367,32 +367,7 @@ def test_no_other_pass_is_a_decode_step(mode):
     assert gate.admission.steps == gate.admission.sets == []
 
 
-# --- several ranks --------------------------------------------------------------------------
-
-
-def test_the_rank_that_can_hold_least_decides(monkeypatch):
-    """Clocks and links differ between ranks that must run the same batch."""
-    asked = []
-
-    def reduce(flags, group, op):
-        asked.append((flags, group, op))
-        return [1]
-
-    monkeypatch.setattr(scheduler_gate, "all_reduce_flags", reduce)
-    queue = [SimpleNamespace(seqlen=100) for _ in range(5)]
-    gate = object.__new__(scheduler_gate.SchedulerGate)
-    gate._scheduler = SimpleNamespace(
-        waiting_queue=queue, enable_priority_scheduling=False, chunked_req=None,
-        attn_tp_cpu_group="ranks", max_running_requests=8,
-    )  # fmt: skip
-    gate.admission = SimpleNamespace(
-        admit=lambda running, waiting, within: Decision(len([*waiting]), None)
-    )
-    gate._warm_up, gate._arrives_cold, gate._is_decode_server = None, False, True
-    seen = []
-    gate.round(lambda scheduler, batch: seen.extend(scheduler.waiting_queue), Batch([]))
-    assert asked == [([5], "ranks", torch.distributed.ReduceOp.MIN)]
-    assert seen == queue[:1] and gate._scheduler.waiting_queue == queue
+# --- the head of the queue ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

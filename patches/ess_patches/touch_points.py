@@ -31,9 +31,9 @@ ESS = (
         "sglang.srt.disaggregation.utils.all_reduce_flags",
         "call",
         "(flags, group, op)",
-        "sglang_ess.scheduler_gate",
-        "Lets the ranks that run one batch agree on which requests join it.",
-        "test_scheduler_gate.py",
+        "sglang_ess.mem_cache.agreement",
+        "Lets the ranks that run one batch agree on which requests join it, and on hot rows.",
+        "serving/test_rank_agreement.py",
     ),
     _ess(
         f"{_TREE}.checkpoint",

@@ -4,6 +4,9 @@ Both schedulers fill a batch from the head of their waiting queue, so both hooks
 report the last step to the policy (admission/policy.py), and hide the tail of the queue from SGLang
 for one round. SGLang then decides about slots and rows of the request table as always. A request
 joins when both agree.
+
+Ranks that run one batch must admit and preempt alike, but their clocks, links and sampled lists
+differ. So the policy of one rank decides, by the slowest of their links, and the others follow.
 """
 
 from __future__ import annotations
@@ -11,12 +14,9 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import torch
-from sglang.srt.disaggregation.utils import all_reduce_flags
 
 from sglang_ess.admission.feed import AdmissionFeed, LastStep, Totals
 from sglang_ess.admission.policy import Admission, AdmissionLimits, Candidate
@@ -24,6 +24,8 @@ from sglang_ess.admission.working_set import WorkingSetWindow
 from sglang_ess.config import EssConfig
 from sglang_ess.disagg.decode_side import RequestWarmup
 from sglang_ess.disagg.metadata import EssMetadataBuffers
+from sglang_ess.layout import KIB
+from sglang_ess.mem_cache import agreement
 from sglang_ess.mem_cache.allocator import sparse_pool
 from sglang_ess.mem_cache.pool import EssTokenToKVPool
 from sglang_ess.metrics import SpeculationCounts
@@ -145,7 +147,8 @@ def gate_of(scheduler: Any) -> SchedulerGate | None:
 class SchedulerGate:
     """The admission of one scheduler: feeds the policy, and hides requests that may not join.
 
-    admission: the policy, or None with --ess-admission off
+    admission: the policy, or None with --ess-admission off. On a rank that does not lead its group
+        it observes and decides nothing.
     """
 
     def __init__(self, scheduler: Any, pool: EssTokenToKVPool, config: EssConfig):
@@ -162,7 +165,7 @@ class SchedulerGate:
                 num_slots=pool.capacity.slots,
                 queries=geometry.queries,
             )
-            rate = pool.measure_link()
+            rate = self._link = pool.measure_link()
             self.admission = Admission(limits, rate)
             width = geometry.queries * geometry.topk
             window = WorkingSetWindow(pool.host_tier.num_slots, SAMPLES, width)
@@ -194,15 +197,16 @@ class SchedulerGate:
             return None
         policy_updated = self._feed.decoded(self._last_step(last.reqs, seconds))
         if now - self._link_measured > LINK_SECONDS:
-            self._link_measured = now
-            self.admission.link(self._pool.measure_link())
-        running = len(running_batch.reqs)
+            self._link_measured, self._link = now, self._pool.measure_link()
+        running = keep = len(running_batch.reqs)
         # Ranks count steps alike, so all of them agree at the same step, and seldom: each
         # agreement costs a message.
-        keep = self._agreed(self.admission.keep(running)) if policy_updated else running
+        if policy_updated:
+            keep, kib = self._agreed(self.admission.keep, running, int(self._link / KIB))
+            self.admission.link(max(1, kib) * KIB)  # the slowest of the ranks' links
         if keep >= running:
             return None
-        if now - self._preemption_logged > PREEMPTION_LOG_SECONDS:
+        if self._leads and now - self._preemption_logged > PREEMPTION_LOG_SECONDS:
             self._preemption_logged = now
             logger.warning(
                 "ESS: the hot tier thrashes (rows are evicted %.1f steps after their use): %d of "
@@ -213,7 +217,7 @@ class SchedulerGate:
 
     def _last_step(self, reqs: list[Any], seconds: float) -> LastStep:
         """The decode step of these requests; seconds: since the round before."""
-        requests, sampled, topk = [hash(req.rid) for req in reqs], reqs[:SAMPLES], None
+        requests, sampled, topk = [req.rid for req in reqs], reqs[:SAMPLES], None
         if len(set(requests[:SAMPLES])) == len(sampled):  # the window needs distinct owners
             topk = self._pool.sample.rows[self._feed.layer, : len(sampled)].numpy()
         tokens, request_steps = self._speculation.since_last()
@@ -235,8 +239,7 @@ class SchedulerGate:
             if scheduler.enable_priority_scheduling:
                 scheduler.policy.calc_priority(scheduler.waiting_queue, running_batch)
             running = len(running_batch.reqs) + (scheduler.chunked_req is not None)
-            within, head = self._max_joining(running), self._candidates(self._reach(running))
-            count = self._agreed(self.admission.admit(running, head, within).count)
+            (count,) = self._agreed(self._joining, running)
         with self._hiding_all_but(count):
             if self._warm_up is not None:
                 for req in scheduler.waiting_queue:
@@ -305,10 +308,23 @@ class SchedulerGate:
         needs = itertools.accumulate(req.seqlen for req in scheduler.waiting_queue[:places])
         return sum(1 for _ in itertools.takewhile(lambda need: need <= free, needs))
 
-    def _agreed(self, number: int) -> int:
-        """The smallest number of all ranks that run one batch. Their clocks and links differ."""
-        group = self._scheduler.attn_tp_cpu_group
-        return all_reduce_flags([number], group, torch.distributed.ReduceOp.MIN)[0]
+    @property
+    def _leads(self) -> bool:
+        return agreement.leads(self._scheduler.attn_tp_cpu_group)
+
+    def _agreed(self, decide: Callable[[int], int], running: int, *own: int) -> list[int]:
+        """[the leading rank's decide(running), the smallest of each number in `own` of all ranks].
+
+        With DP attention, each data-parallel rank has a batch and a group of its own.
+        """
+        choice = decide(running) if self._leads else agreement.UNDECIDED
+        return agreement.least([choice, *own], self._scheduler.attn_tp_cpu_group)
+
+    def _joining(self, running: int) -> int:
+        """How many requests at the head of the queue may join, by the policy."""
+        assert self.admission is not None
+        head = self._candidates(self._reach(running))
+        return self.admission.admit(running, head, self._max_joining(running)).count
 
     def _candidates(self, count: int) -> Iterator[Candidate]:
         for req in itertools.islice(self._scheduler.waiting_queue, count):

@@ -8,6 +8,7 @@ import pytest
 
 from sglang_ess.admission.feed import OBSERVED_STEPS, AdmissionFeed, LastStep, Totals
 from sglang_ess.admission.policy import Admission, Step
+from sglang_ess.layout import KIB
 from sglang_ess.sim.engine.admission_gate import AdmissionGate
 from sglang_ess.tiers.topk_sample import SAMPLES
 from tests.sim.serving_system import TOPK, System, load, poisson
@@ -212,10 +213,10 @@ def test_the_policy_is_told_what_the_server_tells_it(monkeypatch, queries):
 
     clock = iter(())
     monkeypatch.setattr(scheduler_gate.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(scheduler_gate.SchedulerGate, "_agreed", lambda self, number: number)
     rows = torch.zeros(2, SAMPLES, queries * TOPK, dtype=torch.int32)
     pool = SimpleNamespace(sample=SimpleNamespace(layers=(0, 1), rows=rows))
-    scheduler = SimpleNamespace(last_batch=None)
+    alone = SimpleNamespace(size=lambda: 1)
+    scheduler = SimpleNamespace(last_batch=None, attn_tp_cpu_group=alone)
     counts_of_sglang = SimpleNamespace(
         spec_num_accept_tokens=0, spec_num_forward_ct=0,
         spec_total_num_accept_tokens=0, spec_total_num_forward_ct=0,
@@ -224,6 +225,7 @@ def test_the_policy_is_told_what_the_server_tells_it(monkeypatch, queries):
     told = Told()
     state = dict(
         _scheduler=scheduler, _pool=pool, admission=told, _round_began=0.0, _link_measured=1e9,
+        _link=1e9,
         _preemption_logged=0.0, _accepted=1.0, _speculation=SpeculationCounts(counts_of_sglang),
         _feed=AdmissionFeed(told, WorkingSetWindow(500, SAMPLES, queries * TOPK), 2),
     )  # fmt: skip
@@ -253,6 +255,9 @@ def test_the_policy_is_told_what_the_server_tells_it(monkeypatch, queries):
         )  # fmt: skip
         ours.keep(len(batch), last)
     told, expected = ours.admission.calls, real.admission.calls
+    links = {call for call in expected if call[0] == "link"}
+    assert links == {("link", 10**9 // KIB * KIB)}  # a simulated link does not change
+    expected = [call for call in expected if call[0] != "link"]
     assert len(expected) > 20 and {name for name, *_ in expected} == {
         "observe", "observe_working_sets", "keep",
     }  # fmt: skip

@@ -6,7 +6,7 @@ simulator gives the policy the same observations as the server.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +51,7 @@ class LastStep:
     accepted  mean tokens per request: 1, or the accept length of a speculative step
     """
 
-    requests: Sequence[int]
+    requests: Sequence[Hashable]
     seconds: float
     totals: Callable[[], Totals | None]
     topk: np.ndarray | None

@@ -6,7 +6,7 @@ WorkingSetWindow counts them for sampled requests. WorkingSets estimates those o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, overload
 
@@ -67,7 +67,7 @@ class WindowCounts:
     growth  [steps] distinct slots in the first 1, 2, ... steps, summed over owners
     """
 
-    rows: dict[int, int] = field(default_factory=dict)
+    rows: dict[Hashable, int] = field(default_factory=dict)
     union: int = 0
     growth: tuple[int, ...] = ()
 
@@ -105,10 +105,10 @@ class WorkingSetWindow:
     def reset(self) -> None:
         """Drop the window under way."""
         self._steps = 0
-        self._owners: list[int] = []
+        self._owners: list[Hashable] = []
         self._kept = np.zeros(self._topk.shape[1], np.bool_)
 
-    def add(self, topk: np.ndarray, owners: Sequence[int]) -> WindowCounts | None:
+    def add(self, topk: np.ndarray, owners: Sequence[Hashable]) -> WindowCounts | None:
         """Take a decode step. Returns the counts if the window is full, and begins the next.
 
         topk    [n, K] int32 slots, -1 pads, each row of one request; n <= samples, K <= topk

@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool, unwrap_write_loc
 from sglang_ess.config import EssConfig
 from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
 from sglang_ess.layout import GIB, PLAN_QUERIES_CPU
+from sglang_ess.mem_cache import agreement
 from sglang_ess.mem_cache.pool import IDLE_STEPS, EssTokenToKVPool, slots_at
 from sglang_ess.tiers import (
     HotCache,
@@ -64,10 +65,13 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
         self.rebalancers = []
         if self.capacity.geometry.ghosts:
             self.rebalancers = [
-                Rebalancer(HotGroups([self.hot_caches[group] for group in groups]), topk)
+                Rebalancer(
+                    HotGroups([self.hot_caches[group] for group in groups]), topk,
+                    agree=agreement.of_attention_leader,
+                )
                 for groups in self.groups.by_size().values()
                 if len(groups) > 1
-            ]
+            ]  # fmt: skip
         self.sample = TopkSample(len(self.groups), topk, width=self.capacity.geometry.queries)
         self.staging = Staging(host_rows, self.capacity.staging_rows)
         self.request_misses = np.zeros(1, np.int64)

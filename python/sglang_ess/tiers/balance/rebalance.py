@@ -11,7 +11,7 @@ one or two layers in a step takes as long as a few plans.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from sglang_ess.tiers.balance.budgets import (
     MIN_GAIN,
     Budgets,
     allot,
+    expected_misses,
     rebalanced,
 )
 from sglang_ess.tiers.balance.ghost_cache import GhostCache, MissCurve
@@ -97,6 +98,8 @@ class Rebalancer:
     layers      hot tiers of one arena, with hot rows for some of the slots, not for all
     min_rows    rows that each layer keeps in any case: a query's top-k, attended in one pass
     rate        sampling rate of the ghosts
+    agree       (rows of each layer that this rank chose) -> those that all ranks of one batch take;
+                every rank calls it at the same step
     budgets     of the last round that moved rows; curves: of the last round; None before
     rebalances  rounds that moved rows since the start; rows_moved: rows that they moved
     """
@@ -107,8 +110,9 @@ class Rebalancer:
         min_rows: int = 1,
         schedule: Schedule | None = None,
         rate: float | None = None,
+        agree: Callable[[Sequence[int]], Sequence[int]] = tuple,
     ):
-        self.layers, self._min_rows = layers, min_rows
+        self.layers, self._min_rows, self._agree = layers, min_rows, agree
         self._schedule = schedule or Schedule()
         self.budgets: Budgets | None = None
         self.curves: list[MissCurve] | None = None
@@ -169,10 +173,12 @@ class Rebalancer:
         # One row less than all slots: with a row for each, a layer keeps no order of use.
         cap = caches[0].num_slots - 1
         counted = self._counted(self.curves, current)
-        found = _choose(self.curves, current, self._total, floor, cap, counted)
-        if found is None:
+        choice = _choose(self.curves, current, self._total, floor, cap, counted)
+        # Other ranks may have been told of other rows to warm, and chosen otherwise.
+        rows = tuple(self._agree(current if choice is None else choice.rows))
+        if list(rows) == current:
             return None
-        self.budgets = found
+        found = self.budgets = Budgets(rows, expected_misses(self.curves, rows))
         self._pending = [c for c in caches if c.num_rows != found.rows[c.number]]
         self._pending.sort(key=self._change)  # the layer that shrinks most first
         self.rebalances += 1
