@@ -305,7 +305,7 @@ class Observer:
         self.steps, self.sets = [], []
         self.observe = self.steps.append
         self.observe_working_sets = lambda *args: self.sets.append(args)
-        self.keep = lambda running: running
+        self.keep, self.link = lambda running: running, lambda bytes_per_second: None
 
 
 def gate_of_drafts(queries, num_slots=4096, topk=4):

@@ -17,6 +17,7 @@ import pytest
 from sglang_ess.config import REFUSED
 from sglang_ess.launch import shutdown
 from tests.support import leftovers
+from tests.support.leftovers import command
 from tests.support.stand_in import BOUND, SCHEDULER
 from tests.tools.test_processes import poll
 from tools.hosts import LOOPBACK, Host
@@ -155,16 +156,41 @@ def test_before_it_serves_a_signal_ends_it_at_once(stand_in):
 
 def test_a_process_that_left_its_parent_and_session_is_found(stand_in):
     server = stand_in("orphan")
-    poll(lambda: len(server.processes()) == 4)
+    poll(lambda: len(server.processes()) == 5)
     assert signalled(server, TERM)[0] == 0
 
 
 def test_all_end_with_a_launcher_that_is_killed(stand_in):
-    """Their files stay, because no process is left to remove them."""
+    """Their files, too: the sweeper removes them. The scheduler here does not follow its parent."""
     server = stand_in("idle")
+    scheduler = server.named(SCHEDULER)
+    assert len(server.remains()) > 3
     server.process.kill()
-    main = [pid for pid in server.processes() if pid != server.named(SCHEDULER)[0]]
-    poll(lambda: not set(main) & set(server.processes()))
+    poll(lambda: server.processes() == scheduler)
+    os.kill(scheduler[0], KILL)
+    poll(lambda: server.remains() == [])
+
+
+def test_a_sweeper_that_is_killed_is_no_reason_to_end(stand_in):
+    server = stand_in("idle")
+    os.kill(server.called(shutdown.SWEEPER)[0], KILL)
+    time.sleep(2 * shutdown.PARENT_SECONDS)
+    assert len(server.processes()) == 3 and signalled(server, TERM)[0] == 0
+
+
+@pytest.mark.parametrize("who", ["server", "launcher"])
+def test_a_semaphore_whose_resource_tracker_was_killed_goes_too(stand_in, who):
+    server = stand_in("semaphore")
+    (tracker,) = (pid for pid in server.processes() if "resource_tracker" in command(pid))
+    (path,) = server.note_segments()
+    assert path.name.startswith("sem.")
+    time.sleep(1.5 * shutdown.TICK_SECONDS)
+    os.kill(tracker, KILL)
+    if who == "server":
+        assert signalled(server, TERM)[0] == 0
+    else:
+        server.process.kill()
+        poll(lambda: not path.exists())
 
 
 def test_a_scheduler_that_is_killed_ends_the_server(stand_in):
@@ -200,6 +226,7 @@ def test_a_scheduler_that_has_died_before_it_was_seen_is_noticed():
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     supervisor = shutdown._Supervisor.__new__(shutdown._Supervisor)
     supervisor.vital, supervisor.segments, supervisor.poll = {}, set(), select.poll()
+    supervisor.sweeper, supervisor.semaphores = os.open(os.devnull, os.O_WRONLY), set()
     try:
         supervisor._scan()
         (seen,) = [number for number, vital in supervisor.vital.items() if vital[0] == pid]

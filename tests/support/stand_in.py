@@ -3,6 +3,7 @@
 FLAGS: SGLang's, that place the launcher among its server's nodes
 """
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -51,7 +52,14 @@ def orphan() -> int:
     return drain(0)
 
 
+def semaphore() -> int:
+    """It holds one, of which a resource tracker knows."""
+    with multiprocessing.get_context("spawn").Lock():
+        return drain(0)
+
+
 BEHAVIOURS = {
+    "semaphore": semaphore,
     "idle": lambda: drain(0),
     "busy": lambda: drain(0.7),
     "hung": lambda: drain(600),

@@ -4,11 +4,14 @@ The launcher forks: SGLang runs in the child, and the parent stays small and han
 So no handler, import or lock of SGLang's can delay a signal, and the launcher outlives every
 process that it has to end. It is also a child subreaper: it becomes the parent of every process
 whose own parent has ended, so that it finds all of them.
+
+A second small child, the sweeper, outlives a launcher that is killed, and removes its files.
 """
 
 from __future__ import annotations
 
 import ctypes
+import glob
 import math
 import os
 import select
@@ -41,7 +44,9 @@ _SHORT_NAMES = tuple(name[:COMM] for name in VITAL)
 TEMPLATE = "SGLANG_ESS_TEMPLATE"  # variable: prefix of the names of this server's temporary files
 # Prefixes of the segments in /dev/shm that SGLang and its libraries make for one server.
 SEGMENTS = tuple(f"/dev/shm/{name}" for name in ("sglang_loads_", "sgl_shm_", "nccl-", "cuda.shm."))
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+SEMAPHORES = "/dev/shm/sem.mp-*"  # of Python's multiprocessing
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
+SWEEPER = "ess-sweeper"  # its name in ps
 
 _pipe: int | None = None  # in SGLang's process: the write end of the pipe to the launcher
 
@@ -57,22 +62,25 @@ def supervised(serve: Callable[[], int], grace_seconds: float, peers: Peers | No
     Returns the exit status: 0 if the server ended as asked; 128 + the number of a second signal;
     what serve() returned; 1, with one line on stderr, if a process died or had to be killed.
     """
-    launcher, (pipe, pipe_of_child) = os.getpid(), os.pipe()
+    launcher = os.getpid()
     template = f"ess-{os.urandom(4).hex()}-"
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     signals = set(ENDING)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
         signals.remove(signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # so that run() misses none
+    sweeper = _start_sweeper(template, peers)
+    pipe, pipe_of_child = os.pipe()
     main = os.fork()
     if main == 0:
+        os.close(sweeper)
         _become_server(launcher, pipe_of_child, template)
         if peers is not None:
             peers.close()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         _leave(serve)
     os.close(pipe_of_child)
-    return _Supervisor(main, pipe, template, grace_seconds, peers).run(signals)
+    return _Supervisor(main, pipe, sweeper, template, grace_seconds, peers).run(signals)
 
 
 def serving() -> None:
@@ -97,18 +105,30 @@ def follow_parent() -> None:
 
 
 class _Supervisor:
-    """The launcher after the fork. main: pid of SGLang's process; pipe: read end of its pipe."""
+    """The launcher after the forks.
+
+    main: pid of SGLang's process; pipe: read end of its pipe; sweeper: write end of the sweeper's
+    """
 
     def __init__(
-        self, main: int, pipe: int, template: str, grace_seconds: float, peers: Peers | None
+        self,
+        main: int,
+        pipe: int,
+        sweeper: int,
+        template: str,
+        grace_seconds: float,
+        peers: Peers | None,
     ):
         self.main, self.template, self.grace_seconds = main, template, grace_seconds
         self.peers, self.news = peers, list[News]()
+        self.sweeper = sweeper
         self.main_status: int | None = None
         self.stage = 0  # 1 after serving(), 2 after served()
         self.repeats_until = 0.0  # until then a signal may be the first one again
         self.vital: dict[int, tuple[int, str]] = {}  # pidfd: (pid, SGLang's name of it)
-        self.segments = {f"/dev/shm/multi_tokenizer_args_{main}"}
+        self.segments: set[str] = set()
+        self.semaphores = set(_semaphores())  # those of the machine at the last scan
+        self._note({f"/dev/shm/multi_tokenizer_args_{main}"})
         self.signals, self.signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.poll = select.poll()
         self.pipe = pipe
@@ -136,9 +156,9 @@ class _Supervisor:
                 return self._asked(signal.Signals(numbers[0]).name)
             if self.news:
                 return self._told(self.news.pop(0))
-            if lost:
+            if lost and self.main_status is None:
                 return self._lost(*lost[0])
-            if self.main_status is not None:
+            if self.main_status is not None:  # the others end with it
                 known = self.main_status in (0, REFUSED)
                 return self.main_status if known else self._failed("the main one")
 
@@ -256,19 +276,34 @@ class _Supervisor:
     def _scan(self) -> None:
         """Find the vital processes, and the shared memory of all processes."""
         known = {pid for pid, _ in self.vital.values()}
+        semaphores = _semaphores()
+        new, self.semaphores = semaphores.keys() - self.semaphores, set(semaphores)
         for pid in _descendants(os.getpid()):
-            self.segments |= _shared_memory(pid)
-            # A process that has ended has only its short name, until _reap() collects it.
-            name = _command(pid) or _read(pid, "comm")
+            self._note(_shared_memory(pid))
+            if new:
+                self._note({semaphores[file] for file in new & _mapped(pid)})
+            name = _read(
+                pid, "comm"
+            ).strip()  # also of one that has ended, until _reap() collects it
             if pid in known or not name.startswith(_SHORT_NAMES):
                 continue
             try:
                 descriptor = os.pidfd_open(pid)
             except OSError:  # it has ended, or the kernel is older than 5.3
                 continue
-            full = next(vital for vital in VITAL if vital.startswith(name[:COMM]))
-            self.vital[descriptor] = (pid, full)
+            full = next(vital for vital in VITAL if vital.startswith(name))
+            title = _command(pid).split("\0")[0].strip()  # it says the rank, too
+            self.vital[descriptor] = (pid, title if title.startswith(full) else full)
             self.poll.register(descriptor, select.POLLIN)
+
+    def _note(self, segments: set[str]) -> None:
+        """Remember what is to be removed at the end, and tell the sweeper."""
+        if new := segments - self.segments:
+            self.segments |= new
+            try:
+                os.write(self.sweeper, "".join(f"{name}\n" for name in new).encode())
+            except BrokenPipeError:  # somebody killed the sweeper
+                pass
 
     def _end_all(self) -> None:
         """Kill the remaining processes; remove the server's temporary files and shared memory."""
@@ -287,9 +322,40 @@ class _Supervisor:
                 0.05
             )  # the kernel needs a while to free their memory; a scan reads all of /proc
             self._reap()
-        files = Path(tempfile.gettempdir()).glob(f"{self.template}*")
-        for path in [*files, *map(Path, self.segments)]:
-            _remove(path)
+        _sweep(self.template, self.segments)
+
+
+def _start_sweeper(template: str, peers: Peers | None) -> int:
+    """Fork the sweeper. Returns the write end of its pipe: names of segments, one a line.
+
+    At the end of the pipe the launcher has ended. As a rule it has killed the sweeper before; if
+    not, it was killed itself, and the kernel ends SGLang's processes meanwhile.
+    """
+    pipe, other_end = os.pipe()
+    if os.fork() != 0:
+        os.close(pipe)
+        return other_end
+    try:
+        os.close(other_end)
+        if peers is not None:
+            peers.close()  # so that the other nodes notice the launcher's end
+        os.setsid()
+        _prctl(PR_SET_NAME, SWEEPER.encode())
+        for one in ENDING:
+            signal.signal(one, signal.SIG_IGN)
+        with open(pipe) as lines:
+            segments = set(lines.read().split())
+        time.sleep(2 * PARENT_SECONDS)
+        _sweep(template, segments)
+    finally:
+        os._exit(0)
+
+
+def _sweep(template: str, segments: set[str]) -> None:
+    """Remove a server's temporary files and shared memory."""
+    files = Path(tempfile.gettempdir()).glob(f"{template}*")
+    for path in [*files, *map(Path, segments)]:
+        _remove(path)
 
 
 def _become_server(launcher: int, pipe: int, template: str) -> None:
@@ -332,7 +398,7 @@ def _die_after(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _prctl(option: int, value: int) -> None:
+def _prctl(option: int, value: int | bytes) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
@@ -381,6 +447,29 @@ def _shared_memory(pid: int) -> set[str]:
     except OSError:  # the process ended, or closed a file meanwhile
         pass
     return found
+
+
+def _semaphores() -> dict[tuple[str, str], str]:
+    """{(device, inode): path} of the machine's semaphores.
+
+    Resource trackers remove them, unless they are killed. A process has a semaphore mapped under a
+    name that it had only at first.
+    """
+    found = {}
+    for path in glob.glob(SEMAPHORES):
+        try:
+            stat = os.stat(path)
+        except OSError:  # removed meanwhile
+            continue
+        device = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}"
+        found[device, str(stat.st_ino)] = path
+    return found
+
+
+def _mapped(pid: int) -> set[tuple[str, str]]:
+    """(device, inode) of each file that a process has mapped."""
+    lines = (line.split(maxsplit=5) for line in _read(pid, "maps").splitlines())
+    return {(fields[3], fields[4]) for fields in lines}
 
 
 def _remove(path: Path) -> None:
