@@ -14,6 +14,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 ENV_VAR = "SGLANG_ESS_CONFIG"
+TEMPLATE = "SGLANG_ESS_TEMPLATE"  # variable: prefix of the names of a server's temporary files
 REFUSED = 2  # exit status of a process that refuses its options; argparse has the same
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sglang_ess.config import REFUSED
+from sglang_ess.config import REFUSED, TEMPLATE
 
 MAX_CHARS = 600  # of a message; a longer one is a dump, and the traceback shows it
 PACKAGE = "/sglang/"
@@ -101,8 +103,23 @@ def make_scheduler(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> 
             # The first scheduler that ends makes SGLang end the others: let that rank speak.
             time.sleep(PEER_SECONDS)
             raise SystemExit(REFUSED) from None
-        print(f"sglang-ess: {refusal(error)}", file=sys.stderr, flush=True)
+        if _is_first_refusal():
+            print(f"sglang-ess: {refusal(error)}", file=sys.stderr, flush=True)
         raise SystemExit(REFUSED) from None
+
+
+def _is_first_refusal() -> bool:
+    """Whether no other process of this server has refused: ranks refuse alike, and one says why."""
+    if (template := os.environ.get(TEMPLATE)) is None:  # without our launcher
+        return True
+    try:  # the launcher removes it with the other files
+        mark = Path(tempfile.gettempdir()) / f"{template}refused"
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -14,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from sglang_ess.config import REFUSED
 from sglang_ess.launch import shutdown
+from tests.support import short_of_memory
 from tests.support.leftovers import FLAGS, GRACE, ForkedServer, MarkedServer, comm, command, stat
 
 KILL, STOP, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
@@ -196,3 +198,30 @@ def test_a_rank_that_hangs_in_a_pass_is_ended_by_the_watchdog(tiny_v32, tmp_path
         seconds = server.seconds_until_gone(since, limit)
         print(f"a stopped rank: nothing left after {seconds:.2f} s")
         assert seconds > WATCHDOG and "Scheduler watchdog timeout" in text(server)
+
+
+class FailingServer(ForkedServer):
+    """One that tests.support.short_of_memory starts."""
+
+    where: str
+
+    def begin(self, output):
+        self.command[2] = short_of_memory.__name__
+        self.env[short_of_memory.FAILS] = self.where
+        return super().begin(output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [TP2, DP_ATTENTION], ids=["TP2", "DP attention"])
+@pytest.mark.parametrize("where", ["sizes", "tier", "rank"])
+def test_a_rank_that_cannot_start_ends_all_with_one_line(tiny_v32, tmp_path, flags, where):
+    if where == "tier" and flags != TP2:
+        pytest.skip("a rank with a host tier of its own maps nothing on the CPU")
+    kind = type("Failing", (FailingServer,), {"where": where})
+    with kind(tiny_v32, *FLAGS, *flags, log=tmp_path / "log") as server:
+        assert server.process.wait(START_SECONDS) == (1 if where == "rank" else REFUSED)
+        since = time.monotonic()
+        server.seconds_until_gone(since, BOUND)
+        lines = [line for line in text(server).splitlines() if line.startswith("sglang-ess: ")]
+        words = "scheduler died during" if where == "rank" else short_of_memory.LINE
+        assert len(lines) == 1 and words in lines[0], server.tail()

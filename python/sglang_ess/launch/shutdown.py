@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from sglang_ess.config import REFUSED
+from sglang_ess.config import REFUSED, TEMPLATE
 from sglang_ess.launch.peers import ASKED, FAILED, GONE, News, Peers
 from sglang_ess.launch.startup import progress
 
@@ -41,7 +41,6 @@ TICK_SECONDS = 2.0  # between scans of the processes
 VITAL = ("sglang::scheduler", "sglang::detokenizer", "sglang::data_parallel_controller")
 COMM = 15  # characters of a process's name that the kernel keeps, even after its end
 _SHORT_NAMES = tuple(name[:COMM] for name in VITAL)
-TEMPLATE = "SGLANG_ESS_TEMPLATE"  # variable: prefix of the names of this server's temporary files
 # Prefixes of the segments in /dev/shm that SGLang and its libraries make for one server.
 SEGMENTS = tuple(f"/dev/shm/{name}" for name in ("sglang_loads_", "sgl_shm_", "nccl-", "cuda.shm."))
 SEMAPHORES = "/dev/shm/sem.mp-*"  # of Python's multiprocessing
