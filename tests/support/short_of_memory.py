@@ -1,7 +1,8 @@
 """`python -m tests.support.short_of_memory ARGUMENTS`: a server one of whose ranks cannot start.
 
 The variable FAILS says where: "sizes" (it cannot read how much memory is free, before the ranks
-agree on their sizes), "tier" (it cannot map the host tier) or "rank" (its process is killed while it starts).
+agree on their sizes), "tier" (it cannot map the host tier) or "rank" (its process is killed while
+it starts).
 The ranks must be forks of this process.
 """
 
