@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setproctitle
+
 from sglang_ess.cpu import set_thread_defaults
 from tests.support.pd import Node
 from tools.processes import end_with_parent
@@ -112,6 +114,7 @@ def _run(argv: list[str], log: str, env: dict[str, str], folder: Path) -> None:
     os.setsid()
     end_with_parent()
     os.chdir(folder)
+    setproctitle.getproctitle()  # sets up, which it cannot once the variables have moved
     os.environ.clear()
     os.environ.update(env)
     set_thread_defaults()
