@@ -158,8 +158,10 @@ class _Supervisor:
             if lost and self.main_status is None:
                 return self._lost(*lost[0])
             if self.main_status is not None:  # the others end with it
-                known = self.main_status in (0, REFUSED)
-                return self.main_status if known else self._failed("the main one")
+                if self.main_status in (0, REFUSED):
+                    return self.main_status
+                self._tell(FAILED)
+                return self._failed("the main one")
 
     def _asked(self, name: str) -> int:
         self._tell(ASKED)
@@ -281,9 +283,7 @@ class _Supervisor:
             self._note(_shared_memory(pid))
             if new:
                 self._note({semaphores[file] for file in new & _mapped(pid)})
-            name = _read(
-                pid, "comm"
-            ).strip()  # also of one that has ended, until _reap() collects it
+            name = _read(pid, "comm").strip()  # one that has ended has it until _reap()
             if pid in known or not name.startswith(_SHORT_NAMES):
                 continue
             try:
