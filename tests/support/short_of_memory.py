@@ -1,8 +1,7 @@
 """`python -m tests.support.short_of_memory ARGUMENTS`: a server one of whose ranks cannot start.
 
-The variable FAILS says where: "sizes" (it cannot read how much memory is free, before the ranks
-agree on their sizes), "tier" (it cannot map the host tier) or "rank" (its process is killed while
-it starts).
+The variable FAILS says where: "tier" (it cannot map the host tier) or "rank" (its process is killed
+before the ranks agree on their sizes).
 The ranks must be forks of this process.
 """
 

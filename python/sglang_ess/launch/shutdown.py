@@ -368,6 +368,9 @@ def _become_server(launcher: int, pipe: int, template: str) -> None:
         signal.signal(one, signal.SIG_IGN)
     _pipe = pipe
     os.environ[TEMPLATE] = tempfile.template = template
+    if not os.environ.get("SGLANG_CUDA_COREDUMP"):
+        # With a rank that hangs, SGLang would wait 60 s for dumps that nobody has asked for.
+        os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "0")
 
 
 def _notify() -> None:
