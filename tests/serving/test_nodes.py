@@ -164,3 +164,5 @@ def test_prefill_and_decode_on_two_hosts(model, hosts, one_host, tmp_path):
             lambda: long_request(cluster.router, 4) == "200", 2 * ENDS, "mended"
         )
         print(f"mended: served after {time.monotonic() - since:.1f} s")
+        cluster.settle()  # no slot is lost, and no prefix is cached
+        assert answered(cluster.router) == expected
