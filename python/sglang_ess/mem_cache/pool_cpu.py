@@ -45,9 +45,9 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
 
     Ranks that share the host tier go through RankOrder at every write. The transfer engine of a
     decode server needs no such order. It puts a prompt's rows into the tier through the mappings of
-    the ranks: a share of the layers through each, or the same bytes through all. A request joins when every rank has polled that its own
-    transfer is done (SGLang takes the minimum over the group), so no rank reads a row that is
-    still arriving.
+    the ranks: a share of the layers through each, or the same bytes through all. A request joins
+    when every rank has polled that its own transfer is done (SGLang takes the minimum over the
+    group), so no rank reads a row that is still arriving.
     """
 
     trace: TraceRecorder | None = None
