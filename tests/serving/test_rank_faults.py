@@ -27,6 +27,7 @@ WATCHDOG = 10  # seconds of a pass after which SGLang ends a server; 300 by defa
 TWO_TIERS = ("--ess-hot-ratio", "0.2")
 TP2 = ("--tp-size", "2")
 CLIENTS, PROMPT, OUTPUT = 4, 300, 200
+FIXED = {"input_ids": [5 + i % 200 for i in range(PROMPT)]}
 
 
 def started(model, log, *flags) -> MarkedServer:
@@ -42,6 +43,13 @@ def until_ready(server) -> MarkedServer:
 def text(server) -> str:
     """The log of the last start."""
     return server.log.read_bytes()[server.log_start :].decode(errors="replace")
+
+
+def answer(server) -> str:
+    sampling = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
+    status, body = server.post("/generate", {**FIXED, "sampling_params": sampling})
+    assert status == 200, body
+    return body.partition('"meta_info"')[0]
 
 
 class Load:
@@ -120,6 +128,18 @@ def test_a_rank_that_is_killed_ends_the_group_and_nothing_is_left(tiny_v32, tmp_
         assert len(server.named(SCHEDULERS)) == 2 and len(server.remains()) > 8
         assert any("hot rows" in line for line in text(server).splitlines())
         killed_under_load(server, "scheduler 1")
+
+
+@pytest.mark.slow
+def test_each_process_killed_and_the_next_server_serves_on_its_port(tiny_v32, tmp_path):
+    with started(tiny_v32, tmp_path / "log", *TP2) as server:
+        expected = answer(server)
+        for who in ("launcher", "main", "scheduler 0", "scheduler 1", "detokenizer"):
+            killed_under_load(server, who)
+            server.start()
+            until_ready(server)
+            assert answer(server) == expected
+        assert server.stop() == 0 and server.remains() == []
 
 
 @pytest.mark.slow

@@ -155,9 +155,9 @@ class _Supervisor:
                 return self._asked(signal.Signals(numbers[0]).name)
             if self.news:
                 return self._told(self.news.pop(0))
-            if lost and self.main_status is None:
+            if lost:
                 return self._lost(*lost[0])
-            if self.main_status is not None:  # the others end with it
+            if self.main_status is not None:
                 if self.main_status in (0, REFUSED):
                     return self.main_status
                 self._tell(FAILED)
@@ -184,6 +184,9 @@ class _Supervisor:
     def _lost(self, pid: int, name: str) -> int:
         """A vital process has ended. SGLang may end by itself and say why, or not notice."""
         self._tell(FAILED)
+        state = _read(self.main, "stat").rpartition(")")[2].split()[:1]
+        if state in ([], ["Z"], ["X"]):  # it ended first, and the kernel its children
+            return self._failed("the main one")
         status = self._main_ends_within(FAULT_SECONDS)
         if status is not None and (
             status == REFUSED or status > 128
