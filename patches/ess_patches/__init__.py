@@ -3,7 +3,8 @@
 hooks              upstream functions that ESS changes
 touch_points       upstream names that ESS uses unchanged, on any platform or on the CPU
 touch_points_cuda  the same on a GPU
-linear_attention   hooks for models with linear attention layers, speculation: for drafts
+linear_attention   hooks for models with linear attention layers, speculation: for drafts,
+attention_ranks    for data-parallel attention
 transfers          touch points of transfers between prefill and decode
 topk_stream        hooks of the test-only switch --ess-topk-stream
 """

@@ -90,9 +90,10 @@ HOOKS = (
         target="sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
         kind="around",
         signature="(layer, x, topk_output, moe_runner_config)",
-        body="sglang_ess.platforms.cpu_hooks:moe_with_limit",
+        body="sglang_ess.platforms.cpu_hooks:moe_of_rank",
         reason="SGLang's torch-native experts leave out the limit on SwiGLU's inputs "
-        "(swiglu_limit), which Hy4 has.",
+        "(swiglu_limit), which Hy4 has, and fail at the id -1, which expert parallelism gives "
+        "another rank's expert.",
         when="cpu",
         test="tests/serving/test_architectures.py",
     ),

@@ -38,7 +38,16 @@ def test_hisparse(launch):
     ("flag", "value", "limit"),
     [
         ("--device", "cuda", "unset or cpu"),
-        ("--pp-size", "2", "1"),
+        ("--dcp-size", "2", "1"),
+        ("--attn-cp-size", "2", "1"),
+        ("--moe-dp-size", "2", "1"),
+        ("--moe-a2a-backend", "pplx", "none"),
+        ("--elastic-ep-backend", "mooncake", "unset or none"),
+        ("--boundary-reduction", "rs", "auto or ar"),
+        ("--enable-eplb", None, "off"),
+        ("--ep-num-redundant-experts", "2", "0"),
+        ("--base-gpu-id", "1", "0"),
+        ("--gpu-id-step", "2", "1"),
         ("--quantization", "fp8", "unset or unquant"),
         ("--enable-hierarchical-cache", None, "off"),
         ("--enable-lora", None, "unset or off"),
@@ -70,10 +79,26 @@ def test_the_cpu_platforms_limits(launch, flag, value, limit):
         ["--ess-link-gib", "0.5", "--ess-itl-ms", "80", "--ess-admission", "off"],
         ["--ess-hot-ratio", "0.3", "--ess-host-gib", "0.5", "--ess-device-gib", "0.25"],
         ["--ess-device-gib", "0.25", "--disable-ess"],
+        ["--tp-size", "2", "--ep-size", "2"],
+        ["--tp-size", "4", "--dp-size", "2", "--enable-dp-attention"],
+        ["--dp-size", "2"],
+        ["--tp-size", "2", "--nnodes", "2", "--node-rank", "1"],
+        ["--pp-size", "2", "--ess-admission", "off"],
+        ["--pp-size", "2", "--disable-ess"],
     ],
 )
 def test_what_the_cpu_platform_takes(launch, flags):
     assert launch(*flags)[1] == []
+
+
+def test_stages_must_admit_the_same_requests(launch):
+    refused(launch("--pp-size", "2"), "--ess-admission must be off with --pp-size 2: got on")
+
+
+def test_each_rank_must_have_cores(launch, monkeypatch):
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0-3|4-7")
+    assert launch("--tp-size", "2")[1] == []
+    refused(launch("--dp-size", "4"), "each of 4 ranks", "'0-3|4-7'")
 
 
 def test_dense_models_keep_sglangs_own_choices_on_the_cpu_platform(launch):
@@ -107,6 +132,8 @@ def test_pooled_keys_and_linear_layers(launch):
     refused(launch(*flags, model=GLM5_NEXT, accelerator="cuda"), "index_kpool 4", "--disable-ess")
     assert launch("--disable-ess", model=GLM5_NEXT, accelerator="cuda")[1] == []
     refused(launch("--disaggregation-mode", "decode", model=GLM5_NEXT), "linear", "got decode")
+    apart = launch("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention", model=GLM5_NEXT)
+    refused(apart, "--enable-dp-attention must be off", "linear")
 
 
 def test_float32_indexer_keys_off_the_cpu_platform(launch):

@@ -98,14 +98,17 @@ class EngineProcess:
         params = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
         return self.call("_generate", prompts, params | sampling, start)
 
-    def together(self, name, prompts, max_new_tokens=1, start=-1, **sampling) -> list[Output]:
+    def together(
+        self, name, prompts, max_new_tokens=1, start=-1, ranks=None, **sampling
+    ) -> list[Output]:
         """generate(), all prompts in one batch from the first pass on.
 
         Needs the patch "tests.support.gather:install". name: a new one each time
         start: -1 scores no prompt token, so that prefixes may hit
+        ranks: the data-parallel rank of each prompt; their batches begin in the same step
         """
         params = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
-        return self.call("_generate", prompts, params | sampling, start, name)
+        return self.call("_generate", prompts, params | sampling, start, name, ranks)
 
     def abort(self, prompts, seconds, max_new_tokens=1) -> list[str]:
         """Submit the prompts and abort all of them after seconds: their finish reasons."""
@@ -126,17 +129,12 @@ class EngineProcess:
 
     def recorded(self, kind) -> dict[tuple[str, int], dict[int, np.ndarray]]:
         """As selections(), of one of tests.support.recorder's kinds."""
-        found: dict = {}
-        with self._record.open("rb") as file:
-            while True:
-                try:
-                    recorded, layer, rid, first, values = pickle.load(file)
-                except EOFError:
-                    return found
-                if recorded == kind:
-                    rows = found.setdefault((rid, layer), {})
-                    for offset, row in enumerate(values):
-                        rows[first + offset] = row[row >= 0] if kind == "selection" else row
+        return {key: rows for one in self.recorded_by_rank(kind) for key, rows in one.items()}
+
+    def recorded_by_rank(self, kind) -> list[dict[tuple[str, int], dict[int, np.ndarray]]]:
+        """recorded() of each process that has recorded anything."""
+        files = sorted(self._record.parent.glob(f"{self._record.name}.*"))
+        return [_read_record(file, kind) for file in files]
 
     @contextmanager
     def switched(self, **values):
@@ -163,6 +161,20 @@ class EngineProcess:
             self._process.kill()
         self._process.join()
         self._pipe.close()
+
+
+def _read_record(path, kind) -> dict[tuple[str, int], dict[int, np.ndarray]]:
+    found: dict = {}
+    with path.open("rb") as file:
+        while True:
+            try:
+                recorded, layer, rid, first, values = pickle.load(file)
+            except EOFError:
+                return found
+            if recorded == kind:
+                rows = found.setdefault((rid, layer), {})
+                for offset, row in enumerate(values):
+                    rows[first + offset] = row[row >= 0] if kind == "selection" else row
 
 
 def in_fork(function, *args, seconds: float = 120):
@@ -233,15 +245,22 @@ def _serve(pipe, server_args, env, patches, threads=None) -> None:
     os._exit(0)
 
 
-def _generate(engine, prompts, params, start, group=None) -> list[Output]:
-    answers = engine.generate(
-        input_ids=prompts,
-        sampling_params=params,
-        return_logprob=True,
-        logprob_start_len=start,
-        rid=rids(group, len(prompts)) if group else None,
-    )
-    return [_output(answer) for answer in answers]
+def _generate(engine, prompts, params, start, group=None, ranks=None) -> list[Output]:
+    names = rids(group, len(prompts)) if group else None
+    options = {"sampling_params": params, "return_logprob": True, "logprob_start_len": start}
+    if ranks is None:
+        answers = engine.generate(input_ids=prompts, rid=names, **options)
+        return [_output(answer) for answer in answers]
+
+    async def on_ranks():
+        return await asyncio.gather(
+            *(
+                engine.async_generate(input_ids=prompt, rid=name, routed_dp_rank=rank, **options)
+                for prompt, name, rank in zip(prompts, names, ranks, strict=True)
+            )
+        )
+
+    return [_output(answer) for answer in engine.loop.run_until_complete(on_ranks())]
 
 
 def _output(answer) -> Output:

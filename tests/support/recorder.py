@@ -52,11 +52,20 @@ def install_experts() -> None:
 
     def recording(*args, layer_id=None, **kwargs):
         output = select(*args, layer_id=layer_id, **kwargs)
-        write("experts", layer_id, batch, output.topk_ids.numpy())
+        own = output.topk_ids[_tokens_before(batch) :]
+        write("experts", layer_id, batch, own.numpy())
         return output
 
     CpuSparseMlaBackend.init_forward_metadata = beginning
     moe.select_experts = recording
+
+
+def _tokens_before(forward_batch) -> int:
+    """Where this rank's tokens begin in what the ranks of data-parallel attention gather."""
+    from sglang.srt.runtime_context import get_parallel
+
+    sizes = forward_batch.global_num_tokens_padded_cpu
+    return sum(sizes[: get_parallel().attn_dp_rank]) if sizes else 0
 
 
 def install_rows() -> None:
@@ -77,10 +86,12 @@ def install_rows() -> None:
 
 
 def _writer():
-    """A function that appends what it is given to the file named by RECORD_VAR."""
-    file = open(os.environ[RECORD_VAR], "ab")
+    """A function that appends what it is given to this process's file, beside RECORD_VAR's."""
+    file = None
 
     def write(kind, layer, forward_batch, values):
+        nonlocal file
+        file = file or open(f"{os.environ[RECORD_VAR]}.{os.getpid()}", "ab")
         for rid, first, table, of in _requests(forward_batch):
             own = values[of]
             if kind == "selection":
@@ -99,10 +110,9 @@ def _requests(forward_batch):
     # With linear attention layers it stands beside theirs.
     table = getattr(backend, "full_attn_backend", backend).req_to_token.numpy()
     decode = forward_batch.forward_mode.is_decode()
-    start = 0
-    for i, (rid, row) in enumerate(
-        zip(forward_batch.rids, forward_batch.req_pool_indices, strict=True)
-    ):
+    start, rids = 0, forward_batch.rids or ()  # an idle rank has none
+    # Requests that pad the batch come after the others.
+    for i, (rid, row) in enumerate(zip(rids, forward_batch.req_pool_indices, strict=False)):
         total = int(forward_batch.seq_lens[i])
         tokens = 1 if decode else int(forward_batch.extend_seq_lens_cpu[i])
         yield rid, total - tokens, table[row, :total], slice(start, start + tokens)

@@ -84,3 +84,21 @@ def drafts_write_the_targets_rows() -> None:
 
     CpuEssTokenToKVPool._create_tiers = remember
     write._write_mla_kv_buffer = doubled
+
+
+def on_one_rank() -> None:
+    """Asleep until EngineProcess.switched(fault="last_rank_fetches_nothing"): see no_fetch."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from sglang_ess.tiers import HotCache
+    from tests.support import switches
+
+    fetch = HotCache.fetch
+
+    def forgetful(cache, plan, layer=0):
+        parallel = get_parallel()
+        is_last = parallel.tp_rank == parallel.tp_size - 1
+        if not (is_last and switches.value("fault") == "last_rank_fetches_nothing"):
+            fetch(cache, plan, layer)
+
+    HotCache.fetch = forgetful

@@ -41,7 +41,8 @@ class CpuTwoTierBackend(CpuSparseMlaBackend):
         self._fetches.drop()
         spans = self.forward_metadata.spans
         if spans is None:
-            self.token_to_kv_pool.before_decode_step()
+            if len(self.forward_metadata.lengths):  # an idle rank decodes nothing
+                self.token_to_kv_pool.before_decode_step()
             self.token_to_kv_pool.host_tier.order.begin()
             return
         self.token_to_kv_pool.staging.begin(spans, self.req_to_token)

@@ -12,6 +12,10 @@ from sglang_ess.layout import LATENT_DIM, PAGE_SLOTS
 from sglang_ess.tiers.index_groups import IndexGroups
 from sglang_ess.tiers.topk_observer import PassQueries, TopkObserver
 
+# The length of a request that only pads a batch: it sees no position. With data-parallel attention
+# SGLang pads the batch of a rank to the size of another's, and an idle rank's from nothing.
+PAD_LENGTH = 0
+
 
 @dataclass(frozen=True)
 class SparseMetadata(PassQueries):
@@ -26,15 +30,16 @@ class SparseMetadata(PassQueries):
 
     @staticmethod
     def of_batch(forward_batch, req_to_token, draft_step: int | None = None) -> "SparseMetadata":
-        """Metadata of SGLang's ForwardBatch.
+        """Metadata of SGLang's ForwardBatch, without the requests that pad it (PAD_LENGTH).
 
         draft_step: of a draft model's decode step, from 0. SGLang counts the positions before the
             first draft in seq_lens, and leaves the drafts out.
         """
         mode, seq_lens = forward_batch.forward_mode, forward_batch.seq_lens
-        rows = forward_batch.req_pool_indices.long()
+        padded, seq_lens = len(seq_lens), seq_lens[: int((seq_lens > PAD_LENGTH).sum())]
+        rows = forward_batch.req_pool_indices[: len(seq_lens)].long()
         if mode.is_target_verify() or mode.is_draft_extend_v2():
-            queries = len(forward_batch.input_ids) // max(1, len(rows))
+            queries = len(forward_batch.input_ids) // max(1, padded)
             # A draft extend's lengths contain its tokens already; a verify step's do not.
             before = seq_lens - queries if mode.is_draft_extend_v2() else seq_lens
             lengths = before.unsqueeze(1) + torch.arange(1, queries + 1)
@@ -131,6 +136,10 @@ class CpuSparseMlaBackend(AttentionBackend):
             found[chosen] = order[torch.searchsorted(by_slot, slots[chosen])].to(found.dtype)
         return positions
 
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """The length of a padding request. SGLang asks with and without graphs."""
+        return PAD_LENGTH
+
     def get_indexer_metadata(self, layer_id, forward_batch) -> SparseMetadata:
         return self.forward_metadata
 
@@ -155,16 +164,23 @@ class CpuSparseMlaBackend(AttentionBackend):
         q [T, heads, 512] absorbed, q_rope [T, heads, 64]; k [T, 1, 512], k_rope [T, 1, 64]
         topk_indices [T, top-k] int32 slots, -1 pads
         attn_sink [heads] float32: the layer's own, the same at each call (Hy4)
+        Tokens that pad the batch come last. Nothing is written or read for them; their rows are 0.
         """
         layer.ess_sink = attn_sink
-        if save_kv_cache:
-            self._write(layer, forward_batch.out_cache_loc, k, k_rope)
-        heads = layer.tp_q_head_num
+        heads, tokens = layer.tp_q_head_num, len(self.forward_metadata.lengths)
         q = q.view(-1, heads, LATENT_DIM)
         # Not -1: GLM-5.3-Flash has no rope, and q_rope no elements.
         q_rope = q_rope.view(len(q), heads, q_rope.numel() // max(1, len(q) * heads))
-        self._observe(layer.layer_id - self.token_to_kv_pool.start_layer, topk_indices)
-        out = self._attend(layer, q, q_rope, topk_indices)
+        if tokens == 0:
+            return q.new_zeros(len(q), heads * LATENT_DIM)
+        if save_kv_cache:
+            loc = forward_batch.out_cache_loc
+            self._write(layer, loc[:tokens], k[:tokens], k_rope[:tokens])
+        topk = topk_indices[:tokens]
+        self._observe(layer.layer_id - self.token_to_kv_pool.start_layer, topk)
+        out = self._attend(layer, q[:tokens], q_rope[:tokens], topk)
+        if tokens < len(q):
+            out = torch.cat([out, out.new_zeros(len(q) - tokens, *out.shape[1:])])
         return out.view(-1, heads * LATENT_DIM)
 
     forward_decode = forward_extend

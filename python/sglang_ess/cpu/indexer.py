@@ -95,12 +95,18 @@ def indexer_forward(
 
     x [T, hidden], q_lora [T, q_lora_rank], positions [T]
     Effect: the T new index keys are stored in the pool.
-    Returns [T, index_topk] int32 slots, -1 pads; None if return_indices is False.
+    Returns [T, index_topk] int32 slots, -1 pads; None if return_indices is False. Tokens that pad
+    the batch, the last ones, store nothing and select nothing.
     Source: DeepSeek-V3.2-Exp's indexer; quantisation as SGLang does it on CUDA.
     """
     pool = get_token_to_kv_pool()
     metadata = get_attn_backend().get_indexer_metadata(layer_id, forward_batch)
     pages = pool.get_index_k_with_scale_buffer(layer_id)
+    tokens, padded, loc = len(metadata.lengths), len(x), forward_batch.out_cache_loc
+    if tokens == 0:  # an idle rank's
+        none = torch.full((padded, indexer.index_topk), -1, dtype=torch.int32)
+        return none if return_indices else None
+    x, q_lora, positions, loc = x[:tokens], q_lora[:tokens], positions[:tokens], loc[:tokens]
     query, key = _project(indexer, x, q_lora, positions)
     # In float32, as torch.mm(out_dtype=float32) on CUDA. The weight is bf16 in every model.
     gates = F.linear(x.float(), indexer.weights_proj.weight.float())
@@ -111,9 +117,11 @@ def indexer_forward(
         key = rotate(key)
         quantised, scale = quantize_index(rotate(query), power_of_two=True)
         query, weights = quantised.float(), weights * scale
-    pool.store_index_k(layer_id, forward_batch.out_cache_loc, key)
+    pool.store_index_k(layer_id, loc, key)
     if not return_indices:
         return None
     select = _prefill_slots if metadata.page_table is None else decode_slots
     slots = select(layer_id, metadata, query, weights, indexer.index_topk)
+    if tokens < padded:
+        slots = F.pad(slots, (0, 0, 0, padded - tokens), value=-1)
     return maybe_capture_indexer_topk(layer_id, slots)

@@ -13,10 +13,19 @@ Rules = tuple[tuple[str, str, tuple[Any, ...]], ...]
 # What the CPU platform serves with any model.
 CPU_RULES: Rules = (
     ("device", "--device", (None, "cpu")),
-    ("pp_size", "--pp-size", (1,)),
+    # A context split over ranks: our attention reads all rows of a request.
     ("attn_cp_size", "--attn-cp-size", (1,)),
     ("dcp_size", "--dcp-size", (1,)),
+    # Experts in groups that meet by one of the transports below, or that move while serving.
     ("moe_dp_size", "--moe-dp-size", (1,)),
+    ("moe_a2a_backend", "--moe-a2a-backend", ("none",)),
+    ("boundary_reduction", "--boundary-reduction", ("auto", "ar")),
+    ("elastic_ep_backend", "--elastic-ep-backend", (None, "none")),
+    ("enable_eplb", "--enable-eplb", (False,)),
+    ("ep_num_redundant_experts", "--ep-num-redundant-experts", (0,)),
+    # A rank's number on its node chooses its cores (platforms/cpu_threads.py).
+    ("base_gpu_id", "--base-gpu-id", (0,)),
+    ("gpu_id_step", "--gpu-id-step", (1,)),
     ("quantization", "--quantization", (None, "unquant")),
     ("enable_hierarchical_cache", "--enable-hierarchical-cache", (False,)),
     ("enable_lmcache", "--enable-lmcache", (False,)),
@@ -71,12 +80,13 @@ ESS_RULES: Rules = (
     ),
     # A pool with two tiers stays so until the server ends, and a prefill server has one tier.
     ("enable_pd_role_switch", "--enable-pd-role-switch", (False,)),
-    ("pp_size", "--pp-size", (1,)),
     ("dcp_size", "--dcp-size", (1,)),
     ("attn_cp_size", "--attn-cp-size", (1,)),
 )
 # What it serves on a GPU, in addition.
 CUDA_RULES: Rules = (
+    # The CPU platform serves stages. On GPUs they have not been tried.
+    ("pp_size", "--pp-size", (1,)),
     # Both split a batch inside a layer; the plan of one part would disturb the other's.
     ("enable_two_batch_overlap", "--enable-two-batch-overlap", (False,)),
     ("enable_single_batch_overlap", "--enable-single-batch-overlap", (False,)),

@@ -6,6 +6,7 @@ Each function returns every reason to refuse, one line each: the rule, the value
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -164,6 +165,7 @@ def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
         )
     if on_cpu:
         reasons += rule_reasons(server_args, CPU_RULES)
+        reasons += thread_reasons(server_args)
     # A prefill server has one tier.
     if config.enabled and server_args.disaggregation_mode != "prefill":
         known = {rule[0] for rule in CPU_RULES} if on_cpu else set()
@@ -174,6 +176,7 @@ def option_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
         reasons += overlap_reasons(config, on_cpu) + padding_reasons()
         reasons += share_reasons(server_args, config, on_cpu)
         reasons += attention_reasons(server_args, config, on_cpu)
+        reasons += stage_reasons(server_args, config, on_cpu)
     return reasons
 
 
@@ -194,6 +197,24 @@ def share_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[str
             f"on with --tp-size {server_args.tp_size}. Drop it."
         ]
     return []
+
+
+def stage_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[str]:
+    """Why pipeline stages could not admit the same requests: each would decide by its own clock."""
+    if server_args.pp_size == 1 or config.admission == "off" or not on_cpu:
+        return []
+    return [
+        f"--ess-admission must be off with --pp-size {server_args.pp_size}: got on, with which "
+        "each stage decides alone. Add --ess-admission off."
+    ]
+
+
+def thread_reasons(server_args: Any) -> list[str]:
+    """Why the ranks of this node could not have the cores that the user names."""
+    from sglang_ess.mem_cache.host_share import NodeRanks
+    from sglang_ess.platforms.cpu_threads import bind_reasons
+
+    return bind_reasons(NodeRanks.of(server_args).total, os.environ)
 
 
 def overlap_reasons(config: EssConfig, on_cpu: bool) -> list[str]:
@@ -338,6 +359,11 @@ def mixed_reasons(
         reasons.append(
             "--disaggregation-mode must be unset on the CPU platform for a model with linear "
             f"attention layers: got {mode}. Drop it."
+        )
+    if on_cpu and model.get("linear_attn_config") and server_args.enable_dp_attention:
+        reasons.append(
+            "--enable-dp-attention must be off on the CPU platform for a model with linear "
+            "attention layers: got on. Drop it."
         )
     return reasons
 

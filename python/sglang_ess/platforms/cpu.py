@@ -7,17 +7,20 @@ KV pool's writes.
 
 import os
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_ess.config import EssConfig
+from sglang_ess.errors import Refusal
+from sglang_ess.mem_cache.host_share import NodeRanks
+from sglang_ess.platforms.cpu_threads import share_cores, use_own_threads
 
 DISPATCH_KEY = "ess_cpu"
 DEFAULT_CONTEXTS = 8  # the default number of slots holds this many requests of full length
 # States of linear attention layers. A running request has about five, the radix cache the others.
 DEFAULT_STATES = 256
-BIND_VAR = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
 class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
@@ -89,9 +92,11 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
                 server_args.max_mamba_cache_size = DEFAULT_STATES
             if server_args.dtype in ("float32", "float"):  # SGLang rounds them to bfloat16
                 os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
+        # The other reductions of experts' outputs need NCCL.
+        server_args.boundary_reduction = "ar"
         # An idle scheduler polls at full speed and would keep a core from the computation.
         server_args.sleep_on_idle = True
-        _share_cores(server_args)
+        share_cores(NodeRanks.of(server_args).total, server_args.nnodes)
 
     def init_backend(self) -> None:
         """Register the sparse path. Runs once in each worker, before the model is built."""
@@ -112,8 +117,6 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         # SGLang compiles small functions (MoE top-k, samplers) by inductor, which needs a C++
         # compiler on the host and 10 s at the first request. Eager mode costs microseconds.
         torch._dynamo.config.disable = True
-        if bound := os.environ.get(BIND_VAR):
-            torch.set_num_threads(len(bound.split("|")[0].split(",")))
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         # Hyper-connections (GLM-5.3-Flash): SGLang has them in torch, too.
         envs.SGLANG_OPT_USE_TILELANG_MHC_PRE.set(False)
@@ -124,6 +127,14 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         # Under the same name, so that every "dsa" rule of the model code applies.
         register_attention_backend("dsa")(_attention_backend)
 
+    def get_group_coordinator_device(self, local_rank: int) -> torch.device:
+        """The CPU. SGLang asks in each rank, before the model is built.
+
+        Effect: the rank has its share of threads from now on.
+        """
+        use_own_threads(local_rank)
+        return torch.device("cpu")
+
     def support_mamba_cache_extra_buffer(self) -> bool:
         """Whether linear attention layers leave snapshots for the radix cache: CpuKdaBackend."""
         return True
@@ -131,10 +142,16 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
 
 def _attention_backend(runner):
     """The backend of the sparse layers, by the pool that the runner has."""
+    from sglang.srt.runtime_context import get_parallel
+
     from sglang_ess.attention.backend_cpu import CpuTwoTierBackend
     from sglang_ess.cpu.attention_backend import CpuSparseMlaBackend
     from sglang_ess.cpu.hybrid_backend import over_own_layers
     from sglang_ess.mem_cache.pool import EssTokenToKVPool
+
+    _check_stage(runner)
+    if get_parallel().attn_dp_enabled:
+        _use_attention_ranks()
 
     def build(view):
         if isinstance(view.token_to_kv_pool, EssTokenToKVPool):
@@ -142,6 +159,32 @@ def _attention_backend(runner):
         return CpuSparseMlaBackend(view, *_one_tier_observers(runner))
 
     return over_own_layers(runner, build)
+
+
+def _check_stage(runner) -> None:
+    """Raises: Refusal for a pipeline stage whose first layer reads a top-k of the stage before.
+
+    SGLang would send it, but slots are the same in two stages only as long as both free alike.
+    """
+    from sglang.srt.configs.model_config import dsa_layer_skips_topk
+
+    first = runner.layer_info.start_layer
+    if first > 0 and dsa_layer_skips_topk(runner.model_config.hf_config, first):
+        raise Refusal(
+            "--pp-size must cut the model between index groups: got a stage that begins with layer "
+            f"{first}, which reads the top-k of a layer before it. Name the layers of each stage "
+            "in SGLANG_PP_LAYER_PARTITION or drop --pp-size."
+        )
+
+
+def _use_attention_ranks() -> None:
+    """Register what data-parallel attention needs, before the first pass.
+
+    Raises: Refusal where SGLang is not as the contract has it.
+    """
+    from ess_patches import attention_ranks, contract
+
+    contract.register_late(attention_ranks.HOOKS, "cpu")
 
 
 def _one_tier_observers(runner) -> tuple:
@@ -162,24 +205,6 @@ def _one_tier_observers(runner) -> tuple:
     recorder = prefill_side.PromptEndRecorder(len(groups), pool.size + pool.page_size)
     prefill_side.active = recorder
     return [recorder], groups
-
-
-def _share_cores(options) -> None:
-    """Give each rank of this node its cores, where there are several and the user gave none.
-
-    options: SGLang's ServerArgs. SGLang gives a rank the cores of one NUMA node, and refuses more
-    ranks than nodes (init_threads_binding in sglang/srt/utils/numa_utils.py); it counts the ranks
-    of all hosts there.
-    """
-    from sglang_ess.mem_cache.host_share import NodeRanks
-
-    ranks = NodeRanks.of(options).total
-    if (ranks == 1 and options.nnodes == 1) or BIND_VAR in os.environ:
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // ranks)
-    parts = [[cores[(i * share + j) % len(cores)] for j in range(share)] for i in range(ranks)]
-    os.environ[BIND_VAR] = "|".join(",".join(map(str, part)) for part in parts)
 
 
 def _config() -> EssConfig:

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+# The longest that a step waits for an idle rank. An idle server's ranks meet that often, too.
+IDLE_RANK_MS = 5
+
 
 def device_capability(original, device=None):
     """torch.cuda.get_device_capability, which would raise: (0, 0), older than any device."""
@@ -34,12 +37,14 @@ class _ClampedSilu:
     @staticmethod
     def run(gate_up, out, limit: float) -> None:
         """out [T, N] = silu(min(gate, limit)) * clamp(up, -limit, limit); gate_up [T, 2 * N]."""
-        out.copy_(_limited_swiglu(gate_up, limit))
+        out.copy_(_swiglu(gate_up, limit))
 
 
-def _limited_swiglu(gate_up, limit: float):
-    """SwiGLU of gate_up [T, 2 * N] whose inputs a model bounds: [T, N]."""
+def _swiglu(gate_up, limit: float | None):
+    """SwiGLU of gate_up [T, 2 * N] whose inputs a model may bound: [T, N]."""
     gate, up = gate_up.chunk(2, dim=-1)
+    if limit is None:
+        return F.silu(gate) * up
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
@@ -52,6 +57,27 @@ def without_pinning(original, batch) -> None:
         original(batch)
     finally:
         tensors.pin_memory = pin
+
+
+def sizes_without_pinning(original, batch, runner) -> None:
+    """ForwardBatch.prepare_mlp_sync_batch, in which torch.tensor leaves memory unpinned."""
+    module: Any = torch
+    make = module.tensor
+    module.tensor = lambda *args, pin_memory=False, **kwargs: make(*args, **kwargs)
+    try:
+        original(batch, runner)
+    finally:
+        module.tensor = make
+
+
+def gather_tokens(group, output, input) -> None:
+    """GroupCoordinator.all_gather_into_tensor: output [ranks * T, ...] from each input [T, ...]."""
+    group._all_gather_into_tensor(output, input)
+
+
+def sleep_briefly(sleeper) -> None:
+    """IdleSleeper.maybe_sleep of a rank that others may need: until a request, or a moment."""
+    sleeper.poller.poll(IDLE_RANK_MS)
 
 
 def dsa_kv_cache_dtype(original, view) -> dict:
@@ -86,19 +112,24 @@ _ROPE_PARAMETERS = (
 )
 
 
-def moe_with_limit(original, layer, x, topk_output, moe_runner_config):
-    """moe_forward_native: with the model's limit on SwiGLU's inputs, which upstream's leaves out.
+def moe_of_rank(original, layer, x, topk_output, moe_runner_config):
+    """moe_forward_native: with the model's limit on SwiGLU's inputs, and with expert parallelism,
+    where the id of another rank's expert is -1. Upstream's has neither.
 
-    x [T, hidden]. Returns [T, hidden] in x's dtype; experts are summed in float32.
+    x [T, hidden]. Returns [T, hidden] in x's dtype, this rank's share; experts are summed in
+    float32. Raises: NotImplementedError for experts of other ranks that are not plain SwiGLU.
     """
     limit = moe_runner_config.swiglu_limit
-    if limit is None:
-        return original(layer, x, topk_output, moe_runner_config)
     weights, chosen, _ = topk_output
+    if limit is None and bool((chosen >= 0).all()):
+        return original(layer, x, topk_output, moe_runner_config)
+    alpha, bias = moe_runner_config.gemm1_alpha, getattr(layer, "w2_weight_bias", None)
+    if moe_runner_config.activation != "silu" or (alpha, bias) != (None, None):
+        raise NotImplementedError("experts must be SwiGLU without bias with --ep-size on the CPU.")
     out = torch.zeros(x.shape, dtype=torch.float32)
-    for expert in chosen.unique().tolist():
+    for expert in chosen[chosen >= 0].unique().tolist():
         token, place = torch.where(chosen == expert)
-        inner = _limited_swiglu(F.linear(x[token], layer.w13_weight[expert]), limit)
+        inner = _swiglu(F.linear(x[token], layer.w13_weight[expert]), limit)
         result = F.linear(inner, layer.w2_weight[expert])
         out.index_add_(0, token, result.float() * weights[token, place, None])
     return out.to(x.dtype)

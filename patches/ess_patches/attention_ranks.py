@@ -1,0 +1,53 @@
+"""What the CPU platform changes for data-parallel attention (--enable-dp-attention).
+
+`all_hooks` leaves these rows out: other servers do not need them. A scheduler checks and registers
+them when it builds its attention backend (sglang_ess.platforms.cpu).
+"""
+
+from ess_patches.contract import Hook
+
+_TEST = "tests/serving/test_ranks.py"
+
+_GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
+
+HOOKS = (
+    Hook(
+        target=f"{_GROUP}.all_gather_into_tensor",
+        kind="replace",
+        signature="(self, output, input)",
+        body="sglang_ess.platforms.cpu_hooks:gather_tokens",
+        reason="The ranks' tokens are gathered by a custom operator without a CPU form, on every "
+        "platform but SGLang's own CPU engine.",
+        when="cpu",
+        test=_TEST,
+    ),
+    Hook(
+        target=f"{_GROUP}._all_gather_into_tensor",
+        kind="call",
+        signature="(self, output, input)",
+        body="sglang_ess.platforms.cpu_hooks",
+        reason="What that operator calls: torch's collective, over gloo here.",
+        when="cpu",
+        test=_TEST,
+    ),
+    Hook(
+        target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.prepare_mlp_sync_batch",
+        kind="around",
+        signature="(self, model_runner)",
+        body="sglang_ess.platforms.cpu_hooks:sizes_without_pinning",
+        reason="SGLang pins the ranks' numbers of tokens, on every platform but its own CPU "
+        "engine. Pinning raises where there is no driver.",
+        when="cpu",
+        test=_TEST,
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper.maybe_sleep",
+        kind="replace",
+        signature="(self)",
+        body="sglang_ess.platforms.cpu_hooks:sleep_briefly",
+        reason="An idle rank sleeps until a request of its own comes, a second at most. But every "
+        "rank takes part in the steps of the others, which would wait for it.",
+        when="cpu",
+        test=_TEST,
+    ),
+)
