@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import mmap
 import multiprocessing
 import os
 import time
@@ -87,10 +88,14 @@ def _install_clocks(spent: dict[str, float]) -> None:
 
 
 def _install_record(path: str, spent: dict[str, float]) -> None:
-    """spent: seconds by operation; a pass sets them to zero before it runs."""
+    """Of several ranks, the first one writes the passes; each writes where its host tier is.
+
+    spent: seconds by operation; a pass sets them to zero before it runs.
+    """
     import torch
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.runtime_context import get_parallel
 
     file, retracted = open(path, "a", buffering=1), 0
 
@@ -105,6 +110,8 @@ def _install_record(path: str, spent: dict[str, float]) -> None:
 
     def recorded(run_batch):
         def call(self, batch, *args, **kwargs):
+            if get_parallel().tp_rank:
+                return run_batch(self, batch, *args, **kwargs)
             spent.update(dict.fromkeys(spent, 0.0))
             start = time.perf_counter()
             result = run_batch(self, batch, *args, **kwargs)
@@ -125,6 +132,10 @@ def _install_record(path: str, spent: dict[str, float]) -> None:
         if scheduler.draft_worker is not None:
             drafts = scheduler.draft_worker.draft_worker.draft_runner.token_to_kv_pool
             sizes["device_bytes"] += pool_bytes(drafts)["device_bytes"]
+        if hasattr(pool, "host_tier"):
+            spans = [(rows.data_ptr(), rows.nbytes) for rows in pool.host_tier.rows]
+            spot = Path(f"{path}.rank{get_parallel().tp_rank}")
+            spot.write_text(json.dumps({"pid": os.getpid(), "spans": spans}))
         return sizes
 
     wrap(ScheduleBatch, "retract_decode", counted)
@@ -162,6 +173,17 @@ def pool_bytes(pool: Any) -> dict[str, int]:
         device, host, hot_rows = sum(buffer.nbytes for buffer in buffers), 0, 0
     return {"device_bytes": device, "host_bytes": host, "hot_rows": hot_rows,
             "row_bytes": pool.kv_buffer[0][0].nbytes}  # fmt: skip
+
+
+def page_frames(pagemap: Any, start: int, size: int) -> list[int]:
+    """The numbers of the physical pages behind whole pages of [start, start + size)."""
+    first, last = -(-start // mmap.PAGESIZE), (start + size) // mmap.PAGESIZE
+    pagemap.seek(first * 8)
+    entries = np.frombuffer(pagemap.read((last - first) * 8), np.uint64)
+    frames = entries[entries >> np.uint64(63) == 1] & np.uint64((1 << 55) - 1)
+    if len(frames) and not frames.any():
+        raise PermissionError("page numbers must be readable: got 0 for all. Run as root.")
+    return frames.tolist()
 
 
 def greedy(new_tokens: int) -> dict[str, Any]:
@@ -219,6 +241,20 @@ class RecordedEngine:
             "logprobs": [meta["output_token_logprobs"][0][0] for meta in metas if logprobs],
             "cached": sum(meta["cached_tokens"] for meta in metas),
         }
+
+    def resident_host_bytes(self) -> int:
+        """Bytes of the ranks' host tiers that the kernel has given memory, shared pages once.
+
+        Source: Documentation/admin-guide/mm/pagemap.rst of Linux; page numbers need root
+        Raises: PermissionError without it
+        """
+        found: set[int] = set()
+        for spot in Path(self._record.name).parent.glob(f"{Path(self._record.name).name}.rank*"):
+            rank = json.loads(spot.read_text())
+            with open(f"/proc/{rank['pid']}/pagemap", "rb") as pagemap:
+                for start, size in rank["spans"]:
+                    found.update(page_frames(pagemap, start, size))
+        return len(found) * mmap.PAGESIZE
 
     def _passes(self) -> list[dict]:
         """The passes recorded since the last call."""

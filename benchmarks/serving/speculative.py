@@ -22,7 +22,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,24 +129,32 @@ def speed(bench: two_tier.Bench) -> None:
         )
         for system, queries in grid.systems
     }  # fmt: skip
-    prompts = prompts_of(bench.seed, BATCH, CONTEXT)
     with bench.running(engines.values()):
         for width in sorted({queries for _, queries in engines}):
             same = {system: engines[system, n] for system, n in engines if n == width}
             two_tier.check(bench, same)
-        for engine in engines.values():
-            engine.call("generate", prompts, grid.new_tokens)
-        load, windows, order = OtherLoad(), {key: [] for key in engines}, deque(engines)
-        for _ in range(grid.rounds):
-            for key in order:
-                run = engines[key].call("generate", prompts, grid.new_tokens, False)
-                windows[key].append(whole_batches(run))
-            order.rotate()
+        windows, load = take_turns(bench, engines)
         for (system, queries), found in windows.items():
             rows = speed_rows(found, windows, system, queries, bench.threads)
             bench.add(rows, load)
             tokens = np.median([window.tokens_per_s for window in found])
             bench.progress(f"{system}, {queries} queries: {tokens:.1f} tokens/s")
+
+
+def take_turns(
+    bench: two_tier.Bench, engines: Mapping[Any, Worker]
+) -> tuple[dict[Any, list[Window]], OtherLoad]:
+    """Answers of one batch by each engine in turn, one a round; who begins changes."""
+    grid, prompts = bench.grid, prompts_of(bench.seed, BATCH, CONTEXT)
+    for engine in engines.values():
+        engine.call("generate", prompts, grid.new_tokens)
+    load, windows, order = OtherLoad(), {key: [] for key in engines}, deque(engines)
+    for _ in range(grid.rounds):
+        for key in order:
+            run = engines[key].call("generate", prompts, grid.new_tokens, False)
+            windows[key].append(whole_batches(run))
+        order.rotate()
+    return windows, load
 
 
 def speed_rows(
