@@ -10,14 +10,14 @@ GIB = 1 << 30
 UNLIMITED = 2**63 - 4096  # v1's
 
 
-def v2(limit="max", current=0, inactive=0, high="max"):
-    stat = f"anon 1\nfile 7\ninactive_file {inactive}\nactive_file 9"
+def v2(limit="max", current=0, inactive=0, high="max", active=0):
+    stat = f"anon 1\nfile 7\ninactive_file {inactive}\nactive_file {active}"
     return {"memory.max": limit, "memory.high": high, "memory.current": current,
             "memory.stat": stat}  # fmt: skip
 
 
 def v1(limit=UNLIMITED, usage=0, inactive=0):
-    stat = f"inactive_file 1\ntotal_inactive_file {inactive}"
+    stat = f"inactive_file 1\nactive_file 1\ntotal_inactive_file {inactive}\ntotal_active_file 7"
     return {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": usage, "memory.stat": stat}
 
 
@@ -47,7 +47,8 @@ SLICE = "user.slice/user-1000.slice"
 
 TREES = [
     Tree("0::/", {"": v2(GIB, GIB // 4)}, GIB, 3 * GIB // 4, id="namespaced container"),
-    Tree("0::/", {"": v2(GIB, GIB // 4, inactive=1000)}, GIB, 3 * GIB // 4 + 1000, id="file pages"),
+    Tree("0::/", {"": v2(GIB, GIB // 4, inactive=1000, active=500)}, GIB, 3 * GIB // 4 + 1500,
+         id="file pages"),
     Tree("0::/", {"": v2(GIB, 2 * GIB)}, GIB, 0, id="over its limit"),
     Tree("0::/", {}, None, None, id="no files"),
     Tree("0::/", {"": {"memory.max": GIB}}, GIB, None, id="no controller"),
@@ -59,9 +60,9 @@ TREES = [
          GIB // 2, 9, id="systemd: others use the slice"),
     Tree(SYSTEMD, {SLICE: v2("max", 100, high=GIB)}, GIB, GIB - 100, id="systemd: MemoryHigh"),
     Tree(SYSTEMD, {"user.slice/user-1001.slice": v2(1, 0)}, None, None, id="systemd: a sibling's"),
-    Tree(SLURM, {f"memory/{JOB}": v1(GIB, 100), f"memory/{JOB}/step_0": v1()}, GIB, GIB - 100,
+    Tree(SLURM, {f"memory/{JOB}": v1(GIB, 100), f"memory/{JOB}/step_0": v1()}, GIB, GIB - 93,
          V1_MOUNTS, id="Slurm, v1: at the job"),
-    Tree(SLURM, {f"memory/{JOB}": v1(GIB, 100, inactive=50)}, GIB, GIB - 50, V1_MOUNTS,
+    Tree(SLURM, {f"memory/{JOB}": v1(GIB, 100, inactive=50)}, GIB, GIB - 43, V1_MOUNTS,
          id="Slurm, v1: file pages of all below"),
     Tree(SLURM, {f"cpu/{JOB}": v1(5, 1), "memory/slurm": v1()}, None, None, V1_MOUNTS,
          id="v1: no limit"),
@@ -71,7 +72,7 @@ TREES = [
          id="container: a group within"),
     Tree("0::/kube/pod1/box", {"": v2(GIB, 1)}, GIB, GIB - 1, id="container: host path, no root"),
     Tree("0::/../../elsewhere", {"": v2(GIB, 1)}, GIB, GIB - 1, CONTAINER, id="outside the root"),
-    Tree("3:cpu,memory:/job", {"memory/job": v1(7, 3)}, 7, 4,
+    Tree("3:cpu,memory:/job", {"memory/job": v1(7, 3)}, 7, 11,
          (("memory", "/", "cgroup", "rw,cpu,memory"),), id="v1: joined controllers"),
 ]  # fmt: skip
 

@@ -24,13 +24,14 @@ class Level:
     """A control group or a group above it: its folder, and its version's file names.
 
     limits     `memory.high` counts too: beyond it, pages that cannot be dropped stall the process
-    droppable  memory.stat's name for file pages that the kernel drops first
+    droppable  memory.stat's names for file pages, which the kernel drops before it kills. Weights
+               that several ranks map are among the active ones. MemAvailable counts both, too
     """
 
     folder: Path
     limits: tuple[str, ...]
     usage: str
-    droppable: str
+    droppable: tuple[str, ...]
 
     def limit(self) -> int | None:
         """The limit in bytes; None without one."""
@@ -45,11 +46,12 @@ class Level:
             return None
         pairs = (line.split() for line in _read(self.folder / "memory.stat").splitlines())
         stat = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
-        return max(0, limit - int(used) + stat.get(self.droppable, 0))
+        return max(0, limit - int(used) + sum(stat.get(name, 0) for name in self.droppable))
 
 
-V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
-V2 = (("memory.max", "memory.high"), "memory.current", "inactive_file")
+V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes",
+      ("total_inactive_file", "total_active_file"))  # fmt: skip
+V2 = (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
 
 
 def limit_bytes(proc: Path = PROC) -> int | None:
