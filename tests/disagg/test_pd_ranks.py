@@ -13,11 +13,15 @@ from tests.support.forked import ForkedNode
 pytestmark = pytest.mark.slow
 OUTPUT = 12
 TP2 = ("--tp-size", "2")
-# (flags of prefill, flags of decode)
+DP2 = (*TP2, "--enable-dp-attention", "--dp-size", "2")
+# (flags of prefill, flags of decode). DP2: two ranks of data-parallel attention, each with its own
+# requests and its own tiers.
 SHAPES = {
     "tp2-tp2": (TP2, TP2),
     "tp1-tp2": ((), TP2),
     "tp2-tp1": (TP2, ()),
+    "tp2-dp2": (TP2, DP2),
+    "dp2-tp2": (DP2, TP2),
 }
 
 
