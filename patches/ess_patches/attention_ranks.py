@@ -7,6 +7,7 @@ them when it builds its attention backend (sglang_ess.platforms.cpu).
 from ess_patches.contract import Hook
 
 _TEST = "tests/serving/test_ranks.py"
+_PD_TEST = "tests/disagg/test_pd_ranks.py"
 
 _GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
 
@@ -29,6 +30,25 @@ HOOKS = (
         reason="What that operator calls: torch's collective, over gloo here.",
         when="cpu",
         test=_TEST,
+    ),
+    Hook(
+        target=f"{_GROUP}.all_to_all_single",
+        kind="replace",
+        signature="(self, output, input)",
+        body="sglang_ess.platforms.cpu_hooks:exchange_logits",
+        reason="Ranks of a decode server exchange their parts of the logits by a custom operator "
+        "without a CPU form.",
+        when="cpu",
+        test=_PD_TEST,
+    ),
+    Hook(
+        target=f"{_GROUP}._all_to_all_single",
+        kind="call",
+        signature="(self, output, input)",
+        body="sglang_ess.platforms.cpu_hooks",
+        reason="What that operator calls: torch's collective, over gloo here.",
+        when="cpu",
+        test=_PD_TEST,
     ),
     Hook(
         target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.prepare_mlp_sync_batch",

@@ -75,6 +75,11 @@ def gather_tokens(group, output, input) -> None:
     group._all_gather_into_tensor(output, input)
 
 
+def exchange_logits(group, output, input) -> None:
+    """GroupCoordinator.all_to_all_single: output [ranks * N], part i of which is from rank i."""
+    group._all_to_all_single(output, input)
+
+
 def sleep_briefly(sleeper) -> None:
     """IdleSleeper.maybe_sleep of a rank that others may need: until a request, or a moment."""
     sleeper.poller.poll(IDLE_RANK_MS)
