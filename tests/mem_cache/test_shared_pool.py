@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from sglang_ess.config import EssConfig
+from sglang_ess.errors import Refusal
 from sglang_ess.mem_cache import capacity
 from sglang_ess.mem_cache.capacity import Capacity, Geometry
 from sglang_ess.mem_cache.host_share import tier_group
 from sglang_ess.tiers.index_groups import IndexGroups
+from sglang_ess.trace.trace import Kind, read_trace
 from tests.support.ranks import on_two_ranks
 
 PAGE, LAYERS, TOPK, SLOTS = 64, 2, 8, 256
@@ -201,3 +203,59 @@ def test_who_shares(tmp_path, options, group):
         assert together == (rank if group == 2 else 0, group)
         assert apart == (0, 1)
         assert exchanged == ([0, 10] if group == 2 else [rank * 10], [rank * 10])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "found"),
+    [
+        ([0, 1, 1], "got 1 on node 0, 2 on node 1"),
+        ([3, 3, 4, 4, 4], "got 2 on node 3, 3 on node 4"),
+    ],
+)
+def test_a_group_that_nodes_cut_unequally_is_refused(nodes, found):
+    """As with --tp-size 12 --nnodes 3 --enable-dp-attention --dp-size 4: ranks 3, 4 and 5."""
+    from sglang.srt.runtime_context import get_parallel
+
+    group = SimpleNamespace(all_gather_object=lambda _: nodes, rank_in_group=0)
+    options = {"attn_tp_size": len(nodes), "attn_tp_group": group, "node_rank": nodes[0]}
+    with get_parallel().override(**options), pytest.raises(Refusal, match=found):
+        tier_group()
+
+
+def a_traced_pool(rank, file):
+    """Plans of one decode step. Returns their misses."""
+    from sglang.srt.runtime_context import get_parallel
+
+    os.environ |= EssConfig(trace=str(file)).to_env()
+    pool = new_pool(torch.bfloat16)
+    first = PAGE + 100 * get_parallel().attn_dp_rank
+    topk = torch.arange(first, first + TOPK, dtype=torch.int32)
+    misses = [len(cache.plan(topk.view(1, -1)).miss_slots) for cache in pool.hot_caches]
+    if pool.trace is not None:
+        pool.trace.writer.close()
+    return misses
+
+
+@pytest.mark.parametrize(
+    ("options", "files"),
+    [
+        ({}, {"steps.trace": PAGE}),
+        (
+            {"enable_dp_attention": True, "dp_size": 2},
+            {"steps.trace": PAGE, "steps.dp1.trace": PAGE + 100},
+        ),
+    ],
+)
+def test_each_host_tier_has_one_trace(tmp_path, options, files):
+    """Two ranks that write one file would make it unreadable."""
+    folder = tmp_path / "traces"
+    folder.mkdir()
+    assert (
+        on_two_ranks(a_traced_pool, tmp_path, folder / "steps.trace", **options)
+        == [[TOPK] * LAYERS] * 2
+    )
+    assert {file.name for file in folder.iterdir()} == set(files)
+    for name, first in files.items():
+        trace = read_trace(folder / name)
+        plans = [event.slots for event in trace.events() if event.kind == Kind.PLAN]
+        assert [plan.tolist() for plan in plans] == [[[*range(first, first + TOPK)]]] * LAYERS

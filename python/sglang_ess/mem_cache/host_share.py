@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,8 @@ def tier_group() -> TierGroup:
     """The ranks that share this rank's host tier: those of its attention-TP group on its node.
 
     A node is what SGLang's --node-rank says. Two of them may run on one host.
+    Raises: Refusal on every rank, if the group's nodes have different numbers of them: they build
+    their tiers together, and a rank by itself takes fewer steps.
     """
     from sglang.srt.runtime_context import get_parallel
 
@@ -86,6 +89,13 @@ def tier_group() -> TierGroup:
         return TierGroup()
     group = parallel.attn_tp_group
     nodes = group.all_gather_object(parallel.node_rank)
+    counts = {node: nodes.count(node) for node in nodes}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} on node {node}" for node, count in counts.items())
+        raise Refusal(
+            f"{len(nodes)} ranks that share their attention must be equally many on each of their "
+            f"nodes: got {found}. Choose other values of --tp-size, --dp-size or --nnodes."
+        )
     members = [i for i, node in enumerate(nodes) if node == parallel.node_rank]
 
     def exchange(value: Any) -> list[Any]:
@@ -93,6 +103,23 @@ def tier_group() -> TierGroup:
         return [values[i] for i in members]
 
     return TierGroup(members.index(group.rank_in_group), len(members), exchange)
+
+
+def trace_file(path: str) -> Path:
+    """The file of --ess-trace for this rank's host tier.
+
+    That is path for the server's first tier. The others' names say whose they are, for example
+    steps.dp1.trace. The ranks that share a tier plan alike, so the writer's trace has all of it.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    is_within = parallel.attn_dp_size > 1
+    replica = (parallel.attn_dp_rank if is_within else parallel.dp_rank) or 0
+    numbers = {"dp": replica, "pp": parallel.pp_rank, "node": parallel.node_rank}
+    parts = "".join(f".{name}{number}" for name, number in numbers.items() if number)
+    file = Path(path)
+    return file.with_name(f"{file.stem}{parts}{file.suffix}")
 
 
 def host_limit_bytes(config: EssConfig, free: int, tiers: NodeTiers) -> int:

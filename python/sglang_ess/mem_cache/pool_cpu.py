@@ -14,6 +14,7 @@ from sglang_ess.config import EssConfig
 from sglang_ess.cpu.dsa_pool import CpuDsaTokenToKVPool
 from sglang_ess.layout import GIB, PLAN_QUERIES_CPU
 from sglang_ess.mem_cache import agreement
+from sglang_ess.mem_cache.host_share import trace_file
 from sglang_ess.mem_cache.pool import IDLE_STEPS, EssTokenToKVPool, slots_at
 from sglang_ess.tiers import (
     HotCache,
@@ -38,7 +39,7 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
     """EssTokenToKVPool whose device is the CPU; its "device" bytes are counted all the same.
 
     plan_buffers  scratch of plans, shared by the layers
-    trace         recorder of --ess-trace, or None
+    trace         recorder of --ess-trace on the rank that writes the host tier, or None
 
     SGLang's setters drop the hot rows of the slots they write. Attention writes by write_step and
     write_prompt, which refresh them instead.
@@ -59,8 +60,8 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
         host_rows = [rows.squeeze(1) for rows in self.kv_buffer]
         self.plan_buffers = PlanBuffers(PLAN_QUERIES_CPU * topk)
         self._link = None if config.link_gib is None else ThrottledLink(config.link_gib * GIB)
-        if config.trace:
-            self.trace = TraceRecorder(config.trace, *self._trace_facts())
+        if config.trace and self.host_tier.group.is_writer:
+            self.trace = TraceRecorder(trace_file(config.trace), *self._trace_facts())
         self.tier = HotGroups(self._new_caches(host_rows))
         self.rebalancers = []
         if self.capacity.geometry.ghosts:

@@ -108,7 +108,7 @@ class HostMemory:
         # Without it, fork() copies all locked pages for the child (from Linux 5.12 on).
         # A child that outlives this process would keep shared memory, too.
         _madvise(start, length, mmap.MADV_DONTFORK)
-        if shared is not None and huge == 0:
+        if shared is not None and huge == 0 and torch.cuda.is_available():
             logger.warning(
                 "ESS: host memory that ranks share must have huge pages to be fast on a GPU: got "
                 "%s in %s. Set it to advise.",
