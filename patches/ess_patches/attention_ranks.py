@@ -51,6 +51,25 @@ HOOKS = (
         test=_PD_TEST,
     ),
     Hook(
+        target="sglang.srt.layers.dp_attention.memcpy",
+        kind="replace",
+        signature="(dst, src, dim, offset, sz, offset_src)",
+        body="sglang_ess.platforms.cpu_hooks:copy_tokens",
+        reason="A rank puts its tokens among those of all by a Triton kernel, on every platform "
+        "but SGLang's own CPU engine.",
+        when="cpu",
+        test="tests/serving/test_rank_servers.py",
+    ),
+    Hook(
+        target="sglang.srt.layers.dp_attention.memcpy_cpu",
+        kind="call",
+        signature="(dst, src, dim, offset, sz, offset_src)",
+        body="sglang_ess.platforms.cpu_hooks",
+        reason="What SGLang's own CPU engine calls there.",
+        when="cpu",
+        test="tests/serving/test_rank_servers.py",
+    ),
+    Hook(
         target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.prepare_mlp_sync_batch",
         kind="around",
         signature="(self, model_runner)",

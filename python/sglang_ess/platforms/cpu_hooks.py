@@ -80,6 +80,13 @@ def exchange_logits(group, output, input) -> None:
     group._all_to_all_single(output, input)
 
 
+def copy_tokens(dst, src, dim, offset, sz, offset_src) -> None:
+    """dp_attention.memcpy: rows [offset, offset + sz) of dst from src, or of src into dst."""
+    from sglang.srt.layers.dp_attention import memcpy_cpu
+
+    memcpy_cpu(dst, src, dim, offset, sz, offset_src)
+
+
 def sleep_briefly(sleeper) -> None:
     """IdleSleeper.maybe_sleep of a rank that others may need: until a request, or a moment."""
     sleeper.poller.poll(IDLE_RANK_MS)
