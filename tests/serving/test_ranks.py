@@ -25,7 +25,7 @@ LAYOUTS = {
     "tp4": dict(tp_size=4),
     "tp4-dp2": dict(tp_size=4, dp_size=2, **DP),  # two attention ranks in each of two groups
 }
-FAST = [("v32", "tp2")]
+FAST = [("v32", "tp2"), ("glm", "dp2-ep2")]
 # Largest difference in logprobs with data-parallel attention. A wrong row is beyond WRONG.
 BOUND, WRONG = 1e-4, 1e-2
 RATIO = 0.02  # hot rows of a slot: most lookups of a step miss

@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 from ess_kernels.checks import interpreted
 from sglang_ess.tiers.transfer_stream import TransferStream
 from tests.support.cuda_host import host
-from tests.support.interpreter import make_fast, new_memory_is_garbage
+from tests.support.interpreter import allow, make_fast, new_memory_is_garbage
 
 # --- streams ------------------------------------------------------------------------------
 
@@ -106,6 +106,7 @@ def install() -> None:
     """Put the device tiers into the CPU platform of this process; no stream."""
     if not interpreted():
         raise RuntimeError("Triton's interpreter must be on: got TRITON_INTERPRET unset.")
+    allow()
     make_fast()
     new_memory_is_garbage()
     host.stand_in()

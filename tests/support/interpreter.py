@@ -82,6 +82,24 @@ def new_memory_is_garbage(on: bool = True) -> None:
     torch.use_deterministic_algorithms(on, warn_only=True)
 
 
+_launch = interpreter.GridExecutor.__call__
+
+
+def refuse() -> None:
+    """No kernel runs in this process: a CPU host has no Triton, and no interpreter of it."""
+    interpreter.GridExecutor.__call__ = _refused
+
+
+def allow() -> None:
+    """As before refuse()."""
+    interpreter.GridExecutor.__call__ = _launch
+
+
+def _refused(executor, *args, **kwargs):
+    name = getattr(executor.fn, "__name__", executor.fn)
+    raise RuntimeError(f"the CPU platform must run no Triton kernel: got {name}. Hook its caller.")
+
+
 def make_fast() -> None:
     """Change the interpreter of this process. Idempotent."""
     if _Substitutes.found:

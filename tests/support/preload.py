@@ -21,7 +21,9 @@ from sglang.srt.models.registry import ModelRegistry  # noqa: E402, F401
 from sglang.srt.plugins import load_plugins  # noqa: E402
 
 import sglang_ess.platforms.cpu  # noqa: E402, F401
+from tests.support import interpreter  # noqa: E402
 
 load_plugins()
+interpreter.refuse()
 # What was imported stays: a collection in a fork would walk and copy all of it, 2 s a start.
 gc.freeze()
