@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,6 +219,8 @@ def a_rank_that_fails(group, pipe):
         host_tier.free_host_bytes = lambda: 1000
     elif fault == "memfd":
         os.memfd_create = fail
+    elif fault == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (PAGES, resource.RLIM_INFINITY))
     elif fault == "map":
         host_memory.mmap.mmap = fail
     elif fault == "size":
@@ -235,6 +238,12 @@ def a_rank_that_fails(group, pipe):
     [
         (0, "room", "host tier must fit into free host memory: got 0.01 GiB"),
         (0, "memfd", "host memory that ranks share must be had by memfd_create: got Cannot"),
+        (
+            0,
+            "limit",
+            "host memory that ranks share must be had by memfd_create: got File too large for 0.01 "
+            "GiB. Raise the limit on a file's size: ulimit -f unlimited.",
+        ),
         (0, "map", "host memory must have addresses: got Cannot allocate memory for 0.01 GiB"),
         (1, "map", "host memory must have addresses: got Cannot allocate memory for 0.01 GiB"),
         (1, "size", "host tier must have 9846784 B on every rank of a node: got 4096 B"),

@@ -8,6 +8,7 @@ too. Source: memfd_create(2), unix(7) on SCM_RIGHTS and SO_PEERCRED, fcntl(2) on
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -62,10 +63,12 @@ def _make(num_bytes: int) -> int:
     except OSError as error:
         if fd >= 0:
             os.close(fd)
+        advice = "Allow the call in the container's seccomp profile"
+        if error.errno == errno.EFBIG:
+            advice = "Raise the limit on a file's size: ulimit -f unlimited"
         raise HostMemoryError(
             "host memory that ranks share must be had by memfd_create: got "
-            f"{os.strerror(error.errno or 0)} for {num_bytes / GIB:.2f} GiB. Allow the call in the "
-            "container's seccomp profile."
+            f"{os.strerror(error.errno or 0)} for {num_bytes / GIB:.2f} GiB. {advice}."
         ) from error
 
 
