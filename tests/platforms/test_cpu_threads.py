@@ -1,6 +1,8 @@
 """The ranks of a node share its cores, unless the user says who has which."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -82,6 +84,26 @@ def test_each_rank_computes_with_its_own():
     assert in_fork(threads_of, 0, named) == (1, 1)
     assert in_fork(threads_of, 1, named) == (most, most)
     assert in_fork(threads_of, 1, {**named, COUNT_VAR: "1"})[0] == 1
+
+
+CHOICE = """
+import numba, os, torch
+from sglang_ess.platforms import cpu_threads
+cpu_threads.{call}
+print(torch.get_num_threads(), numba.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize("call", ["use_own_threads(0)", "use_threads(torch.get_num_threads())"])
+def test_numba_leaves_torch_its_threads(call):
+    """At its start numba gives torch all cores; only a process without numba's threads shows it."""
+    environ = os.environ | {"NUMBA_NUM_THREADS": "3", BIND_VAR: "0|1"}
+    environ.pop(COUNT_VAR, None)
+    if call == "use_threads(torch.get_num_threads())":
+        environ[COUNT_VAR] = "1"
+    command = [sys.executable, "-c", CHOICE.format(call=call)]
+    found = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["1", "1"]
 
 
 @pytest.mark.parametrize("value", ["0|x", "0", "0|", "0-|1", "0,1;2,3"])

@@ -51,11 +51,18 @@ def use_own_threads(rank: int) -> None:
     named = named_cores(os.environ)
     if named is None or COUNT_VAR in os.environ:
         return
+    use_threads(len(named[rank]))
+
+
+def use_threads(count: int) -> None:
+    """Give torch and numba so many threads each."""
     import numba
     import torch
 
-    torch.set_num_threads(len(named[rank]))
-    numba.set_num_threads(min(len(named[rank]), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    # Last: numba's first call starts its threads, and gives torch, which has the same libgomp, as
+    # many as there are cores (launch_threads in numba/np/ufunc/omppool.cpp).
+    torch.set_num_threads(count)
 
 
 def named_cores(environ: Mapping[str, str]) -> list[list[int]] | None:
