@@ -1,6 +1,7 @@
 """Two hosts in network namespaces: a server with a node on each, and prefill and decode apart.
 
-What they answer must be what one host answers, bit for bit. And each way to lose a host must end
+What they answer must be what one host answers, bit for bit; with data-parallel attention, the same
+tokens, and logprobs but for rounding (docs/ranks.md). And each way to lose a host must end
 the other one, or its request, in a bounded time; pytest -s prints the times.
 """
 
@@ -9,6 +10,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
@@ -25,14 +27,20 @@ pytestmark = [
 FLAGS = (
     *("--dtype", "float32", "--ess-index-dtype", "float32", "--max-total-tokens", "4096"),
     *("--context-length", "4096", "--chunked-prefill-size", "128", "--skip-tokenizer-init"),
+    *("--ess-grace-seconds", "40"),
 )
 TWO_TIERS, ONE_TIER = ("--ess-hot-ratio", "0.1"), ("--disable-ess",)
-RANKS = {"pd": (), "tp": ("--tp-size", "2")}
+RANKS = {
+    "pd": (),
+    "tp": ("--tp-size", "2"),
+    "dp": ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"),
+}
 # Two of a length that takes several chunks; the third begins as the first and finds its prefix.
 FIRST, SECOND = [list(range(10, 310)), list(range(319, 110, -1))]
 PROMPTS = [FIRST, SECOND, [*FIRST[:290], 7, 8, 9]]
 TOKENS, SHORTER, LONG = 24, 200, 3500
 START, ENDS = 600, 60  # seconds; ENDS is the bound of the slowest way, a cut link, and slack
+ROUNDING = {"pd": 0, "tp": 0, "dp": 1e-4}  # of logprobs
 SILENCE = 15  # seconds: sglang_ess.launch.peers
 
 
@@ -83,6 +91,13 @@ def answered(server) -> list:
     return found
 
 
+def check_same(found, expected, ranks) -> None:
+    """Raises: AssertionError for another token, or a logprob further away than rounding"""
+    assert [ids for ids, _ in found] == [ids for ids, _ in expected]
+    values, others = [[[row[0] for row in rows] for _, rows in one] for one in (found, expected)]
+    np.testing.assert_allclose(values, others, rtol=0, atol=ROUNDING[ranks])
+
+
 def long_request(server, tokens) -> str:
     """How a request of so many tokens ended, in a word."""
     sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
@@ -98,6 +113,10 @@ def runs(server) -> bool:
     return sum(load["num_running_reqs"] for load in loads) > 0
 
 
+def asked(_, group) -> None:
+    group.nodes[1].process.send_signal(signal.SIGTERM)
+
+
 def gone(marked, since) -> float:
     """Seconds from since until no process of both nodes is left."""
     while marked.processes():
@@ -106,40 +125,47 @@ def gone(marked, since) -> float:
     return time.monotonic() - since
 
 
-# (tiers, what happens to the second host while a request runs, statuses of the launchers,
+# (ranks, tiers, what happens to the second host while a request runs, statuses of the launchers,
 #  what the first node's line says)
 CASES = [
-    (TWO_TIERS, "cut", [1, 1], f"no answer from node 1 for {SILENCE} s"),
-    (ONE_TIER, "launcher", [1, -signal.SIGKILL], "the end of node 1"),
+    ("tp", TWO_TIERS, "cut", [1, 1], f"no answer from node 1 for {SILENCE} s"),
+    ("tp", ONE_TIER, "launcher", [1, -signal.SIGKILL], "the end of node 1"),
+    ("tp", TWO_TIERS, "asked", [0, 0], ""),
+    ("dp", TWO_TIERS, "scheduler", [1, 1], "node 1"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("tiers", "fault", "statuses", "words"), CASES, ids=[case[1] for case in CASES]
+    ("ranks", "tiers", "fault", "statuses", "words"),
+    CASES,
+    ids=[f"{case[0]}-{case[2]}" for case in CASES],
 )
 def test_two_hosts_answer_as_one_and_end_together(
-    model, hosts, one_host, tmp_path, tiers, fault, statuses, words
+    model, hosts, one_host, tmp_path, ranks, tiers, fault, statuses, words
 ):
-    expected, marked = one_host("tp"), Marked()
-    flags = (*RANKS["tp"], *tiers, *FLAGS)
+    expected, marked = one_host(ranks), Marked()
+    flags = (*RANKS[ranks], *tiers, *FLAGS)
     with NodeGroup(model, hosts.hosts, tmp_path, *flags, env=marked.env) as group:
         group.wait_ready(START)
         first, second = group.nodes
         assert "node 1 is ready; node 0 takes the requests" in second.log.read_text()
-        assert answered(first) == expected
+        check_same(answered(first), expected, ranks)
         with ThreadPoolExecutor(1) as pool:
-            request = pool.submit(long_request, first, LONG)
+            tokens = SHORTER if fault == "asked" else LONG
+            request = pool.submit(long_request, first, tokens)
             first.wait_for(lambda: runs(first), 60, "busy")
             since = time.monotonic()
-            FAULTS[fault](hosts, group)
+            (FAULTS | {"asked": asked})[fault](hosts, group)
             ends = group.seconds_to_end(since, ENDS)
             result = request.result(ENDS)
         last = gone(marked, since)
-        print(f"\n{fault}: launchers {ends[0]:.1f} and {ends[1]:.1f} s, all {last:.1f} s, the "
-              f"request that ran: {result}")  # fmt: skip
+        print(f"\n{ranks} {fault}: launchers {ends[0]:.1f} and {ends[1]:.1f} s, all {last:.1f} s, "
+              f"the request that ran: {result}")  # fmt: skip
         assert [node.process.returncode for node in group.nodes] == statuses, group.last_lines()
         assert words in group.last_lines()[0], group.last_lines()
-        assert result != "200"
+        assert bool(group.last_lines()[0]) == bool(words)
+        # One that is asked to end answers what runs first.
+        assert (result == "200") == (fault == "asked"), result
     marked.clear()
 
 
@@ -148,7 +174,7 @@ def test_prefill_and_decode_on_two_hosts(model, hosts, one_host, tmp_path):
     expected = one_host("pd")
     with pd_on_hosts(model, hosts.hosts, tmp_path, *FLAGS) as cluster:
         cluster.wait_ready(START)
-        assert answered(cluster.router) == expected
+        check_same(answered(cluster.router), expected, "pd")
         with ThreadPoolExecutor(1) as pool:
             request = pool.submit(long_request, cluster.router, SHORTER)
             cluster.decode.wait_for(lambda: runs(cluster.decode), 60, "busy")
@@ -165,4 +191,4 @@ def test_prefill_and_decode_on_two_hosts(model, hosts, one_host, tmp_path):
         )
         print(f"mended: served after {time.monotonic() - since:.1f} s")
         cluster.settle()  # no slot is lost, and no prefix is cached
-        assert answered(cluster.router) == expected
+        check_same(answered(cluster.router), expected, "pd")

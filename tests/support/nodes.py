@@ -76,7 +76,7 @@ class NodeGroup:
         first.wait_for(ready, seconds, "ready")
 
     def kill(self, rank: int, title: str | None = None) -> None:
-        """SIGKILL to a node's launcher, or to its process of this title."""
+        """SIGKILL to a node's launcher, or to its first process whose title begins so."""
         launcher = psutil.Process(self.nodes[rank].process.pid)
         titled = [one for one in launcher.children(recursive=True) if is_titled(one, title)]
         os.kill(titled[0].pid if title else launcher.pid, signal.SIGKILL)
@@ -105,7 +105,8 @@ class NodeGroup:
 
 def is_titled(process: psutil.Process, title: str | None) -> bool:
     try:
-        return title is not None and process.cmdline()[:1] == [title]
+        # SGLang adds the rank, as in sglang::scheduler_DP1_TP1.
+        return title is not None and "".join(process.cmdline()[:1]).startswith(title)
     except psutil.Error:
         return False
 
