@@ -17,7 +17,7 @@ import pytest
 from sglang_ess.config import REFUSED
 from sglang_ess.launch import shutdown
 from tests.support import short_of_memory
-from tests.support.leftovers import FLAGS, GRACE, ForkedServer, MarkedServer, stat
+from tests.support.leftovers import FLAGS, GRACE, ForkedServer, MarkedServer, command, stat
 
 KILL, STOP, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
 BOUND = 15.0  # seconds from a kill until nothing is left
@@ -26,12 +26,16 @@ START_SECONDS = 400.0
 WATCHDOG = 10  # seconds of a pass after which SGLang ends a server; 300 by default
 TWO_TIERS = ("--ess-hot-ratio", "0.2")
 TP2 = ("--tp-size", "2")
+DP2 = ("--dp-size", "2")
+DP_ATTENTION = (*TP2, *DP2, "--enable-dp-attention")
 CLIENTS, PROMPT, OUTPUT = 4, 300, 200
 FIXED = {"input_ids": [5 + i % 200 for i in range(PROMPT)]}
 
 
 def started(model, log, *flags) -> MarkedServer:
-    return until_ready(ForkedServer(model, *FLAGS, *TWO_TIERS, *flags, log=log))
+    # A data-parallel controller starts its schedulers from threads, which must not fork.
+    kind = MarkedServer if DP2[0] in flags else ForkedServer
+    return until_ready(kind(model, *FLAGS, *TWO_TIERS, *flags, log=log))
 
 
 def until_ready(server) -> MarkedServer:
@@ -87,10 +91,11 @@ def is_busy(server) -> bool:
 # --- who is killed ----------------------------------------------------------------------------
 
 SCHEDULERS = "sglang::scheduler"
+NAMES = {"detokenizer": "sglang::detokenizer", "controller": "sglang::data_parallel_controller"}
 
 
 def victim(server, who) -> int:
-    """Pid of a process: "launcher", "main", "scheduler 0", "scheduler 1" or "detokenizer"."""
+    """Pid of a process by its part: NAMES, "launcher", "main", "scheduler 0", ..."""
     launcher = server.process.pid
     if who == "launcher":
         return launcher
@@ -98,7 +103,9 @@ def victim(server, who) -> int:
         return stat(victim(server, "detokenizer")).parent
     if who.startswith("scheduler"):
         return server.named(SCHEDULERS)[int(who.split()[1])]  # they start in this order
-    (pid,) = server.named("sglang::detokenizer")
+    if who == "tracker":
+        return next(pid for pid in server.processes() if "resource_tracker" in command(pid))
+    (pid,) = server.named(NAMES[who])
     return pid
 
 
@@ -131,10 +138,21 @@ def test_a_rank_that_is_killed_ends_the_group_and_nothing_is_left(tiny_v32, tmp_
 
 
 @pytest.mark.slow
-def test_each_process_killed_and_the_next_server_serves_on_its_port(tiny_v32, tmp_path):
-    with started(tiny_v32, tmp_path / "log", *TP2) as server:
+@pytest.mark.parametrize(
+    ("flags", "victims"),
+    [
+        (TP2, "launcher,main,scheduler 0,scheduler 1,detokenizer"),
+        (DP2, "launcher,main,controller,scheduler 0,scheduler 1,detokenizer"),
+        (DP_ATTENTION, "launcher,main,controller,scheduler 0,scheduler 1,detokenizer"),
+    ],
+    ids=["TP2", "DP2", "DP attention"],
+)
+def test_each_process_killed_and_the_next_server_serves_on_its_port(
+    tiny_v32, tmp_path, flags, victims
+):
+    with started(tiny_v32, tmp_path / "log", *flags) as server:
         expected = answer(server)
-        for who in ("launcher", "main", "scheduler 0", "scheduler 1", "detokenizer"):
+        for who in victims.split(","):
             killed_under_load(server, who)
             server.start()
             until_ready(server)
@@ -143,8 +161,20 @@ def test_each_process_killed_and_the_next_server_serves_on_its_port(tiny_v32, tm
 
 
 @pytest.mark.slow
-def test_a_signal_under_load_leaves_the_requests_their_grace(tiny_v32, tmp_path):
-    with started(tiny_v32, tmp_path / "log", *TP2) as server:
+@pytest.mark.parametrize("flags", [TP2, DP2], ids=["TP2", "DP2"])
+def test_a_resource_tracker_that_is_killed_is_no_reason_to_end(tiny_v32, tmp_path, flags):
+    server = MarkedServer(tiny_v32, *FLAGS, *TWO_TIERS, *flags, log=tmp_path / "log")
+    with until_ready(server):
+        expected = answer(server)
+        os.kill(victim(server, "tracker"), KILL)
+        assert answer(server) == expected
+        killed_under_load(server, "scheduler 0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [TP2, DP2, DP_ATTENTION], ids=["TP2", "DP2", "DP attention"])
+def test_a_signal_under_load_leaves_the_requests_their_grace(tiny_v32, tmp_path, flags):
+    with started(tiny_v32, tmp_path / "log", *flags) as server:
         load = Load(server)
         since = time.monotonic()
         server.process.send_signal(TERM)
@@ -156,11 +186,12 @@ def test_a_signal_under_load_leaves_the_requests_their_grace(tiny_v32, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_in_a_pass_is_ended_by_the_watchdog(tiny_v32, tmp_path):
+@pytest.mark.parametrize("flags", [TP2, DP_ATTENTION], ids=["TP2", "DP attention"])
+def test_a_rank_that_hangs_in_a_pass_is_ended_by_the_watchdog(tiny_v32, tmp_path, flags):
     """Of another rank, which waits for it: between 1 and 1.5 times its limit, and 5 s later."""
     limit = 1.5 * WATCHDOG + 5 + BOUND + SLACK
     watched = ("--watchdog-timeout", str(WATCHDOG))
-    with started(tiny_v32, tmp_path / "log", *TP2, *watched) as server:
+    with started(tiny_v32, tmp_path / "log", *flags, *watched) as server:
         Load(server)
         since = time.monotonic()
         os.kill(victim(server, "scheduler 1"), STOP)
