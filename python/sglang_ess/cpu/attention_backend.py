@@ -85,6 +85,17 @@ class SparseMetadata(PassQueries):
         return SparseMetadata(req_to_token, rows, lengths.int(), spans, 1, max_length, None)
 
 
+def own_tokens(forward_batch, metadata: SparseMetadata | None) -> int:
+    """Tokens of a pass that are requests' own; those that pad the batch follow them.
+
+    An idle rank has none. Its draft model's backend never saw the batch: it may have no metadata,
+    or that of an earlier one.
+    """
+    if metadata is None or forward_batch.forward_mode.is_idle():
+        return 0
+    return len(metadata.lengths)
+
+
 class CpuSparseMlaBackend(AttentionBackend):
     """Absorbed MLA on the CPU over the rows that the indexer selected.
 
@@ -167,7 +178,7 @@ class CpuSparseMlaBackend(AttentionBackend):
         Tokens that pad the batch come last. Nothing is written or read for them; their rows are 0.
         """
         layer.ess_sink = attn_sink
-        heads, tokens = layer.tp_q_head_num, len(self.forward_metadata.lengths)
+        heads, tokens = layer.tp_q_head_num, own_tokens(forward_batch, self.forward_metadata)
         q = q.view(-1, heads, LATENT_DIM)
         # Not -1: GLM-5.3-Flash has no rope, and q_rope no elements.
         q_rope = q_rope.view(len(q), heads, q_rope.numel() // max(1, len(q) * heads))

@@ -10,6 +10,7 @@ from sglang.srt.model_executor.forward_context import (
 )
 from sglang.srt.state_capturer.indexer_topk import maybe_capture_indexer_topk
 
+from sglang_ess.cpu.attention_backend import own_tokens
 from sglang_ess.cpu.ops.index_scores import (
     gather_context_keys,
     index_scores_dense,
@@ -102,7 +103,7 @@ def indexer_forward(
     pool = get_token_to_kv_pool()
     metadata = get_attn_backend().get_indexer_metadata(layer_id, forward_batch)
     pages = pool.get_index_k_with_scale_buffer(layer_id)
-    tokens, padded, loc = len(metadata.lengths), len(x), forward_batch.out_cache_loc
+    tokens, padded, loc = own_tokens(forward_batch, metadata), len(x), forward_batch.out_cache_loc
     if tokens == 0:  # an idle rank's
         none = torch.full((padded, indexer.index_topk), -1, dtype=torch.int32)
         return none if return_indices else None
