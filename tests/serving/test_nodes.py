@@ -125,23 +125,24 @@ def gone(marked, since) -> float:
     return time.monotonic() - since
 
 
-# (ranks, tiers, what happens to the second host while a request runs, statuses of the launchers,
-#  what the first node's line says)
+# (ranks, tiers, what happens to the second host, whether a request runs then,
+#  statuses of the launchers, what the first node's line says)
 CASES = [
-    ("tp", TWO_TIERS, "cut", [1, 1], f"no answer from node 1 for {SILENCE} s"),
-    ("tp", ONE_TIER, "launcher", [1, -signal.SIGKILL], "the end of node 1"),
-    ("tp", TWO_TIERS, "asked", [0, 0], ""),
-    ("dp", TWO_TIERS, "scheduler", [1, 1], "node 1"),
+    ("tp", TWO_TIERS, "cut", True, [1, 1], f"no answer from node 1 for {SILENCE} s"),
+    ("tp", ONE_TIER, "launcher", True, [1, -signal.SIGKILL], "the end of node 1"),
+    ("tp", TWO_TIERS, "asked", True, [0, 0], ""),
+    ("dp", TWO_TIERS, "scheduler", True, [1, 1], "node 1"),
+    ("dp", ONE_TIER, "cut", False, [1, 1], f"no answer from node 1 for {SILENCE} s"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("ranks", "tiers", "fault", "statuses", "words"),
+    ("ranks", "tiers", "fault", "busy", "statuses", "words"),
     CASES,
     ids=[f"{case[0]}-{case[2]}" for case in CASES],
 )
 def test_two_hosts_answer_as_one_and_end_together(
-    model, hosts, one_host, tmp_path, ranks, tiers, fault, statuses, words
+    model, hosts, one_host, tmp_path, ranks, tiers, fault, busy, statuses, words
 ):
     expected, marked = one_host(ranks), Marked()
     flags = (*RANKS[ranks], *tiers, *FLAGS)
@@ -150,14 +151,20 @@ def test_two_hosts_answer_as_one_and_end_together(
         first, second = group.nodes
         assert "node 1 is ready; node 0 takes the requests" in second.log.read_text()
         check_same(answered(first), expected, ranks)
+        if not busy:  # an outage that is shorter than SILENCE
+            hosts.cut(1)
+            time.sleep(SILENCE / 3)
+            hosts.mend(1)
+            first.wait_for(lambda: first.post("/flush_cache", b"")[0] == 200, 60, "idle")
+            check_same(answered(first), expected, ranks)
         with ThreadPoolExecutor(1) as pool:
             tokens = SHORTER if fault == "asked" else LONG
-            request = pool.submit(long_request, first, tokens)
-            first.wait_for(lambda: runs(first), 60, "busy")
+            request = pool.submit(long_request, first, tokens) if busy else None
+            first.wait_for(lambda: not busy or runs(first), 60, "busy")
             since = time.monotonic()
             (FAULTS | {"asked": asked})[fault](hosts, group)
             ends = group.seconds_to_end(since, ENDS)
-            result = request.result(ENDS)
+            result = request.result(ENDS) if busy else "none"
         last = gone(marked, since)
         print(f"\n{ranks} {fault}: launchers {ends[0]:.1f} and {ends[1]:.1f} s, all {last:.1f} s, "
               f"the request that ran: {result}")  # fmt: skip
