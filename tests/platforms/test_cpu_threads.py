@@ -88,18 +88,21 @@ def test_each_rank_computes_with_its_own():
 
 CHOICE = """
 import numba, os, torch
+import sglang_ess.cpu.ops.sparse_mla
 from sglang_ess.platforms import cpu_threads
 cpu_threads.{call}
 print(torch.get_num_threads(), numba.get_num_threads())
 """
 
 
-@pytest.mark.parametrize("call", ["use_own_threads(0)", "use_threads(torch.get_num_threads())"])
+@pytest.mark.parametrize(
+    "call", ["use_own_threads(0)", "use_threads(cpu_threads.chosen_threads())"]
+)
 def test_numba_leaves_torch_its_threads(call):
     """At its start numba gives torch all cores; only a process without numba's threads shows it."""
     environ = os.environ | {"NUMBA_NUM_THREADS": "3", BIND_VAR: "0|1"}
     environ.pop(COUNT_VAR, None)
-    if call == "use_threads(torch.get_num_threads())":
+    if call == "use_threads(cpu_threads.chosen_threads())":
         environ[COUNT_VAR] = "1"
     command = [sys.executable, "-c", CHOICE.format(call=call)]
     found = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)

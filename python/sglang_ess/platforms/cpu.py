@@ -15,7 +15,12 @@ from sglang.srt.platforms.interface import SRTPlatform
 from sglang_ess.config import EssConfig
 from sglang_ess.errors import Refusal
 from sglang_ess.mem_cache.host_share import NodeRanks
-from sglang_ess.platforms.cpu_threads import share_cores, use_own_threads, use_threads
+from sglang_ess.platforms.cpu_threads import (
+    chosen_threads,
+    share_cores,
+    use_own_threads,
+    use_threads,
+)
 
 DISPATCH_KEY = "ess_cpu"
 DEFAULT_CONTEXTS = 8  # the default number of slots holds this many requests of full length
@@ -116,7 +121,7 @@ class CpuDsaPlatform(CpuDeviceMixin, SRTPlatform):
         # SGLang compiles small functions (MoE top-k, samplers) by inductor, which needs a C++
         # compiler on the host and 10 s at the first request. Eager mode costs microseconds.
         torch._dynamo.config.disable = True
-        use_threads(torch.get_num_threads())
+        use_threads(chosen_threads())
         # Hyper-connections (GLM-5.3-Flash): SGLang has them in torch, too.
         envs.SGLANG_OPT_USE_TILELANG_MHC_PRE.set(False)
         envs.SGLANG_OPT_USE_TILELANG_MHC_POST.set(False)

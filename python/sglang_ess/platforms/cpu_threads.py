@@ -54,6 +54,17 @@ def use_own_threads(rank: int) -> None:
     use_threads(len(named[rank]))
 
 
+def chosen_threads() -> int:
+    """How many threads the user has chosen, else those of torch.
+
+    Torch's own number may be numba's by now: kernels with declared types start it at their import.
+    """
+    import torch
+
+    first = os.environ.get(COUNT_VAR, "").partition(",")[0].strip()
+    return int(first) if first.isdigit() and int(first) > 0 else torch.get_num_threads()
+
+
 def use_threads(count: int) -> None:
     """Give torch and numba so many threads each."""
     import numba
