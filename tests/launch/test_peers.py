@@ -4,6 +4,7 @@ With real servers, on hosts of their own: tests/serving/test_nodes.py.
 """
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -239,3 +240,29 @@ def test_a_cut_link_ends_both_nodes_but_a_short_outage_does_not(start, cut):
         )
         assert SILENCE_SECONDS - PROBE_SECONDS < min(seconds)
         assert max(seconds) < SILENCE_SECONDS + 2 * PROBE_SECONDS + SOON
+
+
+def test_a_connection_that_cannot_be_taken_is_no_end_of_the_watch(monkeypatch):
+    """Too many open files, say, or a stranger who has gone already."""
+    monkeypatch.setattr(peers, "RETRY_SECONDS", 0.01)
+    port = fixed_port()
+    hub = Peers(Place(2, 0, "127.0.0.1", port, 100))
+    listener, refusals = hub._listener, iter(["EMFILE", "ECONNABORTED"])
+
+    class Listener:
+        def fileno(self):
+            return listener.fileno()
+
+        def accept(self):
+            if name := next(refusals, None):
+                raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+            return listener.accept()
+
+    hub._listener = Listener()
+    other = Peers(Place(2, 1, "127.0.0.1", port, 100))
+    for one in (hub, other):
+        one.start()
+    poll(lambda: hub.links and other.links)
+    for link in (*hub.links.values(), *other.links.values()):
+        link.close()
+    listener.close()

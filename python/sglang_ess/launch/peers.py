@@ -164,7 +164,11 @@ class Peers:
         listening = [self._listener] if self._listener is not None and self._missing else []
         ready, _, _ = select.select([*listening, *self.links.values()], [], [], RETRY_SECONDS)
         if self._listener is not None and self._listener in ready:
-            self._greet(self._listener.accept()[0])
+            try:
+                self._greet(self._listener.accept()[0])
+            except OSError as error:  # the other side has given up, or too many files are open
+                self._problem = f"; got {error.strerror}"
+                time.sleep(RETRY_SECONDS)
         for node in [node for node, link in self.links.items() if link in ready]:
             self._take(node)
 
