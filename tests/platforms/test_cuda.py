@@ -34,7 +34,6 @@ def test_hooked_functions_take_what_upstream_passes():
         "_get_topk_paged",
         "_resolve_kv_pool_class",
         "get_paged_allocator_cls",
-        "setup_state_kv_args",
         "_broadcast_reqs_across_ranks",
         "_local_prefill_cuda_graph_vote",
     }

@@ -40,7 +40,10 @@ def test_the_flag():
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_only_a_gpu_refuses_and_only_auto(value, on_cpu, monkeypatch):
     monkeypatch.setattr(preflight, "rule_reasons", lambda *_: [])
-    args = SimpleNamespace(enable_hisparse=False, disaggregation_mode="prefill")
+    ranks = dict(tp_size=1, pp_size=1, dp_size=1, nnodes=1, attn_dp_size=1)
+    args = SimpleNamespace(
+        enable_hisparse=False, disaggregation_mode="prefill", enable_dp_attention=False, **ranks
+    )
     reasons = preflight.option_reasons(args, EssConfig(layer_budgets=value), on_cpu)
     assert len(reasons) == (value == "auto" and not on_cpu)
 

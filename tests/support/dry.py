@@ -52,7 +52,7 @@ def _main(argv) -> int:
 
     os.environ.update(EssConfig().to_env())
     startup.before_processes = lambda *args: None  # compiles kernels
-    shutdown.supervised = lambda serve, grace_seconds: serve()  # its exit status is for operators
+    shutdown.supervised = lambda serve, *args: serve()  # its exit status is for operators
     Engine._launch_scheduler_processes = classmethod(lambda cls, *args, **kw: (_Ready(), []))
     Engine._launch_detokenizer_subprocesses = classmethod(lambda cls, **kw: ([], []))
     return launch_server.main(argv)

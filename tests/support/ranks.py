@@ -4,7 +4,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from tests.support import forked
+from tests.support import forked, interpreter
 from tests.support.cuda_host import host
 
 RANKS, SECONDS = 2, 180
@@ -40,6 +40,7 @@ def on_two_ranks(body: Callable[..., Any], folder, *args: Any, **options: Any) -
 def _run(pipe, rank, store, options, body, args) -> None:
     try:
         host.stand_in()
+        interpreter.allow()  # they stand in for a GPU's ranks
         _make_groups(rank, store, options)
         pipe.send((True, body(rank, *args)))
     except BaseException:
