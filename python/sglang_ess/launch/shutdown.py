@@ -186,7 +186,9 @@ class _Supervisor:
         self._tell(FAILED)
         state = _read(self.main, "stat").rpartition(")")[2].split()[:1]
         if state in ([], ["Z"], ["X"]):  # it ended first, and the kernel its children
-            return self._failed("the main one")
+            self._reap()
+            # Or a scheduler has refused, and both were gone before this process looked.
+            return REFUSED if self.main_status == REFUSED else self._failed("the main one")
         status = self._main_ends_within(FAULT_SECONDS)
         if status is not None and (
             status == REFUSED or status > 128
