@@ -91,7 +91,9 @@ def _mounts(proc: Path) -> Iterator[tuple[bool, str, Path]]:
             yield kind == "cgroup", root, Path(point)
 
 
-def _upward(point: Path, below: str, names: tuple[tuple[str, ...], str, tuple[str, ...]]) -> Iterator[Level]:
+def _upward(
+    point: Path, below: str, names: tuple[tuple[str, ...], str, tuple[str, ...]]
+) -> Iterator[Level]:
     parts = [part for part in Path(below).parts if part != "."]
     if ".." in parts:  # outside the mounted part: only its root exists
         parts = []
