@@ -235,7 +235,7 @@ def test_the_command_refuses_what_is_no_trace(tmp_path, capsys, unequal):
     for content, message in (
         (b"", "must begin with b'ESSTRACE'"),
         (b"a table of something else", "must begin with"),
-        (PREFIX.pack(b"ESSTRACE", 1, 9) + data[16:], "version 2 or 3: got 1"),
+        (PREFIX.pack(b"ESSTRACE", 1, 9) + data[16:], "version 2 to 4: got 1"),
         (data[:30], "a whole header"),
         (data[: data.index(b"\n") + 1], "events of every layer"),
     ):

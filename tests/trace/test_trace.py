@@ -198,7 +198,7 @@ PREFIX_2 = trace.PREFIX.pack(trace.MAGIC, 2, 33)
         (b"", "must begin with"),
         (b"layer,step,positions\n", "must begin with"),
         (trace.MAGIC, "must begin with"),
-        (trace.PREFIX.pack(trace.MAGIC, 1, 0), "must be of version 2 or 3: got 1"),
+        (trace.PREFIX.pack(trace.MAGIC, 1, 0), "must be of version 2 to 4: got 1"),
         (trace.PREFIX.pack(trace.MAGIC, 2, 99) + b'{"layers": 1', "got 12 of 99 bytes"),
         (trace.PREFIX.pack(trace.MAGIC, 2, 2) + b"{}", "KeyError: 'layers'"),
         (trace.PREFIX.pack(trace.MAGIC, 2, 2) + b"[]", "whole header"),

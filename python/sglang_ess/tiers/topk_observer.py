@@ -31,7 +31,11 @@ class TopkObserver:
     """Sees every index group's top-k list before its rows are fetched, once for all its layers.
 
     Override what is of interest.
+    runner_ups: how many slots below the top-k decode_scores wants of each query; None: it is not
+        called, and the scores need not be kept. CPU only
     """
+
+    runner_ups: int | None = None
 
     def begin_pass(self, request_ids: Sequence[str], queries: PassQueries) -> None:
         """A forward pass begins. Not called on CUDA, where a replayed graph runs no Python.
@@ -48,6 +52,15 @@ class TopkObserver:
 
         On CUDA this is captured with the step, so it must launch the same work at each capture
         and replay, and may not wait for the device.
+        """
+
+    def decode_scores(
+        self, group: int, topk: torch.Tensor, runner_ups: torch.Tensor, scores: torch.Tensor
+    ) -> None:
+        """The indexer's scores of the lists that decode_topk is about to see. CPU only.
+
+        topk [T, K] int32 slots, -1 pads; runner_ups [T, m] int32: the slots of ranks K + 1 to
+        K + m, -1 pads, in any order; scores [T, K + m] float32 of both, NaN for pads
         """
 
     def prefill_topk(self, group: int, topk: torch.Tensor) -> None:

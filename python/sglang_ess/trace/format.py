@@ -1,12 +1,13 @@
-"""The bytes of a trace file, version 3. trace.py writes it, and reads version 2 too.
+"""The bytes of a trace file, versions 3 and 4. trace.py writes them, and reads version 2 too.
 
 All numbers little-endian:
 
     magic    8 B  b"ESSTRACE"
-    version  u32  3
+    version  u32  3; 4 if the trace has scores
     length   u32  bytes of the header
     header   JSON in one line, with its newline:
              {"layers": int, "topk": int, "slots": int, "meta": {...}}
+             and, with scores, "runner_ups": int, the most that a query has
     frames   each: tag 4 B b"FRAM", payload bytes u32, raw bytes u32, records u32,
              CRC-32 of the payload u32; then the payload, one zlib stream of the raw bytes
     trailer  a frame with tag b"TAIL" whose payload is JSON, not compressed (raw bytes =
@@ -20,11 +21,12 @@ A record is one decode query of one layer. The raw bytes of a frame:
     of each event: kinds u8, layers u16, arguments u32, sizes u32, a column at a time
     of each record: ids u32 (index of the request id), rows u32 (of the request table),
         lengths u32 (positions the query sees), counts u32 (positions it selected), likewise
+    version 4: u32 halves; all their low bytes, then all their high ones (float16)
     numbers, event by event, as LEB128: 7 bits a byte, the last byte of a number below 128;
         signed ones as 0, -1, 1, -2, ... -> 0, 1, 2, 3, ...
 
-Events are in the order in which they happened. SLOTS, GAP and ACCEPTED are of no layer; each other
-begins with 7 signed numbers: by how much STATE, the layer's counters after it, exceeds that
+Events are in the order in which they happened. SLOTS, GAP, ACCEPTED and SCORES have no layer; each
+other begins with 7 signed numbers: by how much STATE, the layer's counters after it, exceeds that
 of the layer's last event in the file (zeros before the first).
 
     kind        argument              size     numbers after those
@@ -42,12 +44,18 @@ of the layer's last event in the file (zeros before the first).
                                                the row has these slots and ends with them
     8 GAP       events dropped here   0
     9 ACCEPTED  queries a request     requests  of each request of the last step: tokens it kept
+    10 SCORES   runner-ups            queries  of the plan right before it. Signed: each query's
+                                               exponent; then queries x runner-ups, -1 pads, as
+                                               PLAN_SLOTS, but positions if it is a PLAN
 
 A plan's query has its positions' slots in the row of the request table, in that order, pads
 after them. In a verify step of speculative decoding a request has several queries, which adjoin and
 see one position more each. The first ones, as many as ACCEPTED says, had the right tokens; the
 positions of the others are computed again in the next step, on the same slots. Version 2 has no
 ACCEPTED, and one query a request.
+
+SCORES takes queries x (width + runner-ups) of the frame's halves: of each query its top-k's entries
+in their order, and its runner-ups'. A score is a half times 2**exponent; NaN is none (a pad).
 
 A file with no trailer was cut off (a crash, a killed server); its whole frames are good.
 """
@@ -65,9 +73,16 @@ import numpy as np
 
 from sglang_ess.tiers.contract import COUNTERS
 from sglang_ess.trace import codec
+from sglang_ess.trace.scores import (
+    PlanScores,
+    from_halves,
+    pack_halves,
+    to_halves,
+    unpack_halves,
+)
 
-MAGIC, VERSION = b"ESSTRACE", 3
-READABLE = (2, VERSION)
+MAGIC, VERSION, SCORED_VERSION = b"ESSTRACE", 3, 4
+READABLE = (2, VERSION, SCORED_VERSION)
 PREFIX = struct.Struct("<8sII")
 FRAME = struct.Struct("<4sIIII")
 FRAME_TAG, TRAILER_TAG = b"FRAM", b"TAIL"
@@ -91,11 +106,13 @@ class Kind(IntEnum):
     SLOTS = 7
     GAP = 8
     ACCEPTED = 9
+    SCORES = 10
 
 
 HAS_RUNS = (Kind.INSTALL, Kind.INVALIDATE, Kind.SLOTS)
 HAS_TOPK = (Kind.PLAN_SLOTS, Kind.WARM)
-OF_NO_LAYER = (Kind.SLOTS, Kind.GAP, Kind.ACCEPTED)
+PLANS = (Kind.PLAN, Kind.PLAN_SLOTS)
+OF_NO_LAYER = (Kind.SLOTS, Kind.GAP, Kind.ACCEPTED, Kind.SCORES)
 NO_DATA = np.empty((0, 2), np.int32)
 NOTHING = np.empty(0, np.int64)
 
@@ -119,6 +136,8 @@ class Entry(NamedTuple):
               INSTALL, INVALIDATE, SLOTS: runs [m, 2] int32; ACCEPTED: lengths [requests, 1] int32
     queries   requests of a PLAN; a PLAN_SLOTS with queries is written as a PLAN if possible
     start     first position of a SLOTS
+    scored    scores of a PLAN or PLAN_SLOTS, written as a SCORES after it; runner_ups are positions
+              or slots as data is. A PLAN's pads must be its last columns
     """
 
     kind: Kind
@@ -128,6 +147,11 @@ class Entry(NamedTuple):
     data: np.ndarray = NO_DATA
     queries: Queries | None = None
     start: int = 0
+    scored: PlanScores | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (self.scored.nbytes if self.scored else 0)
 
 
 @dataclass(frozen=True)
@@ -145,6 +169,7 @@ class TraceFrame:
     numbers        of all events, without their counters
     places         [events] where in numbers each event begins
     starts         [plans + 1] the n-th PLAN has the records starts[n] to starts[n + 1]
+    halves         float16, of all SCORES; half_places [events] where in it each of them begins
     """
 
     request_ids: tuple[str, ...]
@@ -163,6 +188,8 @@ class TraceFrame:
     numbers: np.ndarray
     places: np.ndarray
     starts: np.ndarray
+    halves: np.ndarray
+    half_places: np.ndarray
 
     def slots(self, event: int) -> np.ndarray:
         """Return the slots [n] int64 of an event with runs."""
@@ -187,7 +214,19 @@ class TraceFrame:
         """Return the slots [queries, width] int64 of a PLAN_SLOTS or WARM."""
         width, first = self.arguments[event] // 2, self.places[event]
         numbers = self.numbers[first : first + self.sizes[event] * width]
-        return np.cumsum(unsigned(numbers)).reshape(-1, width)
+        return np.cumsum(unsigned(numbers)).reshape(self.sizes[event], width)
+
+    def scored(self, event: int) -> PlanScores | None:
+        """Return the scores of a plan, or None. Runner-ups of a PLAN are positions."""
+        if event + 1 == len(self.kinds) or self.kinds[event + 1] != Kind.SCORES:
+            return None
+        queries, runner_ups = int(self.sizes[event + 1]), int(self.arguments[event + 1])
+        first = self.places[event + 1]
+        numbers = unsigned(self.numbers[first : first + queries * (1 + runner_ups)])
+        found = np.cumsum(numbers[queries:]).reshape(queries, runner_ups).astype(np.int32)
+        columns = int(self.arguments[event]) // 2 + runner_ups
+        halves = self.halves[self.half_places[event + 1] :][: queries * columns]
+        return PlanScores(found, from_halves(numbers[:queries], halves.reshape(queries, columns)))
 
 
 def unsigned(numbers: np.ndarray) -> np.ndarray:
@@ -201,10 +240,11 @@ def unsigned(numbers: np.ndarray) -> np.ndarray:
 class Packer:
     """Packs events into frames, in order: the contents of a frame depend on those before it.
 
-    layers, slots: of the trace
+    layers, slots: of the trace; has_scores: whether its frames are of version 4
     """
 
-    def __init__(self, layers: int, slots: int):
+    def __init__(self, layers: int, slots: int, has_scores: bool = False):
+        self._has_scores = has_scores
         self._last = np.zeros((layers, len(STATE)), np.int64)
         self._table = np.zeros((0, 0), np.int32)  # the request table as far as the file has it
         self._marks = np.zeros(slots, np.uint8)
@@ -212,14 +252,19 @@ class Packer:
     def pack(self, entries: Sequence[Entry]) -> tuple[bytes, int]:
         """Pack events into a frame. Returns it and its number of records.
 
-        Raises: ValueError for positions that do not ascend and queries without an id.
+        Raises: ValueError for positions that do not ascend, queries without an id, and scores that
+        do not fit their plan.
         """
-        size = sum(codec.LEB_BYTES * entry.data.size for entry in entries)
+        # One number of at most LEB_BYTES for 4 bytes, and an exponent for a query with scores.
+        size = sum(codec.LEB_BYTES * (entry.nbytes // 4 + len(entry.data)) for entry in entries)
         counters_bytes = (1 + len(STATE)) * codec.COUNTER_BYTES
         out = np.empty(size + len(entries) * counters_bytes, np.uint8)
         events, records, end = [], [], 0
+        halves = []
         ids: dict[str, int] = {}
         for entry in entries:
+            if entry.scored is not None:
+                _check_scores(entry, entry.scored, self._has_scores)
             entry = self._as_positions(entry)
             kind, layer, data = entry.kind, entry.layer, entry.data
             events.append((kind, layer, entry.argument, len(data)))
@@ -240,6 +285,12 @@ class Packer:
             elif kind == Kind.ACCEPTED:
                 for number in data.ravel().tolist():
                     end = codec.encode_number(number, out, end)
+            if entry.scored is not None:
+                events.append((Kind.SCORES, 0, entry.scored.runner_ups.shape[1], len(data)))
+                exponents, found = to_halves(entry.scored.scores)
+                halves.append(found.ravel())
+                end = codec.encode_signed(exponents, out, end)
+                end = codec.encode_slots(entry.scored.runner_ups, out, end)
         names = [name.encode(errors="replace")[:MAX_ID_BYTES] for name in ids]
         raw = [
             struct.pack("<I", len(names)),
@@ -247,8 +298,11 @@ class Packer:
             struct.pack("<I", len(events)),
             *_columns(zip(*events, strict=True), EVENT_COLUMNS),
             *_columns(map(np.concatenate, zip(*records, strict=True)), RECORD_COLUMNS),
-            out[:end].tobytes(),
         ]
+        if self._has_scores:
+            found = np.concatenate(halves) if halves else np.empty(0, np.float16)
+            raw += [struct.pack("<I", len(found)), pack_halves(found)]
+        raw.append(out[:end].tobytes())
         num_records = sum(len(rows) for _, rows, _, _ in records)
         return frame_bytes(FRAME_TAG, b"".join(raw), num_records), num_records
 
@@ -272,9 +326,28 @@ class Packer:
         _, rows, lengths = entry.queries
         table = rows, lengths, self._table
         positions = codec.slots_to_positions(entry.data, *table, self._marks)
-        if codec.positions_give(entry.data, rows, self._table, positions):
-            return entry._replace(kind=Kind.PLAN, data=positions)
-        return entry
+        if not codec.positions_give(entry.data, rows, self._table, positions):
+            return entry
+        if (scored := entry.scored) is not None:
+            others = codec.slots_to_positions(scored.runner_ups, *table, self._marks)
+            if not codec.positions_give(scored.runner_ups, rows, self._table, others):
+                return entry
+            scored = scored._replace(runner_ups=others)
+        return entry._replace(kind=Kind.PLAN, data=positions, scored=scored)
+
+
+def _check_scores(entry: Entry, scored: PlanScores, has_scores: bool) -> None:
+    """Raise ValueError if these cannot be the scores of this plan."""
+    queries, width = entry.data.shape
+    shapes = (queries, width + scored.runner_ups.shape[1]), (queries, scored.runner_ups.shape[1])
+    if (scored.scores.shape, scored.runner_ups.shape) != shapes:
+        got = f"{scored.scores.shape} and {scored.runner_ups.shape} for {entry.data.shape}"
+        raise ValueError(f"a plan's scores and runner-ups must have its queries: got {got}")
+    if entry.kind not in PLANS or not has_scores:
+        raise ValueError("only a plan, of a trace with scores, has scores")
+    pads = entry.data < 0
+    if entry.kind == Kind.PLAN and (pads[:, :-1] > pads[:, 1:]).any():
+        raise ValueError("positions with scores must come before their pads")
 
 
 def frame_bytes(tag: bytes, raw: bytes, num_records: int) -> bytes:
@@ -304,10 +377,13 @@ def _columns(columns: Iterable[Any], kinds: Sequence[str]) -> list[bytes]:
     return [np.asarray(c).astype(kind).tobytes() for c, kind in zip(columns, kinds, strict=False)]
 
 
-def unpack(payload: bytes, raw_bytes: int, num_records: int, last: np.ndarray) -> TraceFrame:
+def unpack(
+    payload: bytes, raw_bytes: int, num_records: int, last: np.ndarray, has_scores: bool = False
+) -> TraceFrame:
     """Decode a frame's records and events.
 
     last: [layers, 7] int64 each layer's STATE after the frame before; updated
+    has_scores: whether it is of version 4
     Raises: ValueError if the payload is not a frame of this version.
     """
     try:
@@ -324,10 +400,15 @@ def unpack(payload: bytes, raw_bytes: int, num_records: int, last: np.ndarray) -
             column = np.frombuffer(raw, kind, count, place)
             columns.append(column.astype(np.int64))
             place += column.nbytes
+        halves = np.empty(0, np.float16)
+        if has_scores:
+            (num_halves,) = struct.unpack_from("<I", raw, place)
+            halves = unpack_halves(np.frombuffer(raw, np.uint8, 2 * num_halves, place + 4))
+            place += 4 + 2 * num_halves
         numbers = _numbers(np.frombuffer(raw, np.uint8, offset=place))
     except (zlib.error, struct.error) as error:
         raise ValueError(str(error)) from None
-    return _frame(tuple(names), columns, numbers, last)
+    return _frame(tuple(names), columns, numbers, halves, last)
 
 
 def _numbers(data: np.ndarray) -> np.ndarray:
@@ -338,7 +419,11 @@ def _numbers(data: np.ndarray) -> np.ndarray:
 
 
 def _frame(
-    names: tuple[str, ...], columns: Sequence[np.ndarray], numbers: np.ndarray, last: np.ndarray
+    names: tuple[str, ...],
+    columns: Sequence[np.ndarray],
+    numbers: np.ndarray,
+    halves: np.ndarray,
+    last: np.ndarray,
 ) -> TraceFrame:
     kinds, layers, arguments, sizes, ids, rows, lengths, counts = columns
     plans, widths = kinds == Kind.PLAN, arguments // 2
@@ -354,6 +439,7 @@ def _frame(
     num_data = np.where(np.isin(kinds, HAS_RUNS), 2 * sizes, 0) + (kinds == Kind.SLOTS)
     num_data += np.where(np.isin(kinds, HAS_TOPK), sizes * widths, 0)
     num_data += np.where(kinds == Kind.ACCEPTED, sizes, 0)
+    num_data += np.where(kinds == Kind.SCORES, sizes * (1 + arguments), 0)
     num_data[plans] = np.diff(offsets[starts])
     _expect((num_data <= len(numbers)).all(), "its events must have the numbers that they claim")
     ends = np.cumsum(num_data + of_layer * len(STATE))
@@ -369,8 +455,25 @@ def _frame(
     of_record = np.repeat(np.flatnonzero(plans), sizes[plans])
     return TraceFrame(
         names, layers[of_record], counters[of_record, 0] - 1, ids, rows, lengths, offsets,
-        positions, kinds, layers, arguments, sizes, counters, numbers, places, starts,
+        positions, kinds, layers, arguments, sizes, counters, numbers, places, starts, halves,
+        _half_places(kinds, arguments, sizes, len(halves)),
     )  # fmt: skip
+
+
+def _half_places(
+    kinds: np.ndarray, arguments: np.ndarray, sizes: np.ndarray, num_halves: int
+) -> np.ndarray:
+    """Return where each SCORES' halves begin; num_halves for other events."""
+    scores = np.flatnonzero(kinds == Kind.SCORES)
+    plans = scores - 1
+    fits = np.isin(kinds[plans], PLANS) & (sizes[plans] == sizes[scores])
+    _expect(fits.all() and (plans >= 0).all(), "its scores must be those of the plan before")
+    columns = arguments[plans] // 2 + arguments[scores]
+    ends = np.cumsum(sizes[scores] * columns)
+    _expect(np.append(0, ends)[-1] == num_halves, "all halves must be of its scores")
+    places = np.full(len(kinds), num_halves)
+    places[scores] = ends - sizes[scores] * columns
+    return places
 
 
 def _expect(holds: bool | np.bool_, rule: str) -> None:

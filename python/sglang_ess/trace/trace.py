@@ -15,7 +15,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,11 +24,10 @@ from sglang_ess.trace.codec import slots_to_positions
 from sglang_ess.trace.format import (
     FRAME,
     FRAME_TAG,
-    HAS_RUNS,
-    HAS_TOPK,
     MAGIC,
     PREFIX,
     READABLE,
+    SCORED_VERSION,
     STATE,
     TRAILER_TAG,
     VERSION,
@@ -39,9 +38,19 @@ from sglang_ess.trace.format import (
     frame_bytes,
     unpack,
 )  # fmt: skip
+from sglang_ess.trace.records import (
+    Event,
+    Query,
+    Record,
+    accepted_of,
+    events_of,
+    queries_of,
+    whole,
+)
+from sglang_ess.trace.scores import PlanScores
 
 __all__ = [
-    "Event", "Kind", "Record", "Trace", "TraceFrame", "TraceWriter", "read_trace",
+    "Event", "Kind", "PlanScores", "Record", "Trace", "TraceFrame", "TraceWriter", "read_trace",
     "slots_to_positions",
 ]  # fmt: skip
 
@@ -55,7 +64,6 @@ ENTRY_BYTES = 256  # of an event in the queue in addition to its data: tuples an
 TRAILER_BYTES = 256  # reserved below the limit
 CLOSE_SECONDS = 60.0
 HEADER_NUMBERS = ("layers", "topk", "slots")
-NOTHING = np.empty(0, np.int64)
 OF_STEPS = (Kind.PLAN, Kind.PLAN_SLOTS, Kind.ACCEPTED)
 
 
@@ -72,6 +80,8 @@ class TraceWriter:
     layers, topk, slots  of the pool
     limit_bytes  the file never grows beyond it
     meta         JSON for the header
+    runner_ups   the most that a query has beside its scores; None: a trace without scores
+    waits        put() waits for the writer when it is behind, and drops nothing
     Raises: OSError if the file cannot be written, ValueError if the limit leaves no room.
     """
 
@@ -83,8 +93,13 @@ class TraceWriter:
         slots: int,
         limit_bytes: int = 1 << 30,
         meta: dict[str, Any] | None = None,
+        runner_ups: int | None = None,
+        waits: bool = False,
     ):
         facts = {"layers": layers, "topk": topk, "slots": slots, "meta": meta or {}}
+        has_scores = runner_ups is not None
+        if has_scores:
+            facts["runner_ups"] = runner_ups
         header = json.dumps(facts).encode() + b"\n"
         min_bytes = PREFIX.size + len(header) + TRAILER_BYTES
         if limit_bytes < min_bytes:
@@ -92,9 +107,10 @@ class TraceWriter:
                 f"a trace's limit must be at least {min_bytes} bytes: got {limit_bytes}."
             )
         self.path, self.limit_bytes = Path(path), limit_bytes
+        self.runner_ups, self._waits = runner_ups, waits
         self.records = self.events = self.dropped = self.written_bytes = 0
         self._gap = 0  # events dropped since the last one queued
-        self._packer = Packer(layers, slots)
+        self._packer = Packer(layers, slots, has_scores)
         self._queue: deque[Entry] = deque()
         self._queued_bytes = 0
         self._closing = False
@@ -102,7 +118,8 @@ class TraceWriter:
         self._wake = threading.Condition()
         # Unbuffered, so that written frames survive when the process is killed.
         self._file: BinaryIO = open(self.path, "wb", buffering=0)
-        self._write(PREFIX.pack(MAGIC, VERSION, len(header)) + header)
+        version = SCORED_VERSION if has_scores else VERSION
+        self._write(PREFIX.pack(MAGIC, version, len(header)) + header)
         self._thread = threading.Thread(target=self._run, name="ess-trace", daemon=True)
         self._thread.start()
 
@@ -119,8 +136,13 @@ class TraceWriter:
         """
         if not self._recording:
             return False
+        size = entry.nbytes + ENTRY_BYTES
         with self._wake:
-            if self._queued_bytes + entry.data.nbytes + ENTRY_BYTES > QUEUE_BYTES:
+            if self._waits:
+                self._wake.wait_for(
+                    lambda: not self._recording or self._queued_bytes + size <= QUEUE_BYTES
+                )
+            if self._queued_bytes + size > QUEUE_BYTES:
                 self.dropped += 1
                 self._gap += 1
                 return False
@@ -128,9 +150,9 @@ class TraceWriter:
                 self._queue.append(Entry(Kind.GAP, 0, self._gap))
                 self._gap = 0
             self._queue.append(entry)
-            self._queued_bytes += entry.data.nbytes + ENTRY_BYTES
+            self._queued_bytes += size
             if self._queued_bytes >= FRAME_BYTES:
-                self._wake.notify()
+                self._wake.notify_all()
         return True
 
     def close(self) -> None:
@@ -138,7 +160,7 @@ class TraceWriter:
         with self._wake:
             self._recording = False
             self._closing = True
-            self._wake.notify()
+            self._wake.notify_all()
         self._thread.join(CLOSE_SECONDS)
 
     # --- the writer's thread ------------------------------------------------------------
@@ -160,6 +182,7 @@ class TraceWriter:
                 self._recording = False
                 self._queue.clear()
                 self._queued_bytes = 0
+                self._wake.notify_all()
             self._file.close()
 
     def _write_frames(self) -> None:
@@ -193,8 +216,9 @@ class TraceWriter:
             while self._queue and size < FRAME_BYTES:
                 entries.append(self._queue.popleft())
                 if entries[-1].kind != Kind.GAP:
-                    size += entries[-1].data.nbytes + ENTRY_BYTES
+                    size += entries[-1].nbytes + ENTRY_BYTES
             self._queued_bytes -= size
+            self._wake.notify_all()
             return entries
 
     def _end(self, how: str) -> None:
@@ -225,42 +249,10 @@ def _num_events(entries: Sequence[Entry]) -> int:
 # --- reader -----------------------------------------------------------------------------
 
 
-class Record(NamedTuple):
-    """One decode query of one layer. In a verify step a request has several, which adjoin.
-
-    step       of the layer, counted from 0
-    length     positions that the query sees
-    positions  [count] int32, ascending: those that it selected
-    """
-
-    layer: int
-    step: int
-    request_id: str
-    length: int
-    positions: np.ndarray
-
-
-class Event(NamedTuple):
-    """An operation on one layer's HotCache, or a GAP or ACCEPTED, which belong to no layer.
-
-    slots     PLAN, WARM: the top-k [queries, width] int32, -1 pads; INSTALL, INVALIDATE: [n] int64;
-              ACCEPTED: tokens [requests] int64 that each request of the last step kept
-    argument  PLAN: same_step; INSTALL: min_age; RESIZE: hot rows; GAP: missing events; ACCEPTED:
-              queries of a request
-    counters  [7] int64 format.STATE after it; meaningless for a GAP and ACCEPTED
-    """
-
-    kind: Kind
-    layer: int
-    argument: int
-    slots: np.ndarray
-    counters: np.ndarray
-
-
 class Trace:
     """A trace file. Iterating reads it and gives its Records in the order written.
 
-    header   the file's header; layers, topk, slots: from it
+    header   the file's header; layers, topk, slots: from it; runner_ups: None without scores
     bytes    size of the file when it was opened
     trailer  the file's trailer after a whole iteration; None before, or if the file was cut off
     """
@@ -268,12 +260,13 @@ class Trace:
     def __init__(self, path: Path, header: dict[str, Any], start: int):
         self.path, self.header, self._start = path, header, start
         self.layers, self.topk, self.slots = (header[key] for key in HEADER_NUMBERS)
+        self.runner_ups: int | None = header.get("runner_ups")
         self.bytes = path.stat().st_size
         self.trailer: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Record]:
         for frame in self.frames():
-            for _, record in _queries(frame, 0, len(frame.ids)):
+            for _, record in queries_of(frame, 0, len(frame.ids)):
                 yield record
 
     def kept(self) -> Iterator[Record]:
@@ -282,24 +275,24 @@ class Trace:
         Of a verify step that are as many of each request's as were accepted. A verify step whose
         ACCEPTED is missing is left out. A step of one query a request is whole.
         """
-        step: dict[int, list[_Query]] = {}  # layer -> the queries of its last step so far
+        step: dict[int, list[Query]] = {}  # layer -> the queries of its last step so far
         for frame in self.frames():
             plan = 0
             for event in np.flatnonzero(np.isin(frame.kinds, OF_STEPS)).tolist():
                 kind, argument = frame.kinds[event], int(frame.arguments[event])
                 if kind == Kind.ACCEPTED:
-                    yield from _accepted(step, frame.accepted(event), argument)
+                    yield from accepted_of(step, frame.accepted(event), argument)
                     step.clear()
                     continue
                 layer = int(frame.event_layers[event])
                 if argument % 2 == 0:  # it begins a step
-                    yield from _whole(step.pop(layer, []))
+                    yield from whole(step.pop(layer, []))
                 if kind == Kind.PLAN:
                     first, end = frame.starts[plan : plan + 2].tolist()
-                    step.setdefault(layer, []).extend(_queries(frame, first, end))
+                    step.setdefault(layer, []).extend(queries_of(frame, first, end))
                     plan += 1
         for queries in step.values():
-            yield from _whole(queries)
+            yield from whole(queries)
 
     def frames(self, progress: Callable[[int], object] = lambda _: None) -> Iterator[TraceFrame]:
         """Read frame by frame, as columns. Ends at the first broken frame.
@@ -323,7 +316,8 @@ class Trace:
                     self.trailer = json.loads(payload)
                     return
                 try:
-                    yield unpack(payload, raw_bytes, num_records, last)
+                    has_scores = self.runner_ups is not None
+                    yield unpack(payload, raw_bytes, num_records, last, has_scores)
                 except ValueError as error:
                     raise ValueError(f"{self.path} has a frame of another kind: {error}.") from None
                 progress(len(head) + len(payload))
@@ -333,102 +327,9 @@ class Trace:
         table: dict[int, np.ndarray] = {}  # row of the request table -> its slots
         for frame in self.frames(progress):
             try:
-                yield from _events(frame, table, self.slots)
+                yield from events_of(frame, table, self.slots)
             except ValueError as error:
                 raise ValueError(f"{self.path} has a frame of another kind: {error}.") from None
-
-
-_Query = tuple[int, Record]  # a row of the request table and its query
-
-
-def _queries(frame: TraceFrame, first: int, end: int) -> Iterator[_Query]:
-    """Yield a frame's records [first, end), each with its row of the request table."""
-    offsets = frame.offsets[first : end + 1].tolist()
-    names = [frame.request_ids[i] for i in frame.ids[first:end].tolist()]
-    columns = (
-        c[first:end].tolist() for c in (frame.rows, frame.layers, frame.steps, frame.lengths)
-    )
-    for i, (name, row, layer, step, length) in enumerate(zip(names, *columns, strict=True)):
-        positions = frame.positions[offsets[i] : offsets[i + 1]]
-        yield row, Record(layer, step, name, length, positions)
-
-
-def _accepted(step: dict[int, list[_Query]], kept: np.ndarray, width: int) -> Iterator[Record]:
-    """Yield the first kept[i] of each request's `width` queries, in each layer that has all."""
-    wanted = np.arange(width) < kept[:, None]
-    for queries in step.values():
-        if len(queries) == wanted.size:
-            for (_, record), is_kept in zip(queries, wanted.ravel().tolist(), strict=True):
-                if is_kept:
-                    yield record
-
-
-def _whole(queries: list[_Query]) -> Iterator[Record]:
-    """Yield the queries of a step, unless a request has several and nobody knows which count."""
-    rows = [row for row, _ in queries]
-    if len(set(rows)) == len(rows):
-        for _, record in queries:
-            yield record
-
-
-def _events(frame: TraceFrame, table: dict[int, np.ndarray], slots: int) -> Iterator[Event]:
-    """Decode a frame's events. table: updated. Raises: ValueError for impossible slots."""
-    plan = 0
-    columns = frame.kinds.tolist(), frame.event_layers.tolist(), frame.arguments.tolist()
-    for i, (kind, layer, argument) in enumerate(zip(*columns, strict=True)):
-        found = NOTHING
-        if kind == Kind.SLOTS:
-            table[argument] = _row(frame, i, table.get(argument, NOTHING), slots)
-            continue
-        if kind == Kind.PLAN:
-            first, end = frame.starts[plan : plan + 2]
-            found = _topk(frame, range(first, end), argument // 2, table)
-            argument, plan = argument % 2, plan + 1
-        elif kind in HAS_TOPK:
-            found = _within(frame.topk(i), -1, slots).astype(np.int32)
-            argument %= 2
-        elif kind in HAS_RUNS:
-            found = _within(frame.slots(i), 0, slots)
-        elif kind == Kind.ACCEPTED:
-            found = _within(frame.accepted(i), 1, argument + 1, "accepted lengths")
-        elif kind == Kind.RESIZE and not 1 <= argument <= slots:
-            raise ValueError(f"hot rows must be 1 to {slots}: got {argument}")
-        shown = Kind.PLAN if kind == Kind.PLAN_SLOTS else Kind(kind)
-        yield Event(shown, layer, argument, found, frame.counters[i])
-
-
-def _row(frame: TraceFrame, event: int, known: np.ndarray, slots: int) -> np.ndarray:
-    """Return a row of the request table after a SLOTS event."""
-    start = frame.start(event)
-    if not 0 <= start <= len(known):
-        raise ValueError(f"a row's slots must go on where they end, at {len(known)}: got {start}")
-    found = _within(frame.slots(event), 0, slots)
-    row: np.ndarray = np.concatenate([known[:start], found]).astype(np.int32)
-    return row
-
-
-def _topk(
-    frame: TraceFrame, records: range, width: int, table: dict[int, np.ndarray]
-) -> np.ndarray:
-    """Return the slots of a plan's queries: [queries, width] int32, -1 pads."""
-    topk = np.full((len(records), width), -1, np.int32)
-    offsets = frame.offsets[records.start : records.stop + 1].tolist()
-    rows = frame.rows[records.start : records.stop].tolist()
-    for query, row in enumerate(rows):
-        positions = frame.positions[offsets[query] : offsets[query + 1]]
-        if len(positions):
-            known = table.get(row, NOTHING)
-            if positions[-1] >= len(known):
-                raise ValueError(f"row {row} must have slots before it is read: got {len(known)}")
-            topk[query, : len(positions)] = known[positions]
-    return topk
-
-
-def _within(numbers: np.ndarray, first: int, end: int, what: str = "slots") -> np.ndarray:
-    if len(numbers) and not first <= numbers.min() <= numbers.max() < end:
-        got = f"{numbers.min()}, {numbers.max()}"
-        raise ValueError(f"{what} must be {first} to {end - 1}: got {got}")
-    return numbers
 
 
 def read_trace(path: str | Path) -> Trace:
@@ -447,16 +348,17 @@ def read_trace(path: str | Path) -> Trace:
             )
         _, version, length = PREFIX.unpack(prefix)
         if version not in READABLE:
-            known = " or ".join(map(str, READABLE))
             raise ValueError(
-                f"an ESS trace must be of version {known}: got {version} in {path}. Record it "
-                "again with this version's --ess-trace."
+                f"an ESS trace must be of version {READABLE[0]} to {READABLE[-1]}: got {version} "
+                f"in {path}. Record it again with this version's --ess-trace."
             )
         text = file.read(length)
     try:
         header = json.loads(text)
         if not all(type(header[key]) is int and header[key] > 0 for key in HEADER_NUMBERS):
             raise TypeError(f"{', '.join(HEADER_NUMBERS)} must be positive integers")
+        if (version == SCORED_VERSION) != (type(header.get("runner_ups")) is int):
+            raise TypeError("runner_ups must be an integer of version 4 alone")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"an ESS trace must have a whole header: got {len(text)} of {length} bytes in {path} "

@@ -15,6 +15,7 @@ from sglang_ess.tiers.hot_cache import HotCache, Plan
 from sglang_ess.tiers.topk_observer import PassQueries, TopkObserver
 from sglang_ess.trace.codec import first_changes, runs_of
 from sglang_ess.trace.format import NO_DATA, Entry, Kind, Queries
+from sglang_ess.trace.scores import PlanScores
 from sglang_ess.trace.trace import TraceWriter
 
 # Where format.STATE's figures are in HotCache.state.
@@ -30,11 +31,23 @@ class TraceRecorder(TopkObserver):
     are written as records of positions; the writer's thread finds them. A plan outside a step, or
     one whose positions do not reproduce its slots, is written as slots.
 
-    path, layers, topk, slots, meta: as TraceWriter
+    path, layers, topk, slots, meta, options: as TraceWriter
+    runner_ups: the writer's. If it is not None, plans are written with the scores that
+        decode_scores gave for the same lists in the same pass; without them if it gave none
     """
 
-    def __init__(self, path: str | Path, layers: int, topk: int, slots: int, meta: dict[str, Any]):
-        self.writer = TraceWriter(path, layers, topk, slots, meta=meta)
+    def __init__(
+        self,
+        path: str | Path,
+        layers: int,
+        topk: int,
+        slots: int,
+        meta: dict[str, Any],
+        **options: Any,
+    ):
+        self.writer = TraceWriter(path, layers, topk, slots, meta=meta, **options)
+        self.runner_ups = self.writer.runner_ups
+        self._scored: dict[int, tuple[np.ndarray, PlanScores]] = {}  # group -> lists, scores
         self._num_caches = 0
         self._step: tuple[tuple[str, ...], np.ndarray, np.ndarray] | None = None
         self._verifying = (0, 1)  # requests of the last step, queries of each
@@ -63,6 +76,7 @@ class TraceRecorder(TopkObserver):
         positions each query sees; req_to_token [requests, context] int32, not a copy
         width: queries of each request, which adjoin; the last one sees most
         """
+        self._scored.clear()
         self._step, self._verifying = None, (len(request_ids) // width, width)
         last = np.arange(width - 1, len(req_rows), width)  # of each request
         if self.writer.recording and self._slots(req_rows[last], lengths[last], req_to_token):
@@ -76,6 +90,12 @@ class TraceRecorder(TopkObserver):
         arrays = queries.req_rows.numpy(), queries.lengths.numpy(), queries.req_to_token.numpy()
         of_queries = [name for name in request_ids for _ in range(queries.width)]
         self.begin_step(of_queries, *arrays, queries.width)
+
+    def decode_scores(
+        self, group: int, topk: torch.Tensor, runner_ups: torch.Tensor, scores: torch.Tensor
+    ) -> None:
+        """Keep the scores of a group's lists for its next plans. The tensors must not change."""
+        self._scored[group] = topk.numpy(), PlanScores(runner_ups.numpy(), scores.numpy())
 
     def accepted(self, lengths: Sequence[int]) -> None:
         """Record how many tokens each request kept of the last decode pass.
@@ -98,8 +118,9 @@ class TraceRecorder(TopkObserver):
             self.writer.put(Entry(Kind.ACCEPTED, 0, width, data=kept))
 
     def end_step(self) -> None:
-        """Stop attributing plans to the queries of begin_step."""
+        """Stop attributing plans to the queries of begin_step, and scores to plans."""
         self._step = None
+        self._scored.clear()
 
     def _slots(self, req_rows: np.ndarray, lengths: np.ndarray, req_to_token: np.ndarray) -> bool:
         """Record the new slots of these rows. Returns whether the file has all of them."""
@@ -138,9 +159,19 @@ class TraceRecorder(TopkObserver):
             if len(queries.rows) != len(topk):
                 queries = None
         argument, counters = 2 * topk.shape[1] + same_step, cache.state[STATE_PLACES]
-        self.writer.put(
-            Entry(Kind.PLAN_SLOTS, cache.layer, argument, counters, topk.copy(), queries)
-        )
+        scored = self._scores_of(cache.layer, topk, first)
+        plan = Kind.PLAN_SLOTS, cache.layer, argument, counters, topk.copy(), queries
+        self.writer.put(Entry(*plan, scored=scored))
+
+    def _scores_of(self, group: int, topk: np.ndarray, first: int) -> PlanScores | None:
+        """Return the scores of a plan's lists, if these are what decode_scores was given."""
+        if group not in self._scored:
+            return None
+        block = slice(first, first + len(topk))
+        lists, scored = self._scored[group]
+        if not np.array_equal(lists[block], topk):
+            return None
+        return PlanScores(scored.runner_ups[block].copy(), scored.scores[block].copy())
 
 
 class RecordedHotCache(HotCache):

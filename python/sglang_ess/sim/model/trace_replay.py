@@ -219,7 +219,7 @@ class _Tier:
 
     def apply(self, event: Event) -> np.ndarray:
         """Apply the event to its layer's cache. Returns the cache's STATE."""
-        kind, layer, argument, slots, _ = event
+        kind, layer, argument, slots, *_ = event
         if kind == Kind.RESIZE:
             self._resize(layer, min(max(1, self._size(layer, argument)), self._slots))
         cache = self.caches[layer]
