@@ -12,7 +12,6 @@ import asyncio
 import functools
 import json
 import mmap
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import numpy as np
 import psutil
 
 from sglang_ess.cpu import set_thread_defaults
+from tools.forks import fork_children
 
 RECORD_VAR = "ESS_BENCH_RECORD"
 SPLIT = ("indexer", "topk", "attention")  # the operations that a timed scheduler times
@@ -202,9 +202,8 @@ class RecordedEngine:
         Path(record).touch()
         import sglang.srt.entrypoints.engine as engine_module
 
-        if fork:  # the Engine would choose to spawn
-            multiprocessing.set_start_method("fork", force=True)
-            wrap(engine_module.mp, "set_start_method", lambda _: lambda *args, **kwargs: None)
+        if fork:
+            fork_children()
 
         class Engine(engine_module.Engine):
             run_scheduler_process_func = staticmethod(scheduler)

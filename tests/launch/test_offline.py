@@ -11,7 +11,7 @@ import sglang_ess
 from sglang_ess import EngineRefused, EssConfig, plugin
 from sglang_ess.config import ENV_VAR
 from tests.support.engine import in_fork
-from tests.support.forked import fork_children
+from tools.forks import fork_children
 
 PROMPTS = ["The quick brown fox jumps over the lazy dog. " * 8, "Hello"]
 SAMPLING = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}

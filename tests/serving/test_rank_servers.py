@@ -12,7 +12,8 @@ from sglang_ess import EssConfig
 from sglang_ess.platforms.cpu_threads import COUNT_VAR
 from tests.support import parity
 from tests.support.engine import in_fork
-from tests.support.forked import ForkedNode, fork_children
+from tests.support.forked import ForkedNode
+from tools.forks import fork_children
 
 pytestmark = pytest.mark.slow
 PROMPTS, TOKENS = parity.prompts_of([20, 130, 300], seed=8), 10

@@ -22,6 +22,7 @@ import numpy as np
 from sglang_ess.config import EssConfig
 from tests.support import forked
 from tests.support.gather import rids
+from tools.forks import fork_children
 from tools.processes import end_with_parent
 
 _context = forked.context
@@ -212,9 +213,6 @@ def _use_threads(count: int) -> None:
 
     numba.set_num_threads(count)
     torch.set_num_threads(count)
-    # A fork has to make torch's pool anew. Two threads that begin at once, as where SGLang loads
-    # weights, would disturb each other in this: one fails with "Invalid thread pool!".
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(count))
 
 
 def _serve(pipe, server_args, env, patches, threads=None) -> None:
@@ -225,7 +223,7 @@ def _serve(pipe, server_args, env, patches, threads=None) -> None:
         _use_threads(threads)
     import sglang.srt.entrypoints.engine as engine_module
 
-    forked.fork_children()
+    fork_children()
     signal.signal(signal.SIGQUIT, lambda *_: os._exit(1))
     try:
         for patch in patches:

@@ -16,6 +16,7 @@ import setproctitle
 
 from sglang_ess.cpu import set_thread_defaults
 from tests.support.pd import Node
+from tools.forks import fork_children
 from tools.processes import end_with_parent
 
 context = multiprocessing.get_context("forkserver")
@@ -84,14 +85,6 @@ def run(
             os.killpg(process.pid, signal.SIGKILL)  # what it has left behind
         except ProcessLookupError:
             pass
-
-
-def fork_children() -> None:
-    """SGLang would choose "spawn", which imports everything again in its children."""
-    import sglang.srt.entrypoints.engine as engine_module
-
-    multiprocessing.set_start_method("fork", force=True)
-    engine_module.mp.set_start_method = lambda *args, **kwargs: None
 
 
 def use_host_transport() -> None:

@@ -22,8 +22,10 @@ from sglang.srt.plugins import load_plugins  # noqa: E402
 
 import sglang_ess.platforms.cpu  # noqa: E402, F401
 from tests.support import interpreter  # noqa: E402
+from tools.forks import renew_torch_pools  # noqa: E402
 
 load_plugins()
 interpreter.refuse()
+renew_torch_pools()
 # What was imported stays: a collection in a fork would walk and copy all of it, 2 s a start.
 gc.freeze()

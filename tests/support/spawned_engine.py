@@ -14,7 +14,6 @@ from pathlib import Path
 
 from sglang_ess.config import EssConfig
 from tests.support import engine as engines
-from tests.support import forked
 
 PATCHES_VAR = "ESS_TEST_PATCHES"
 START_SECONDS = 420  # a first start on a GPU compiles kernels
@@ -83,7 +82,7 @@ def _serve(pipe, server_args, env, patches, log) -> None:
         run_scheduler_process_func = staticmethod(run_scheduler)
 
     engine_module.Engine = Engine
-    forked.fork_children = lambda: None
+    engines.fork_children = lambda: None
     engines._serve(pipe, server_args, env, patches)
 
 
