@@ -18,17 +18,21 @@ SIZES = st.floats(0, 1e6, exclude_min=True) | st.integers(1, 1000)
 HOT = st.just({}) | SHARES.map(lambda x: {"hot_ratio": x}) | SIZES.map(lambda x: {"hot_gib": x})
 # Each needs the other.
 STREAM = st.just({}) | st.text(min_size=1).map(lambda x: {"topk_stream": x, "unsafe": True})
+TRACE = st.builds(
+    lambda file, scores: {"trace": file, "trace_scores": scores if file else 0},
+    st.text(),
+    st.integers(0, 65536),
+)
 CONFIGS = st.builds(
     lambda hot, stream, **rest: EssConfig(**hot, **stream, **rest),
     HOT,
-    STREAM,
+    STREAM | TRACE,
     enabled=st.booleans(),
     platform=st.sampled_from(("auto", "cpu", "native")),
     index_dtype=st.sampled_from(("fp8", "float32")),
     host_gib=st.none() | SIZES,
     device_gib=st.none() | SIZES,
     warmup=st.sampled_from(("on", "off")),
-    trace=st.text(),
     canary_rate=st.floats(0, 1),
 )
 
@@ -110,6 +114,13 @@ def test_unset_is_none_and_defaults_are_the_flags_defaults():
         ('{"canary_rate": null}', ["--ess-canary-rate", "got None"]),
         ('{"warmup": true}', ["--ess-warmup", "on, off", "got True"]),
         ('{"trace": null}', ["--ess-trace", "a str", "got None"]),
+        ('{"trace": "t", "trace_scores": -1}', ["--ess-trace-scores", "0 to 65536", "got -1"]),
+        ('{"trace": "t", "trace_scores": 2.0}', ["--ess-trace-scores", "an int", "got 2.0"]),
+        ('{"trace_scores": 8}', ["must come with --ess-trace: got 8. Drop it or name a file."]),
+        (
+            '{"trace": "t", "trace_scores": 8, "topk_stream": "x", "unsafe": true}',
+            ["--ess-trace-scores must not come with --ess-topk-stream", "got 8. Drop it."],
+        ),
         ('{"hot_ratio": 0.5, "hot_gib": 2}', ["must not both", "got 0.5 and 2 GiB"]),
         ('{"hot_ratio": 9, "hot_gib": -2}', ["got 9", "got -2"]),
         ('{"topk_stream": "x"}', ["must come with --ess-unsafe", "got 'x' without", "wrong"]),

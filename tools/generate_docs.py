@@ -45,7 +45,11 @@ def flags() -> str:
     rows = []
     for field in fields(EssConfig):
         kind, choices = field.metadata["kind"], field.metadata["choices"]
-        value = "|".join(choices) if choices else {float: "NUMBER", str: "TEXT"}.get(kind, "")
+        value = (
+            "|".join(choices)
+            if choices
+            else {float: "NUMBER", int: "NUMBER", str: "TEXT"}.get(kind, "")
+        )
         flag = f"{field.metadata['flag']} {value}".rstrip()
         rows.append((f"`{flag}`", _default(field.default), field.metadata["help"]))
     return table(("Flag", "Default", "Meaning"), rows)
@@ -56,7 +60,7 @@ def _default(value: Any) -> str:
         return "off"  # of the flag, which switches the field away from its default
     if value is None:
         return "automatic"
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value else "none"
+    return f"`{value:g}`" if isinstance(value, int | float) else f"`{value}`" if value else "none"
 
 
 def metrics() -> str:

@@ -184,6 +184,13 @@ class EssConfig:
         "--ess-trace",
         "File for the top-k lists of decode, for `sglang-ess replay`; empty: none.",
     )
+    trace_scores: int = _option(
+        0,
+        "--ess-trace-scores",
+        "With --ess-trace: also the indexer's scores of each list and of this many slots that just "
+        "missed it. 0: none.",
+        limit=("0 to 65536", lambda value: 0 <= value <= 65536),
+    )
     canary_rate: float = _option(
         0.0,
         "--ess-canary-rate",
@@ -213,6 +220,12 @@ class EssConfig:
             raise ValueError(
                 "--ess-hot-ratio and --ess-hot-gib must not both be given: got "
                 f"{self.hot_ratio:g} and {self.hot_gib:g} GiB. Drop one."
+            )
+        if self.trace_scores and (self.topk_stream or not self.trace):
+            rule = "not come with --ess-topk-stream, whose lists no indexer has scored"
+            raise ValueError(
+                f"--ess-trace-scores must {rule if self.trace else 'come with --ess-trace'}: got "
+                f"{self.trace_scores}. Drop it{'' if self.trace else ' or name a file'}."
             )
         if self.topk_stream and not self.unsafe:
             raise ValueError(
@@ -310,5 +323,5 @@ def _broken_rule(f: Field[Any], value: Any) -> str | None:
         return f"one of {', '.join(choices)}"
     kinds = (int, float) if kind is float else (kind,)
     if type(value) not in kinds:
-        return f"a {kind.__name__}"
+        return f"{'an' if kind is int else 'a'} {kind.__name__}"
     return limit[0] if limit and not limit[1](value) else None

@@ -342,6 +342,17 @@ def test_a_trace_that_could_not_be_written(launch, tmp_path):
     refused(launch(*flags, accelerator="cuda"), "--ess-trace must be left out", "--ess-platform")
 
 
+def test_scores_that_could_not_be_recorded(launch, tmp_path):
+    scores = "--ess-trace-scores", "64"
+    refused(launch(*scores), "--ess-trace-scores must come with --ess-trace: got 64")
+    flags = ("--ess-trace", str(tmp_path / "trace.ess"), *scores)
+    assert launch(*flags)[1] == []
+    message = "--ess-trace-scores must be left out off the CPU platform: got 64", "fused top-k"
+    refused(launch(*flags, accelerator="cuda"), *message)
+    pooled = {**DSA, "index_kpool": 4}
+    refused(launch(*flags, model=pooled), "--ess-trace-scores must be left out", "index_kpool 4")
+
+
 def test_all_reasons_are_collected(launch):
     status, lines = launch(
         "--dcp-size", "2", "--enable-lora", "--enable-hisparse", "--page-size", "1",

@@ -17,6 +17,7 @@ from sglang_ess.cpu.ops.index_scores import (
     index_scores_paged,
 )
 from sglang_ess.cpu.ops.rows import quantize_index
+from sglang_ess.cpu.ops.runner_ups import runner_ups
 from sglang_ess.cpu.ops.topk_select import topk_select
 from sglang_ess.layout import INDEX_DIM, index_page_bytes
 
@@ -81,12 +82,21 @@ def decode_slots(layer_id, metadata, query, weights, topk) -> torch.Tensor:
     """Top-k slots of a decode batch [B, topk]; no Python loop over requests.
 
     Public, because a hook may wrap it (ess_patches.topk_stream).
+    Effect: observers that want the scores of the lists get them (--ess-trace-scores).
     """
+    pool = get_token_to_kv_pool()
+    observers = [one for one in getattr(pool, "topk_observers", ()) if one.runner_ups is not None]
     scores = query.new_empty(query.shape[0], 0)
-    if metadata.max_length > topk:
-        pages = get_token_to_kv_pool().get_index_k_with_scale_buffer(layer_id)
+    if metadata.max_length > topk or observers:
+        pages = pool.get_index_k_with_scale_buffer(layer_id)
         scores = index_scores_paged(query, weights, pages, metadata.page_table, metadata.lengths)
-    return topk_select(scores, metadata.lengths, metadata.req_rows, metadata.req_to_token, topk)
+    queries = metadata.lengths, metadata.req_rows, metadata.req_to_token
+    slots = topk_select(scores, *queries, topk)
+    for observer in observers:
+        group, _ = pool.place(layer_id)
+        scored = runner_ups(scores, *queries, slots, observer.runner_ups)
+        observer.decode_scores(group, slots, *scored)
+    return slots
 
 
 def indexer_forward(

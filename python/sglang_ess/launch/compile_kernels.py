@@ -2,7 +2,7 @@
 
 import torch
 
-from sglang_ess.cpu.ops import index_scores, sparse_mla, topk_select
+from sglang_ess.cpu.ops import index_scores, runner_ups, sparse_mla, topk_select
 from sglang_ess.layout import (
     FP8_ROW_BYTES,
     INDEX_DIM,
@@ -18,6 +18,7 @@ KERNELS = (
     sparse_mla._sparse_mla_kernel,
     index_scores._index_scores_kernel,
     topk_select._topk_select_kernel,
+    runner_ups._runner_ups_kernel,
     staging._translate,
     rows._gather_words,
     rank_order.publish,
@@ -43,7 +44,8 @@ def warm_up() -> bool:
     )
     requests = torch.zeros(1, dtype=torch.int64)
     table = torch.zeros(1, PAGE_SLOTS, dtype=torch.int32)
-    topk_select.topk_select(scores, one, requests, table, 1)
+    found = topk_select.topk_select(scores, one, requests, table, 1)
+    runner_ups.runner_ups(scores, one, requests, table, found, 1)
     _warm_up_tiers(host_rows, slots)
     rank_order.warm_up()
     return any(kernel.stats.cache_misses for kernel in KERNELS)

@@ -290,7 +290,13 @@ def host_reasons(server_args: Any, config: EssConfig) -> list[str]:
 
 
 def trace_reasons(config: EssConfig, on_cpu: bool = True) -> list[str]:
-    """Why the file of --ess-trace could not be written."""
+    """Why --ess-trace or --ess-trace-scores could not be obeyed."""
+    if config.trace_scores and not on_cpu:
+        return [
+            "--ess-trace-scores must be left out off the CPU platform: got "
+            f"{config.trace_scores}. Record with --ess-platform cpu: on a GPU, SGLang's fused "
+            "top-k keeps no score, and no list reaches the host."
+        ]
     if config.trace and not on_cpu:
         return [
             f"--ess-trace must be left out off the CPU platform: got {config.trace!r}. Record on "
@@ -354,6 +360,11 @@ def mixed_reasons(
         reasons.append(
             "--model-path must name a model with an index key for each token with ESS on a GPU: "
             f"got index_kpool {pool}. Add --disable-ess."
+        )
+    if pool > 1 and config.trace_scores:
+        reasons.append(
+            "--ess-trace-scores must be left out for a model whose index keys stand for several "
+            f"tokens: got index_kpool {pool}. Drop it."
         )
     if on_cpu and model.get("linear_attn_config") and mode != "null":
         reasons.append(

@@ -61,7 +61,11 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
         self.plan_buffers = PlanBuffers(PLAN_QUERIES_CPU * topk)
         self._link = None if config.link_gib is None else ThrottledLink(config.link_gib * GIB)
         if config.trace and self.host_tier.group.is_writer:
-            self.trace = TraceRecorder(trace_file(config.trace), *self._trace_facts())
+            self.trace = TraceRecorder(
+                trace_file(config.trace),
+                *self._trace_facts(),
+                runner_ups=config.trace_scores or None,
+            )
         self.tier = HotGroups(self._new_caches(host_rows))
         self.rebalancers = []
         if self.capacity.geometry.ghosts:

@@ -31,11 +31,12 @@ class TopkObserver:
     """Sees every index group's top-k list before its rows are fetched, once for all its layers.
 
     Override what is of interest.
-    runner_ups: how many slots below the top-k decode_scores wants of each query; None: it is not
-        called, and the scores need not be kept. CPU only
     """
 
-    runner_ups: int | None = None
+    @property
+    def runner_ups(self) -> int | None:
+        """Slots below the top-k that decode_scores wants of each query; None: no call. CPU only."""
+        return None
 
     def begin_pass(self, request_ids: Sequence[str], queries: PassQueries) -> None:
         """A forward pass begins. Not called on CUDA, where a replayed graph runs no Python.

@@ -32,8 +32,8 @@ class TraceRecorder(TopkObserver):
     one whose positions do not reproduce its slots, is written as slots.
 
     path, layers, topk, slots, meta, options: as TraceWriter
-    runner_ups: the writer's. If it is not None, plans are written with the scores that
-        decode_scores gave for the same lists in the same pass; without them if it gave none
+    With runner_ups among the options, a plan is written with the scores that decode_scores was
+    given of the same lists in the same pass; without scores if there are none.
     """
 
     def __init__(
@@ -46,7 +46,6 @@ class TraceRecorder(TopkObserver):
         **options: Any,
     ):
         self.writer = TraceWriter(path, layers, topk, slots, meta=meta, **options)
-        self.runner_ups = self.writer.runner_ups
         self._scored: dict[int, tuple[np.ndarray, PlanScores]] = {}  # group -> lists, scores
         self._num_caches = 0
         self._step: tuple[tuple[str, ...], np.ndarray, np.ndarray] | None = None
@@ -54,6 +53,10 @@ class TraceRecorder(TopkObserver):
         # A copy of SGLang's request table as far as the file has it. Memory pages that no request
         # has reached stay unbacked.
         self._known, self._known_lengths = np.zeros((0, 0), np.int32), np.zeros(0, np.int64)
+
+    @property
+    def runner_ups(self) -> int | None:
+        return self.writer.runner_ups if self.writer.recording else None
 
     def hot_cache(self, *args: Any, **kwargs: Any) -> RecordedHotCache:
         """Make the HotCache of the next layer; arguments as HotCache."""
