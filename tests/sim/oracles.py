@@ -238,6 +238,79 @@ class Random(Oracle):
         self.hot[slot] = None
 
 
+class Keyed(Oracle):
+    """times: of every slot's uses, kept whole; their worth is summed by the definition."""
+
+    def __init__(self, rows, rule):
+        super().__init__(rows)
+        self.rule, self.times, self.strength, self.pinned = rule, {}, {}, set()
+
+    def step(self, topk, strengths=None):
+        self.pinned = {int(slot) for slot in topk[topk >= 0]}
+        self.strength = {}
+        for slot, strength in zip(topk.ravel().tolist(), np.ravel(strengths), strict=False):
+            if slot >= 0 and strengths is not None:
+                self.strength[slot] = max(strength, self.strength.get(slot, 0))
+        now = self.now + 1
+        for slot in self.pinned:
+            age = self.rule.weak_age * (1 - self.strength[slot]) if self.strength else 0
+            age += self.rule.miss_age * (slot not in self.hot)
+            self.times.setdefault(slot, []).append(now - age)
+        return super().step(topk)
+
+    def use(self, slot):
+        self.fill(slot)
+
+    def evict(self, pinned):
+        victim = min((s for s in self.hot if s not in pinned), key=self.value)
+        self.drop(victim)
+
+    def drop(self, slot):
+        del self.hot[slot]
+        if not self.rule.remember:
+            self.times.pop(slot)
+
+    def value(self, slot):
+        return self.worth(slot), self.hot.get(slot, 0)
+
+    def worth(self, slot):
+        times = self.times[slot]
+        if self.rule.half_lives == (0.0,):
+            return max(times)
+        total = sum(
+            share * 2 ** ((time - self.now) / half_life)
+            for share, half_life in zip(self.rule.shares, self.rule.half_lives, strict=True)
+            for time in times
+        )
+        return self.now + self.rule.half_lives[0] * math.log2(total)
+
+    def hint(self, hints):
+        """The rows fetched ahead."""
+        lists = [[slot for slot in one[: self.rule.hints] if slot >= 0] for one in hints.tolist()]
+        at = self.now - self.rule.hint_age
+        for slot in itertools.chain(*lists):
+            if self.rule.remember or slot in self.hot:
+                self.times.setdefault(slot, []).append(at)
+        best = itertools.chain(*(one[: self.rule.ahead] for one in hints.tolist()))
+        cold = {slot for slot in best if slot >= 0 and slot not in self.hot}
+        if not self.rule.remember:
+            self.times |= {slot: [at] for slot in cold}
+        fetched = 0
+        for slot in sorted(cold, key=lambda slot: (-self.worth(slot), slot)):
+            if len(self.hot) == self.rows:
+                free = [s for s in self.hot if s not in self.pinned and s not in cold]
+                victim = min(free, key=self.value, default=None)
+                if victim is None or self.worth(victim) + self.rule.margin >= self.worth(slot):
+                    break
+                self.drop(victim)
+            self.fill(slot)
+            fetched += 1
+        if not self.rule.remember:
+            for slot in cold - set(self.hot):
+                self.times.pop(slot)
+        return fetched
+
+
 class Belady(Oracle):
     def __init__(self, rows, steps):
         super().__init__(rows)

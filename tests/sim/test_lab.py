@@ -9,6 +9,7 @@ from benchmarks.sim import policy_lab
 from sglang_ess.sim import policies
 from sglang_ess.sim.model.locality import Layers, Locality
 from sglang_ess.sim.planning import lab
+from sglang_ess.sim.policies.keyed import Worth
 from sglang_ess.sim.policies.verified_lru import RULES
 from sglang_ess.tiers.balance.budgets import BudgetError
 from tests.sim.oracles import stack_stream
@@ -42,6 +43,19 @@ class TestOrganisations:
         found = [lab.run(one, name, policy, ROWS, seed=3).misses for name in lab.ORGANISATIONS]
         assert found[0].shape == (1, STEPS, 1) and found[0].sum() > 0
         assert all(np.array_equal(found[0], other) for other in found[1:])
+
+    def test_own_rows_have_own_hints(self):
+        """Each request's next list as its hint: only what is fetched ahead is fetched."""
+        whole, rule = stream(), Worth(hint_age=0.5, hints=8, ahead=8)
+        following = np.concatenate([whole.steps[1:], whole.steps[-1:]])
+        told = lab.Stream(whole.steps, whole.contexts, whole.num_slots,
+                          clues=policies.Clues(following))  # fmt: skip
+        for name in lab.ORGANISATIONS:
+            found = lab.run([told], name, rule, 3 * ROWS)
+            blind = lab.run([whole], name, "lru", 3 * ROWS)
+            assert found.misses[0, 1:].sum() < 0.1 * blind.misses[0, 1:].sum()
+            assert found.ahead.shape == (1, STEPS) and found.ahead.sum() > 0
+            assert blind.ahead.sum() == 0
 
     @pytest.mark.parametrize("name", ["fixed", "ratio"])
     def test_own_rows_are_runs_of_their_own(self, name):
@@ -111,11 +125,14 @@ class TestRun:
 
     def test_figures(self):
         misses = np.arange(12).reshape(2, 3, 2)
-        found = lab.Outcome(misses, 1, 0, 20, np.array([4, 4]))
+        ahead = np.array([[9, 1, 2], [9, 3, 4]])
+        found = lab.Outcome(misses, ahead, 1, 0, 20, np.array([4, 4]))
         assert found.counted.tolist() == [[[2, 3], [4, 5]], [[8, 9], [10, 11]]]
         assert found.mean == 6.5 and found.by_layer.tolist() == [3.5, 9.5]
         assert found.by_request.tolist() == [6, 7] and found.ratio == 0.65
-        assert lab.Outcome(misses, 1, 1, 20, np.array([4, 4])).mean == 5.5
+        assert found.link_rows == 6.5 + 2.5 / 2
+        shorter = lab.Outcome(misses, ahead, 1, 1, 20, np.array([4, 4]))
+        assert shorter.mean == 5.5 and shorter.link_rows == 5.5 + 2 / 2
 
     @pytest.mark.parametrize(
         ("changes", "message"),

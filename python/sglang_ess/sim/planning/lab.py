@@ -17,6 +17,7 @@ import torch
 from sglang_ess.sim import policies
 from sglang_ess.sim.engine.decode_rank import acceptance_probability, draw_kept
 from sglang_ess.sim.model.locality import Locality, TopkStream
+from sglang_ess.sim.policies.keyed import Worth
 from sglang_ess.tiers.balance.budgets import Budgets, allot
 from sglang_ess.tiers.balance.ghost_cache import GhostCache, MissCurve
 
@@ -32,6 +33,7 @@ class Stream:
     contexts   [requests] int64: tokens. Requests may name the same slots: a shared prefix.
     num_slots  slots of the host tier
     kept       [steps, requests] int64: queries of a verify step whose tokens were kept; None: all
+    clues      what the layer knows beside its lists; its hints have one list for each query
     Raises: ValueError for another shape of steps, or a slot that is not below num_slots.
     """
 
@@ -39,6 +41,7 @@ class Stream:
     contexts: np.ndarray
     num_slots: int
     kept: np.ndarray | None = None
+    clues: policies.Clues = policies.NO_CLUES
 
     def __post_init__(self) -> None:
         if self.steps.ndim != 3 or self.steps.shape[1] % len(self.contexts):
@@ -56,8 +59,15 @@ class Stream:
 
     def of(self, request: int) -> np.ndarray:
         """Return the request's steps [steps, queries, K]."""
-        first = request * self.queries
-        return self.steps[:, first : first + self.queries]
+        return self.steps[:, self._queries_of(request)]
+
+    def clues_of(self, request: int) -> policies.Clues:
+        """Return what is known of the request's queries."""
+        of = self._queries_of(request)
+        return policies.Clues(*(None if clue is None else clue[:, of] for clue in self.clues))
+
+    def _queries_of(self, request: int) -> slice:
+        return slice(request * self.queries, (request + 1) * self.queries)
 
 
 @dataclass(frozen=True)
@@ -65,12 +75,14 @@ class Outcome:
     """Misses of a run.
 
     misses   [layers, steps, requests] int64, of all steps
+    ahead    [layers, steps] int64: rows fetched ahead of a miss, of all requests
     warmup   number of first steps that the properties below leave out; tail: of last steps
     lookups  of one step of a layer, pads included
     rows     [layers]: hot rows of a layer, all requests together
     """
 
     misses: np.ndarray
+    ahead: np.ndarray
     warmup: int
     tail: int
     lookups: int
@@ -85,6 +97,12 @@ class Outcome:
     def mean(self) -> float:
         """Misses per request, layer and step."""
         return float(self.counted.mean())
+
+    @property
+    def link_rows(self) -> float:
+        """Rows over the link per request, layer and step: misses, and what was fetched ahead."""
+        ahead = self.ahead[:, self.warmup : self.ahead.shape[1] - self.tail]
+        return self.mean + float(ahead.mean() / self.misses.shape[2])
 
     @property
     def by_layer(self) -> np.ndarray:
@@ -130,7 +148,7 @@ ORGANISATIONS: dict[str, Divide | None] = {
 def run(
     streams: Iterable[Stream],
     organisation: str,
-    policy: str,
+    policy: str | Worth,
     rows: int | Sequence[int],
     *,
     warmup: int = 0,
@@ -140,6 +158,7 @@ def run(
 ) -> Outcome:
     """Count the misses of every layer's stream, starting with empty tiers.
 
+    policy  a name of policies.POLICIES or policies.RULES, or a rule
     rows    hot rows of a layer, all requests together: one number, or one for each layer
     warmup  number of first steps that the outcome's figures leave out
     tail    number of last steps that they leave out. Belady's figure is steady only with a tail,
@@ -154,7 +173,7 @@ def run(
         )
     each = rows if isinstance(rows, Sequence | np.ndarray) else None
     used: list[int] = []
-    misses, lookups = [], 0
+    counts, lookups = [], 0
     for layer, stream in enumerate(streams):
         if min(warmup, tail) < 0 or warmup + tail >= len(stream.steps):
             raise ValueError(
@@ -164,30 +183,33 @@ def run(
         if each is not None and layer >= len(each):
             raise ValueError(f"rows must be one for each layer: got {len(each)} for more layers.")
         used.append(cast(int, rows) if each is None else int(each[layer]))
-        misses.append(_layer(stream, ORGANISATIONS[organisation], policy, used[-1], seed))
+        counts.append(_layer(stream, ORGANISATIONS[organisation], policy, used[-1], seed))
         lookups = stream.steps[0].size
         progress()
     if each is not None and len(used) != len(each):
         raise ValueError(f"rows must be one for each layer: got {len(each)} for {len(used)}.")
-    return Outcome(np.array(misses), warmup, tail, lookups, np.array(used))
+    misses, ahead = (np.array(part) for part in zip(*counts, strict=True))
+    return Outcome(misses, ahead, warmup, tail, lookups, np.array(used))
 
 
-def _layer(stream: Stream, divide: Divide | None, policy: str, rows: int, seed: int) -> np.ndarray:
-    """Count the misses [steps, requests] of one layer."""
+def _layer(
+    stream: Stream, divide: Divide | None, policy: str | Worth, rows: int, seed: int
+) -> policies.Counts:
+    """Count one layer's misses [steps, requests], and the rows [steps] fetched ahead."""
     shape = len(stream.steps), len(stream.contexts), stream.queries
     if divide is None:
         rows = min(rows, stream.num_slots)
-        found = policies.misses(policy, stream.steps, rows, stream.num_slots, seed)
-        by_request: np.ndarray = found.reshape(shape).sum(axis=2)
-        return by_request
+        found = policies.count(policy, stream.steps, rows, stream.num_slots, seed, stream.clues)
+        return policies.Counts(found.misses.reshape(shape).sum(axis=2), found.ahead)
     own = np.minimum(divide(rows, stream.contexts), stream.num_slots)
-    return np.stack(
-        [
-            policies.misses(policy, stream.of(i), int(count), stream.num_slots, seed + i).sum(1)
-            for i, count in enumerate(own)
-        ],
-        axis=1,
-    )
+    each = [
+        policies.count(
+            policy, stream.of(i), int(count), stream.num_slots, seed + i, stream.clues_of(i)
+        )
+        for i, count in enumerate(own)
+    ]
+    misses = np.stack([one.misses.sum(axis=1) for one in each], axis=1)
+    return policies.Counts(misses, np.sum([one.ahead for one in each], axis=0))
 
 
 # --- curves -----------------------------------------------------------------------------
