@@ -28,8 +28,10 @@ COMMANDS = {
     ),
     "simulate": ("sglang_ess.sim.cli.simulate", "simulate a deployment with ESS and with one tier"),
     "replay": ("sglang_ess.sim.cli.replay", "replay a trace that --ess-trace wrote"),
+    "convert": ("sglang_ess.sim.cli.convert", "make a trace of another system's top-k lists"),
 }
 SHORT_NAMES = {
+    "sglang_ess.convert": "sglang_ess.sim.cli.convert",
     "sglang_ess.doctor": "sglang_ess.launch.doctor",
     "sglang_ess.plan": "sglang_ess.sim.cli.plan",
     "sglang_ess.replay": "sglang_ess.sim.cli.replay",

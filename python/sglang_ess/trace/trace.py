@@ -108,6 +108,7 @@ class TraceWriter:
             )
         self.path, self.limit_bytes = Path(path), limit_bytes
         self.runner_ups, self._waits = runner_ups, waits
+        self.error: Exception | None = None  # what has ended the trace, if anything has
         self.records = self.events = self.dropped = self.written_bytes = 0
         self._gap = 0  # events dropped since the last one queued
         self._packer = Packer(layers, slots, has_scores)
@@ -169,6 +170,7 @@ class TraceWriter:
         try:
             self._write_frames()
         except Exception as error:  # an error of the trace must not reach serving
+            self.error = error
             logger.warning(
                 "ESS: trace %s has failed after %d records (%d bytes) and is off: %s: %s",
                 self.path,

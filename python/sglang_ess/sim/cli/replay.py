@@ -156,8 +156,9 @@ class Study:
         units = f"{trace.layers} {self.unit}s"
         if self.groups.layers != trace.layers:
             units += f" of {self.groups.layers} layers"
+        scores = "" if trace.runner_ups is None else f" + {trace.runner_ups} with scores"
         console.print(
-            f"{trace.path.name}: {units}, top-k {trace.topk}, {trace.slots:,} "
+            f"{trace.path.name}: {units}, top-k {trace.topk}{scores}, {trace.slots:,} "
             f"slots, {steps:,} decode steps ({self.end})",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
