@@ -25,7 +25,9 @@ FILES = sorted(structure.modules().values())
 DEVICES = re.compile(r"(^|_)(cpu|cuda|gpu|rocm|npu|xpu)($|_)")
 DEVICE_FOLDERS = {"platforms", "cpu"}
 # What the rooms below the line import beside the standard library and each other.
-LIBRARIES = {"torch", "numpy", "numba", "triton", "matplotlib", "rich", "safetensors", "tqdm"}
+LIBRARIES = {
+    "torch", "numpy", "numba", "triton", "matplotlib", "rich", "safetensors", "tqdm", "xxhash"
+}  # fmt: skip
 
 # A comment or docstring cites only what is in the repository, or a paper by name and section.
 NOT_HERE = re.compile(r"papers\.md|house\.md|anchors|gpu-review|\binvariants? \d|\.\./shared")

@@ -48,6 +48,7 @@ BELOW = (
     "trace",
     "tiers.balance",
     "tiers",
+    "store",
     "ess_patches",
     "ess_kernels",
     "errors",

@@ -1,0 +1,1 @@
+"""A store of page objects in files: the tier under the host tier. Imports no SGLang."""
