@@ -17,6 +17,8 @@ from typing import Any
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from sglang_ess.launch import startup
+
 UNAVAILABLE = 503
 
 
@@ -32,6 +34,8 @@ class BoundedConfig(uvicorn.Config):
 
     def load(self) -> None:
         super().load()
+        if self.workers > 1:  # uvicorn loads in the workers alone
+            startup.tell_ready()
         self.loaded_app = answering(self.loaded_app, self.timeout_graceful_shutdown)
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,6 +24,7 @@ from sglang_ess.testing.topk_stream import announce
 PREFIX = "[sglang-ess]"  # "sglang-ess: " is for refusals, which end the process
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 POLL_SECONDS = 0.1
+READY = " (ready)"  # end of the title of a tokenizer worker that is ready
 READY_SECONDS = 5.0  # time limit of a request that asks whether the server is ready
 
 
@@ -335,7 +336,7 @@ def _announce(
     server_args: Any, since: float, serving: Callable[[], None], ended: threading.Event
 ) -> None:
     if server_args.node_rank > 0:  # its HTTP server answers nothing but whether it lives
-        while not _answers(server_args, 1, "/health"):
+        while not _answers(server_args, "/health"):
             if ended.wait(POLL_SECONDS):
                 return
         serving()
@@ -356,21 +357,46 @@ def _announce(
 def _is_ready(server_args: Any, manager: Any) -> bool:
     """Whether a client would get an answer from every HTTP process, after its own warm-up.
 
-    manager: SGLang's tokenizer manager, or its router if there are several HTTP processes. These
-    share the port, so a client cannot choose one. Several open connections for each process
-    almost always reach all of them.
+    manager: SGLang's tokenizer manager; with several HTTP processes its router, which is not asked
     """
     workers = server_args.tokenizer_worker_num
     if workers == 1:
-        return manager.is_ready() and _answers(server_args, 1)
-    if len(manager.all_worker_ipcs) < workers or not _answers(server_args, 1):
-        time.sleep(1)  # SGLang logs each attempt
-        return False
-    return _answers(server_args, 4 * workers)
+        return manager.is_ready() and _answers(server_args)
+    if not server_args.enable_http2:  # Granian's workers do not tell
+        return ready_workers() >= workers and _answers(server_args)
+    time.sleep(1)  # SGLang logs each attempt
+    return len(manager.all_worker_ipcs) >= workers and _answers(server_args)
 
 
-def _answers(server_args: Any, connections: int, path: str = "/ready") -> bool:
-    """Whether a path answers 200 on this many new connections, all open at the same time."""
+def tell_ready() -> None:
+    """In a tokenizer worker: add READY to the title of its process once it is ready.
+
+    The workers share a port and take connections by chance, so the launcher cannot ask each one.
+    """
+    threading.Thread(target=_tell_ready, daemon=True).start()
+
+
+def _tell_ready() -> None:
+    import setproctitle
+
+    while not answers():
+        time.sleep(POLL_SECONDS)
+    setproctitle.setproctitle(setproctitle.getproctitle() + READY)
+
+
+def ready_workers() -> int:
+    """How many of the processes that this one has started say that they are ready."""
+    import psutil
+
+    ready = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ended meanwhile
+            ready += " ".join(process.cmdline()).rstrip().endswith(READY)
+    return ready
+
+
+def _answers(server_args: Any, path: str = "/ready") -> bool:
+    """Whether a path answers 200 on a new connection."""
     url = urlsplit(server_args.url())
     kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
     if url.scheme == "https":  # the server's certificate need not be valid for this host name
@@ -378,15 +404,11 @@ def _answers(server_args: Any, connections: int, path: str = "/ready") -> bool:
         kind = functools.partial(http.client.HTTPSConnection, context=context)
     key = server_args.api_key
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    opened = [kind(url.hostname, url.port, timeout=READY_SECONDS) for _ in range(connections)]
+    connection = kind(url.hostname, url.port, timeout=READY_SECONDS)
     try:
-        for connection in opened:
-            connection.connect()
-        for connection in opened:
-            connection.request("GET", path, headers=headers)
-        return all(connection.getresponse().status == 200 for connection in opened)
+        connection.request("GET", path, headers=headers)
+        return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False
     finally:
-        for connection in opened:
-            connection.close()
+        connection.close()
