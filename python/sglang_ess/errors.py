@@ -90,7 +90,7 @@ def is_check(error: BaseException) -> bool:
 def make_scheduler(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Body of the AROUND hook on Scheduler.__init__: a failed check ends the process in one line.
 
-    Of several ranks that end because of one, that one prints the line.
+    Of several ranks, one prints the line: the first that refuses for a reason of its own.
     Raises: SystemExit(REFUSED), which the launcher recognises, for a failed check. As an
     Exception it would reach the operator as a scheduler's traceback. Other exceptions pass.
     """
@@ -99,22 +99,28 @@ def make_scheduler(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> 
     except Exception as error:
         if not is_check(error):
             raise
-        if isinstance(error, PeerRefusal):
+        if not isinstance(error, PeerRefusal) and _is_first_refusal():
+            print(f"sglang-ess: {refusal(error)}", file=sys.stderr, flush=True)
+        else:
             # The first scheduler that ends makes SGLang end the others: let that rank speak.
             time.sleep(PEER_SECONDS)
-            raise SystemExit(REFUSED) from None
-        if _is_first_refusal():
-            print(f"sglang-ess: {refusal(error)}", file=sys.stderr, flush=True)
         raise SystemExit(REFUSED) from None
 
 
+def refusal_mark(template: str) -> Path:
+    """The file that the first refusing process of a server makes. template: TEMPLATE's value"""
+    return Path(tempfile.gettempdir()) / f"{template}refused"
+
+
 def _is_first_refusal() -> bool:
-    """Whether no other process of this server has refused: ranks refuse alike, and one says why."""
-    if (template := os.environ.get(TEMPLATE)) is None:  # without our launcher
+    """Whether no other process of this server has refused: ranks refuse alike, and one says why.
+
+    True in each of them where neither our launcher nor our engine has started the server.
+    """
+    if (template := os.environ.get(TEMPLATE)) is None:
         return True
-    try:  # the launcher removes it with the other files
-        mark = Path(tempfile.gettempdir()) / f"{template}refused"
-        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+    try:  # who has set the variable removes it
+        refusal_mark(template).touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:

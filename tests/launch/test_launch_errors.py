@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sglang_ess import errors, launch_server, plugin
-from sglang_ess.config import EssConfig
+from sglang_ess.config import TEMPLATE, EssConfig
 from sglang_ess.launch import ports
 from tests.support import dry
 from tests.support.engine import in_fork, run_launcher
@@ -298,6 +298,23 @@ def test_a_rank_that_ends_because_of_another_says_nothing(capsys, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         errors.make_scheduler(init, None)
     assert caught.value.code == 2 and capsys.readouterr().err == "" and waited == [1.0]
+
+
+def test_of_ranks_that_refuse_alike_the_first_says_why(tmp_path, capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    monkeypatch.setattr(errors.tempfile, "gettempdir", lambda: str(tmp_path))
+
+    def init(rank):
+        raise errors.Refusal(f"rank {rank}")
+
+    for template in ("ess-a-", "ess-b-"):  # of two servers
+        monkeypatch.setenv(TEMPLATE, template)
+        for rank in range(3):
+            with pytest.raises(SystemExit):
+                errors.make_scheduler(init, rank)
+    assert capsys.readouterr().err == "sglang-ess: rank 0\n" * 2 and waited == [1.0] * 4
+    assert {errors.refusal_mark("ess-a-"), errors.refusal_mark("ess-b-")} == set(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -114,8 +114,8 @@ def test_without_the_agreement_they_would_differ(tmp_path):
 
 
 def refusal(first, second):
-    """The line with which both ranks end, and which the first one prints."""
-    assert (first[0], second[0]) == ("CapacityError", "PeerRefusal")
+    """The line with which both ranks end."""
+    assert (first[0], second[0]) == ("CapacityError", "CapacityError")
     assert first[1] == second[1]
     return first[1]
 

@@ -4,6 +4,7 @@ SGLang writes rows.
 The ranks are real processes with SGLang's own groups. Each runs the same script.
 """
 
+import math
 import os
 from types import SimpleNamespace
 
@@ -220,6 +221,18 @@ def test_a_group_that_nodes_cut_unequally_is_refused(nodes, found):
     options = {"attn_tp_size": len(nodes), "attn_tp_group": group, "node_rank": nodes[0]}
     with get_parallel().override(**options), pytest.raises(Refusal, match=found):
         tier_group()
+
+
+@pytest.mark.parametrize(("seconds", "limit"), [(40.0, 40.0), (None, math.inf), (-1.0, math.inf)])
+def test_ranks_wait_for_each_other_as_long_as_the_watchdog(seconds, limit):
+    """None and a negative number turn SGLang's watchdog off."""
+    from sglang.srt.runtime_context import get_context, get_parallel
+
+    group = SimpleNamespace(all_gather_object=lambda _: [0, 0], rank_in_group=0)
+    options = {"attn_tp_size": 2, "attn_tp_group": group, "node_rank": 0}
+    with get_context().override_server_args(watchdog_timeout=seconds, tp_size=2):
+        with get_parallel().override(**options):
+            assert tier_group().limit_seconds == limit
 
 
 def a_traced_pool(rank, file):

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,7 +68,7 @@ def a_rank(group, pipe):
         order._wait = lambda *args, **kwargs: None
 
     def limit(seconds):
-        rank_order.LIMIT_SECONDS = seconds
+        order._group = replace(group, limit_seconds=seconds)
 
     commands = {
         "write": write, "read": read, "next_pass": next_pass, "begin": order.begin,

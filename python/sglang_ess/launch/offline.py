@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from sglang_ess import errors
-from sglang_ess.config import REFUSED, EssConfig
+from sglang_ess.config import REFUSED, TEMPLATE, EssConfig
 from sglang_ess.cpu import set_thread_defaults
 
 if TYPE_CHECKING:
@@ -44,16 +44,21 @@ def engine(model_path: str, ess: EssConfig | None = None, **server_args: Any) ->
 
 
 def _started(server_args: Any) -> Engine:
-    """Start the engine. If that fails, end the processes that SGLang would leave behind."""
+    """Start the engine. If that fails, end the processes that SGLang would leave behind.
+
+    Effect: sets TEMPLATE for its processes, of which then one says why it refuses.
+    """
     from sglang.srt.entrypoints.engine import Engine
 
     before = set(multiprocessing.active_children())
+    template = os.environ[TEMPLATE] = f"ess-{os.urandom(4).hex()}-"
     try:
         return Engine(server_args=server_args)
     except BaseException:
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
             process.join()
+        errors.refusal_mark(template).unlink(missing_ok=True)
         raise
 
 

@@ -38,7 +38,6 @@ from sglang_ess.mem_cache.host_share import (
     agreed,
     host_limit_bytes,
     node_text,
-    refused_alike,
 )
 from sglang_ess.tiers import free_host_bytes
 from sglang_ess.tiers.balance.rebalance import ghost_bytes
@@ -326,8 +325,7 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
 
     Under ESS the budget buys index keys and hot rows instead of latent rows. With one tier, the
     CPU platform takes --ess-device-gib for its device memory. Effect: decided() is set.
-    Raises: CapacityError, which ends the scheduler with one line (errors.make_scheduler);
-    PeerRefusal on all ranks of a node but the first.
+    Raises: CapacityError, on every rank; errors.make_scheduler makes one line of them.
     """
     from sglang.srt.runtime_context import get_parallel
 
@@ -340,15 +338,14 @@ def config_from_budget(original: Any, configurator: Any, budget_bytes: int, **kw
             budget_bytes -= _padding_bytes(configurator)
         return original(configurator, budget_bytes, **kwargs)
     cell_bytes, geometry = _geometry(configurator, config)
-    with refused_alike():
-        budget_bytes, free = agreed(config, budget_bytes, free_host_bytes())
-        tiers = NodeTiers.of(get_parallel())
-        host_bytes = host_limit_bytes(config, free, tiers)
-        slots = max_slots(config, geometry, budget_bytes, host_bytes)
-        # SGLang divides by the bytes of a token in one tier, then applies its own constraints.
-        result = original(configurator, slots * cell_bytes, **kwargs)
-        slots = result.max_total_num_tokens
-        _decided = choose_capacity(config, geometry, slots, budget_bytes, host_bytes)
+    budget_bytes, free = agreed(config, budget_bytes, free_host_bytes())
+    tiers = NodeTiers.of(get_parallel())
+    host_bytes = host_limit_bytes(config, free, tiers)
+    slots = max_slots(config, geometry, budget_bytes, host_bytes)
+    # SGLang divides by the bytes of a token in one tier, then applies its own constraints.
+    result = original(configurator, slots * cell_bytes, **kwargs)
+    slots = result.max_total_num_tokens
+    _decided = choose_capacity(config, geometry, slots, budget_bytes, host_bytes)
     if max(tiers.total, tiers.ranks) > 1:
         text = node_text(geometry.host_bytes(slots), tiers.total, tiers.ranks)
         logger.info("ESS: host tier: %s", text)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from sglang_ess.config import EssConfig
-from sglang_ess.errors import PeerRefusal, Refusal
+from sglang_ess.errors import Refusal
 from sglang_ess.layout import GIB, MIB
 from sglang_ess.tiers.tier_group import TierGroup
 
@@ -78,11 +77,12 @@ class NodeTiers(NamedTuple):
 def tier_group() -> TierGroup:
     """The ranks that share this rank's host tier: those of its attention-TP group on its node.
 
-    A node is what SGLang's --node-rank says. Two of them may run on one host.
+    A node is what SGLang's --node-rank says. Two of them may run on one host. They wait for each
+    other as long as SGLang's watchdog lets a pass take.
     Raises: Refusal on every rank, if the group's nodes have different numbers of them: they build
     their tiers together, and a rank by itself takes fewer steps.
     """
-    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.runtime_context import get_device, get_parallel
 
     parallel = get_parallel()
     if parallel.attn_tp_size == 1:
@@ -102,7 +102,9 @@ def tier_group() -> TierGroup:
         values = group.all_gather_object(value)
         return [values[i] for i in members]
 
-    return TierGroup(members.index(group.rank_in_group), len(members), exchange)
+    seconds = get_device().watchdog_timeout
+    limit = math.inf if seconds is None or seconds < 0 else seconds  # without a watchdog: none
+    return TierGroup(members.index(group.rank_in_group), len(members), exchange, limit)
 
 
 def trace_file(path: str) -> Path:
@@ -155,24 +157,6 @@ def node_text(tier_bytes: int, tiers: int, ranks: int) -> str:
     if tiers > 1:
         text += f"; {tier_bytes * tiers / MIB:.0f} MiB on this node ({tiers} host tiers)"
     return text
-
-
-@contextmanager
-def refused_alike() -> Iterator[None]:
-    """Where all ranks refuse alike, let the first rank of the node print the line.
-
-    Raises: PeerRefusal on the others in place of a CapacityError.
-    """
-    from sglang.srt.runtime_context import get_parallel
-
-    try:
-        yield
-    except CapacityError as error:
-        parallel = get_parallel()
-        if parallel.launch_world_size > 1:
-            if torch.distributed.get_rank() % NodeRanks.of(parallel).replica:
-                raise PeerRefusal(str(error)) from None
-        raise
 
 
 def agreed(config: EssConfig, *values: int) -> tuple[int, ...]:

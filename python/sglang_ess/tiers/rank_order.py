@@ -37,7 +37,6 @@ SPINS = 2000  # looks before the first sleep: some 2 us
 YIELD_SECONDS = 0.002  # then the core goes to others, who may be the rank that is awaited
 SLEEP_SECONDS = 50e-6
 CHECK_SECONDS = 0.2  # between two looks whether the awaited process lives
-LIMIT_SECONDS = 300.0  # as SGLang's watchdog
 PASS = 1 << 20  # writes of a pass, at most
 
 
@@ -118,7 +117,7 @@ class RankOrder:
     def write(self, write: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Write host rows: the writer calls write(*args), and the rows are there at the return.
 
-        Raises: RankLost if another rank has ended, or sends no word for LIMIT_SECONDS.
+        Raises: RankLost if another rank has ended, or sends no word for the group's limit_seconds.
         """
         if self._is_sole:
             write(*args, **kwargs)
@@ -140,6 +139,7 @@ class RankOrder:
         if reached(self._counters, line * LINE, value, SPINS):
             return
         since = checked = time.monotonic()
+        limit = self._group.limit_seconds
         while not reached(self._counters, line * LINE, value, 10):
             now = time.monotonic()
             if now - since < YIELD_SECONDS:
@@ -152,8 +152,8 @@ class RankOrder:
                 # It may have gone on to the counter just before its end.
                 if has_ended and reached(self._counters, line * LINE, value, 1):
                     return
-                if has_ended or now - since > LIMIT_SECONDS:
-                    found = "it has ended" if has_ended else f"none for {LIMIT_SECONDS:.0f} s"
+                if has_ended or now - since > limit:
+                    found = "it has ended" if has_ended else f"none for {limit:.0f} s"
                     raise RankLost(
                         "ranks that share a host tier must go on together: got no word from rank "
                         f"{rank} (process {process[0]}): {found}. Its own log says why; restart "

@@ -20,6 +20,7 @@ class TierGroup:
 
     rank, size: of this process among them
     exchange: gives every rank's value, in the order of the ranks, to each; all must call it
+    limit_seconds: how long a rank waits in a pass for another that lives
 
     Rank 0 is the writer: it alone writes host rows, and the others read them.
     """
@@ -27,6 +28,7 @@ class TierGroup:
     rank: int = 0
     size: int = 1
     exchange: Callable[[Any], list[Any]] = _alone
+    limit_seconds: float = 300.0  # as SGLang's watchdog
 
     @property
     def is_writer(self) -> bool:
