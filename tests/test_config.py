@@ -171,7 +171,7 @@ def test_a_later_option_needs_one_place_only():
     config = parse(Later, ["--ess-hot-rows", "8", "--ess-canary"])
     assert (config.hot_rows, config.canary) == (8, True)
     assert Later.from_env(config.to_env()) == config
-    with pytest.raises(ValueError, match="--ess-hot-rows.* must be a int: got '8'"):
+    with pytest.raises(ValueError, match="--ess-hot-rows.* must be an int: got '8'"):
         Later(hot_rows="8")
 
 
