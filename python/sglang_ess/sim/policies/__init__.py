@@ -14,18 +14,16 @@ from sglang_ess.sim.policies.production_lru import Lru
 from sglang_ess.sim.policies.random import Random
 
 # What each knows beside the last use. The numbers are the same for all streams.
-AVERAGE = Worth(half_lives=(16.0,))
-TWO = Worth(half_lives=(8.0, 64.0), shares=(1.0, 0.2), remember=True)
+TWO = Worth(half_lives=(8.0, 256.0), shares=(1.0, 0.05), remember=True)
 RULES = {
     "probation": Worth(miss_age=8),
     "weak_first": Worth(weak_age=4),
-    "hinted": Worth(hint_age=1, hints=128),
-    "hinted_ahead": Worth(hint_age=1, hints=128, ahead=8, margin=2),
-    "average": AVERAGE,
-    "average_all": AVERAGE._replace(remember=True),
+    "average": Worth(half_lives=(8.0,), remember=True),
     "two_averages": TWO,
-    "two_averages_hinted": TWO._replace(hint_age=16, hints=128),
-    "two_averages_ahead": TWO._replace(hint_age=16, hints=128, ahead=8, margin=8),
+    "hinted": Worth(hint_age=1, hints=128),
+    "two_averages_hinted": TWO._replace(hint_age=8, hints=128),
+    "hinted_ahead": Worth(hint_age=1, hints=128, ahead=4, margin=2),
+    "two_averages_ahead": TWO._replace(hint_age=8, hints=128, ahead=4, margin=4),
 }
 # name -> (rows, slots, steps, seed) -> an empty tier
 POLICIES: dict[str, Callable[[int, int, np.ndarray, int], Any]] = {

@@ -52,6 +52,14 @@ class Worth(NamedTuple):
     ahead: int = 0
     margin: float = 0.0
 
+    def state_bytes(self, rows: int, num_slots: int) -> int:
+        """Bytes that the rule keeps and LRU does not: a byte for each key of a row or slot.
+
+        A byte has the age of a key in eighths of its half-life. The lab itself does not round.
+        """
+        keys = len(self.half_lives) if any(self.half_lives) else 0
+        return keys * (num_slots if self.remember else rows)
+
 
 class Keyed(Policy):
     """slot_keys [slots, half-lives] float64; row_use [rows] int64: the number of its last use.
