@@ -10,7 +10,7 @@ import pytest
 
 from sglang_ess.intake import Refused, control, guard, streams
 from sglang_ess.intake import request_checks as requests
-from tests.support import http_fuzz
+from tests.support import http_bodies, http_fuzz
 
 PARAMS = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
 CONTEXT = 16_384  # of the default tiny model
@@ -56,7 +56,7 @@ REFUSED = [
     ("/v1/completions", {"model": "m", "prompt": "", "max_tokens": 2}, ""),
     ("/vertex_generate", {"instances": [{"input_ids": []}]}, "input_ids"),
     # Errors in a stream that has no byte yet, and where the route catches none.
-    ("/api/chat", {**http_fuzz.CHAT, "options": {"num_predict": 10**6}}, "context length"),
+    ("/api/chat", {**http_bodies.CHAT, "options": {"num_predict": 10**6}}, "context length"),
     ("/api/generate", {"model": "m", "prompt": "a", "options": {"top_k": -7}}, "top_k"),
     # Ids outside the vocabulary.
     ("/generate", {"input_ids": [5, 10**6]}, "input_ids must be 0 to"),

@@ -7,7 +7,7 @@ the first of them run. Any other file is a group of its own.
 # The longest come first, so that the processes end at about the same time.
 GROUPS = {
     "server": (
-        "tests/kernels/", "tests/intake/", "tests/test_metrics.py", "tests/docs/",
+        "tests/kernels/", "tests/intake/", "tests/test_metrics", "tests/docs/",
         "tests/launch/test_startup.py", "tests/serving/test_users.py",
     ),
     "pair": ("tests/sim/", "tests/launch/test_shutdown_server.py"),
