@@ -1,4 +1,9 @@
-"""Replacement policies over one layer's steps: the production LRU and its rivals."""
+"""Replacement policies over one layer's steps: the production LRU and its rivals.
+
+Segmented LRU, 2Q and S3-FIFO are left out. In 18 settings on the streams of both localities the
+best of them equals LRU where LRU misses much, and saves 0.3 % at 55 misses a step; S3-FIFO's
+usual setting misses 1 to 16 % more. `probation` in RULES stands for their kind.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +18,8 @@ from sglang_ess.sim.policies.keyed import Keyed, Worth
 from sglang_ess.sim.policies.production_lru import Lru
 from sglang_ess.sim.policies.random import Random
 
-# What each knows beside the last use. The numbers are the same for all streams.
+# What each knows beside the last use. The numbers are the same for all streams and layers. They
+# were chosen on one document of 8K tokens that an early state of the trained tiny model had read.
 TWO = Worth(half_lives=(8.0, 256.0), shares=(1.0, 0.05), remember=True)
 RULES = {
     "probation": Worth(miss_age=8),
