@@ -20,7 +20,8 @@ class Model:
     def __init__(self, num_rows: int):
         self.num_rows, self.step = num_rows, 0
         self.order: OrderedDict[int, int] = OrderedDict()
-        self.counters = dict.fromkeys(COUNTERS, 0)
+        self.counters = dict.fromkeys((*COUNTERS, "early", "early_used"), 0)
+        self.early: set[int] = set()  # slots fetched ahead, hot since and not yet used
 
     def _touch(self, slot: int, pinned: set[int]) -> None:
         """The most recently used, once per pass: repeats within it change nothing."""
@@ -38,6 +39,7 @@ class Model:
             return False
         self.counters["evictions"] += 1
         self.counters["evicted_age"] += self.step - self.order.pop(victim)
+        self.early.discard(victim)
         return True
 
     def _query(self, entries, pinned, missed) -> int | None:
@@ -52,6 +54,17 @@ class Model:
 
     def plan(self, topk: np.ndarray, start: tuple[int, int]):
         """Returns (covered [queries, K] bool, misses in order, misses by query, stop)."""
+        found = self._plan(topk, start)
+        self.counters["early_used"] += self._settle_early()
+        return found
+
+    def _settle_early(self) -> int:
+        """Slots fetched ahead that the last operation has used, and that are no longer early."""
+        used = {slot for slot in self.early if self.order[slot] == self.step}
+        self.early -= used
+        return len(used)
+
+    def _plan(self, topk: np.ndarray, start: tuple[int, int]):
         self.step += start == (0, 0)
         first, column = start
         whole = self._plan_whole(topk, start)
@@ -112,6 +125,7 @@ class Model:
             if slot in self.order or self._make_room(pinned, min_age):
                 self._touch(slot, pinned)
                 count += 1
+        self._settle_early()
         self.counters["installs"] += count
         self.counters["skipped"] += len(slots) - count
         return count
@@ -119,16 +133,42 @@ class Model:
     def invalidate(self, slots) -> None:
         for slot in slots:
             self.order.pop(slot, None)
+            self.early.discard(slot)
+
+    def fetch_ahead(self, slots: np.ndarray, most: int, min_age: int) -> list[int]:
+        """The slots fetched, best first: rank by rank, at most `most` of each request."""
+        left, fetched = [most] * len(slots), []
+        for request, slot in [(r, int(s)) for rank in slots.T for r, s in enumerate(rank)]:
+            if slot < 0 or slot in self.order or slot in fetched or not left[request]:
+                continue
+            if len(self.order) + len(fetched) == self.num_rows:
+                oldest, step = next(iter(self.order.items()), (None, self.step))
+                if oldest is None or self.step - step < min_age:
+                    break
+                self.counters["evictions"] += 1
+                self.counters["evicted_age"] += self.step - self.order.pop(oldest)
+                self.early.discard(oldest)
+            fetched.append(slot)
+            left[request] -= 1
+        oldest_step = min([*self.order.values(), self.step - 1])
+        for slot in fetched:
+            self.order[slot] = oldest_step
+            self.order.move_to_end(slot, last=False)
+        self.early |= set(fetched)
+        self.counters["early"] += len(fetched)
+        return fetched
 
     def warm(self, topk: np.ndarray) -> int:
         filled: list[int] = []
         for query in topk:
             self._query([(0, int(slot)) for slot in query if slot >= 0], set(), filled)
+        self._settle_early()
         self.counters["installs"] += len(filled)
         return len(set(filled) & self.order.keys())
 
     def resize(self, num_rows: int) -> None:
         self.num_rows = num_rows
+        self.early.clear()
         while len(self.order) > num_rows:
             _, step = self.order.popitem(last=False)
             self.counters["evictions"] += 1
@@ -227,6 +267,19 @@ class Driver:
         assert filled == self.models[layer].warm(topk)
         self.check(layer)
 
+    def fetch_ahead(self, layer: int, slots: np.ndarray, most: int, min_age: int) -> None:
+        cache, model = self.caches[layer], self.models[layer]
+        slots = np.ascontiguousarray(slots, np.int32)
+        hot = set(model.order)
+        if cache.num_rows == cache.num_slots:
+            expected = []
+        else:
+            expected = model.fetch_ahead(slots, most, min_age)
+        assert cache.fetch_ahead(slots, most, min_age) == len(expected)
+        kept = {slot for slot in hot if model.order.get(slot, -1) > model.step - min_age}
+        assert kept <= set(np.flatnonzero(cache.slot_row >= 0).tolist())
+        self.check(layer)
+
     def resize(self, layer: int, num_rows: int) -> None:
         """To num_rows, as far as there are spare rows."""
         cache, model = self.caches[layer], self.models[layer]
@@ -276,7 +329,7 @@ class Driver:
 def random_step(driver: Driver, rng: np.random.Generator) -> None:
     """One operation on random arguments: what a script without hypothesis uses."""
     num_slots, layer = driver.host.num_slots, int(rng.integers(len(driver.caches)))
-    kind = rng.integers(10)
+    kind = rng.integers(12)
     if kind < 5:
         driver.plan(layer, random_topk(rng, num_slots))
     elif kind < 8:
@@ -285,6 +338,9 @@ def random_step(driver: Driver, rng: np.random.Generator) -> None:
     elif kind == 8:
         driver.warm(layer, random_topk(rng, num_slots))
         driver.resize(layer, int(rng.integers(1, num_slots + 1)))
+    elif kind > 9:
+        topk = random_topk(rng, num_slots)
+        driver.fetch_ahead(layer, topk, int(rng.integers(1, 9)), int(rng.integers(4)))
     else:
         driver.check_rows(layer, rng.integers(1 << 40, size=8))
 

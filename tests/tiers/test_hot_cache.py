@@ -68,7 +68,7 @@ class TestPlan:
         use(cache, [3, 4, 3])  # step 3: evicts 1, unused for 2 steps, and 2, for 1
         assert cache.counters == {
             "lookups": 6, "misses": 4, "evictions": 2, "evicted_age": 3, "installs": 0,
-            "skipped": 0,
+            "skipped": 0, "early": 0, "early_used": 0,
         }  # fmt: skip
         assert cache.occupied == 2
         cache.clear()

@@ -97,6 +97,16 @@ class TierMachine(RuleBasedStateMachine):
         rng = np.random.default_rng(seed)
         self.driver.warm(layer, random_topk(rng, self.num_slots, *shape))
 
+    @rule(
+        layer=layers, seed=seeds, shape=st.tuples(st.integers(0, 4), st.integers(0, 20)),
+        most=st.integers(0, 8), min_age=st.sampled_from((0, 1, 2, 5)),
+    )  # fmt: skip
+    def fetch_ahead(self, layer, seed, shape, most, min_age):
+        self._count()
+        rng = np.random.default_rng(seed)
+        slots = random_topk(rng, self.num_slots, *shape)
+        self.driver.fetch_ahead(layer, slots, most, min_age)
+
     @rule(layer=layers, picks=st.lists(st.integers(0, 2**40), max_size=4))
     def check_rows(self, layer, picks):
         self._count()

@@ -12,6 +12,7 @@ import torch
 
 from sglang_ess.tiers import lru
 from sglang_ess.tiers.contract import COUNTERS, HotTier, LookupObserver, RowCorruption
+from sglang_ess.tiers.early_rows import FETCHED, MIN_AGE, USED, EarlyRows
 from sglang_ess.tiers.hot_arena import ARENA_ROW_BYTES, HotArena
 from sglang_ess.tiers.row_words import as_words
 from sglang_ess.tiers.shared_fetch import SharedFetch
@@ -147,6 +148,7 @@ class HotCache:
         self.installed = NONE_INSTALLED
         self.ghost: LookupObserver | None = None
         self.sharing: SharedFetch | None = None
+        self.early = EarlyRows()
         self.number = self.arena.next_number()
         self._use_arrays(lru.new_state(self.num_slots, self.arena.take(self.number, num_rows)))
 
@@ -216,6 +218,7 @@ class HotCache:
             buffers.miss_rows,
             self.query_misses,
         )
+        self._settle_early(counts_uses=True)
         return Plan(
             query,
             column,
@@ -234,6 +237,27 @@ class HotCache:
         own = self.sharing.share(len(slots))
         self._load(layer, slots[own], rows[own])
         self.sharing.exchange(self._hot_words[layer], slots, rows)
+
+    def fetch_ahead(self, slots: np.ndarray, most: int, min_age: int = MIN_AGE) -> int:
+        """Make slots hot that no plan has asked for yet. Returns the rows filled.
+
+        slots [requests, m] int32, -1 pads: of each request, the likeliest first. At most `most`
+            of them that are not hot are fetched
+        Call it between steps. It takes free rows, then the least recently used ones that are at
+        least min_age steps old: with the default, none of the last step, and none that was warmed
+        since. What it fetches is the first to be evicted, and counts as no lookup.
+        """
+        self._settle_early()
+        if self.num_rows == self.num_slots:  # no order of use is kept
+            return 0
+        taken, rows = self.early.fetch(slots, most, min_age, (*self._lru, self.free, self.state))
+        for layer in range(len(self.host_layers)):
+            self._load(layer, taken, rows)
+        return len(rows)
+
+    def _settle_early(self, counts_uses: bool = False) -> None:
+        """Forget the early rows that this call has used or evicted."""
+        self.early.settle(counts_uses, (*self._lru, self.free, self.state))
 
     # --- writes -------------------------------------------------------------------------
 
@@ -254,6 +278,7 @@ class HotCache:
         count: int = lru.install(
             slots.numpy(), min_age, *self._lru, self.free, self.state, sources, targets
         )
+        self._settle_early()
         sources, targets = sources[:count], targets[:count]
         values = [rows] if isinstance(rows, torch.Tensor) else rows
         if len(values) < self.num_layers:
@@ -287,6 +312,7 @@ class HotCache:
         lru.invalidate(
             slots.numpy(), self.slot_row, self.row_slot, self.row_place, self.free, self.state
         )
+        self._settle_early()
 
     def warm(self, topk: torch.Tensor) -> int:
         """Make the slots of topk [queries, K] int32 hot, in order. Returns the rows filled.
@@ -300,6 +326,7 @@ class HotCache:
         unread = self.buffers.rows[: topk.numel()].reshape(topk.shape)
         lookups = topk.contiguous().numpy()
         count: int = lru.warm(lookups, *self._lru, self.free, self.state, unread, slots, rows)
+        self._settle_early()
         for layer in range(len(self.host_layers)):
             self._load(layer, slots[:count], rows[:count])
         return count
@@ -309,6 +336,7 @@ class HotCache:
         rows = self.arena.rows_of(self.number)
         self.row_slot[rows] = self.row_place[rows] = -1
         self._use_arrays(lru.new_state(self.num_slots, rows))
+        self.early = EarlyRows()
         if self.ghost is not None:
             self.ghost.clear()
 
@@ -322,6 +350,7 @@ class HotCache:
         Raises: ValueError for a num_rows outside its limits, or more rows than are spare.
         """
         self.check_size(num_rows)
+        self.early.forget()
         more = num_rows - self.num_rows
         taken = self.arena.take(self.number, max(0, more))
         if more < 0:
@@ -341,9 +370,11 @@ class HotCache:
 
     @property
     def counters(self) -> dict[str, int]:
-        """contract.COUNTERS since the start."""
+        """contract.COUNTERS since the start, rows fetched ahead, and of these the used ones."""
         values = self.state[lru.LOOKUPS : lru.STATE_SIZE].tolist()
-        return dict(zip(COUNTERS, values, strict=True))
+        early = {"early": int(self.early.counters[FETCHED])}
+        early["early_used"] = int(self.early.counters[USED])
+        return dict(zip(COUNTERS, values, strict=True)) | early
 
     @property
     def steps(self) -> int:
