@@ -135,11 +135,21 @@ def damage(directory, rng):
     return [path]
 
 
+def is_writing(directory):
+    try:
+        return bool(os.listdir(os.path.join(directory, "tmp")))
+    except FileNotFoundError:
+        return False
+
+
 def random_kills(directory, rounds):
     rng, total = random.Random(0), Counter()
     for number in range(rounds):
         pid = fork(serve, directory, number, 60)
         time.sleep(rng.uniform(0.002, 0.03))
+        until = time.monotonic() + (0.2 if number % 4 else 0)  # most kills find a write under way
+        while time.monotonic() < until and not is_writing(directory):
+            pass
         os.kill(pid, signal.SIGKILL)
         end(pid, -signal.SIGKILL)
         if os.path.exists(os.path.join(directory, "tmp")):

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import resource
 import stat
 import threading
 import time
@@ -13,6 +14,7 @@ import pytest
 from sglang_ess.errors import Refusal
 from sglang_ess.store import object_file, page_store
 from sglang_ess.store.page_store import PageStore, StoreDamage, StoreMiss
+from sglang_ess.store.store_directory import StoreDirectory
 from tests.store.objects import PARTS, disk_bytes, files, page, store, used
 
 KEYS = [f"key {number}" for number in range(12)]
@@ -248,6 +250,23 @@ def test_what_was_unused_for_longest_goes_first(tmp_path):
         assert found.stats().evicted == 1
 
 
+def test_what_is_used_while_others_are_evicted_stays(tmp_path, monkeypatch):
+    with store(tmp_path, objects=3) as found:
+        for key in ("a", "b", "c"):
+            found.write(key, page(key))
+            age(tmp_path, 10)
+        scan = StoreDirectory.scan
+
+        def scan_then_hit(*arguments):
+            objects = list(scan(*arguments))
+            assert found.contains(["a"]) == 1
+            return objects
+
+        monkeypatch.setattr(StoreDirectory, "scan", scan_then_hit)
+        assert found.write("d", page("d"))
+        assert [found.contains([key]) for key in "abcd"] == [1, 0, 1, 1]
+
+
 def test_the_order_survives_a_restart(tmp_path):
     with store(tmp_path, objects=3) as found:
         for key in ("a", "b", "c"):
@@ -388,6 +407,18 @@ def test_a_write_that_fails_is_skipped(opened, tmp_path, monkeypatch, caplog, nu
     assert (stats.write_errors, stats.used_bytes) == (12, used(0))
     assert not os.listdir(tmp_path / "store" / "tmp")
     assert opened.write("a", page("a"))
+
+
+def test_a_disk_that_is_full_after_half_an_object(opened, tmp_path):
+    """The kernel writes what fits and refuses the rest, here by the process's limit of a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    try:
+        assert not opened.write("a", page("a"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (opened.stats().write_errors, opened.stats().used_bytes) == (1, used(0))
+    assert not os.listdir(tmp_path / "store" / "tmp") and not files(tmp_path / "store")
 
 
 def test_a_read_that_fails_is_a_miss(opened, monkeypatch, caplog):

@@ -268,10 +268,11 @@ class StoreDirectory:
                 for each in found:
                     if self.used_bytes <= goal:
                         break
-                    self.num_evicted += self.remove(each.path, each.charged_bytes)
+                    if self.used_at(each.path) == each.used_at:  # not used since the scan
+                        self.num_evicted += self.remove(each.path, each.charged_bytes)
                     folder = os.path.dirname(each.path)
                     left[folder] -= 1
-                    if not left[folder]:
+                    if not left[folder]:  # or one was used: then it is not empty, and stays
                         self._remove_empty(folder)
             finally:
                 fcntl.flock(self._evicting, fcntl.LOCK_UN)
