@@ -317,6 +317,19 @@ def test_a_lower_limit_holds_from_the_start(tmp_path):
         assert found.stats().used_bytes <= found.stats().limit_bytes
 
 
+def test_empty_folders_are_not_left(tmp_path):
+    """They take a block each, which no object pays for."""
+    with store(tmp_path) as found:
+        found.write("a", page("a"))
+        os.truncate(only_file(tmp_path), 5)
+        with pytest.raises(StoreDamage):
+            read_all(found, "a")
+        assert os.listdir(tmp_path / "objects") == []
+    (tmp_path / "objects" / "0123-8192" / "ab").mkdir(parents=True)  # a killed writer's
+    with store(tmp_path):
+        assert os.listdir(tmp_path / "objects") == []
+
+
 def test_opening_counts_again(tmp_path):
     """Whatever the number in use was: a process may die before it is lowered."""
     with store(tmp_path) as found:

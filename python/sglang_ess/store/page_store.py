@@ -8,6 +8,10 @@ dependency of SGLang, gives the checksums here.
 
 Durability: an object is written to a temporary name and renamed; nothing is flushed to the disk
 (no fsync), because it can be computed again. What a power failure tears fails its checksum.
+
+Page cache: it is used, with no advice. So host memory that is free caches the disk, and a restarted
+server reads what it wrote from memory. O_DIRECT takes less CPU time for a cold object (python -m
+benchmarks.store has both), but needs an aligned copy: a page's rows and keys are not aligned.
 """
 
 from __future__ import annotations

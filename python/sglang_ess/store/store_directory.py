@@ -22,7 +22,6 @@ import os
 import secrets
 import stat
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -107,6 +106,9 @@ class StoreDirectory:
                 with suppress(FileExistsError):
                     os.mkdir(folder, 0o700, dir_fd=self._root)
             writing = self._charged_for_writing(self._alive())
+            for identity in self._entries("objects"):
+                for fan in self._entries(f"objects/{identity}"):  # a killed writer leaves one
+                    self._remove_empty(f"objects/{identity}/{fan}")
             stored = sum(found.charged_bytes for found in self.scan())
             self._set_used(OWN_BYTES + stored + writing)
             self._name = secrets.token_hex(8)
@@ -247,6 +249,7 @@ class StoreDirectory:
             except FileNotFoundError:
                 return False
             self._set_used(self._used() - charged_bytes)
+            self._remove_empty(os.path.dirname(path))
             return True
 
     def make_room(self, room: int) -> None:
@@ -263,23 +266,17 @@ class StoreDirectory:
             try:
                 if self.used_bytes + room <= self.limit_bytes:
                     return  # another thread or process has made room
-                found = sorted(self.scan())
-                left = Counter(os.path.dirname(each.path) for each in found)
-                for each in found:
+                for each in sorted(self.scan()):
                     if self.used_bytes <= goal:
                         break
                     if self.used_at(each.path) == each.used_at:  # not used since the scan
                         self.num_evicted += self.remove(each.path, each.charged_bytes)
-                    folder = os.path.dirname(each.path)
-                    left[folder] -= 1
-                    if not left[folder]:  # or one was used: then it is not empty, and stays
-                        self._remove_empty(folder)
             finally:
                 fcntl.flock(self._evicting, fcntl.LOCK_UN)
 
     def _remove_empty(self, folder: str) -> None:
-        """Delete a folder and the one above it while they are empty."""
-        with self._locked(), suppress(OSError):
+        """Delete a folder of objects and its identity's, if they are empty: both take a block."""
+        with suppress(OSError):
             os.rmdir(folder, dir_fd=self._root)
             os.rmdir(os.path.dirname(folder), dir_fd=self._root)
 
