@@ -129,7 +129,8 @@ class Indexer(nn.Module):
         kind = latent.dtype
         matches = F.relu(torch.einsum("bqhd,bsd->bqhs", query.to(kind), keys.to(kind)))
         weights = self.weights_proj(x).float() * (self.heads * INDEX_HEAD_DIM) ** -0.5
-        return torch.einsum("bqhs,bqh->bqs", matches.float(), weights)
+        with torch.autocast("cpu", enabled=False):  # bfloat16 would make ties
+            return torch.einsum("bqhs,bqh->bqs", matches.float(), weights)
 
 
 class Attention(nn.Module):
