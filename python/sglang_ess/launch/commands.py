@@ -34,6 +34,7 @@ SHORT_NAMES = {
     "sglang_ess.convert": "sglang_ess.sim.cli.convert",
     "sglang_ess.doctor": "sglang_ess.launch.doctor",
     "sglang_ess.plan": "sglang_ess.sim.cli.plan",
+    "sglang_ess.recall_model": "sglang_ess.testing.recall.model",
     "sglang_ess.replay": "sglang_ess.sim.cli.replay",
     "sglang_ess.simulate": "sglang_ess.sim.cli.simulate",
     "sglang_ess.slice_model": "sglang_ess.testing.slice_model",
