@@ -77,8 +77,8 @@ def make_document(
     Raises: ValueError if the length leaves no room for the facts.
     """
     asked = [_fact(rng, kind) for kind in kinds if kind != "quote"]
-    facts = [(sentence, None) for one in asked for sentence in one.sentences[1:]]
-    facts += [(one.sentences[0], depth) for one in asked]
+    facts: list[tuple[str, float | None]] = [(one.sentences[0], depth) for one in asked]
+    facts += [(sentence, None) for one in asked for sentence in one.sentences[1:]]
     facts += [(rng.choice(_fact(rng, "hop").sentences), None) for _ in range(others)]
     text = texts()[0 if trained else 1]
     room = length - sum(len(sentence) + 1 for sentence, _ in facts)
@@ -132,7 +132,7 @@ def _fact(rng: random.Random, kind: str) -> _Fact:
 
 
 def _with_facts(rng, body, facts) -> str:
-    """Put each sentence between two lines or sentences of the body, near its depth if it has one."""
+    """Put each sentence between two lines or sentences of the body, at its depth if it has one."""
     cuts = [match.end() for match in re.finditer(r"\.\s|\n", body)] or [0]
 
     def place(depth):

@@ -186,8 +186,9 @@ class Attention(nn.Module):
             wide = rows[:, None, :, None].expand(-1, self.heads, -1, query.shape[-1])
             logits = (query.gather(2, wide) @ key.transpose(-1, -2)).float() * self.scale
             target = logits.masked_fill(later[:, None], -math.inf).softmax(-1).mean(1)
-        parts = [_rows_at(part, rows) for part in (x, latent, step.cos, step.sin)]
-        scores = self.indexer.scores(*parts, keys).masked_fill(later, -math.inf)
+        x, latent = _rows_at(x, rows), _rows_at(latent, rows)
+        cos, sin = _rows_at(step.cos, rows), _rows_at(step.sin, rows)
+        scores = self.indexer.scores(x, latent, cos, sin, keys).masked_fill(later, -math.inf)
         given = scores.log_softmax(-1).masked_fill(later, 0)
         return (torch.xlogy(target, target) - target * given).sum(-1).mean()
 
@@ -200,8 +201,8 @@ class Attention(nn.Module):
             if step.selection.last:
                 scores = torch.arange(length).float().expand(x.shape[0], allowed.shape[0], -1)
             else:
-                parts = [part[:, rows] for part in (x, latent, step.cos, step.sin)]
-                scores = self.indexer.scores(*parts, keys)
+                cos, sin = step.cos[:, rows], step.sin[:, rows]
+                scores = self.indexer.scores(x[:, rows], latent[:, rows], cos, sin, keys)
             best = scores.masked_fill(~allowed, -math.inf).topk(min(k, length), -1).indices
             mask[:, rows] = mask[:, rows].scatter_(-1, best, True) & allowed
         return mask[:, None]
