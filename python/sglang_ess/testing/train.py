@@ -51,10 +51,10 @@ class Stage:
 
 
 STAGES = (
-    Stage(800, 512, 8),
-    Stage(900, 1024, 4),
-    Stage(150, 4096, 1, sparse=True),
-    Stage(400, 1024, 4, drafts=True),
+    Stage(350, 512, 8),
+    Stage(600, 1024, 4),
+    Stage(80, 4096, 1, sparse=True),
+    Stage(300, 1024, 4, drafts=True),
 )
 
 

@@ -2,14 +2,16 @@
 
 from sglang_ess.testing.tiny_config import TinyModelConfig
 
-# Four heads look back at four bytes, so two such layers see 16; see network.py.
+# Eight heads of the first layer begin by looking back at eight bytes; see network.py.
 SHAPE = TinyModelConfig(
     arch="v32",
     layers=4,
     dense_layers=4,  # its MTP layer has experts: SGLang expects them there
-    heads=4,
+    heads=8,
     hidden=256,
-    intermediate=192,
+    intermediate=256,
+    nope_dim=32,
+    v_dim=32,
     moe_intermediate=64,
     experts=4,
     experts_per_token=2,

@@ -92,7 +92,7 @@ def make_document(
     questions, remaining = [], iter(asked)
     for kind in kinds:
         if kind == "quote":
-            questions.append(_quote(rng, whole, depth))
+            questions.append(_quote(rng, whole, [sentence for sentence, _ in facts], depth))
         else:
             questions.append(next(remaining).question(whole))
     return Document(whole, tuple(questions))
@@ -148,9 +148,10 @@ def _with_facts(rng, body, facts) -> str:
     return "".join([*parts, body[last:]])
 
 
-def _quote(rng, text, depth) -> Question:
-    """Ask for a passage of one line whose beginning occurs once."""
+def _quote(rng, text, sentences, depth) -> Question:
+    """Ask for a passage of one line, without a fact, whose beginning occurs once."""
     span = HEAD_BYTES + QUOTE_BYTES
+    taken = [(at, at + len(one)) for one in sentences for at in [text.index(one)]]
     around = None if depth is None else int(depth * (len(text) - span))
     for attempt in range(_TRIES):
         low, high = 0, len(text) - span
@@ -158,7 +159,8 @@ def _quote(rng, text, depth) -> Question:
             low, high = max(0, around - 8 * (attempt + 1)), min(high, around + 8 * (attempt + 1))
         at = rng.randint(low, high)
         head, value = text[at : at + HEAD_BYTES], text[at + HEAD_BYTES : at + span]
-        if "\n" not in head + value and text.count(head) == 1:
+        free = all(end <= at or begin >= at + span for begin, end in taken)
+        if free and "\n" not in head + value and text.count(head) == 1:
             break
     prompt, answer = _prompt(f'What follows "{head}"?'), f' "{head}{value}"{STOP}'
     return Question("quote", prompt, answer, value, at / len(text))
@@ -176,8 +178,8 @@ class Sample(NamedTuple):
 
 
 TEXT_WEIGHT = 0.1
-QUESTION_BYTES = 170  # of a sequence for each question it asks; 95 are the question and its answer
-_MIX = ("code", "hop", "quote", "quote")  # most bytes to copy are a quote's
+QUESTION_BYTES = 150  # of a sequence for each question it asks
+_ASKED_BYTES = {"code": 68, "hop": 112, "quote": 108}  # about: a question and its answer
 
 
 def sample(rng: random.Random, length: int, span: int, pad: int) -> Sample:
@@ -186,10 +188,10 @@ def sample(rng: random.Random, length: int, span: int, pad: int) -> Sample:
     Between paragraphs, positions jump, and the last is up to `span`: a short sequence then
     teaches distances of a long one.
     """
-    kinds = [rng.choice(_MIX) for _ in range(min(length // QUESTION_BYTES, 12))]
+    kinds = [rng.choice(KINDS) for _ in range(min(length // QUESTION_BYTES, 16))]
     others = rng.randint(1, len(kinds))
-    # At worst every question is a hop of two facts, and the rest is text.
-    room = max(length - 95 * len(kinds), 32 * (2 * len(kinds) + others) + 120)
+    facts = others + sum({"code": 1, "hop": 2, "quote": 0}[kind] for kind in kinds)
+    room = max(length - sum(_ASKED_BYTES[kind] for kind in kinds), 32 * facts + 120)
     document = make_document(rng, room, kinds, others=others, trained=True)
     parts = [(document.text, TEXT_WEIGHT)]
     for question in document.questions:

@@ -4,8 +4,8 @@ Computes what transformers' deepseek_v32 model computes (a test compares them), 
 the indexer, which transformers does not give: as DeepSeek trains it (DeepSeek-V3.2-Exp report,
 section 2.1), by the divergence of its scores from the attention that it selects for.
 
-What is not drawn at random: the heads of the first two layers begin as heads that look a fixed
-number of bytes back, 1 to 4 and 4 to 12. Matching the last bytes, which retrieval needs, is then
+What is not drawn at random: the heads of the first layer begin as heads that look 1 to 8 bytes
+back, and one of the second layer 8. Matching the last bytes, which retrieval needs, is then
 learned in minutes. Nothing holds the heads there.
 """
 
@@ -28,7 +28,7 @@ from sglang_ess.testing.tiny_config import (
 from sglang_ess.testing.tiny_model import rope_parameters
 
 ROPE = QK_ROPE_HEAD_DIM
-LOOK_BACK = ((1, 2, 3, 4), (4, 8, 12, None))  # bytes, by layer and head
+LOOK_BACK = ((1, 2, 3, 4, 5, 6, 7, 8), (8, *[None] * 7))  # bytes, by layer and head
 CONSTANT = 4.0  # of every embedding in its first dimension: what heads that look back match
 MATCH = 30.0  # the logit of the byte they look at
 FAST = 3  # frequencies beyond this one count less and less in the match
