@@ -29,7 +29,7 @@ from sglang_ess.testing.recall.network import Network, Selection
 from sglang_ess.testing.tiny_tokenizer import TOKEN_IDS, VOCAB_SIZE
 from sglang_ess.testing.tiny_weights import write_weights
 
-RATE, LAST_RATE_SHARE, WARM_UP = 2e-3, 0.03, 100  # of AdamW; steps in which it grows
+LAST_RATE_SHARE, WARM_UP = 0.03, 100  # of a cycle's learning rate; steps in which it grows
 INDEXER_RATE_SHARE = 2.0
 DECAY, BETAS, CLIP = 0.05, (0.9, 0.95), 1.0
 SAMPLED = 48  # queries a sequence whose selections the indexers learn
@@ -40,21 +40,29 @@ MEASURED_LENGTH, MEASURED_DOCUMENTS = 1024, 4
 @dataclass(frozen=True)
 class Stage:
     """steps of `batch` sequences of `length` tokens; sparse: queries read their top-k only
-    drafts: the MTP layer learns, and nothing else
+    cycle: stages of one cycle share a learning rate that rises to the cycle's and falls
     """
 
     steps: int
     length: int
     batch: int
+    cycle: str = "copy"
     sparse: bool = False
-    drafts: bool = False
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the MTP layer learns, and nothing else."""
+        return self.cycle == "draft"
 
 
+RATES = {"copy": 2e-3, "longer": 1e-3, "draft": 2e-3}
 STAGES = (
     Stage(350, 512, 8),
-    Stage(600, 1024, 4),
-    Stage(80, 4096, 1, sparse=True),
-    Stage(300, 1024, 4, drafts=True),
+    Stage(550, 1024, 4),
+    Stage(250, 1024, 4, "longer"),
+    Stage(150, 4096, 1, "longer"),
+    Stage(30, 4096, 1, "longer", sparse=True),
+    Stage(250, 1024, 4, "draft"),
 )
 
 
@@ -64,12 +72,13 @@ def planned(share: float) -> list[Stage]:
 
 
 def _rate(stages: list[Stage], number: int) -> float:
-    """The learning rate of a step: a cosine over the target's steps, another over the drafts'."""
-    same = [i for i, stage in enumerate(stages) if stage.drafts == stages[number].drafts]
+    """The learning rate of a step: a cosine over the steps of its cycle."""
+    cycle = stages[number].cycle
+    same = [i for i, stage in enumerate(stages) if stage.cycle == cycle]
     done = (number - same[0]) / len(same)
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     warm = min(1.0, (number - same[0] + 1) / min(WARM_UP, len(same)))
-    return RATE * warm * (LAST_RATE_SHARE + (1 - LAST_RATE_SHARE) * cosine)
+    return RATES[cycle] * warm * (LAST_RATE_SHARE + (1 - LAST_RATE_SHARE) * cosine)
 
 
 def _batch(seed: int, number: int, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +108,6 @@ class Training:
                     {"params": groups[drafts, indexer], "share": share}
                     for indexer, share in ((False, 1.0), (True, INDEXER_RATE_SHARE))
                 ],
-                lr=RATE,
                 betas=BETAS,
                 weight_decay=DECAY,
             )
