@@ -257,10 +257,15 @@ def test_samples(length):
 
 @pytest.fixture
 def small(monkeypatch):
-    """A plan of six short steps."""
- "MEASURED_DOCUMENTS", "SAVE_STEPS", "REPORT_STEPS":
-        monkeypatch.setattr(train, name, 1)
-    monkeypatch.setattr(train, "MEASURED_LENGTH", 600)
+    """A plan of four short steps, saved after the second and the last."""
+    plan = (
+        train.Stage(1, 200, 1),
+        train.Stage(2, 200, 1, sparse=True),
+        train.Stage(1, 200, 1, drafts=True),
+    )
+    settings = dict(MEASURED_DOCUMENTS=1, MEASURED_LENGTH=600, SAVE_STEPS=2, REPORT_STEPS=1)
+    for name, value in (settings | {"STAGES": plan}).items():
+        monkeypatch.setattr(train, name, value)
 
 
 def losses(lines):
