@@ -341,7 +341,8 @@ class Panel:
 
     x, y: fields as `field_of` reads them; rows without y are left out
     series: the field, or the tuple of fields, that tells one line from the next
-    kind: "line", "bar" (groups of bars side by side), "stack" (bars upon each other)
+    kind: "line", "bar" (groups of bars side by side), "stack" (bars upon each other), "heat" (a
+        map of values 0 to 1: x across, series down)
     points: a further y, drawn as unconnected circles in its line's colour (a published figure)
     styles: {series: matplotlib format}; levels: {label: y} as dotted horizontal lines
     axes: what Axes.set takes (title, xlabel, ylabel, xscale, yscale, ylim, ...)
@@ -371,7 +372,7 @@ class Panel:
 
 def draw(axes: Any, panel: Panel) -> None:
     """Fill a matplotlib Axes."""
-    (_draw_lines if panel.kind == "line" else _draw_bars)(axes, panel)
+    {"line": _draw_lines, "heat": _draw_heat}.get(panel.kind, _draw_bars)(axes, panel)
     for label, value in panel.levels.items():
         axes.axhline(value, color="gray", linestyle=":", label=label)
     axes.set(**panel.axes)
@@ -388,6 +389,20 @@ def _draw_lines(axes: Any, panel: Panel) -> None:
         if panel.points is not None:
             values = np.array([field_of(row, panel.points) for row in rows], float)  # None: nan
             axes.plot(places, values, "o", color=line.get_color(), fillstyle="none")
+
+
+def _draw_heat(axes: Any, panel: Panel) -> None:
+    lines = list(panel.lines())
+    across = list(dict.fromkeys(field_of(row, panel.x) for _, rows in lines for row in rows))
+    values = np.full((len(lines), len(across)), np.nan)
+    for place, (_, rows) in enumerate(lines):
+        for row in rows:
+            values[place, across.index(field_of(row, panel.x))] = field_of(row, panel.y)
+    axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for (down, right), value in np.ndenumerate(values):
+        axes.text(right, down, _cell(float(value)), ha="center", va="center", fontsize=7)
+    axes.set_xticks(range(len(across)), [_cell(value) for value in across])
+    axes.set_yticks(range(len(lines)), [_cell(name) for name, _ in lines])
 
 
 def _draw_bars(axes: Any, panel: Panel) -> None:

@@ -19,7 +19,7 @@ MAX_TOP_MODULES = 8
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_ARGUMENTS = 8
-MAX_BENCHMARK_LINES = 7599  # 246 of them since store.py
+MAX_BENCHMARK_LINES = 8079  # 480 of them for serving/recall.py and recall_changes.py
 
 FILES = sorted(structure.modules().values())
 DEVICES = re.compile(r"(^|_)(cpu|cuda|gpu|rocm|npu|xpu)($|_)")

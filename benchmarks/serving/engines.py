@@ -14,7 +14,7 @@ import json
 import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +219,11 @@ class RecordedEngine:
         """What the scheduler's process said of its pool."""
         return self._sizes
 
-    def generate(self, prompts, new_tokens: int, fresh=True, logprobs=False) -> dict[str, Any]:
-        """Run the prompts as one batch. fresh: empty the radix cache before.
+    def generate(
+        self, prompts, new_tokens: int, fresh=True, logprobs=False, stop: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """Run the prompts as one batch. fresh: empty the radix cache before; stop: token ids
+        that end an answer before new_tokens.
 
         Returns passes (one dict each), submitted (perf_counter), token_ids, cached (tokens) and,
         if asked for, logprobs of each request's first new token.
@@ -228,9 +231,12 @@ class RecordedEngine:
         if fresh:
             self._engine.flush_cache()
         self._passes()
+        sampling = greedy(new_tokens)
+        if stop:
+            sampling |= {"stop_token_ids": list(stop), "ignore_eos": False}
         submitted = time.perf_counter()
         answers = self._engine.generate(
-            input_ids=prompts, sampling_params=greedy(new_tokens), return_logprob=logprobs
+            input_ids=prompts, sampling_params=sampling, return_logprob=logprobs
         )
         metas = [answer["meta_info"] for answer in answers]
         return {

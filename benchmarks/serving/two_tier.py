@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,6 +103,8 @@ FULL = Grid(prompt=4096, ratios=(0.1, 0.2), rounds=8, steps=24, cost_ratios=(1.0
 class Bench(shared.Bench):
     """One run: a report, and engines as the parts need them."""
 
+    Engine: Callable = HeldEngine
+
     def __init__(self, grid, seed: int, threads: int, directory: Path):
         super().__init__(grid, seed, directory)
         self.threads = threads
@@ -110,7 +113,7 @@ class Bench(shared.Bench):
         stem = self.directory / name.replace(" ", "-")
         env = engine_env(self.threads) | EssConfig(platform="cpu", **ess).to_env()
         args = SERVER_ARGS | {"model_path": model} | server_args
-        return Worker(HeldEngine, f"{stem}.jsonl", args, env=env, log=Path(f"{stem}.log"))
+        return Worker(self.Engine, f"{stem}.jsonl", args, env=env, log=Path(f"{stem}.log"))
 
 
 def ess_name(ratio: float) -> str:
