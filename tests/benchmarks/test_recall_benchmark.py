@@ -3,16 +3,21 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import sglang_ess.cpu
 from benchmarks.harness import ROOT, Report, failed, finish
-from benchmarks.serving import recall
+from benchmarks.serving import recall, recall_changes
 from benchmarks.serving.recall import FULL, HALVED, HEADLINE, LAST_K, ONE_TIER, QUICK, SYSTEMS
-from benchmarks.serving.recall_changes import STALE
+from benchmarks.serving.recall_changes import NONE, STALE, WRONG_BEST, WRONG_RANDOM
 from benchmarks.serving.shared import parser_with_threads
 from sglang_ess.config import EssConfig
+from sglang_ess.cpu.ops.topk_select import topk_select_reference
 from sglang_ess.testing.recall.documents import KINDS
+from sglang_ess.tiers import HotCache
 
 LENGTH, DEPTHS = 2048, (0.2, 0.8)
 ASKED = [recall.document_of(0, LENGTH, number, 1, depth) for number, depth in enumerate(DEPTHS)]
@@ -95,6 +100,62 @@ class TestSystems:
         assert recall.document_of(0, LENGTH, 1, 1, 0.8) == ASKED[1]
         for grid in QUICK, FULL:
             assert grid.systems[0] == ONE_TIER and HEADLINE in grid.systems
+
+
+class TestChanges:
+    TOPK = [[101, 103, 105], [106, 107, -1]]
+
+    @pytest.fixture
+    def wake(self, monkeypatch):
+        """Wakes a change. The indexer is a stand-in: the real one needs SGLang."""
+        indexer = SimpleNamespace(topk_select=topk_select_reference)
+        monkeypatch.setattr(sglang_ess.cpu, "indexer", indexer, raising=False)
+        for name in ("plan", "install", "refill", "invalidate"):
+            monkeypatch.setattr(HotCache, name, getattr(HotCache, name))
+        awake = [NONE]
+        recall_changes.install(lambda: awake[0])
+        return lambda name: awake.__setitem__(0, name)
+
+    def select(self):
+        """3 of 6 positions, and of 2; their slots are 100 and more."""
+        scores = torch.tensor([[0.0, 9, 1, 8, 2, 7], [4.0, 5, 0, 0, 0, 0]])
+        lengths, rows = torch.tensor([6, 2], dtype=torch.int32), torch.tensor([0, 1])
+        table = torch.arange(12, dtype=torch.int32).view(2, 6) + 100
+        return sglang_ess.cpu.indexer.topk_select(scores, lengths, rows, table, 3).tolist()
+
+    def read(self, cache):
+        """The slots whose rows a query reads."""
+        plan = cache.plan(torch.tensor(self.TOPK, dtype=torch.int32))
+        cache.fetch(plan)
+        return torch.where(plan.rows >= 0, cache.rows[plan.rows.long(), 0], -1).tolist()
+
+    def test_last_k(self, wake):
+        assert self.select() == self.TOPK
+        wake(LAST_K)
+        assert self.select() == [[103, 104, 105], [106, 107, -1]]
+
+    def test_a_wrong_row(self, wake):
+        """One row a query, of the best slot or of one that is drawn, is its neighbour's."""
+        cache = HotCache(torch.arange(200)[:, None].repeat(1, 2), 20)
+        assert self.read(cache) == self.TOPK
+        wake(WRONG_BEST)
+        self.select()
+        assert self.read(cache) == [[103, 103, 105], [106, 106, -1]]
+        wake(WRONG_RANDOM)
+        for found, wanted in zip(self.read(cache), self.TOPK, strict=True):
+            (place,) = (i for i in range(3) if found[i] != wanted[i])
+            assert found[place] in wanted
+
+    def test_a_stale_row(self, wake):
+        host, slot = torch.zeros(20, 2, dtype=torch.int64), torch.tensor([[7]], dtype=torch.int32)
+        cache = HotCache(host, 10)
+        for name, expected in ((NONE, 1), (STALE, 1), (NONE, 3)):
+            wake(name)
+            host += 1
+            cache.invalidate(slot[0].long())
+            plan = cache.plan(slot)
+            cache.fetch(plan)
+            assert int(cache.rows[int(plan.rows), 0]) == expected
 
 
 def synthetic_report() -> Report:
