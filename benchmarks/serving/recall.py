@@ -3,8 +3,9 @@
     python -m benchmarks.serving.recall [--quick] [--json FILE] [--plot FILE]
 
 The model is sglang_ess.recall_model, fp8 rows; the documents are Python's documentation that its
-training did not see, with facts put in. A question follows its document, whose rows are a prefix
-hit from the second question on. One request at a time, greedy, up to the end of the line.
+training did not see, with facts put in. A document is prefilled; then all questions about it are
+one batch of prefix hits (SGLang hands a batch of token ids to the scheduler at once, so batches are
+the same in all systems). Answers are greedy and end with the line.
  (a) needle: recall by length, depth and kind of question. One tier; two tiers at hot ratio 0.1 of
      the slots, which hold one document of the largest length; with the indexer's top-k replaced
      by the last k positions; with half the top-k; where it is affordable with all positions; and
@@ -59,7 +60,8 @@ ALL = "all"  # kinds of question
 # With their summary figures; stale rows outlast their fault, so they come last.
 FAULT_FIGURES = {"faults_none": NONE, "faults_wrong_row": WRONG_BEST,
                  "faults_wrong_row_any": WRONG_RANDOM, "faults_stale_row": STALE}  # fmt: skip
-FAULT_LENGTH, HOT_RATIO = 2048, 0.1
+FAULT_LENGTH, FAULT_ASKED = 2048, 4  # of a context; questions of each kind about a document
+HOT_RATIO = 0.1
 
 
 class System(NamedTuple):
@@ -87,7 +89,7 @@ SYSTEMS = {
     HALVED: System(HALVED, TWO_TIERS, with_topk(model.SHAPE.index_topk // 2)),
     FULL_ATTENTION: System(FULL_ATTENTION, {"enabled": False}, with_topk(AFFORDABLE),
                            longest=AFFORDABLE),
-    DRAFTS: System(DRAFTS, TWO_TIERS, drafting(DRAFT_QUERIES)),
+    DRAFTS: System(DRAFTS, TWO_TIERS, drafting(DRAFT_QUERIES), longest=AFFORDABLE),
 }  # fmt: skip
 
 
@@ -122,24 +124,21 @@ class RecallEngine(RecordedEngine):
         os.environ[CHANGE_VAR] = str(self._change)
         super().__init__(record, server_args, run_changed_scheduler)
 
-    def ask(self, change: str, prompts: list[list[int]]) -> dict[str, Any]:
-        """Answer the prompts one after the other, the radix cache empty before the first.
+    def ask(self, change: str, text: list[int], prompts: list[list[int]]) -> dict[str, Any]:
+        """Prefill a document, the radix cache empty before, then answer the prompts as one batch.
 
-        Returns token_ids, and of all decode steps lookups and misses by layer, kept (tokens) and
-        steps.
+        Returns token_ids; lookups and misses by layer; kept: tokens of all decode steps;
+        request_steps: their batch sizes added up.
         """
         self._change.write_text(change)
-        runs = [
-            self.generate([prompt], ANSWER, fresh=i == 0, stop=STOP.encode())
-            for i, prompt in enumerate(prompts)
-        ]
-        passes = [run["passes"] for run in runs]
-        decode = [one for run in passes for one in run if one["mode"] == "DECODE"]
-        found = {"token_ids": [run["token_ids"][0] for run in runs]}
+        self.generate([text], 1)
+        run = self.generate(prompts, ANSWER, fresh=False, stop=STOP.encode())
+        passes = run["passes"]
+        decode = [one for one in passes if one["mode"] == "DECODE"]
+        found = {"token_ids": run["token_ids"], "kept": sum(one["kept"] for one in decode)}
         for key in ("lookups", "misses"):  # counted since the start
-            counts = [np.subtract(run[-1][key], run[0][key]) for run in passes]
-            found[key] = np.sum(counts, 0).tolist()
-        return found | {"steps": len(decode), "kept": sum(one["kept"] for one in decode)}
+            found[key] = np.subtract(passes[-1][key], passes[0][key]).tolist()
+        return found | {"request_steps": sum(one["batch"] for one in decode)}
 
 
 class Bench(two_tier.Bench):
@@ -173,9 +172,10 @@ def document_of(seed: int, length: int, number: int, asked: int, depth=None) -> 
     return make_document(rng, size, KINDS * asked, others=size // FACT_BYTES, depth=depth)
 
 
-def prompts_of(document: Document) -> list[list[int]]:
-    """One token a byte."""
-    return [list((document.text + one.prompt).encode()) for one in document.questions]
+def tokens_of(document: Document) -> tuple[list[int], list[list[int]]]:
+    """The document, and the document with each question; one token a byte."""
+    text = list(document.text.encode())
+    return text, [text + list(one.prompt.encode()) for one in document.questions]
 
 
 def rights(document: Document, found: dict) -> list[bool]:
@@ -204,7 +204,7 @@ def needle(bench: Bench) -> None:
                 if length > one.longest:
                     continue
                 engine = engines[one.engine]
-                answers[name] = [engine.call("ask", one.change, prompts_of(d)) for d in asked]
+                answers[name] = [engine.call("ask", one.change, *tokens_of(d)) for d in asked]
                 rows = needle_rows(name, length, grid.depths, asked, answers)
                 bench.add(rows, load)
                 bench.progress(f"{length} tokens, {name}: recall {rows[0]['mean']:.3f}")
@@ -238,7 +238,7 @@ def needle_rows(
     lookups, misses = (np.sum([one[key] for one in found], 0) for key in ("lookups", "misses"))
     if np.size(lookups):
         rows.append(measured("recall", config, "hit_rate", "ratio", 1 - misses / lookups))
-    accepted = [one["kept"] / one["steps"] for one in found if one["steps"]]
+    accepted = [one["kept"] / one["request_steps"] for one in found if one["request_steps"]]
     rows.append(measured("recall", config, "accept_length", "tokens/step", accepted))
     return rows
 
@@ -246,15 +246,14 @@ def needle_rows(
 def faults(bench: Bench) -> None:
     """Part (b)."""
     grid, load = bench.grid, OtherLoad()
-    asks = 2 * len(KINDS)
-    asked = [document_of(bench.seed + 1, FAULT_LENGTH, number, 2)
-             for number in range(-(-grid.fault_questions // asks))]  # fmt: skip
-    prompts = [prompts_of(document) for document in asked]
+    count = -(-grid.fault_questions // (FAULT_ASKED * len(KINDS)))
+    asked = [document_of(bench.seed + 1, FAULT_LENGTH, n, FAULT_ASKED) for n in range(count)]
+    prompts = [tokens_of(document) for document in asked]
     engines = bench.systems(FAULT_LENGTH, 2, (ONE_TIER, HEADLINE))
     with bench.running(engines.values()):
-        expected = [engines[ONE_TIER].call("ask", NONE, some) for some in prompts]
+        expected = [engines[ONE_TIER].call("ask", NONE, *some) for some in prompts]
         for change in FAULT_FIGURES.values():
-            found = [engines[HEADLINE].call("ask", change, some) for some in prompts]
+            found = [engines[HEADLINE].call("ask", change, *some) for some in prompts]
             rows = fault_rows(change, asked, found, expected, grid.fault_questions)
             bench.add(rows, load)
             bench.progress(f"{change}: {rows[0]['median']:.0f} answers changed")
@@ -294,7 +293,7 @@ def summarise(report: Report) -> None:
     report.summarise("recall_all_positions_4k", recall(FULL_ATTENTION, AFFORDABLE))
     equal = [row["mean"] for row in report.select("recall", "same_answers", system=HEADLINE)]
     report.summarise("same_answers", min(equal) if equal else None)
-    accepted = report.figure("recall", "accept_length", "mean", system=DRAFTS, length=longest)
+    accepted = report.figure("recall", "accept_length", "mean", system=DRAFTS, length=AFFORDABLE)
     report.summarise("accept_length", accepted)
     for key, change in FAULT_FIGURES.items():
         report.summarise(key, report.figure("faults", "changed", fault=change))

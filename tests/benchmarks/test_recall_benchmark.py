@@ -33,7 +33,7 @@ def answered(document, wrong=()) -> dict:
     texts = [" no\n" if one.kind in wrong else one.answer for one in document.questions]
     return {
         "token_ids": [list(text.encode()) for text in texts],
-        "lookups": [100, 100], "misses": [20, 40], "steps": 10, "kept": 25,
+        "lookups": [100, 100], "misses": [20, 40], "request_steps": 10, "kept": 25,
     }  # fmt: skip
 
 
@@ -90,9 +90,8 @@ class TestSystems:
 
     def test_there_is_room_for_each_question(self):
         for document in ASKED:
-            for question, prompt in zip(
-                document.questions, recall.prompts_of(document), strict=True
-            ):
+            prompts = recall.tokens_of(document)[1]
+            for question, prompt in zip(document.questions, prompts, strict=True):
                 assert len(question.answer) <= recall.ANSWER
                 assert len(prompt) + recall.ANSWER < LENGTH
 

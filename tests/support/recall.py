@@ -35,9 +35,10 @@ def answers(served: EngineProcess, asked, name: str) -> list[dict]:
     found = []
     for number, document in enumerate(asked):
         served.flush()
-        served.together(f"{name} {number}", [list(document.text.encode())], 1)
+        text, prompts = recall.tokens_of(document)
+        served.together(f"{name} {number}", [text], 1)
         outputs = served.together(
-            f"{name} {number} asked", recall.prompts_of(document), recall.ANSWER,
+            f"{name} {number} asked", prompts, recall.ANSWER,
             stop_token_ids=list(STOP.encode()), ignore_eos=False,
         )  # fmt: skip
         found.append({"token_ids": [one.token_ids for one in outputs]})
