@@ -16,8 +16,10 @@ from sglang_ess.launch.commands import COMMANDS, SHORT_NAMES
 from tests.docs import pages
 from tests.docs.pages import REPO
 from tests.support import forked
+from tests.support.server import Server
 
-SHELL = ("README.md", "docs/quickstart.md", "docs/simulator.md", "docs/disaggregation.md")
+ASKS = ("README.md", "docs/quickstart.md", "docs/recall_model.md")  # the recall model, by curl
+SHELL = (*ASKS, "docs/simulator.md", "docs/disaggregation.md")
 ALL = [(page, block) for page in SHELL for block in pages.blocks(REPO / page, "sh")]
 COMMAND_LINES = sorted({tuple(words) for _, block in ALL for words in block.commands})
 RUN = sorted({tuple(words) for _, block in ALL if not block.needs for words in block.commands})
@@ -90,21 +92,50 @@ def test_a_servers_flags_parse(words):
     assert args.model_path and config.enabled == ("--disable-ess" not in arguments)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
-def test_the_first_request_by_curl(server, page):
+def curl(server, page) -> tuple[dict, dict]:
+    """(body of the page's request, what the server answers)"""
     (command,) = [b.text for b in pages.blocks(REPO / page, "sh") if b.text.startswith("curl")]
     path, body = re.fullmatch(
         r"curl http://[\w.:]+(/\S+) .*? -d '\n(.*)'\n", command, re.S
     ).groups()
     status, text = server.post(path, json.loads(body))
-    assert status == 200 and json.loads(text)["usage"]["completion_tokens"] == 16
+    assert status == 200, text
+    return json.loads(body), json.loads(text)
 
 
-def test_the_first_request_by_the_openai_client(server, capsys):
+def by_the_openai_client(server) -> None:
+    """Run the program of docs/quickstart.md."""
     (program,) = [block.text for block in pages.blocks(REPO / "docs/quickstart.md", "python")]
     assert "http://127.0.0.1:30000" in program
     exec(program.replace("http://127.0.0.1:30000", server.url), {})
+
+
+@pytest.mark.parametrize("page", ASKS)
+def test_a_request_by_curl(server, page):
+    asked, answer = curl(server, page)
+    assert 0 < answer["usage"]["completion_tokens"] <= asked["max_tokens"]
+
+
+def test_a_request_by_the_openai_client(server, capsys):
+    by_the_openai_client(server)
     assert capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_answers_are_right(tmp_path, capsys):
+    """The requests of the pages, to the model that they name."""
+    from sglang_ess.testing.recall.model import write_recall_model
+
+    model = write_recall_model(tmp_path / "recall")
+    with Server(model, log=tmp_path / "log") as server:
+        server.wait_ready()
+        for page in ASKS:
+            asked, answer = curl(server, page)
+            name = re.search(r"\nQ: What is the code of (\w+)\?", asked["prompt"])[1]
+            (fact,) = re.findall(rf"The code of {name} is \d{{5}}\.", asked["prompt"])
+            assert answer["choices"][0]["text"] == f" {fact}", page
+        by_the_openai_client(server)
+    assert capsys.readouterr().out == " The code of Gemil is 10539."
 
 
 def test_the_block_has_the_rows_of_a_real_one():
@@ -129,7 +160,8 @@ def test_every_command_is_of_a_known_kind():
         word for word in first if word.startswith("scripts/")
     }
     modules = {words[2] for words in COMMAND_LINES if words[:2] == ("python", "-m")}
-    assert modules <= {"sglang_ess.launch_server", "sglang_router.launch_router", *SHORT_NAMES}
+    run = {"sglang_ess.launch_server", "sglang_ess.testing.train", "sglang_router.launch_router"}
+    assert modules <= run | {*SHORT_NAMES}
 
 
 def test_the_console_script_is_declared():

@@ -1,6 +1,7 @@
 """The programs of examples/ do what their first lines say."""
 
 import importlib
+import re
 
 from tests.docs.pages import REPO
 from tests.support import forked
@@ -28,5 +29,6 @@ def test_offline_engine(tiny_v32, tmp_path):
     log = tmp_path / "log"
     status = forked.run("examples.offline_engine", str(tiny_v32), log=log)
     assert status == 0, log.read_text()[-2000:]
-    assert "And the dog?" in log.read_text()
-    assert "(0 tokens" in log.read_text() and "were cached)" in log.read_text()
+    # The model's weights are random. tests/docs/test_demo.py asks one whose answers are right.
+    cached = re.findall(r"^\((?:right|wrong); (\d+) tokens", log.read_text(), re.M)
+    assert cached[0] == "0" and len(cached) == 3 and all(int(one) > 1800 for one in cached[1:])
