@@ -41,6 +41,12 @@ def test_the_questions_fit_and_cover_the_documents(asked):
     assert sum(map(len, cells.values())) == len(asked)
 
 
+def test_the_quick_start_counts_them_right(asked):
+    text = " ".join((REPO / "docs" / "quickstart.md").read_text().split())
+    low, high = (f"{length // 1024}K" for length in (min(demo.LENGTHS), max(demo.LENGTHS)))
+    assert f"answers {len(asked)} questions about documents of {low} to {high} bytes" in text
+
+
 def test_an_answer_is_right_by_its_value(asked):
     right = demo_report.rights(asked, served(asked, wrong={0, 5}).alone)
     assert [number for number, is_right in enumerate(right) if not is_right] == [0, 5]
