@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
@@ -67,10 +68,16 @@ def metrics() -> str:
     """A row for each series that the exporter makes."""
     from prometheus_client import CollectorRegistry
 
+    from sglang_ess.mem_cache.linker import LinkerFigures
+    from sglang_ess.mem_cache.linker_metrics import StoreMetrics
     from sglang_ess.metrics import Exporter, LayerSnapshot, Snapshot
+    from sglang_ess.store.page_store import StoreStats
 
-    registry = CollectorRegistry()
+    registry, figures = CollectorRegistry(), LinkerFigures()
+    figures.failures["damaged"] = 1
+    linker = SimpleNamespace(figures=figures, store_stats=StoreStats)
     exporter = Exporter({"model_name": "m"}, [0], registry)
+    StoreMetrics(linker, {"model_name": "m"}, registry).update()
     # Some series begin with the first figure.
     group = LayerSnapshot(**{field.name: 0 for field in fields(LayerSnapshot)})
     exporter.update(Snapshot((group,), 0, 0))

@@ -16,6 +16,7 @@ from typing import Any
 ENV_VAR = "SGLANG_ESS_CONFIG"
 TEMPLATE = "SGLANG_ESS_TEMPLATE"  # variable: prefix of the names of a server's temporary files
 REFUSED = 2  # exit status of a process that refuses its options; argparse has the same
+LINKER_MODULE = "sglang_ess.mem_cache.linker"  # what SGLang's option of a linker names
 
 
 def _option(
@@ -170,6 +171,13 @@ class EssConfig:
         "a GPU, which refuses auto.",
         choices=("auto", "uniform"),
         kind=str,
+    )
+    store: str = _option(
+        "",
+        "--ess-store",
+        "PATH[:SIZE]: directory for prefixes that outlive the host memory and the server, and its "
+        "largest size, for example /nvme/prefixes:2TiB (MiB, GiB or TiB; without a size: half of "
+        "the file system). A prompt's pages found there are loaded, not computed. Empty: none.",
     )
     grace_seconds: float = _option(
         25.0,

@@ -78,7 +78,7 @@ def _serve(config: EssConfig, rest: list[str], place: peers.Place | None) -> int
     from sglang.srt.utils import kill_process_tree
 
     from sglang_ess import plugin
-    from sglang_ess.launch import http_end, preflight
+    from sglang_ess.launch import http_end, preflight, store_option
 
     load_plugins()
     if not plugin.registered:
@@ -88,6 +88,7 @@ def _serve(config: EssConfig, rest: list[str], place: peers.Place | None) -> int
     on_cpu = plugin.activate_cpu_platform() is not None
     if reasons := preflight.server_reasons(server_args, config, on_cpu):
         return _refuse(reasons)
+    store_option.apply(server_args, config)
     preflight.resolve(server_args)
     if place is not None:
         peers.use_interface(place)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sglang_ess.admission.policy import REASONS
+from sglang_ess.mem_cache.linker_metrics import StoreMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -394,11 +395,13 @@ class Watch:
         self._logged, self._exported = Metrics(), Metrics()
         self._speculation = SpeculationCounts(reporter)
         self._exporter: Exporter | None = None
+        self._store: StoreMetrics | None = None
         self._broken = False
         if reporter.current_scheduler_metrics_enabled:
             collector = reporter.metrics_collector
             layers = [self._pool.start_layer + first for first in self._pool.groups.firsts]
             self._exporter = Exporter(collector.labels, layers)
+            self._store = StoreMetrics.of(scheduler, collector.labels)
             self._requests.register_on_alloc_rows(self.rows_given_out)
             collector.ess_watch = self
 
@@ -426,6 +429,8 @@ class Watch:
         gate = getattr(self._scheduler, "ess_gate", None)
         if gate is not None and gate.admission is not None:
             self._exporter.update_admission(gate.admission)
+        if self._store is not None:
+            self._store.update()
         self._take_misses(self._requests.free_slots)
 
     def _take_misses(self, rows: Sequence[int]) -> None:

@@ -107,10 +107,12 @@ def test_all_hooks_are_in_the_table():
 def test_all_series_are_in_the_table():
     from prometheus_client import CollectorRegistry
 
+    from sglang_ess.mem_cache.linker_metrics import StoreMetrics
     from sglang_ess.metrics import Exporter
 
     registry = CollectorRegistry()
     Exporter({"model_name": "m"}, [0], registry)
+    StoreMetrics(None, {"model_name": "m"}, registry)
     made = {family.name for family in registry.collect()}
     page = REPO / "docs" / "metrics.md"
     cells = pages.first_cells(pages.section(page, "Prometheus"))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
+from sglang_ess.config import ENV_VAR, EssConfig
 from sglang_ess.intake import Refused, control, guard, streams
 from sglang_ess.intake import request_checks as requests
 from tests.support import http_bodies, http_fuzz
@@ -331,3 +332,13 @@ def test_one_request_id_at_two_tokenizer_workers(tiny_v32, tmp_path):
             thread.join(120)
         assert len(statuses) == len(threads) and set(statuses) == {200, 400}, statuses
         assert greedy(server) == expected
+
+
+def test_new_weights_and_a_store_exclude_each_other(io, monkeypatch):
+    for name in control.NEW_WEIGHTS:
+        assert issubclass(getattr(io, name), io.BaseReq)
+        obj = type(name, (), {})()
+        monkeypatch.setenv(ENV_VAR, EssConfig(store="/nvme/store").to_env()[ENV_VAR])
+        assert "--ess-store" in control.problem(obj, on_cpu=False)
+        monkeypatch.setenv(ENV_VAR, EssConfig().to_env()[ENV_VAR])
+        assert control.problem(obj, on_cpu=False) is None

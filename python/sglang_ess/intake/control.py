@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from sglang_ess.config import EssConfig
 from sglang_ess.intake import Refused
 from sglang_ess.intake.guard import FAILED
 from sglang_ess.plugin import active_platform
@@ -29,6 +30,13 @@ UNSERVED_ON_CPU = UNSERVED | {
     "UpdateWeightsFromIPCReqInput": _GROUP,
     "ProfileReq": "needs a GPU's profiler, and this server runs on the CPU platform",
 }
+# SGLang's request types that change the weights, from which a store's pages were computed.
+NEW_WEIGHTS = (
+    "UpdateWeightFromDiskReqInput",
+    "UpdateWeightsFromDistributedReqInput",
+    "UpdateWeightsFromIPCReqInput",
+    "UpdateWeightsFromTensorReqInput",
+)
 
 
 async def ask(original: Callable, communicator: Any, obj: Any) -> list[Any]:
@@ -48,6 +56,11 @@ async def ask(original: Callable, communicator: Any, obj: Any) -> list[Any]:
 def problem(obj: Any, on_cpu: bool) -> str | None:
     """Why a control request cannot be served, in one line; None if it can."""
     name = type(obj).__name__
+    if name in NEW_WEIGHTS and (config := EssConfig.from_env()) and config.store:
+        return (
+            f"{name} must not come to a server with --ess-store: its pages are of the weights that "
+            "the server has started with. Restart it with the new ones."
+        )
     if why := (UNSERVED_ON_CPU if on_cpu else UNSERVED).get(name):
         return f"{name} must be one that this server serves: it {why}. Do without it."
     if name == "SlowDownReqInput" and obj.forward_sleep_time is not None:

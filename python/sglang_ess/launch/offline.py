@@ -66,7 +66,7 @@ def _checked(config: EssConfig, given: dict[str, Any]) -> Any:
     """The ServerArgs for these arguments, after all checks. Raises: EngineRefused."""
     os.environ.update(config.to_env())
     from sglang_ess import plugin
-    from sglang_ess.launch import preflight
+    from sglang_ess.launch import preflight, store_option
 
     if reasons := preflight.environment_reasons(config, os.environ) + _platform_reasons(plugin):
         raise EngineRefused("\n".join(reasons))
@@ -81,6 +81,7 @@ def _checked(config: EssConfig, given: dict[str, Any]) -> Any:
     on_cpu = plugin.activate_cpu_platform() is not None
     if reasons := preflight.engine_reasons(server_args, config, on_cpu):
         raise EngineRefused("\n".join(reasons))
+    store_option.apply(server_args, config)
     preflight.resolve(server_args)
     return server_args
 

@@ -27,6 +27,7 @@ from sglang_ess.launch.option_rules import (
 )
 from sglang_ess.launch.ports import port_reasons
 from sglang_ess.launch.speculation_rules import speculation_reasons
+from sglang_ess.launch.store_option import store_reasons
 from sglang_ess.plugin import PLUGIN_NAMES, active_platform
 
 NOT_LOADED = (
@@ -91,7 +92,7 @@ def engine_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
     server_args: a ServerArgs whose resolve_once() has not run
     Effect: reads config.json, from the Hugging Face Hub for a name org/name.
     """
-    reasons = []
+    reasons, model = [], None
     try:
         model = read_model_config(server_args)
     except Refusal as refusal:
@@ -99,6 +100,7 @@ def engine_reasons(server_args: Any, config: EssConfig, on_cpu: bool) -> list[st
     else:
         if model is not None:
             reasons += model_reasons(server_args, model, config, on_cpu)
+    reasons += store_reasons(server_args, model, config, on_cpu)
     return reasons + option_reasons(server_args, config, on_cpu) + range_reasons(server_args)
 
 

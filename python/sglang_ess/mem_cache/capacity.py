@@ -21,7 +21,7 @@ from typing import Any
 
 from ess_kernels.hot_state import GROUP_STATE_BYTES, HOT_ROW_STATE_BYTES, LAYER_STATE_BYTES
 from ess_kernels.plan_fetch import PlanBuffers as DevicePlanBuffers
-from sglang_ess.config import EssConfig
+from sglang_ess.config import LINKER_MODULE, EssConfig
 from sglang_ess.layout import (
     GIB,
     MAP_BYTES,
@@ -452,3 +452,15 @@ def index_groups(owner: Any) -> IndexGroups:
         layer_ids = [i for i in hybrid.full_attention_layer_ids if i in layer_ids]
     model = owner.model_config.hf_config
     return IndexGroups.of_layers([not dsa_layer_skips_topk(model, i) for i in layer_ids])
+
+
+def elides_index_keys(original: Any, *, is_draft_worker: bool) -> bool:
+    """Body of the AROUND hook on _should_elide_dsa_index_k: as without a linker if it is ours."""
+    from sglang.srt.runtime_context import get_memory
+
+    memory = get_memory()
+    if memory.enable_unified_cache_external_linker and not is_draft_worker:
+        options = memory.unified_cache_external_linker_config or {}
+        if options.get("linker_module_path") == LINKER_MODULE:
+            return not memory.enable_hisparse
+    return bool(original(is_draft_worker=is_draft_worker))

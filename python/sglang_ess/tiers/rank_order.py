@@ -103,6 +103,11 @@ class RankOrder:
     def is_writer(self) -> bool:
         return self._group.is_writer
 
+    @property
+    def is_sole(self) -> bool:
+        """Whether this rank shares its tier with no other."""
+        return self._is_sole
+
     def begin(self) -> None:
         """Begin a pass, or a change of rows between two passes: this rank reads for no older one.
 
