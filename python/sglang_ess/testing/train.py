@@ -55,16 +55,14 @@ class Stage:
         return self.cycle == "draft"
 
 
-RATES = {"copy": 2e-3, "longer": 1e-3, "again": 1e-3, "draft": 2e-3}
+RATES = {"copy": 2e-3, "longer": 1e-3, "draft": 2e-3}
 STAGES = (
     Stage(350, 512, 8),
     Stage(550, 1024, 4),
     Stage(250, 1024, 4, "longer"),
     Stage(150, 4096, 1, "longer"),
     Stage(30, 4096, 1, "longer", sparse=True),
-    Stage(550, 1024, 4, "again"),
-    Stage(60, 4096, 1, "again"),
-    Stage(350, 1024, 4, "draft"),
+    Stage(250, 1024, 4, "draft"),
 )
 
 
