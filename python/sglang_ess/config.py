@@ -199,6 +199,14 @@ class EssConfig:
         "missed it. 0: none.",
         limit=("0 to 65536", lambda value: 0 <= value <= 65536),
     )
+    early_fetch: int = _option(
+        0,
+        "--ess-early-fetch",
+        "With speculative decoding, on the CPU platform only: once a verify step is over, make so "
+        "many rows of a request and top-k list hot that just missed the list of its last kept "
+        "token. 0: none.",
+        limit=("0 to 65536", lambda value: 0 <= value <= 65536),
+    )
     canary_rate: float = _option(
         0.0,
         "--ess-canary-rate",

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 COUNTERS = ("lookups", "misses", "evictions", "evicted_age", "installs")
 # Those that a GPU's hot tier keeps in addition: ess_kernels/hot_state.py.
 GPU_COUNTERS = ("stall_ns", "scans", "short")
+CPU_COUNTERS = ("early", "early_used")  # and one on the CPU: tiers/early_rows.py
 
 
 # --- snapshots --------------------------------------------------------------------------
@@ -42,6 +43,8 @@ class LayerSnapshot:
     fetched_bytes: of the misses, in all layers of the group; installed_rows: rows made hot by a
         write or by warm-up
     evicted_age: steps since the last use of each evicted row, summed
+    early_rows: fetched between verify steps (--ess-early-fetch); early_rows_used: of them, before
+        they were evicted. 0 on a GPU
     exposed_fetch_seconds: that the main stream waited for missed rows, in all layers of the group,
         by the device's clock; scanned_rows: rows whose age was read to find victims;
         unplaced_slots: lookups and new slots that found no row, which must stay 0. All three are
@@ -59,6 +62,8 @@ class LayerSnapshot:
     evictions: int
     evicted_age: int
     layers: int = 1
+    early_rows: int = 0
+    early_rows_used: int = 0
     exposed_fetch_seconds: float | None = None
     scanned_rows: int | None = None
     unplaced_slots: int | None = None
@@ -107,7 +112,8 @@ class Metrics:
         found, groups, layer = pool.figures(), [], pool.start_layer
         for figures in found.groups:
             on_gpu = all(name in figures for name in GPU_COUNTERS)
-            names = (*COUNTERS, "steps", *(GPU_COUNTERS if on_gpu else ()))
+            extra = GPU_COUNTERS if on_gpu else (n for n in CPU_COUNTERS if n in figures)
+            names = (*COUNTERS, "steps", *extra)
             now = {name: figures[name] for name in names}
             before = self._before.get(layer, {})
             if any(now[name] < value for name, value in before.items()):
@@ -127,6 +133,8 @@ class Metrics:
                     evictions=since["evictions"],
                     evicted_age=since["evicted_age"],
                     layers=figures["layers"],
+                    early_rows=since.get("early", 0),
+                    early_rows_used=since.get("early_used", 0),
                     exposed_fetch_seconds=since["stall_ns"] / 1e9 if on_gpu else None,
                     scanned_rows=since.get("scans"),
                     unplaced_slots=since.get("short"),
@@ -222,6 +230,8 @@ _LAYER_COUNTERS = {
     "that read the top-k.",
     "installed_rows": "Rows made hot by a write of their slot or by warm-up.",
     "evictions": "Rows evicted from the hot tier.",
+    "early_rows": "Rows that --ess-early-fetch made hot before a top-k list had them. 0 on a GPU.",
+    "early_rows_used": "Of these, rows that a top-k list had before they were evicted.",
 }
 _GPU_COUNTERS = {
     "exposed_fetch_seconds": "Seconds that a GPU's main stream waited in decode for rows fetched "

@@ -342,6 +342,15 @@ def test_a_trace_that_could_not_be_written(launch, tmp_path):
     refused(launch(*flags, accelerator="cuda"), "--ess-trace must be left out", "--ess-platform")
 
 
+def test_an_early_fetch_that_could_not_be(launch):
+    flags, drafts = ("--ess-early-fetch", "8"), ("--speculative-algorithm", "EAGLE")
+    assert launch(*flags, *drafts, model=MTP)[1] == []
+    refused(launch(*flags, model=MTP), "must come with --speculative-algorithm: got 8 without")
+    gpu = launch(*flags, *drafts, model=MTP, accelerator="cuda")
+    refused(gpu, "--ess-early-fetch must be left out off the CPU platform: got 8", "fused top-k")
+    assert launch(*flags, "--disable-ess", model=MTP)[1] == []
+
+
 def test_scores_that_could_not_be_recorded(launch, tmp_path):
     scores = "--ess-trace-scores", "64"
     refused(launch(*scores), "--ess-trace-scores must come with --ess-trace: got 64")

@@ -91,6 +91,26 @@ def test_same_tokens_as_without_drafts_and_same_bits_in_two_tiers(models, arch, 
     assert all(meta["spec_verify_ct"] > 0 for meta in met)
 
 
+@pytest.mark.parametrize("shape", ["v32", pytest.param("glm", marks=pytest.mark.slow)])
+def test_rows_fetched_ahead_change_no_bit(models, shape):
+    """Every plan's rows are compared with their host rows (canary_rate 1)."""
+    model, drafts = models(shape), DRAFTS["eagle4"]
+    expected = baseline(model, script, **drafts)
+    with engine(model, RATIOS["minimum"], ess={"early_fetch": 4}, **drafts) as served:
+        assert all_same(script(served), expected)
+        counters = served.call("_hot_counters")
+    assert all(0 < group["early_used"] < group["early"] for group in counters)
+
+
+@pytest.mark.slow
+def test_a_wrong_row_fetched_ahead_is_noticed(models):
+    drafts, ess = DRAFTS["eagle4"], {"early_fetch": 4, "canary_rate": 0.0}
+    expected = baseline(models("v32"), script, **drafts)
+    wrong = ["wrong_row_ahead"]
+    with engine(models("v32"), RATIOS["minimum"], wrong, ess, **drafts) as served:
+        assert max(differences(script(served), expected)) > 1e-2
+
+
 @pytest.mark.parametrize(
     ("fault", "ratio"),
     [

@@ -50,6 +50,19 @@ def no_fetch() -> None:
     HotCache.fetch = lambda *_: None
 
 
+def wrong_row_ahead() -> None:
+    """Rows fetched ahead are those of the neighbouring slots."""
+    from sglang_ess.tiers.early_rows import EarlyRows
+
+    fetch = EarlyRows.fetch
+
+    def shifted(early, *args):
+        slots, rows = fetch(early, *args)
+        return slots + 1, rows
+
+    EarlyRows.fetch = shifted
+
+
 def rejected_row_stays_hot() -> None:
     """A decode step's row is refreshed only where its slot is not hot: a rejected draft's is."""
     from sglang_ess.tiers import HotCache

@@ -26,7 +26,7 @@ from sglang_ess.launch.option_rules import (
     rule_reasons,
 )
 from sglang_ess.launch.ports import port_reasons
-from sglang_ess.launch.speculation_rules import speculation_reasons
+from sglang_ess.launch.speculation_rules import early_fetch_reasons, speculation_reasons
 from sglang_ess.launch.store_option import store_reasons
 from sglang_ess.plugin import PLUGIN_NAMES, active_platform
 
@@ -331,6 +331,7 @@ def model_reasons(
         reasons += architecture_reasons(server_args, model, config, on_cpu)
         reasons += mixed_reasons(server_args, model, config, on_cpu)
     reasons += speculation_reasons(server_args, model, config, on_cpu, sparse)
+    reasons += early_fetch_reasons(server_args, model, config, on_cpu)
     shape = model.get("kv_lora_rank"), model.get("qk_rope_head_dim")
     fp8 = sparse and not on_cpu and server_args.kv_cache_dtype == "fp8_e4m3"
     # On the CPU platform, no row has other sizes.

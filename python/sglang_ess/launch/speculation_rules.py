@@ -31,6 +31,29 @@ CPU_RULES: Rules = (
 )
 
 
+def early_fetch_reasons(
+    server_args: Any, model: Mapping[str, Any], config: EssConfig, on_cpu: bool
+) -> list[str]:
+    """Why --ess-early-fetch could not be obeyed: one line, or none."""
+    pool, got = model.get("index_kpool") or 1, f"got {config.early_fetch}"
+    broken = {
+        f"be left out off the CPU platform: {got}. On a GPU, SGLang's fused top-k keeps no score, "
+        "so nothing says which rows just missed a list": not on_cpu,
+        f"come with --speculative-algorithm: {got} without. No drafts are computed": (
+            server_args.speculative_algorithm is None
+        ),
+        "be left out for a model whose index keys stand for several tokens: got index_kpool "
+        f"{pool}": pool > 1,
+        f"not come with --ess-topk-stream, whose lists no indexer has scored: {got}": (
+            bool(config.topk_stream)
+        ),
+    }
+    reasons = [
+        f"--ess-early-fetch must {rule}. Drop it." for rule, is_so in broken.items() if is_so
+    ]
+    return reasons[:1] if config.enabled and config.early_fetch else []
+
+
 def speculation_reasons(
     server_args: Any, model: Mapping[str, Any], config: EssConfig, on_cpu: bool, sparse: bool
 ) -> list[str]:

@@ -25,6 +25,7 @@ from sglang_ess.tiers import (
     throttled_link,
 )
 from sglang_ess.tiers.balance.rebalance import Rebalancer
+from sglang_ess.tiers.draft_window import DraftWindow
 from sglang_ess.tiers.hot_arena import HotArena
 from sglang_ess.tiers.row_words import as_words
 from sglang_ess.tiers.staging import Staging
@@ -40,6 +41,7 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
 
     plan_buffers  scratch of plans, shared by the layers
     trace         recorder of --ess-trace on the rank that writes the host tier, or None
+    draft_window  what --ess-early-fetch makes hot between verify steps, or None
 
     SGLang's setters drop the hot rows of the slots they write. Attention writes by write_step and
     write_prompt, which refresh them instead.
@@ -52,6 +54,7 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
     """
 
     trace: TraceRecorder | None = None
+    draft_window: DraftWindow | None = None
     rebalancers: list[Rebalancer]
 
     def _create_tiers(self) -> None:
@@ -67,6 +70,8 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
                 runner_ups=config.trace_scores or None,
             )
         self.tier = HotGroups(self._new_caches(host_rows))
+        if config.early_fetch:
+            self.draft_window = DraftWindow(self.hot_caches, topk, config.early_fetch)
         self.rebalancers = []
         if self.capacity.geometry.ghosts:
             self.rebalancers = [
@@ -106,7 +111,8 @@ class CpuEssTokenToKVPool(EssTokenToKVPool, CpuDsaTokenToKVPool):
 
     @property
     def topk_observers(self) -> list[TopkObserver]:
-        return [self.sample] if self.trace is None else [self.sample, self.trace]
+        optional = self.trace, self.draft_window
+        return [self.sample, *(one for one in optional if one is not None)]
 
     def warm(self, group: int, topk: torch.Tensor) -> None:
         """HotCache.warm of an index group with topk [queries, K] int32."""
