@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from sglang_ess.testing.recall.documents import KINDS, Question
+from sglang_ess.testing.recall.documents import KINDS, RecallQuestion
 
 DEPTHS = 4  # parts of a document: the columns of the needle picture
 
@@ -15,7 +15,7 @@ class Asked(NamedTuple):
     """A question about a document. length: of the document, rounded, in bytes; text: the prompt"""
 
     length: int
-    question: Question
+    question: RecallQuestion
     text: str
 
 

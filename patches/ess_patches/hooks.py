@@ -234,17 +234,6 @@ HOOKS = (
         test="tests/intake/test_intake.py",
     ),
     Hook(
-        target="sglang.srt.mem_cache.kv_cache_configurator._should_elide_dsa_index_k",
-        kind="around",
-        signature="(*, is_draft_worker)",
-        body="sglang_ess.mem_cache.capacity:elides_index_keys",
-        reason="SGLang gives layers that read another's top-k index keys as soon as a linker is "
-        "there, because its own linkers take a buffer of no rows for an error. Ours leaves such "
-        "layers out, on the device and in the store.",
-        when="both",
-        test="tests/serving/test_third_tier.py",
-    ),
-    Hook(
         target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator."
         "_resolve_kv_pool_class",
         kind="after",
@@ -265,6 +254,17 @@ HOOKS = (
         "second limit. One tier on the CPU platform takes --ess-device-gib as its device memory.",
         when="both",
         test="tests/mem_cache/test_capacity.py",
+    ),
+    Hook(
+        target="sglang.srt.mem_cache.kv_cache_configurator._should_elide_dsa_index_k",
+        kind="around",
+        signature="(*, is_draft_worker)",
+        body="sglang_ess.mem_cache.capacity:elides_index_keys",
+        reason="SGLang gives layers that read another's top-k index keys as soon as a linker is "
+        "there, because its own linkers take a buffer of no rows for an error. Ours leaves such "
+        "layers out, on the device and in the store.",
+        when="both",
+        test="tests/serving/test_third_tier.py",
     ),
     Hook(
         target="sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats",

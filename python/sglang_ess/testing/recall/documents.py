@@ -22,7 +22,7 @@ STOP = "\n"  # ends an answer
 _TRIES = 300
 
 
-class Question(NamedTuple):
+class RecallQuestion(NamedTuple):
     """prompt follows the document's text, answer follows the prompt; value: what must be right
     depth: where in the document the answer begins to be found, 0 (its start) to 1
     """
@@ -44,7 +44,7 @@ class Document:
     """ASCII text, one token a byte."""
 
     text: str
-    questions: tuple[Question, ...]
+    questions: tuple[RecallQuestion, ...]
 
 
 @functools.cache
@@ -105,9 +105,11 @@ class _Fact(NamedTuple):
     answer: str
     value: str
 
-    def question(self, text: str) -> Question:
+    def question(self, text: str) -> RecallQuestion:
         depth = text.index(self.sentences[0]) / len(text)
-        return Question(self.kind, _prompt(self.asks), f" {self.answer}{STOP}", self.value, depth)
+        return RecallQuestion(
+            self.kind, _prompt(self.asks), f" {self.answer}{STOP}", self.value, depth
+        )
 
 
 def _prompt(asks: str) -> str:
@@ -148,7 +150,7 @@ def _with_facts(rng, body, facts) -> str:
     return "".join([*parts, body[last:]])
 
 
-def _quote(rng, text, sentences, depth) -> Question:
+def _quote(rng, text, sentences, depth) -> RecallQuestion:
     """Ask for a passage of one line, without a fact, whose beginning occurs once.
 
     Nor has it a run of spaces, as tables have: nobody could count them by the bytes before.
@@ -167,7 +169,7 @@ def _quote(rng, text, sentences, depth) -> Question:
         if free and plain and text.count(head) == 1:
             break
     prompt, answer = _prompt(f'What follows "{head}"?'), f' "{head}{value}"{STOP}'
-    return Question("quote", prompt, answer, value, at / len(text))
+    return RecallQuestion("quote", prompt, answer, value, at / len(text))
 
 
 class Sample(NamedTuple):

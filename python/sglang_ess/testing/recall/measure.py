@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from sglang_ess.testing import recall as model
-from sglang_ess.testing.recall.documents import KINDS, Question, make_document
+from sglang_ess.testing.recall.documents import KINDS, RecallQuestion, make_document
 from sglang_ess.testing.recall.model import WEIGHTS
 from sglang_ess.testing.recall.network import Network, Selection
 from sglang_ess.testing.tiny_tokenizer import VOCAB_SIZE
@@ -33,11 +33,11 @@ DEPTHS = 5  # bands of the needle table
 BYTES_A_FACT = 200  # a document has a fact, about which nobody asks, for each so many bytes
 
 
-class Answer(NamedTuple):
+class RecallAnswer(NamedTuple):
     """Whether a question was answered right; length: of the document, in bytes."""
 
     length: int
-    question: Question
+    question: RecallQuestion
     right: bool
 
 
@@ -51,7 +51,7 @@ def answers(
     kinds: Iterable[str] = KINDS * 2,
     depth: float | None = None,
     seed: int = 0,
-) -> list[Answer]:
+) -> list[RecallAnswer]:
     """Ask one question of each of `kinds` about each document, the answers before it given.
 
     An answer is right if greedy decoding of it is: each of its bytes, up to the end of the value,
@@ -77,17 +77,17 @@ def answers(
             output = bytes(min(int(i), 255) for i in likely[begin - 1 : end - 1]).decode("latin1")
             last = question.answer.rfind(question.value) + len(question.value)
             right = output[:last] == question.answer[:last]
-            found.append(Answer(length, question, right))
+            found.append(RecallAnswer(length, question, right))
     return found
 
 
-def recall(found: Iterable[Answer], kind: str | None = None) -> float:
+def recall(found: Iterable[RecallAnswer], kind: str | None = None) -> float:
     """Share of right answers, of one kind or of all."""
     rights = [one.right for one in found if kind in (None, one.question.kind)]
     return sum(rights) / len(rights)
 
 
-def by_depth(found: Iterable[Answer]) -> list[float | None]:
+def by_depth(found: Iterable[RecallAnswer]) -> list[float | None]:
     """Recall in each of DEPTHS equal bands of depth, the document's start first."""
     bands: list[list[bool]] = [[] for _ in range(DEPTHS)]
     for one in found:

@@ -45,7 +45,7 @@ class Selection:
 
 
 @dataclass
-class Step:
+class ForwardPass:
     """What all layers of a forward pass share.
 
     cos, sin: [batch, length, rope / 2]; selection: None: all keys up to the query's own
@@ -147,7 +147,7 @@ class Attention(nn.Module):
         self.indexer = Indexer(config)
         self.scale = (self.nope + ROPE) ** -0.5 * config.attention_mscale
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, step: ForwardPass) -> Tensor:
         latent = self.q_a_layernorm(self.q_a_proj(x))
         query = self.q_b_proj(latent).unflatten(-1, (self.heads, self.nope + ROPE))
         turned = _rotate_pairs(query[..., self.nope :], step.cos[:, :, None], step.sin[:, :, None])
@@ -260,7 +260,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden)
         self.mlp = mlp
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, step: ForwardPass) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), step)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -274,7 +274,7 @@ class DraftLayer(Layer):
         self.eh_proj = _matrix(2 * config.hidden, config.hidden)
         self.shared_head = nn.ModuleDict({"norm": Norm(config.hidden)})
 
-    def forward_draft(self, embedded: Tensor, hidden: Tensor, step: Step) -> Tensor:
+    def forward_draft(self, embedded: Tensor, hidden: Tensor, step: ForwardPass) -> Tensor:
         """Both [batch, length, hidden]: the next token's embedding, the target's last states."""
         both = torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1)
         return self.shared_head["norm"](self(self.eh_proj(both), step))
@@ -332,19 +332,19 @@ class Network(nn.Module):
             head[self.config.nope_dim :: 2, 0] = amplitudes * angles.cos() / size
             head[self.config.nope_dim + 1 :: 2, 0] = amplitudes * angles.sin() / size
 
-    def step(self, positions: Tensor, **options: Any) -> Step:
-        """positions: [batch, length]; options: of Step"""
+    def step(self, positions: Tensor, **options: Any) -> ForwardPass:
+        """positions: [batch, length]; options: of ForwardPass"""
         angles = positions[..., None].float() * self.frequencies
-        return Step(angles.cos(), angles.sin(), **options)
+        return ForwardPass(angles.cos(), angles.sin(), **options)
 
-    def hidden(self, ids: Tensor, step: Step) -> Tensor:
+    def hidden(self, ids: Tensor, step: ForwardPass) -> Tensor:
         """[batch, length, hidden], after the last norm. ids: [batch, length]"""
         x = self.model["embed_tokens"](ids)
         for layer in self.model["layers"]:
             x = layer(x, step)
         return self.model["norm"](x)
 
-    def drafts(self, ids: Tensor, hidden: Tensor, step: Step) -> Tensor:
+    def drafts(self, ids: Tensor, hidden: Tensor, step: ForwardPass) -> Tensor:
         """Hidden states that predict two tokens on, [batch, length - 1, hidden].
 
         step: of the first length - 1 positions
