@@ -71,7 +71,7 @@ def test_the_parts_of_the_sum():
     """By hand: 2 layers of 656 B rows, 100 slots and a page of 10, 20 hot rows."""
     geometry = Geometry(2, 656, 2 * 132, topk=8, context_tokens=50, page_slots=10)
     slots = 110 * (2 * 132 + 2 * 4 + 4)
-    hot = 20 * 2 * (656 + 30) + 2 * 11 * 8
+    hot = 20 * 2 * (656 + 30) + 2 * (11 + 2) * 8
     staging = 2 * (50 + 10) * 656
     assert geometry.device_bytes(100, 20) == slots + hot + staging + 64 * 8 * 12
     assert geometry.host_bytes(100) == 110 * 2 * 656

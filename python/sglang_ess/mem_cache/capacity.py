@@ -41,6 +41,7 @@ from sglang_ess.mem_cache.host_share import (
 )
 from sglang_ess.tiers import free_host_bytes
 from sglang_ess.tiers.balance.rebalance import ghost_bytes
+from sglang_ess.tiers.early_rows import COUNTER_BYTES
 from sglang_ess.tiers.hot_cache import HOT_ROW_OVERHEAD_BYTES
 from sglang_ess.tiers.hot_cache_cuda import TierScratch
 from sglang_ess.tiers.index_groups import IndexGroups
@@ -53,7 +54,7 @@ logger = logging.getLogger(__name__)
 MIN_HOT_ROWS = 64
 # ESS's operating point: misses are stable above a hot ratio of 0.2 and climb below it.
 AUTO_HOT_RATIO = 0.2
-STATE_BYTES = STATE_SIZE * 8  # counters of one group's hot tier
+STATE_BYTES = STATE_SIZE * 8 + COUNTER_BYTES  # counters of one group's hot tier
 
 
 def size(num_bytes: int) -> str:

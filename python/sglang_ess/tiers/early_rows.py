@@ -16,6 +16,7 @@ from sglang_ess.tiers.lru import jit
 MIN_AGE = 2  # steps since the last use of a row that gives way: no row of the last step does
 # Indices into the counters of EarlyRows.
 FETCHED, USED = 0, 1
+COUNTER_BYTES = 16
 
 
 @jit
@@ -113,6 +114,11 @@ class EarlyRows:
         self.counters = np.zeros(2, np.int64)
         self._slots, self._rows = np.empty(0, np.int32), np.empty(0, np.int32)
         self._count = 0
+
+    @property
+    def nbytes(self) -> int:
+        """COUNTER_BYTES until the first fetch."""
+        return self.counters.nbytes + self._slots.nbytes + self._rows.nbytes
 
     def fetch(
         self, slots: np.ndarray, most: int, min_age: int, arrays: tuple[np.ndarray, ...]

@@ -395,7 +395,8 @@ class HotCache:
     def nbytes(self) -> int:
         """Device bytes of rows, maps and queue, without the shared buffers and the ghost."""
         row_bytes = ARENA_ROW_BYTES + sum(rows[0].nbytes for rows in self.arena.layers)
-        return self.num_rows * row_bytes + sum(array.nbytes for array in self._arrays.values())
+        state = sum(array.nbytes for array in self._arrays.values())
+        return self.num_rows * row_bytes + state + self.early.nbytes
 
     def slots_by_recency(self) -> np.ndarray:
         """The hot slots [n] int32, least recently used first."""

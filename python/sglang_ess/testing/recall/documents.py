@@ -157,12 +157,12 @@ def _quote(rng, text, sentences, depth) -> RecallQuestion:
     """
     span = HEAD_BYTES + QUOTE_BYTES
     taken = [(at, at + len(one)) for one in sentences for at in [text.index(one)]]
-    around = None if depth is None else int(depth * (len(text) - span))
-    for attempt in range(_TRIES):
-        low, high = 0, len(text) - span
-        if around is not None:
-            low, high = max(0, around - 8 * (attempt + 1)), min(high, around + 8 * (attempt + 1))
-        at = rng.randint(low, high)
+    last = len(text) - span
+    if depth is None:
+        places = [rng.randint(0, last) for _ in range(_TRIES)]
+    else:
+        places = sorted(range(last + 1), key=lambda at: abs(at - depth * last))
+    for at in places:
         head, value = text[at : at + HEAD_BYTES], text[at + HEAD_BYTES : at + span]
         free = all(end <= at or begin >= at + span for begin, end in taken)
         plain = "\n" not in head + value and "   " not in head + value
