@@ -1,7 +1,7 @@
 """`python -m sglang_ess.testing.train`: train the recall model from nothing, on a CPU.
 
-Two cores need about 45 minutes. Each step draws its documents from the seed and its own number, so a
-run that is stopped goes on where it was, with the same numbers. The plan: short documents until
+Two cores need about 45 minutes. Each step draws its documents from the seed and its own number, so
+a run that is stopped goes on where it was, with the same numbers. The plan: short documents until
 the model can copy, longer ones, long ones in which each query reads its top-k only, as when
 served; then the MTP layer alone.
 """
