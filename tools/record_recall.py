@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 
 import sglang_ess
-from sglang_ess.testing.recall.documents import KINDS, make_document
+from sglang_ess.testing.recall.documents import BYTES_A_FACT, KINDS, make_document
 from sglang_ess.testing.recall.model import write_recall_model
 
 CONTEXTS = (2048, 4096, 8192, 14_336)  # tokens of the prompt
 DECODED = 1200  # tokens
-BYTES_A_FACT = 200  # of a document
 RUNNER_UPS = 128
 
 

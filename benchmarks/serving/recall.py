@@ -47,10 +47,9 @@ from benchmarks.serving.two_tier_figures import HEADLINE, ONE_TIER
 from sglang_ess.cpu import set_thread_defaults
 from sglang_ess.layout import PAGE_SLOTS as PAGE
 from sglang_ess.testing import recall as model
-from sglang_ess.testing.recall.documents import KINDS, STOP, Document, make_document
+from sglang_ess.testing.recall.documents import BYTES_A_FACT, KINDS, STOP, Document, make_document
 from tools.worker import Worker
 
-FACT_BYTES = 200  # a document has a fact, about which nobody asks, for each so many bytes
 ANSWER = 96  # tokens; the longest answer has 60
 ROOM = 256  # tokens of a context for a question and its answer
 DRAFT_ROOM = 4 * PAGE  # slots that SGLang sets aside for the drafts of a step
@@ -169,7 +168,7 @@ class Bench(two_tier.Bench):
 def document_of(seed: int, length: int, number: int, asked: int, depth=None) -> Document:
     """One that leaves room for a question and its answer in a context of `length` tokens."""
     rng, size = random.Random(f"{seed}/{length}/{number}"), length - ROOM
-    return make_document(rng, size, KINDS * asked, others=size // FACT_BYTES, depth=depth)
+    return make_document(rng, size, KINDS * asked, others=size // BYTES_A_FACT, depth=depth)
 
 
 def tokens_of(document: Document) -> tuple[list[int], list[list[int]]]:

@@ -17,6 +17,7 @@ import numpy as np
 KINDS = ("code", "hop", "quote")
 HEAD_BYTES, QUOTE_BYTES = 16, 40  # of a passage: what the question shows, what the answer adds
 CODE_DIGITS = 5
+BYTES_A_FACT = 200  # a document has a fact, about which nobody asks, for each so many bytes
 TRAINED_SHARE = 0.9  # of the text; the rest is for documents that no training saw
 STOP = "\n"  # ends an answer
 _TRIES = 300

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from sglang_ess.testing import recall as model
-from sglang_ess.testing.recall.documents import KINDS, RecallQuestion, make_document
+from sglang_ess.testing.recall.documents import BYTES_A_FACT, KINDS, RecallQuestion, make_document
 from sglang_ess.testing.recall.model import WEIGHTS
 from sglang_ess.testing.recall.network import Network, Selection
 from sglang_ess.testing.tiny_tokenizer import VOCAB_SIZE
@@ -30,7 +30,6 @@ SELECTIONS = {
 }
 LENGTHS = (1024, 2048, 4096, 8192, 14_336)  # with questions and answers within 16K
 DEPTHS = 5  # bands of the needle table
-BYTES_A_FACT = 200  # a document has a fact, about which nobody asks, for each so many bytes
 
 
 class RecallAnswer(NamedTuple):
