@@ -7,7 +7,13 @@ import sys
 import pytest
 
 from sglang_ess.platforms import cpu_threads
-from sglang_ess.platforms.cpu_threads import BIND_VAR, COUNT_VAR, bind_reasons, cores_of
+from sglang_ess.platforms.cpu_threads import (
+    BIND_VAR,
+    COUNT_VAR,
+    SHARED_VAR,
+    bind_reasons,
+    cores_of,
+)
 from tests.support.engine import in_fork
 
 
@@ -31,7 +37,7 @@ def test_the_share_is_of_usable_cores():
 def unset(monkeypatch):
     monkeypatch.delenv(BIND_VAR, raising=False)
     monkeypatch.delenv(COUNT_VAR, raising=False)
-    monkeypatch.setattr(cpu_threads, "_ours", None)
+    monkeypatch.delenv(SHARED_VAR, raising=False)
     return monkeypatch
 
 
@@ -55,6 +61,16 @@ def test_a_later_engine_of_the_same_process_shares_anew(unset):
     assert os.environ[BIND_VAR] == "0,1|2,3|4,5|6,7"
     cpu_threads.share_cores(1)
     assert BIND_VAR not in os.environ
+
+
+def test_an_earlier_engines_cores_are_not_the_users_in_a_process_started_since(unset):
+    unset.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+    cpu_threads.share_cores(1, nodes=2)
+    assert bind_reasons(2, os.environ) == []
+    again = "cpu_threads.share_cores(2); print(os.environ[cpu_threads.BIND_VAR])"
+    code = f"import os; from sglang_ess.platforms import cpu_threads; {again}"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "|" in found.stdout
 
 
 def test_what_the_user_names_stays(unset):

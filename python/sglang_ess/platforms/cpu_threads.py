@@ -15,8 +15,8 @@ from collections.abc import Mapping
 
 BIND_VAR = "SGLANG_CPU_OMP_THREADS_BIND"  # cores of each rank, as 0-3,8|4-7,9; all: unset
 COUNT_VAR = "OMP_NUM_THREADS"  # a user who sets it chooses the threads of every rank
-
-_ours: str | None = None  # the value of BIND_VAR that share_cores() has set
+# The value of BIND_VAR that share_cores() has set, in this process or one that started it.
+SHARED_VAR = "SGLANG_ESS_SHARED_CORES"
 
 
 def share_cores(ranks: int, nodes: int = 1) -> None:
@@ -24,14 +24,19 @@ def share_cores(ranks: int, nodes: int = 1) -> None:
 
     Effect: sets BIND_VAR for this process and its children.
     """
-    global _ours
-    if _ours is not None and os.environ.get(BIND_VAR) == _ours:
-        del os.environ[BIND_VAR]  # of an earlier engine in this process
+    if _is_shared(os.environ):
+        del os.environ[BIND_VAR], os.environ[SHARED_VAR]
     if ranks == nodes == 1 or BIND_VAR in os.environ:
         return
     usable = sorted(os.sched_getaffinity(0))
     parts = [cores_of(usable, rank, ranks) for rank in range(ranks)]
-    _ours = os.environ[BIND_VAR] = "|".join(",".join(map(str, part)) for part in parts)
+    os.environ[BIND_VAR] = "|".join(",".join(map(str, part)) for part in parts)
+    os.environ[SHARED_VAR] = os.environ[BIND_VAR]
+
+
+def _is_shared(environ: Mapping[str, str]) -> bool:
+    """Whether BIND_VAR is an earlier engine's, and no choice of the user's."""
+    return BIND_VAR in environ and environ[BIND_VAR] == environ.get(SHARED_VAR)
 
 
 def cores_of(usable: list[int], rank: int, ranks: int) -> list[int]:
@@ -95,7 +100,9 @@ def _span(text: str) -> range:
 
 
 def bind_reasons(ranks: int, environ: Mapping[str, str]) -> list[str]:
-    """Why BIND_VAR does not name cores for each of a node's ranks."""
+    """Why BIND_VAR, where the user has set it, does not name cores for each of a node's ranks."""
+    if _is_shared(environ):
+        return []
     try:
         named = named_cores(environ)
     except ValueError:
