@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from sglang_ess.errors import program_name
+from sglang_ess.layout import GIB
 from sglang_ess.sim.inputs.files import names
 from sglang_ess.sim.inputs.specs import Deployment, Model, SpecError, changed, load
 from sglang_ess.sim.model.locality import Locality
 from sglang_ess.sim.model.miss_table import LAYERS, REQUESTS, MissTable
 from sglang_ess.sim.planning.planner import Advice, Answer, Planner, Question, QuestionError
+from sglang_ess.sim.planning.store_size import stored_bytes
 from sglang_ess.trace.trace import read_trace
 
 REFUSED = 2
@@ -75,6 +77,7 @@ def argument_parser() -> argparse.ArgumentParser:
         ("accept", float, "T", "tokens a request gains in a step [1, 1.7, 2.8 for --mtp 1, 2, 4]"),
         ("host-gib", float, "G", "host memory for latent rows, of a node / its GPUs [200]"),
         ("kv-gib", float, "G", "device memory of one GPU for KV [what the weights leave]"),
+        ("documents", int, "N", "prompts that --ess-store will keep: how large a store they take"),
         ("requests", int, "N", "most requests that one GPU, or the N of --tp, will serve at once"),
     )
     for flag, kind, value, text in numbers:
@@ -280,12 +283,14 @@ def as_dict(question: Question, options: argparse.Namespace, answer: Answer) -> 
     specs = {name: getattr(options, name) for name in ("model", "gpu", "link", "locality")}
     specs |= {"context": question.context, "longest": question.slots_tokens}
     specs |= {"itl_ms": question.itl_seconds * 1000, "requests": question.max_requests}
+    stored = {"store_bytes": store_bytes(question, options)} if options.documents else {}
     return {
         "kind": "simulated",
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "seed": options.seed,
         "question": specs | {"deployment": asdict(question.deployment)},
         **asdict(answer),
+        **stored,
         "flags": flags(question, answer),
     }
 
@@ -322,6 +327,13 @@ def lines(answer: Answer, deployment: Deployment) -> Iterator[tuple[str, ...]]:
         )
 
 
+def store_bytes(question: Question, options: argparse.Namespace) -> int:
+    """Bytes of a store that keeps --documents prompts."""
+    tokens = options.input or question.slots_tokens
+    drafts = question.deployment.queries > 1
+    return (options.documents or 0) * stored_bytes(question.model, tokens, drafts)
+
+
 def _print(question: Question, options: argparse.Namespace, answer: Answer) -> None:
     from rich import box
     from rich.console import Console
@@ -337,6 +349,9 @@ def _print(question: Question, options: argparse.Namespace, answer: Answer) -> N
             table.add_row(name, *cells)
         Console().print(table)
     print("\n".join(verdict(question, answer)))
+    if options.documents:
+        size = store_bytes(question, options) / GIB
+        print(f"--ess-store PATH:{math.ceil(size)}GiB keeps {options.documents:,} such prompts.")
 
 
 def verdict(question: Question, answer: Answer) -> Iterator[str]:
