@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,31 @@ if interpreted():
     interpreter.make_fast()
     host.stand_in()
 
+ROOT = Path(__file__).parents[1]
 PACKAGE = Path(sglang_ess.__file__).parent
+COMPILED_VAR = "ESS_TEST_COMPILED"  # the file with the results of the process that compiled
+TORCH_THREADS = torch.get_num_threads()  # a server's, on this machine
 COMPILING = pytest.StashKey[subprocess.Popen]()
 SLOTS = 40_000  # SGLang's default is most of the machine's memory
+GUARDED = ("ESS", "SGLANG", "NUMBA", "OMP", "GOMP")  # variables that later engines would read
+
+
+@pytest.fixture(autouse=True)
+def leaves_environment():
+    """A test leaves no variable behind, or a later one fails where nobody looks for the reason."""
+    before = _guarded()
+    yield
+    after = _guarded()
+    for name in after.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+    changed = sorted(name for name, _ in before.items() ^ after.items())
+    names = ", ".join(dict.fromkeys(changed))
+    assert not changed, f"a test must leave os.environ as it was: got another {names}. Use setenv."
+
+
+def _guarded() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(GUARDED)}
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +71,27 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: groups.order(item.nodeid))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """One thread for torch in this process, whatever the test before it did (numba sets it too).
+
+    Two threads wait for each other at every operator while another process has a core: 160 s, not
+    15 s, for 150 tokens of a tiny model. Servers, engines and forks have their own number.
+    """
+    torch.set_num_threads(1)
+
+
 def pytest_sessionstart(session):
-    """In a fresh clone one process compiles the CPU kernels, before several would, 15 s each."""
+    """In a fresh clone one process compiles the CPU kernels, before several would, 15 s each.
+
+    What it computes meanwhile is the first result of kernel_runs.
+    """
     several = getattr(session.config.option, "numprocesses", None)
     if several and not any(PACKAGE.rglob("*.nbi")):
-        code = "from sglang_ess.launch.compile_kernels import warm_up; warm_up()"
-        session.config.stash[COMPILING] = subprocess.Popen([sys.executable, "-c", code])
+        os.environ[COMPILED_VAR] = file = str(Path(tempfile.mkdtemp(prefix="ess-test-")) / "a.npz")
+        code = f"from tests.support import kernel_results; kernel_results.main({file!r})"
+        code += "; from sglang_ess.launch.compile_kernels import warm_up; warm_up()"
+        session.config.stash[COMPILING] = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -90,11 +128,13 @@ def starts_early(request):
 def kernel_runs(tmp_path_factory):
     """() -> results of two processes, waited for: the first compiles, the second loads."""
     root = tmp_path_factory.mktemp("kernels")
-    files = [root / "compiled.npz", root / "loaded.npz"]
+    compiled, loaded = os.environ.get(COMPILED_VAR), root / "loaded.npz"
+    files = [Path(compiled or root / "compiled.npz"), loaded]
     run = f"{shlex.quote(sys.executable)} -m tests.support.kernel_results"
+    runs = files[1:] if compiled else files
     process = subprocess.Popen(
-        ["sh", "-c", " && ".join(f"{run} {shlex.quote(str(file))}" for file in files)],
-        env={**os.environ, "NUMBA_CACHE_DIR": str(root / "cache")},
+        ["sh", "-c", " && ".join(f"{run} {shlex.quote(str(file))}" for file in runs)],
+        env=os.environ | ({} if compiled else {"NUMBA_CACHE_DIR": str(root / "cache")}),
         stderr=subprocess.PIPE,
         text=True,
     )

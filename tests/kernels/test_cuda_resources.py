@@ -1,7 +1,10 @@
 """What each CUDA kernel takes: no spilled registers, and as many blocks on an SM as is meant."""
 
+import functools
 import re
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -16,19 +19,23 @@ BLOCKS = {"plan_fetch_kernel<4, false>": 2, "plan_fetch_kernel<1, false>": 2, "f
 needs_nvcc = pytest.mark.skipif(cuda_build.nvcc() is None, reason="needs nvcc")
 
 
-def compiled(arch, folder):
-    """kernel -> (registers, shared bytes, spilled bytes) in the code for an architecture."""
-    code, source = folder / "plan_fetch.cubin", cuda_build.SOURCE_DIR / "plan_fetch.cu"
+@functools.cache  # one run of the compiler gives the machine code's figures and the PTX
+def compiled(arch):
+    """kernel -> (registers, shared bytes, spilled bytes) in the code for an architecture; PTX."""
+    source = cuda_build.SOURCE_DIR / "plan_fetch.cu"
     flags = " ".join(cuda_build.NVCC_FLAGS).split()
     command = [cuda_build.nvcc(), *flags, "-Xptxas", "-v", f"-arch=sm_{arch}", "-cubin", source]
-    done = subprocess.run([*command, "-o", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        kept = ["--keep", "--keep-dir", folder, "-o", f"{folder}/plan_fetch.cubin"]
+        done = subprocess.run([*command, *kept], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        ptx = Path(folder, "plan_fetch.ptx").read_text()
     found = {}
     for part in done.stderr.split("Compiling entry function '")[1:]:
         numbers = [figure(rf"(\d+) {what}", part) for what in ("registers", "bytes smem")]
         spilled = figure(r"(\d+) bytes spill stores", part) + figure(r"(\d+) bytes spill l", part)
         found[name(part[: part.index("'")])] = (*numbers, spilled)
-    return found
+    return found, ptx
 
 
 def figure(pattern, text):
@@ -43,8 +50,8 @@ def name(mangled):
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["90a", pytest.param("100a", marks=pytest.mark.slow)])
-def test_kernels_do_not_spill(tmp_path, arch):
-    found = compiled(arch, tmp_path)
+def test_kernels_do_not_spill(arch):
+    found, _ = compiled(arch)
     for kernel, (registers, shared, spilled) in sorted(found.items()):
         print(f"sm_{arch} {kernel}: {registers} registers, {shared} B shared, {spilled} B spilled")
     assert len(found) == 9
@@ -56,11 +63,7 @@ def test_kernels_do_not_spill(tmp_path, arch):
 
 
 @needs_nvcc
-def test_host_rows_are_read_by_loads_of_the_memory_model(tmp_path):
+def test_host_rows_are_read_by_loads_of_the_memory_model():
     """Other devices write them: the model leaves ld.global.nc out."""
-    code, source = tmp_path / "plan_fetch.ptx", cuda_build.SOURCE_DIR / "plan_fetch.cu"
-    flags = " ".join(cuda_build.NVCC_FLAGS).split()
-    command = [cuda_build.nvcc(), *flags, "-arch=sm_90a", "-ptx", source, "-o", code]
-    subprocess.run(command, check=True, capture_output=True)
-    ptx = code.read_text()
+    _, ptx = compiled("90a")
     assert "ld.global.L1::no_allocate.v4" in ptx and "ld.global.nc" not in ptx

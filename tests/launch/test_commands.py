@@ -22,7 +22,10 @@ def sglang_ess_command(capsys, *arguments):
 
 
 @pytest.fixture(autouse=True)
-def own_argv(monkeypatch):
+def as_in_a_new_process(monkeypatch):
+    """The console script's process has imported no command yet: runpy warns if it has."""
+    for module, _ in commands.COMMANDS.values():
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.setattr(errors, "console_command", None)
 

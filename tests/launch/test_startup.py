@@ -22,7 +22,7 @@ from sglang_ess.layout import LATENT_DIM, ROPE_DIM, ROW_DIM, index_page_bytes
 from sglang_ess.testing.tiny_model import TinyModelConfig, write_tiny_model
 from sglang_ess.tiers.host_memory import Residence
 from sglang_ess.tiers.index_groups import IndexGroups
-from tests.conftest import SLOTS
+from tests.conftest import SLOTS, TORCH_THREADS
 from tests.support.engine import EngineProcess
 from tests.support.launching import in_this_process
 from tests.support.server import free_port
@@ -69,7 +69,7 @@ def test_the_block_holds_what_config_json_says(server, tiny_v32):
     key = config["index_head_dim"] + 4  # e4m3 and one fp32 scale
     _, block = printed(server)
     assert block["model"] == f"{tiny_v32} (DeepseekV32ForCausalLM, {layers} layers, bfloat16)"
-    assert block["device"] == f"cpu, {torch.get_num_threads()} threads"
+    assert block["device"] == f"cpu, {TORCH_THREADS} threads"
     assert block["KV format"] == "latent rows bfloat16, 1152 B; index keys fp8_e4m3, 132 B"
     assert block["bytes per token"] == (
         f"{layers * (latent + key)} = {layers} x {latent} latent rows + {layers} x {key} index keys"

@@ -231,6 +231,7 @@ def registry(monkeypatch):
 
     calls = []
     monkeypatch.setattr(HookRegistry, "register", lambda *call: calls.append(call))
+    monkeypatch.setenv(plugin.APP_VAR, "")  # plugin.register() sets it, unless it is set
     return calls
 
 

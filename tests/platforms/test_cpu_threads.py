@@ -35,9 +35,9 @@ def test_the_share_is_of_usable_cores():
 
 @pytest.fixture
 def unset(monkeypatch):
-    monkeypatch.delenv(BIND_VAR, raising=False)
-    monkeypatch.delenv(COUNT_VAR, raising=False)
-    monkeypatch.delenv(SHARED_VAR, raising=False)
+    for name in (BIND_VAR, COUNT_VAR, SHARED_VAR):
+        monkeypatch.setenv(name, "")  # so that what share_cores() sets is undone after the test
+        monkeypatch.delenv(name)
     return monkeypatch
 
 

@@ -54,9 +54,11 @@ class Served:
 
 
 def grid():
+    """GLM in one tier is slow: test_two_tier.py compares it with two, which are here."""
     for name in ARCHS:
         if "passes" not in name:
-            yield name, "one tier"
+            marks = [pytest.mark.slow] if name == "glm" else []
+            yield pytest.param((name, "one tier"), marks=marks)
         yield name, "two tiers"
 
 

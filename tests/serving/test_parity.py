@@ -62,6 +62,7 @@ CASES = [(name, "exact") for name in MODELS]
 CASES += [(name, kind) for name in ("v32", "glm") for kind in SETUPS if kind != "exact"]
 # The formats of rows and keys know nothing of shared top-k's: of glm, all of them once, together.
 SLOW = [("glm", kind) for kind in SETUPS if kind not in ("exact", "fp8 both")]
+SLOW += [("v32", "fp8 index"), ("v32", "fp8 rows")]  # each is part of "fp8 both"
 # Tokens of a prompt that one pass computes at most.
 CHUNKS = {"v32": [128, 4096], "glm": [128, 4096], "v32-wide": [128], "glm-odd": [128]}
 # Each corruption (tests/support/faults.py), and where it must show. Where it is a decision, it

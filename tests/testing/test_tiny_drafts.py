@@ -21,7 +21,10 @@ MODELS = {
     "v32, bfloat16": dict(arch="v32", dtype="bfloat16"),
     "glm, one top-k, bfloat16": dict(arch="glm", index_share_for_mtp_iteration=1, dtype="bfloat16"),
 }
-every_model = pytest.mark.parametrize("name", MODELS)
+FAST = ("v32", "glm", "glm, one top-k, bfloat16")
+every_model = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in MODELS]
+)
 float32 = pytest.mark.parametrize("name", ["v32", "glm"])
 
 
