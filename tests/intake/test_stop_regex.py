@@ -50,10 +50,10 @@ def test_an_endless_search_is_refused(pattern):
 def test_a_quick_search_is_served(pattern):
     assert stop_regex.problem(pattern) is None
     letters = ["a", " ", "1", '"', "foo", "a b ", "\n", "<think>", "ab", "Answer:", "{", "aA"]
-    since = time.perf_counter()
+    since = time.process_time()
     for text in letters:
         re.search(pattern, (text * stop_regex.LENGTH)[: stop_regex.LENGTH] + "!")
-    assert time.perf_counter() - since < 5
+    assert time.process_time() - since < 5
 
 
 def test_what_is_no_pattern_is_refused():

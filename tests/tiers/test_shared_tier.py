@@ -24,6 +24,7 @@ from tests.support.tier_ranks import bytes_of, mapped, resident_bytes, tier_rank
 
 LAYERS, SLOTS, ROW = 3, 5000, 656
 PAGES = 4096
+SOON = 30  # seconds: a look every 0.2 s, on a busy machine
 
 
 def inode_of(tier):
@@ -198,7 +199,7 @@ def test_a_wait_for_a_rank_that_was_killed_ends_in_one_line(two, killed):
     since = time.monotonic()
     two.kill(killed)
     line = two.answer(other)
-    assert time.monotonic() - since < 1
+    assert time.monotonic() - since < SOON
     assert "\n" not in line and line.startswith("RankLost: ranks that share a host tier must")
     assert f"no word from rank {killed} (process {two.pids[killed]}): it has ended" in line
 

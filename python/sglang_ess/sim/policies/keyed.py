@@ -225,7 +225,8 @@ def victims(
     if count < len(rows):
         limit = np.partition(value, count - 1)[count - 1]
         rows, value = rows[value <= limit], value[value <= limit]
-    return rows[np.lexsort((row_use[rows], value))][:count]
+    first: np.ndarray = rows[np.lexsort((row_use[rows], value))][:count]
+    return first
 
 
 @jit
