@@ -71,3 +71,26 @@ def test_models_and_tiers(launch, tmp_path):
     assert launch(*store, "--disable-ess")[1] == []
     given = launch(*store, "--disable-ess", accelerator="cuda")
     refused(given, "--ess-store must have two tiers on a GPU")
+
+
+LINKER = ("--enable-unified-cache-external-linker", "--unified-cache-external-linker-backend")
+
+
+def test_another_linker_is_refused(launch):
+    """It would fill rows that two tiers and the CPU platform have read by then."""
+    for accelerator in (None, "cuda"):
+        given = launch(*LINKER, "mooncake", **({"accelerator": accelerator} if accelerator else {}))
+        refused(given, LINKER[0], "got another", "Use --ess-store")
+    one_tier = launch(*LINKER, "mooncake", "--disable-ess", accelerator="cuda")
+    assert one_tier[1] == []
+
+
+def test_the_long_way(launch, tmp_path):
+    options = {
+        "linker": "EssLinker",
+        "linker_module_path": linker.__name__,
+        "linker_extra_config": {"path": str(tmp_path / "store"), "limit_bytes": UNITS["GiB"]},
+    }
+    config = "--unified-cache-external-linker-config", json.dumps(options)
+    args, lines = launch(*LINKER, "dynamic", *config)
+    assert lines == [] and args.enable_unified_cache_external_linker

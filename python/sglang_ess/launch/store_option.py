@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -41,6 +42,14 @@ STORE_RULES: Rules = (
     # Not tried yet, or not finished: tests/serving/test_third_tier.py has what is.
     ("tp_size", "--tp-size", (1,)),
     ("speculative_algorithm", "--speculative-algorithm", (None,)),
+)
+
+
+# They fill a layer's rows while earlier layers run, and the pool's buffers would wait for them in
+# SGLang's own attention. Two tiers and the CPU platform read the rows elsewhere: too early.
+OTHER_LINKER = (
+    "--enable-unified-cache-external-linker must be off, or on with ESS's own linker: got another. "
+    "Use --ess-store PATH[:SIZE], or drop it."
 )
 
 
@@ -99,12 +108,22 @@ def apply(server_args: Any, config: EssConfig) -> None:
             setattr(server_args, name, value)
 
 
+def _linker_module(server_args: Any) -> str | None:
+    """The module of the linker that SGLang's own options ask for; None: they ask for none."""
+    if not server_args.enable_unified_cache_external_linker:
+        return None
+    options = server_args.unified_cache_external_linker_config or {}
+    options = json.loads(options) if isinstance(options, str) else options
+    return str(options.get("linker_module_path"))
+
+
 def store_reasons(
     server_args: Any, model: Mapping[str, Any] | None, config: EssConfig, on_cpu: bool
 ) -> list[str]:
     """Why --ess-store cannot be obeyed. server_args: before apply()"""
     if not config.store:
-        return []
+        is_ours = _linker_module(server_args) in (None, LINKER_MODULE)
+        return [] if is_ours or not (config.enabled or on_cpu) else [OTHER_LINKER]
     reasons = []
     try:
         StoreSpec.parse(config.store)
