@@ -217,6 +217,14 @@ def test_an_end_by_itself(stand_in, behaviour, status, part):
     assert len(lines) == (status != REFUSED)
 
 
+@pytest.mark.parametrize("end", ["kills itself", "fails", "loses a scheduler"])
+def test_a_refusal_is_the_only_reason_however_the_server_ends(stand_in, end):
+    server = stand_in(f"refuses and {end}", ready=False)
+    assert server.status() == REFUSED
+    lines = [line for line in server.text().splitlines() if line.startswith("sglang-ess: ")]
+    assert lines == ["sglang-ess: the reason"]
+
+
 def test_a_scheduler_that_has_died_before_it_was_seen_is_noticed():
     """A zombie has no command line."""
     pid = os.fork()

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from sglang_ess import errors
 from sglang_ess.config import REFUSED
 from sglang_ess.launch import peers, shutdown
 
@@ -46,6 +48,31 @@ def fail() -> int:
     raise RuntimeError("the reason")
 
 
+def refuse_then(end: Callable[[], int]) -> int:
+    """A scheduler refuses, in a child; then this process ends as SGLang's may."""
+    if os.fork() == 0:
+
+        def check(scheduler):
+            raise errors.Refusal("the reason")
+
+        try:
+            errors.make_scheduler(check, None)
+        except SystemExit as error:
+            os._exit(error.code)
+    os.wait()
+    return end()
+
+
+def kill_itself() -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def lose_scheduler() -> int:
+    """It does not notice."""
+    return start(SCHEDULER, "import time; time.sleep(3)").wait() or drain(600)
+
+
 def orphan() -> int:
     """Its child's child has another session and no parent."""
     start("helper", f"import os; os.fork() and os._exit(0); os.setsid(); {SLEEP}")
@@ -67,7 +94,10 @@ BEHAVIOURS = {
     "orphan": orphan,
     "fails": fail,
     "refuses": lambda: REFUSED,
-    "kills itself": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "kills itself": kill_itself,
+    "refuses and kills itself": lambda: refuse_then(kill_itself),
+    "refuses and fails": lambda: refuse_then(fail),
+    "refuses and loses a scheduler": lambda: refuse_then(lose_scheduler),
 }
 
 

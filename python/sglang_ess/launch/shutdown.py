@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_ess.config import REFUSED, TEMPLATE
+from sglang_ess.errors import refusal_mark
 from sglang_ess.launch.peers import ASKED, FAILED, GONE, News, Peers
 from sglang_ess.launch.startup import progress
 
@@ -187,7 +188,6 @@ class _Supervisor:
         state = _read(self.main, "stat").rpartition(")")[2].split()[:1]
         if state in ([], ["Z"], ["X"]):  # it ended first, and the kernel its children
             self._reap()
-            # Or a scheduler has refused, and both were gone before this process looked.
             return REFUSED if self.main_status == REFUSED else self._failed("the main one")
         status = self._main_ends_within(FAULT_SECONDS)
         if status is not None and (
@@ -197,6 +197,12 @@ class _Supervisor:
         return self._failed(f"{name} (process {pid})")
 
     def _failed(self, what: str) -> int:
+        """One line for the operator, unless a scheduler that refused has printed one.
+
+        However SGLang's process ends then: its watchdog may kill it before it sees the reason.
+        """
+        if refusal_mark(self.template).exists():
+            return REFUSED
         print(
             f"sglang-ess: SGLang's processes must live as long as the server: got the end of {what}"
             ". All are ended. The reason stands above, unless it was killed from outside.",

@@ -4,6 +4,7 @@ import json
 import logging
 import logging.config
 import re
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from sglang_ess.testing.topk_stream.from_trace import from_trace
 from sglang_ess.testing.topk_stream.table import (
     SEAM_POWERS,
 )
-from sglang_ess.trace.trace import read_trace
+from sglang_ess.trace.trace import FLUSH_SECONDS, read_trace
 from tests.support import parity
 from tests.support.engine import EngineProcess
 from tests.support.server import Server
@@ -77,6 +78,7 @@ def test_both_entry_points_mark_the_process(marked, monkeypatch, asked):
         logging.setLogRecordFactory(logging.LogRecord)
         monkeypatch.setattr(plugin, "_register_hooks", lambda config: [])
         monkeypatch.setattr(plugin, "registered", False)
+        monkeypatch.setenv(plugin.APP_VAR, "")  # so that what register() sets is undone
         entry()
         record = logging.getLogger("x").makeRecord("x", 20, "f", 1, "text", (), None)
         assert record.getMessage() == f"{announce.MARK} text"
@@ -110,6 +112,8 @@ def serve(model, file, **ess):
     args = dict(dtype="float32", max_total_tokens=8192, chunked_prefill_size=512)
     with EngineProcess(model, ess=ess, patches=patches, **args) as engine:
         outputs = engine.together("r", parity.prompts_of(LENGTHS), NEW, start=0)
+        if "trace" in ess:  # the engine's end is a kill
+            time.sleep(3 * FLUSH_SECONDS)
         return outputs, engine.selections()
 
 
