@@ -5,7 +5,6 @@ answered, and the server that is started again serves.
 """
 
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -26,6 +25,7 @@ ENV = {
 }
 END_SECONDS = 60  # of the server whose rank is killed
 ANSWER_SECONDS = 2 * LOST_SECONDS + END_SECONDS  # of its requests
+SCHEDULERS = "sglang::schedul"  # what the kernel keeps of their names
 TRANSFERS = "decode_transfer_queue_reqs"
 
 
@@ -54,15 +54,14 @@ def expected(colocated, prompt, tokens=OUTPUT):
 
 
 def end_of(node, rank: int) -> float:
-    """SIGKILL to one scheduler of a server: SGLang starts them first, in the order of their ranks.
+    """SIGKILL to one scheduler of a server. They start in the order of their ranks.
 
     Returns when, by time.monotonic(), after the end of all the server's processes.
     """
     family = psutil.Process(node.process.pid).children(recursive=True)
-    ((server, _),) = Counter(process.ppid() for process in family).most_common(1)
-    children = [process for process in family if process.ppid() == server]
+    schedulers = [one for one in family if one.name().startswith(SCHEDULERS)]
     killed = time.monotonic()
-    sorted(children, key=psutil.Process.create_time)[rank].kill()
+    sorted(schedulers, key=psutil.Process.create_time)[rank].kill()
     node.process.wait(END_SECONDS)
     assert not psutil.wait_procs(family, END_SECONDS)[1]
     print(f"{node.log.stem}: ended {time.monotonic() - killed:.1f} s after rank {rank}")
