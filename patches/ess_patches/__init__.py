@@ -5,6 +5,7 @@ touch_points       upstream names that ESS uses unchanged, on any platform or on
 touch_points_cuda  the same on a GPU
 linear_attention   hooks for models with linear attention layers, speculation: for drafts,
 attention_ranks    for data-parallel attention
+stored_prefixes    touch points of loads from --ess-store
 transfers          touch points of transfers between prefill and decode
 topk_stream        hooks of the test-only switch --ess-topk-stream
 """
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # `python -m ess_patches.contract` must not find it imported 
 
 def all_hooks() -> tuple[Hook, ...]:
     """The rows that every server needs: hooks first, then touch points."""
-    from ess_patches import hooks, touch_points, touch_points_cuda
+    from ess_patches import hooks, stored_prefixes, touch_points, touch_points_cuda
 
-    return hooks.HOOKS + touch_points.HOOKS + touch_points_cuda.HOOKS
+    touched = touch_points.HOOKS + stored_prefixes.TOUCHED + touch_points_cuda.HOOKS
+    return hooks.HOOKS + touched

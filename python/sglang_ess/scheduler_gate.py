@@ -15,7 +15,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sglang_ess.admission.feed import AdmissionFeed, LastStep, Totals
@@ -28,6 +28,7 @@ from sglang_ess.layout import KIB
 from sglang_ess.mem_cache import agreement
 from sglang_ess.mem_cache.allocator import sparse_pool
 from sglang_ess.mem_cache.pool import EssTokenToKVPool
+from sglang_ess.mem_cache.waiting_loads import waiting_loads_of
 from sglang_ess.metrics import SpeculationCounts
 from sglang_ess.tiers.topk_sample import SAMPLES
 
@@ -39,6 +40,12 @@ PREEMPTION_LOG_SECONDS = 10  # between two warnings of a thrashing hot tier
 
 def prefill_round(original: Any, scheduler: Any, running_batch: Any) -> Any:
     """Body of the AROUND hook on Scheduler.get_new_batch_prefill: colocated serving."""
+    loads = waiting_loads_of(scheduler)
+    with nullcontext() if loads is None else loads.hiding(running_batch):
+        return _admitted_round(original, scheduler, running_batch)
+
+
+def _admitted_round(original: Any, scheduler: Any, running_batch: Any) -> Any:
     gate = gate_of(scheduler)
     if gate is None:
         return original(scheduler, running_batch)

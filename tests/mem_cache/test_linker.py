@@ -1,5 +1,7 @@
 """The linker between SGLang's radix tree and the store, over a real pool and a real store."""
 
+import threading
+from concurrent.futures import wait as wait_for
 from types import SimpleNamespace
 
 import pytest
@@ -179,6 +181,33 @@ def test_a_slow_load_ends_before_it_returns_and_the_store_rests(pool, linked, mo
     assert running == []
     assert linked.figures.failures == {"slow": 1}
     assert linked.lookup("r", transfer()) == []
+
+
+def test_an_error_in_the_middle_of_a_check_is_not_an_end_without_one(pool, linked, monkeypatch):
+    """A page's error comes in once has_ended() has looked for one, and before it returns."""
+    is_read = threading.Event()
+    monkeypatch.setattr(PageStore, "read", lambda *args: is_read.wait(30) and fail())
+    reading = linked.begin(transfer(OTHERS)[0])
+    ended, calls = reading.ended, []
+
+    class Ended:
+        def done(self):
+            calls.append(1)
+            if len(calls) == 2:
+                reading.ended = ended
+                is_read.set()
+                wait_for([ended], 30)
+            return ended.done()
+
+    reading.ended = Ended()
+    while not reading.has_ended():
+        pass
+    assert len(calls) == 2 and reading.failure == "error"
+    reading.wait()
+
+
+def fail():
+    raise OSError(5, "Input/output error")
 
 
 def test_a_store_that_fails_to_write_lets_the_node_go(pool, linked, monkeypatch):

@@ -5,13 +5,14 @@ slots for that part (load), and hands it each new node of the tree (offload). Ho
 pool's own memory: the store reads into them and writes from them.
 
 A load ends before the request joins a batch. Every byte has passed its checksum by then. Where one
-has not, or the store is slow or gone, load says no and SGLang computes the prompt as if nothing
-were stored.
+has not, or the store is slow or gone, SGLang computes the prompt as if nothing were stored.
+On one rank the load runs while the request waits (waiting_loads.py); load() is for what remains.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -90,10 +91,15 @@ class EssLinker(UnifiedCacheLinker):
         self.layer_done_counter = LayerWiseLoadCounter(pool.layer_num)
         self.figures = LinkerFigures()
         self._saver = ThreadPoolExecutor(1, "ess-save")
+        self._loader = ThreadPoolExecutor(1, "ess-load")
         self._saves: deque[_Save] = deque()
         self._limit = int(PENDING_SHARE * (pool.size // self.page_size))
         self._rests_until = 0.0
         self._warned: set[str] = set()
+        self.loads_while_waiting = self._group.size() == 1
+        self.refused: set[str] = set()  # requests that have asked, or whose load has failed
+        self.on_reset: Callable[[], None] = lambda: None
+        self._readings: list[Reading] = []
 
     # --- lookup and load ----------------------------------------------------------------
 
@@ -102,7 +108,7 @@ class EssLinker(UnifiedCacheLinker):
         keys = _kv(transfers).keys or []
         if not self.is_leader:  # SGLang takes the lengths that every rank names
             return list(range(1, len(keys) + 1))
-        if time.monotonic() < self._rests_until:
+        if time.monotonic() < self._rests_until or rid in self.refused:
             return []
         hits = self._guarded(lambda: self._transfer.store.contains(keys), "lookup") or 0
         self.figures.lookup_pages += len(keys)
@@ -119,9 +125,7 @@ class EssLinker(UnifiedCacheLinker):
             return False
         since = time.monotonic()
         self._quiet()
-        # Before anybody can look the slots up: they hold other rows from now on.
-        if isinstance(self.pool, EssTokenToKVPool):
-            self.pool.invalidate_slots(kv.device_indices)
+        self.drop_hot_rows(kv.device_indices)
         pages = self._pages(kv.device_indices)
         failures: list[str] = []
 
@@ -138,11 +142,32 @@ class EssLinker(UnifiedCacheLinker):
         read(numbers)
         failed = self._agree(bool(failures))
         if self.is_leader and not failed:
-            figures = self.figures
-            figures.loaded_pages += len(pages)
-            figures.loaded_bytes += len(pages) * self.parts.page_bytes
-            figures.load_seconds.append(time.monotonic() - since)
+            self._count(len(pages), time.monotonic() - since)
         return not failed
+
+    def _count(self, pages: int, seconds: float) -> None:
+        self.figures.loaded_pages += pages
+        self.figures.loaded_bytes += pages * self.parts.page_bytes
+        self.figures.load_seconds.append(seconds)
+
+    def begin(self, transfer: Any) -> Reading:
+        """Read pages in the background, all parts of them. Nobody else may see the slots yet."""
+        pages = self._pages(transfer.device_indices)
+        self._readings = [one for one in self._readings if one.writes()]
+        queued = sum(one.num_pages for one in self._readings) + len(pages)
+        limit = GRACE_SECONDS + queued * self.parts.page_bytes / LEAST_BYTES_PER_SECOND
+        reading = Reading(self, transfer.keys, pages, limit)
+        self._readings.append(reading)
+        return reading
+
+    def drop_hot_rows(self, slots: torch.Tensor) -> None:
+        """Of slots that have been filled: before anybody can look them up."""
+        if isinstance(self.pool, EssTokenToKVPool):
+            self.pool.invalidate_slots(slots)
+
+    def count_load(self, reading: Reading) -> None:
+        """A load that has ended without a failure."""
+        self._count(reading.num_pages, reading.seconds)
 
     def _read(self, keys: list[str], pages: list[int], numbers: Sequence[int]) -> list[str]:
         """Read parts of all pages. Returns why not, if so; never raises."""
@@ -161,11 +186,14 @@ class EssLinker(UnifiedCacheLinker):
         for one in futures:
             one.cancel()
         wait_for(futures)  # what runs still writes to the slots
+        return [self.failed_load(error, num_bytes, limit)]
+
+    def failed_load(self, error: BaseException | None, num_bytes: int, limit: float) -> str:
+        """Count a load that has failed, by an error or, without one, by being slow. The reason."""
         if error is None:
             self._rests_until = time.monotonic() + REST_SECONDS
-            text = f"{num_bytes} bytes in {limit:.1f} s, not all there"
-            return [self._failed("slow", text)]
-        return [self._failed(reason_of(error), f"{type(error).__name__}: {error}")]
+            return self._failed("slow", f"{num_bytes} bytes in {limit:.1f} s, not all there")
+        return self._failed(reason_of(error), f"{type(error).__name__}: {error}")
 
     def _failed(self, reason: str, text: str) -> str:
         self.figures.failures[reason] = self.figures.failures.get(reason, 0) + 1
@@ -255,7 +283,8 @@ class EssLinker(UnifiedCacheLinker):
     # --- life ---------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Wait for what is being saved. The store keeps its objects."""
+        """Wait for what is being saved, and give up what is being loaded. The store keeps all."""
+        self.on_reset()
         wait_for([save.done for save in self._saves])
         self._saves.clear()
         self.layer_done_counter.reset()
@@ -263,6 +292,7 @@ class EssLinker(UnifiedCacheLinker):
     def close(self) -> None:
         self.reset()
         self._saver.shutdown()
+        self._loader.shutdown()
         self._transfer.close()
 
     def store_stats(self) -> StoreStats:
@@ -279,6 +309,80 @@ class EssLinker(UnifiedCacheLinker):
         except Exception as error:
             self._failed("error", f"{name}: {type(error).__name__}: {error}")
             return None
+
+
+class Reading:
+    """Pages on their way from the store into slots, in the store's threads.
+
+    ended: done once there is nothing to wait for: all there, or one of them failed
+    failure: why not, once has_ended() says so; seconds: from the beginning to the end
+    """
+
+    def __init__(self, linker: EssLinker, keys: Sequence[str], pages: list[int], limit: float):
+        self._linker, self._limit, self.num_pages = linker, limit, len(pages)
+        self._futures: list[Future] = []
+        self.ended, self.failure = Future[None](), ""
+        self._since, self.seconds = time.monotonic(), 0.0
+        self._error: BaseException | None = None
+        self._left, self._lock = len(pages), threading.Lock()
+        self._is_cancelled = False
+        # In a thread: to list the buffers of many pages takes longer than a step may.
+        self._begun = linker._loader.submit(self._begin, keys, pages, linker._events())
+
+    def _begin(self, keys: Sequence[str], pages: list[int], events: list[Any]) -> None:
+        linker, numbers = self._linker, range(len(self._linker.parts))
+        try:
+            for event in events:  # a pass under way may still write to slots that were freed
+                event.synchronize()
+            for key, page in zip(keys, pages, strict=True):
+                if self._is_cancelled:
+                    return
+                future = linker._transfer.read(key, page, numbers)
+                self._futures.append(future)
+                future.add_done_callback(self._read)
+        except Exception as error:
+            self._end(error)
+
+    def _read(self, future: Future) -> None:
+        """A page is there, or not; in any thread."""
+        error = None if future.cancelled() else future.exception()
+        with self._lock:
+            self._left -= 1
+            left = self._left
+        if error is not None or not left:
+            self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        with self._lock:
+            if not self.ended.done():
+                self._error, self.seconds = error, time.monotonic() - self._since
+                self.ended.set_result(None)
+
+    def has_ended(self) -> bool:
+        """Whether all is there, or `failure` says why not. A load that is too slow ends here."""
+        # Asked once: an error that comes in now is reported the next time, with its reason.
+        is_done = self.ended.done()
+        is_late = not is_done and time.monotonic() - self._since > self._limit
+        if not self.failure and (is_late or self._error is not None):
+            num_bytes = self.num_pages * self._linker.parts.page_bytes
+            self.failure = self._linker.failed_load(self._error, num_bytes, self._limit)
+            self.cancel()
+        return is_done or is_late
+
+    def cancel(self) -> None:
+        """Read no further page."""
+        self._is_cancelled = True
+        for one in list(self._futures):
+            one.cancel()
+
+    def writes(self) -> bool:
+        """Whether a thread may still write to the slots."""
+        return not (self._begun.done() and all(one.done() for one in list(self._futures)))
+
+    def wait(self) -> None:
+        """Until no thread writes to the slots."""
+        wait_for([self._begun])
+        wait_for(list(self._futures))
 
 
 class _Save:
