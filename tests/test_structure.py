@@ -19,7 +19,7 @@ MAX_TOP_MODULES = 8
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_ARGUMENTS = 8
-MAX_BENCHMARK_LINES = 8079  # 480 of them for serving/recall.py and recall_changes.py
+MAX_BENCHMARK_LINES = 8400  # 480 of them for serving/recall.py, 310 for serving/third_tier.py
 
 FILES = sorted(structure.modules().values())
 DEVICES = re.compile(r"(^|_)(cpu|cuda|gpu|rocm|npu|xpu)($|_)")

@@ -35,11 +35,13 @@ class Request:
 class Answer:
     """When the tokens of one request came, by time.perf_counter().
 
-    chunks: (time, tokens so far); error: why it did not complete, or empty
+    chunks: (time, tokens so far); cached: tokens of the prompt that were not computed
+    error: why it did not complete, or empty
     """
 
     sent: float
     chunks: list[tuple[float, int]] = field(default_factory=list)
+    cached: int = 0
     error: str = ""
 
     @property
@@ -148,3 +150,4 @@ def _read(line: bytes, answer: Answer) -> None:
     count = event["meta_info"]["completion_tokens"]
     if count > answer.tokens:
         answer.chunks.append((time.perf_counter(), count))
+        answer.cached = event["meta_info"].get("cached_tokens", 0)

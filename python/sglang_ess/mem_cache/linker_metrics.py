@@ -12,7 +12,9 @@ _COUNTERS = {
     "loaded_bytes": "Bytes of these pages.",
     "saved_pages": "Pages that were handed to the store; it skips those that it has.",
     "skipped_pages": "Pages that were not saved because too many were waiting.",
+    "read_bytes": "Bytes that this server has read from the store.",
     "written_bytes": "Bytes that this server has written to the store.",
+    "write_errors": "Pages that the disk did not take.",
     "evicted_pages": "Pages of any server that this server has removed to keep the store's limit.",
 }
 _GAUGES = {
@@ -70,6 +72,7 @@ class StoreMetrics:
         figures, stats = self._linker.figures, self._linker.store_stats()
         now = {name: getattr(figures, name) for name in _COUNTERS if hasattr(figures, name)}
         now |= {"written_bytes": stats.bytes_written, "evicted_pages": stats.evicted}
+        now |= {"read_bytes": stats.bytes_read, "write_errors": stats.write_errors}
         for name, count in now.items():
             self._counters[name].inc(count - self._counted.get(name, 0))
         for reason, count in figures.failures.items():
