@@ -8,8 +8,8 @@ __all__ = ["Server", "free_port"]
 
 
 class Server(HttpProcess):
-    """One server. model: checkpoint directory; flags: further arguments; log, env: HttpProcess's"""
+    """One server. model: checkpoint directory; flags: further arguments; the rest: HttpProcess's"""
 
-    def __init__(self, model, *flags: str, log: Path, env: dict[str, str] | None = None):
+    def __init__(self, model, *flags: str, log: Path, **options):
         given = ("--model-path", str(model), *flags)
-        super().__init__("sglang_ess.launch_server", *given, log=log, env=env)
+        super().__init__("sglang_ess.launch_server", *given, log=log, **options)
