@@ -61,7 +61,7 @@ def test_faults_change_many_of_200_answers(model):
     with recall.engine(model, enabled=False) as served:
         expected = recall.answers(served, asked, "many")
     assert facts_right(asked, expected) >= RIGHT
-    with recall.engine(model, hot_ratio=0.1) as served:
+    with recall.engine(model, hot_ratio=0.5) as served:
         counts = faulty(served, asked, expected, (NONE, WRONG_BEST, WRONG_RANDOM, STALE))
     print(counts)
     assert counts[NONE] == 0

@@ -205,6 +205,23 @@ def test_what_is_asked_has_one_answer():
     assert max(found.values()) <= 60 / 50 and found["quote"] == 0
 
 
+def test_the_bytes_before_it_tell_each_byte_of_a_quote():
+    """A model that matches them can copy it; and no two quotes of a document share a byte."""
+    size, head = documents.CONTEXT_BYTES, documents.HEAD_BYTES
+    for seed in range(4):
+        made = document(seed, 14_336, ("quote",) * 8, others=70)
+        places = []
+        for question in made.questions:
+            passage = question.answer[2:-2]
+            places.append(made.text.index(passage))
+            for at in range(head, len(passage)):
+                before = passage[at - size : at]
+                nexts = made.text.split(before)[1:]
+                assert nexts and {after[:1] for after in nexts} == {passage[at]}
+        places.sort()
+        assert min(np.diff(places)) >= head + documents.QUOTE_BYTES
+
+
 def test_tests_see_no_text_of_training():
     trained, held_out = documents.texts()
     made = [document(1, kinds=(), others=0, trained=trains) for trains in (True, False)]

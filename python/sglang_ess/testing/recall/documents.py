@@ -16,11 +16,11 @@ import numpy as np
 
 KINDS = ("code", "hop", "quote")
 HEAD_BYTES, QUOTE_BYTES = 16, 40  # of a passage: what the question shows, what the answer adds
+CONTEXT_BYTES = 12  # that tell each byte of a passage
 CODE_DIGITS = 5
 BYTES_A_FACT = 200  # a document has a fact, about which nobody asks, for each so many bytes
 TRAINED_SHARE = 0.9  # of the text; the rest is for documents that no training saw
 STOP = "\n"  # ends an answer
-_TRIES = 300
 
 
 class RecallQuestion(NamedTuple):
@@ -91,9 +91,13 @@ def make_document(
     start = rng.randrange(len(text) - room + 1)
     whole = _with_facts(rng, text[start : start + room], facts)
     questions, remaining = [], iter(asked)
+    taken = [(at, at + len(one)) for one, _ in facts for at in [whole.index(one)]]
+    told = _told(whole)
     for kind in kinds:
         if kind == "quote":
-            questions.append(_quote(rng, whole, [sentence for sentence, _ in facts], depth))
+            question, place = _quote(rng, whole, told, taken, depth)
+            questions.append(question)
+            taken.append(place)
         else:
             questions.append(next(remaining).question(whole))
     return Document(whole, tuple(questions))
@@ -151,26 +155,42 @@ def _with_facts(rng, body, facts) -> str:
     return "".join([*parts, body[last:]])
 
 
-def _quote(rng, text, sentences, depth) -> RecallQuestion:
-    """Ask for a passage of one line, without a fact, whose beginning occurs once.
+def _quote(rng, text, told, taken, depth) -> tuple[RecallQuestion, tuple[int, int]]:
+    """Ask for a passage of one line, apart from what is taken, whose beginning occurs once.
 
-    Nor has it a run of spaces, as tables have: nobody could count them by the bytes before.
+    Each of its bytes is told by the CONTEXT_BYTES before it, or, where the text has no such
+    passage, as many as can be. It has no run of spaces, as tables have. told: see _told()
+    Returns the question and where its passage is.
     """
     span = HEAD_BYTES + QUOTE_BYTES
-    taken = [(at, at + len(one)) for one in sentences for at in [text.index(one)]]
     last = len(text) - span
-    if depth is None:
-        places = [rng.randint(0, last) for _ in range(_TRIES)]
-    else:
-        places = sorted(range(last + 1), key=lambda at: abs(at - depth * last))
-    for at in places:
+    count = np.cumsum(np.pad(told, (1, 0)))
+    missing = QUOTE_BYTES - (count[span:] - count[HEAD_BYTES : len(text) + 1 - QUOTE_BYTES])
+    aims = np.array([rng.random() for _ in range(last + 1)])
+    if depth is not None:
+        aims = np.abs(np.arange(last + 1) / max(last, 1) - depth)
+    for at in map(int, np.lexsort((aims, missing))):
         head, value = text[at : at + HEAD_BYTES], text[at + HEAD_BYTES : at + span]
         free = all(end <= at or begin >= at + span for begin, end in taken)
         plain = "\n" not in head + value and "   " not in head + value
         if free and plain and text.count(head) == 1:
             break
     prompt, answer = _prompt(f'What follows "{head}"?'), f' "{head}{value}"{STOP}'
-    return RecallQuestion("quote", prompt, answer, value, at / len(text))
+    return RecallQuestion("quote", prompt, answer, value, at / len(text)), (at, at + span)
+
+
+def _told(text: str) -> np.ndarray:
+    """[bytes] int64: 1 where the CONTEXT_BYTES before a byte are nowhere followed by another."""
+    followed: dict[str, set[str]] = {}
+    for at in range(CONTEXT_BYTES, len(text)):
+        followed.setdefault(text[at - CONTEXT_BYTES : at], set()).add(text[at])
+    return np.array(
+        [
+            at >= CONTEXT_BYTES and len(followed[text[at - CONTEXT_BYTES : at]]) == 1
+            for at in range(len(text))
+        ],
+        np.int64,
+    )
 
 
 class Sample(NamedTuple):
