@@ -58,6 +58,9 @@ def test_it_sets_sglangs_linker(launch, tmp_path):
         ("--enable-unified-cache-external-linker",),
         ("--pp-size", "2", "--ess-admission", "off"),
         ("--disaggregation-mode", "decode"),
+        ("--disaggregation-mode", "prefill"),
+        ("--tp-size", "2"),
+        ("--dp-size", "2"),
     ],
 )
 def test_what_it_is_not_combined_with(launch, tmp_path, flags):

@@ -37,10 +37,12 @@ STORE_RULES: Rules = (
     ("pp_size", "--pp-size", (1,)),
     ("nnodes", "--nnodes", (1,)),
     ("enable_dp_attention", "--enable-dp-attention", (False,)),
-    # SGLang looks nothing up on a decode server, and on a prefill server nobody has tried it.
+    # SGLang looks nothing up on a decode server (mem_cache/unified_radix_cache.py,
+    # _finalize_match_result), and on a prefill server nobody has tried it.
     ("disaggregation_mode", "--disaggregation-mode", ("null",)),
     # Not tried yet, or not finished: tests/serving/test_third_tier.py has what is.
     ("tp_size", "--tp-size", (1,)),
+    ("dp_size", "--dp-size", (1,)),
     ("speculative_algorithm", "--speculative-algorithm", (None,)),
 )
 
