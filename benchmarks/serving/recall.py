@@ -112,7 +112,8 @@ class Grid:
 
 QUICK = Grid((2048, 16384), (0.5,), 1, (ONE_TIER, HEADLINE, LAST_K), fault_questions=12)
 FULL = Grid((2048, 4096, 8192, 16384), (0.05, 0.275, 0.5, 0.725, 0.95), 2,
-            (ONE_TIER, HEADLINE, LAST_K, HALVED, FULL_ATTENTION, DRAFTS), fault_questions=200)  # fmt: skip
+            (ONE_TIER, HEADLINE, LAST_K, HALVED, FULL_ATTENTION, DRAFTS),
+            fault_questions=200)  # fmt: skip
 
 
 class RecallEngine(RecordedEngine):
