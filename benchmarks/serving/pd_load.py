@@ -35,14 +35,14 @@ class Request:
 class Answer:
     """When the tokens of one request came, by time.perf_counter().
 
-    chunks: (time, tokens so far); cached: tokens of the prompt that were not computed
-    error: why it did not complete, or empty
+    chunks: (time, tokens so far); error: why it did not complete, or empty
+    cached: tokens of the prompt that were not computed
     """
 
     sent: float
     chunks: list[tuple[float, int]] = field(default_factory=list)
-    cached: int = 0
     error: str = ""
+    cached: int = 0
 
     @property
     def tokens(self) -> int:

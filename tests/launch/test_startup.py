@@ -102,6 +102,7 @@ def test_the_facts_are_in_server_info_too(server, tiny_v32):
     assert [row[20:] for row in shown] == list(printed(server)[1].values())
 
 
+@pytest.mark.slow
 def test_shared_index_layers_fp8_rows_and_one_tier(tmp_path):
     """GLM keeps no index keys for layers that reuse a top-k; --disable-ess shows that too."""
     config = TinyModelConfig(arch="glm")

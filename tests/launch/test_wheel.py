@@ -123,6 +123,7 @@ def test_an_editable_install_has_the_three_roots():
     ]
 
 
+@pytest.mark.slow
 def test_doctor_outside_the_checkout(installed, tmp_path):
     """As the documentation has it; tests/launch/test_doctor.py has --json."""
     command = [installed / "sglang-ess", "doctor"]

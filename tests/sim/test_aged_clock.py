@@ -85,6 +85,7 @@ def excess(name, requests, rule=RULE):
     return own[counted].sum() / lru[counted].sum() - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [1, 4])
 @pytest.mark.parametrize("name", ["deepseek-v3.2", "glm-5.1"])
 def test_it_misses_as_lru_does(name, requests):

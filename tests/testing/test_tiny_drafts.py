@@ -21,11 +21,11 @@ MODELS = {
     "v32, bfloat16": dict(arch="v32", dtype="bfloat16"),
     "glm, one top-k, bfloat16": dict(arch="glm", index_share_for_mtp_iteration=1, dtype="bfloat16"),
 }
-FAST = ("v32", "glm", "glm, one top-k, bfloat16")
+FAST = ("v32", "glm, one top-k, bfloat16")
 every_model = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in MODELS]
 )
-float32 = pytest.mark.parametrize("name", ["v32", "glm"])
+float32 = pytest.mark.parametrize("name", ["v32", pytest.param("glm", marks=pytest.mark.slow)])
 
 
 def config(dtype="float32", **options) -> TinyModelConfig:
@@ -78,7 +78,7 @@ def test_a_draft_needs_its_rows_and_the_target_s_state(chains, name):
     assert other_rows < right - 0.5
 
 
-@pytest.mark.parametrize("name", ["v32", "glm, one top-k"])
+@pytest.mark.parametrize("name", [pytest.param("v32", marks=pytest.mark.slow), "glm, one top-k"])
 def test_sglang_accepts_what_transformers_does(tmp_path, name):
     """Over one tier and two. The engine's last step may end early, which no list here does."""
     path = write_tiny_model(tmp_path / "m", config(**MODELS[name]))
