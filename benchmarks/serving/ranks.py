@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.harness import OtherLoad, Panel, Report, finish, measured, ratios
+from benchmarks.harness import OtherLoad, Panel, Report, measured, ratios
 from benchmarks.serving import speculative, two_tier
-from benchmarks.serving.shared import end_on_sigterm, parser_with_threads, prompts_of
+from benchmarks.serving.shared import finish_parts, parser_with_threads, prompts_of, run_parts
 from benchmarks.serving.speculative import BATCH, CONTEXT, FITS, SPEED_MODEL, SYSTEMS
 from benchmarks.serving.two_tier_figures import HEADLINE, ONE_TIER
 from sglang_ess.layout import PAGE_SLOTS as PAGE
@@ -146,18 +144,13 @@ def panels(report: Report) -> tuple[Panel, Panel]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parser_with_threads(__doc__).parse_args(argv)
-    end_on_sigterm()
-    with tempfile.TemporaryDirectory(prefix="ess-bench-") as directory:
-        grid, threads = QUICK if options.quick else FULL, max(1, options.threads // SPEED_RANKS)
-        bench = two_tier.Bench(grid, options.seed, threads, Path(directory))
-        bench.run((memory, speed))
+    threads = max(1, options.threads // SPEED_RANKS)
+    grid = QUICK if options.quick else FULL
+    bench = run_parts(two_tier.Bench, grid, (memory, speed), options.seed, threads)
     summarise(bench.report)
     print_tables(bench.report)
-    finish(
-        bench.report, options, *panels(bench.report), threads=threads, grid=asdict(grid),
-        speed_model=SPEED_MODEL, host_model=HOST_MODEL, minutes=bench.minutes(),
-    )  # fmt: skip
-    return 0 if not bench.report.select(kind="failed") else 1
+    return finish_parts(bench, options, *panels(bench.report), threads=threads,
+                        speed_model=SPEED_MODEL, host_model=HOST_MODEL)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import json
 import os
 import random
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.harness import OtherLoad, Panel, Report, finish, measured
+from benchmarks.harness import OtherLoad, Panel, Report, measured
 from benchmarks.serving import two_tier
 from benchmarks.serving.engines import RecordedEngine
 from benchmarks.serving.recall_changes import (
@@ -41,7 +40,7 @@ from benchmarks.serving.recall_changes import (
     WRONG_RANDOM,
     run_changed_scheduler,
 )
-from benchmarks.serving.shared import end_on_sigterm, parser_with_threads, run_module
+from benchmarks.serving.shared import finish_parts, parser_with_threads, run_module, run_parts
 from benchmarks.serving.speculative import drafting
 from benchmarks.serving.two_tier_figures import HEADLINE, ONE_TIER
 from sglang_ess.cpu import set_thread_defaults
@@ -330,18 +329,12 @@ def panels(report: Report) -> tuple[Panel, ...]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parser_with_threads(__doc__).parse_args(argv)
-    end_on_sigterm()
-    with tempfile.TemporaryDirectory(prefix="ess-bench-") as directory:
-        grid = QUICK if options.quick else FULL
-        bench = Bench(grid, options.seed, options.threads, Path(directory))
-        bench.run((needle, faults))
+    grid = QUICK if options.quick else FULL
+    bench = run_parts(Bench, grid, (needle, faults), options.seed, options.threads)
     summarise(bench.report)
     print_tables(bench.report)
-    finish(
-        bench.report, options, *panels(bench.report), threads=options.threads, grid=asdict(grid),
-        model=asdict(model.SHAPE), hot_ratio=HOT_RATIO, minutes=bench.minutes(),
-    )  # fmt: skip
-    return 0 if not bench.report.select(kind="failed") else 1
+    return finish_parts(bench, options, *panels(bench.report), threads=options.threads,
+                        model=asdict(model.SHAPE), hot_ratio=HOT_RATIO)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import ROOT, OtherLoad, Progress, Report, argument_parser, failed
+from benchmarks.harness import (
+    ROOT,
+    OtherLoad,
+    Panel,
+    Progress,
+    Report,
+    argument_parser,
+    failed,
+    finish,
+)
 from tools.worker import Worker
 
 VOCABULARY = 256  # the plain bytes of the tiny tokenizer
@@ -116,3 +128,21 @@ class Bench:
 
     def minutes(self) -> float:
         return round((time.monotonic() - self.started) / 60, 1)
+
+
+def run_parts(
+    kind: Callable[..., Any], grid: Any, parts: Iterable[Callable], seed: int, threads: int
+) -> Any:
+    """A Bench of this kind that has run the parts, in a folder of its own."""
+    end_on_sigterm()
+    with tempfile.TemporaryDirectory(prefix="ess-bench-") as directory:
+        bench = kind(grid, seed, threads, Path(directory))
+        bench.run(parts)
+    return bench
+
+
+def finish_parts(bench: Any, options: argparse.Namespace, *panels: Panel, **config: Any) -> int:
+    """Write what harness.finish() writes. Returns the exit status: 1 if a part failed."""
+    grid = asdict(bench.grid)
+    finish(bench.report, options, *panels, grid=grid, minutes=bench.minutes(), **config)
+    return 0 if not bench.report.select(kind="failed") else 1

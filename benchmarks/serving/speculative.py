@@ -20,19 +20,17 @@ one layer in 9, in DeepSeek-V3.2 one in 62: drafts cost more here.
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.harness import OtherLoad, Panel, Report, computed, finish, measured, ratios
+from benchmarks.harness import OtherLoad, Panel, Report, computed, measured, ratios
 from benchmarks.serving import two_tier
-from benchmarks.serving.shared import end_on_sigterm, parser_with_threads, prompts_of
+from benchmarks.serving.shared import finish_parts, parser_with_threads, prompts_of, run_parts
 from benchmarks.serving.two_tier_figures import HEADLINE, ONE_TIER, Window, buys_rows
 from sglang_ess.config import ENV_VAR
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, INDEX_KEY_BYTES
@@ -268,18 +266,14 @@ def panels(report: Report) -> tuple[Panel, Panel]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parser_with_threads(__doc__).parse_args(argv)
-    end_on_sigterm()
-    with tempfile.TemporaryDirectory(prefix="ess-bench-") as directory:
-        grid = QUICK if options.quick else FULL
-        bench = two_tier.Bench(grid, options.seed, options.threads, Path(directory))
-        bench.run((speed, batch, real_models))
+    grid = QUICK if options.quick else FULL
+    bench = run_parts(
+        two_tier.Bench, grid, (speed, batch, real_models), options.seed, options.threads
+    )
     summarise(bench.report)
     print_tables(bench.report)
-    finish(
-        bench.report, options, *panels(bench.report), threads=options.threads, grid=asdict(grid),
-        speed_model=SPEED_MODEL, batch_model=BATCH_MODEL, minutes=bench.minutes(),
-    )  # fmt: skip
-    return 0 if not bench.report.select(kind="failed") else 1
+    return finish_parts(bench, options, *panels(bench.report), threads=options.threads,
+                        speed_model=SPEED_MODEL, batch_model=BATCH_MODEL)  # fmt: skip
 
 
 if __name__ == "__main__":

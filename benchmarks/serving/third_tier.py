@@ -27,20 +27,25 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.harness import OtherLoad, Panel, Report, finish, measured, ratios
+from benchmarks.harness import OtherLoad, Panel, Report, measured, ratios
 from benchmarks.serving import shared
 from benchmarks.serving.pd_load import Answer, Request, run_load
-from benchmarks.serving.shared import end_on_sigterm, engine_env, parser_with_threads, prompts_of
+from benchmarks.serving.shared import (
+    engine_env,
+    finish_parts,
+    parser_with_threads,
+    prompts_of,
+    run_parts,
+)
 from benchmarks.store import forget
 from sglang_ess.layout import PAGE_SLOTS as PAGE
 from sglang_ess.testing import recall
@@ -286,17 +291,12 @@ def panels(report: Report) -> tuple[Panel, ...]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parser_with_threads(__doc__).parse_args(argv)
-    end_on_sigterm()
-    with tempfile.TemporaryDirectory(prefix="ess-bench-") as directory:
-        grid = QUICK if options.quick else FULL
-        bench = Bench(grid, options.seed, options.threads, Path(directory))
-        for model in grid.models:
-            bench.run((update_wrapper(partial(measure, model=model), measure),))
+    grid = QUICK if options.quick else FULL
+    parts = [update_wrapper(partial(measure, model=model), measure) for model in grid.models]
+    bench = run_parts(Bench, grid, parts, options.seed, options.threads)
     summarise(bench.report)
     print_tables(bench.report)
-    finish(bench.report, options, *panels(bench.report), threads=options.threads,
-           grid=asdict(grid), minutes=bench.minutes())  # fmt: skip
-    return 0 if not bench.report.select(kind="failed") else 1
+    return finish_parts(bench, options, *panels(bench.report), threads=options.threads)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ of which a batch of four or more reads; with six layers ESS's two staging layers
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 from benchmarks.harness import OtherLoad, finish, measured, ratios
 from benchmarks.serving import shared, two_tier_figures
 from benchmarks.serving.engines import DROPPED_PASSES, HeldEngine
-from benchmarks.serving.shared import end_on_sigterm, engine_env, parser_with_threads, prompts_of
+from benchmarks.serving.shared import engine_env, parser_with_threads, prompts_of, run_parts
 from benchmarks.serving.two_tier_figures import ONE_TIER, Window, buys_rows, prefill_tokens_per_s
 from sglang_ess.config import EssConfig
 from sglang_ess.layout import FP8_ROW_BYTES, GIB, INDEX_KEY_BYTES
@@ -275,11 +274,8 @@ def prefill_costs(bench: Bench, engines: dict[str, Worker]) -> None:
 def main(argv: list[str] | None = None) -> int:
     description = "SGLang one-tier against ESS: what two tiers buy, and what they cost."
     options = parser_with_threads(description).parse_args(argv)
-    end_on_sigterm()
-    with tempfile.TemporaryDirectory(prefix="ess-bench-") as directory:
-        grid = QUICK if options.quick else FULL
-        bench = Bench(grid, options.seed, options.threads, Path(directory))
-        bench.run((buys, costs))
+    grid = QUICK if options.quick else FULL
+    bench = run_parts(Bench, grid, (buys, costs), options.seed, options.threads)
     two_tier_figures.summarise(bench.report)
     two_tier_figures.print_tables(bench.report)
     finish(

@@ -188,20 +188,18 @@ class _Supervisor:
         state = _read(self.main, "stat").rpartition(")")[2].split()[:1]
         if state in ([], ["Z"], ["X"]):  # it ended first, and the kernel its children
             self._reap()
-            return REFUSED if self.main_status == REFUSED else self._failed("the main one")
+            return self._failed("the main one")
         status = self._main_ends_within(FAULT_SECONDS)
-        if status is not None and (
-            status == REFUSED or status > 128
-        ):  # it said why, or a signal came
+        if status is not None and status > 128:  # a signal came
             return status
         return self._failed(f"{name} (process {pid})")
 
     def _failed(self, what: str) -> int:
-        """One line for the operator, unless a scheduler that refused has printed one.
+        """One line for the operator, unless a refusal has printed one.
 
-        However SGLang's process ends then: its watchdog may kill it before it sees the reason.
+        SGLang's process may not tell: its watchdog can kill it before it sees the reason.
         """
-        if refusal_mark(self.template).exists():
+        if self.main_status == REFUSED or refusal_mark(self.template).exists():
             return REFUSED
         print(
             f"sglang-ess: SGLang's processes must live as long as the server: got the end of {what}"

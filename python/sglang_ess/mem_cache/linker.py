@@ -155,7 +155,7 @@ class EssLinker(UnifiedCacheLinker):
         pages = self._pages(transfer.device_indices)
         self._readings = [one for one in self._readings if one.writes()]
         queued = sum(one.num_pages for one in self._readings) + len(pages)
-        limit = GRACE_SECONDS + queued * self.parts.page_bytes / LEAST_BYTES_PER_SECOND
+        limit = _read_seconds(queued * self.parts.page_bytes)
         reading = Reading(self, transfer.keys, pages, limit)
         self._readings.append(reading)
         return reading
@@ -172,7 +172,7 @@ class EssLinker(UnifiedCacheLinker):
     def _read(self, keys: list[str], pages: list[int], numbers: Sequence[int]) -> list[str]:
         """Read parts of all pages. Returns why not, if so; never raises."""
         num_bytes = len(pages) * sum(self.parts.sizes[i] for i in numbers)
-        limit = GRACE_SECONDS + num_bytes / LEAST_BYTES_PER_SECOND
+        limit = _read_seconds(num_bytes)
         futures: list[Future] = []
         try:
             for key, page in zip(keys, pages, strict=True):
@@ -309,6 +309,11 @@ class EssLinker(UnifiedCacheLinker):
         except Exception as error:
             self._failed("error", f"{name}: {type(error).__name__}: {error}")
             return None
+
+
+def _read_seconds(num_bytes: int) -> float:
+    """What a read may take before it counts as slow."""
+    return GRACE_SECONDS + num_bytes / LEAST_BYTES_PER_SECOND
 
 
 class Reading:

@@ -92,7 +92,7 @@ def make_document(
     whole = _with_facts(rng, text[start : start + room], facts)
     questions, remaining = [], iter(asked)
     taken = [(at, at + len(one)) for one, _ in facts for at in [whole.index(one)]]
-    told = _told(whole)
+    told = _told(whole) if "quote" in kinds else None
     for kind in kinds:
         if kind == "quote":
             question, place = _quote(rng, whole, told, taken, depth)
@@ -166,8 +166,9 @@ def _quote(rng, text, told, taken, depth) -> tuple[RecallQuestion, tuple[int, in
     last = len(text) - span
     count = np.cumsum(np.pad(told, (1, 0)))
     missing = QUOTE_BYTES - (count[span:] - count[HEAD_BYTES : len(text) + 1 - QUOTE_BYTES])
-    aims = np.array([rng.random() for _ in range(last + 1)])
-    if depth is not None:
+    if depth is None:
+        aims = np.array([rng.random() for _ in range(last + 1)])
+    else:
         aims = np.abs(np.arange(last + 1) / max(last, 1) - depth)
     for at in map(int, np.lexsort((aims, missing))):
         head, value = text[at : at + HEAD_BYTES], text[at + HEAD_BYTES : at + span]
